@@ -1,0 +1,73 @@
+"""An asyncio-native client for the FLUX.2 [max] image API: submit many, poll each, and take each as it ends.
+
+    async with FluxSession() as session:
+        picture = await session.generate("a lighthouse at dawn")
+        await session.save(picture.images[0], "lighthouse.jpeg")
+
+Nothing is imported before a name is first used: pytest loads this package for its plugin, wanted or not, and that
+must not cost an HTTP client's start.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flux2max_async._version import __version__
+
+if TYPE_CHECKING:
+    from flux2max_async._face import *  # noqa: F403
+
+__all__ = [
+    "AuthenticationError",
+    "BadRequestError",
+    "Completed",
+    "ConfigurationError",
+    "ContentModeratedError",
+    "DeadlineExceededError",
+    "DownloadError",
+    "ExponentialSchedule",
+    "Failed",
+    "FixedSchedule",
+    "FluxError",
+    "FluxSession",
+    "GeneratedImage",
+    "GenerationRequest",
+    "GenerationTask",
+    "ImageSource",
+    "InputImage",
+    "InsufficientBalanceError",
+    "InvalidRequestError",
+    "LearnedSchedule",
+    "Outcome",
+    "OutcomeStream",
+    "OutputFormat",
+    "PermissionDeniedError",
+    "PollPlan",
+    "PollSchedule",
+    "ProtocolError",
+    "RateLimitedError",
+    "ResponseError",
+    "ResultExpiredError",
+    "ServerError",
+    "SessionClosedError",
+    "SessionStats",
+    "SubmissionUncertainError",
+    "TaskFailedError",
+    "TaskNotFoundError",
+    "TaskSnapshot",
+    "TaskStatus",
+    "TransportError",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    face = import_module("flux2max_async._face")
+    globals().update((public, getattr(face, public)) for public in __all__)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

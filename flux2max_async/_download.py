@@ -1,0 +1,165 @@
+"""Saving a picture: streamed beside its target, resumed when cut, whole or not at all."""
+
+import os
+import random
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import anyio
+import anyio.to_thread
+import attrs
+
+from flux2max_async._errors import DownloadError, FluxError, ProtocolError, ResultExpiredError, TransportError
+from flux2max_async._retry import backoff
+from flux2max_async._transport import Answer, Transport
+
+MAX_BYTES = 100_000_000
+_FAILURES_IN_A_ROW = 5
+_BUFFER = 1_000_000
+
+
+async def download(transport: Transport, url: str, target: Path) -> None:
+    """Fetch a url into a file that appears under its name only when it is whole.
+
+    Raises:
+        ResultExpiredError: The url is not valid any more.
+        DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
+    """
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        file = await anyio.to_thread.run_sync(_open, part)
+        try:
+            await _fetch_whole(transport, url, file)
+            await anyio.to_thread.run_sync(_publish, file, part, target)
+        finally:
+            # Must not be cut short, or a stray file stays behind.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(_clean_up, file, part)
+    except OSError as error:
+        raise DownloadError(f"can't write {str(target)!r}: {error.strerror or error}") from error
+
+
+def _open(part: Path) -> IO[bytes]:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    return part.open("xb")
+
+
+def _publish(file: IO[bytes], part: Path, target: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    part.replace(target)
+
+
+def _clean_up(file: IO[bytes], part: Path) -> None:
+    file.close()
+    part.unlink(missing_ok=True)
+
+
+class _CutError(Exception):
+    """This try failed; another one may not."""
+
+
+@attrs.define
+class _Progress:
+    """How far the file is, and what must still be true of the url for the rest to belong to it."""
+
+    received: int = 0
+    total: int | None = None
+    validator: str | None = None
+    resumable: bool = False
+
+    def restart(self, headers: Mapping[str, str]) -> None:
+        """The whole picture comes, from its first byte."""
+        self.received = 0
+        encoded = "Content-Encoding" in headers  # then lengths and ranges are of something else than what we get
+        length = headers.get("Content-Length", "")
+        self.total = int(length) if length.isdecimal() and not encoded else None
+        etag = headers.get("ETag", "")
+        self.validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+        self.resumable = headers.get("Accept-Ranges", "").lower() == "bytes" and not encoded
+
+    def headers(self) -> dict[str, str]:
+        """Ask for the rest where that is possible."""
+        if not (self.received and self.resumable):
+            return {}
+        ask = {"Range": f"bytes={self.received}-"}
+        return ask | {"If-Range": self.validator} if self.validator else ask
+
+
+async def _fetch_whole(transport: Transport, url: str, file: IO[bytes]) -> None:
+    progress = _Progress()
+    failures = 0
+    while True:
+        before = progress.received
+        try:
+            async with transport.download(url, progress.headers()) as answer:
+                await _receive(answer, file, progress)
+        except (TransportError, _CutError) as error:
+            failures = 1 if progress.received > before else failures + 1
+            if failures == _FAILURES_IN_A_ROW:
+                raise DownloadError(f"the download failed {failures} times in a row: {error}") from error
+            await anyio.sleep(backoff(failures, random.random()))
+        except ProtocolError as error:
+            raise DownloadError(f"can't download: {error}") from error
+        else:
+            return
+
+
+async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None:
+    """Write one answer's bytes to the file, after what is there already."""
+    match answer.status:
+        case 200:
+            progress.restart(answer.headers)
+        case 206 if _range_start(answer.headers) == progress.received:
+            pass
+        case 206 | 416:
+            progress.resumable = False
+            raise _CutError("the rest that was asked for is not what came")
+        case 403 | 404 | 410:
+            raise ResultExpiredError(f"the picture's url has expired (HTTP {answer.status})")
+        case 408 | 429:
+            raise _CutError(f"HTTP {answer.status}")
+        case status if status >= 500:
+            raise _CutError(f"HTTP {status}")
+        case status:
+            raise DownloadError(f"can't download: HTTP {status}")
+    if (progress.total or 0) > MAX_BYTES:
+        raise _too_large()
+    buffer = bytearray()
+    try:
+        while chunk := await answer.read():
+            buffer += chunk
+            if progress.received + len(buffer) > MAX_BYTES:
+                raise _too_large()
+            if len(buffer) >= _BUFFER:
+                await _write(file, buffer, progress)
+    except TransportError:
+        await _write(file, buffer, progress)  # what has come is not asked for again
+        raise
+    await _write(file, buffer, progress)
+    if progress.total is not None and progress.received != progress.total:
+        raise _CutError(f"{progress.received} of {progress.total} bytes came")
+
+
+async def _write(file: IO[bytes], buffer: bytearray, progress: _Progress) -> None:
+    def write() -> None:
+        file.seek(progress.received)
+        file.truncate()
+        file.write(buffer)
+
+    await anyio.to_thread.run_sync(write)
+    progress.received += len(buffer)
+    buffer.clear()
+
+
+def _range_start(headers: Mapping[str, str]) -> int | None:
+    found = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def _too_large() -> DownloadError:
+    return DownloadError("the picture is larger than 100 MB")

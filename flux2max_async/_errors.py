@@ -1,0 +1,157 @@
+"""What can go wrong, as one tree: catch `FluxError` for all of it, or a branch for what you can mend.
+
+    FluxError
+     ├── InvalidRequestError        the request is wrong; nothing was sent             (also a ValueError)
+     ├── ConfigurationError         the session can't be set up like this
+     ├── SessionClosedError         the session is not open (any more)
+     ├── TransportError             nothing was answered
+     ├── ProtocolError              answered, but not as the protocol says
+     ├── ResponseError              answered with an error
+     │    ├── BadRequestError            400, 422
+     │    ├── AuthenticationError        401
+     │    ├── InsufficientBalanceError   402, or a 403 that says so
+     │    ├── PermissionDeniedError      any other 403
+     │    ├── TaskNotFoundError          404
+     │    ├── RateLimitedError           429
+     │    └── ServerError                5xx
+     ├── TaskFailedError            the service says that the task failed
+     │    └── ContentModeratedError      the same prompt won't pass again
+     ├── DeadlineExceededError      the task took too long; attach() it later          (also a TimeoutError)
+     ├── SubmissionUncertainError   the submit went out, its answer was lost: it may cost money
+     └── DownloadError              a picture could not be saved
+          └── ResultExpiredError         its url has expired, and no fresh one is to be had
+
+Errors carry facts, not policy: `_retry` reads the facts and decides. All of them can be pickled.
+"""
+
+import attrs
+
+
+# Exceptions stay without slots: OSError and ValueError bring layouts of their own, and a FluxError may be both.
+@attrs.define(slots=False, eq=False)
+class FluxError(Exception):
+    """Anything that this library raises for a reason of its own."""
+
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@attrs.define(slots=False, eq=False)
+class InvalidRequestError(FluxError, ValueError):
+    """The request can't be what the caller meant; nothing was sent."""
+
+    field: str
+    """The parameter at fault: a field of `GenerationRequest`, or the argument's name."""
+
+
+@attrs.define(slots=False, eq=False)
+class ConfigurationError(FluxError):
+    """The session can't work with these settings: no key, a malformed key, an unsafe address, a senseless limit."""
+
+
+@attrs.define(slots=False, eq=False)
+class SessionClosedError(FluxError):
+    """The session is not open: not yet entered, or closed while something was still waited for."""
+
+
+@attrs.define(slots=False, eq=False)
+class TransportError(FluxError):
+    """Nothing was answered: no connection, a reset, a TLS failure, or the request timeout."""
+
+    maybe_sent: bool = True
+    """False when it is certain that not a byte of the call was written."""
+
+
+@attrs.define(slots=False, eq=False)
+class ProtocolError(FluxError):
+    """An answer came, but it is not what the protocol says."""
+
+
+@attrs.define(slots=False, eq=False)
+class ResponseError(FluxError):
+    """The gateway answered and said no: an HTTP error, or a 200 that holds an error and no task id."""
+
+    status: int
+    """The HTTP status."""
+    code: str | None = None
+    """The service's own error code, as text."""
+    request_id: str | None = None
+    """What to tell the service's support."""
+    retry_after: float | None = None
+    """Seconds the gateway asked us to wait, if it did."""
+
+
+@attrs.define(slots=False, eq=False)
+class BadRequestError(ResponseError):
+    """A parameter is wrong (400, 422)."""
+
+
+@attrs.define(slots=False, eq=False)
+class AuthenticationError(ResponseError):
+    """The API key is missing or wrong (401)."""
+
+
+@attrs.define(slots=False, eq=False)
+class InsufficientBalanceError(ResponseError):
+    """The account can't pay for another picture (402, or a 403 that says so)."""
+
+
+@attrs.define(slots=False, eq=False)
+class PermissionDeniedError(ResponseError):
+    """The key may not do this (403)."""
+
+
+@attrs.define(slots=False, eq=False)
+class TaskNotFoundError(ResponseError):
+    """The service knows no such task (404)."""
+
+
+@attrs.define(slots=False, eq=False)
+class RateLimitedError(ResponseError):
+    """Too many calls, or too many tasks in flight (429)."""
+
+
+@attrs.define(slots=False, eq=False)
+class ServerError(ResponseError):
+    """The service's own fault (5xx)."""
+
+
+@attrs.define(slots=False, eq=False)
+class TaskFailedError(FluxError):
+    """The service accepted the task and then failed it."""
+
+    task_id: str
+    code: str | None = None
+
+
+@attrs.define(slots=False, eq=False)
+class ContentModeratedError(TaskFailedError):
+    """Moderation refused the prompt, an input image or the result: the same request won't pass again."""
+
+
+@attrs.define(slots=False, eq=False)
+class DeadlineExceededError(FluxError, TimeoutError):
+    """The task did not end within the session's `deadline`."""
+
+    task_id: str | None = None
+    """`session.attach(task_id)` takes it up again later: the work is paid for."""
+
+
+@attrs.define(slots=False, eq=False)
+class SubmissionUncertainError(FluxError):
+    """The submit was written and its answer was lost: the task may exist, and may cost money.
+
+    It is never repeated by this library; whether to pay a second time is the caller's decision.
+    """
+
+
+@attrs.define(slots=False, eq=False)
+class DownloadError(FluxError):
+    """A picture could not be fetched or written; nothing stands under the target's name."""
+
+
+@attrs.define(slots=False, eq=False)
+class ResultExpiredError(DownloadError):
+    """The picture's url has expired and the service gave no fresh one that works."""

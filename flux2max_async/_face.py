@@ -1,0 +1,76 @@
+"""All that is public, imported; `flux2max_async` hands it on when it is first asked for."""
+
+from flux2max_async._errors import (
+    AuthenticationError,
+    BadRequestError,
+    ConfigurationError,
+    ContentModeratedError,
+    DeadlineExceededError,
+    DownloadError,
+    FluxError,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    ProtocolError,
+    RateLimitedError,
+    ResponseError,
+    ResultExpiredError,
+    ServerError,
+    SessionClosedError,
+    SubmissionUncertainError,
+    TaskFailedError,
+    TaskNotFoundError,
+    TransportError,
+)
+from flux2max_async._poller import GenerationTask
+from flux2max_async._request import GenerationRequest, ImageSource, InputImage, OutputFormat
+from flux2max_async._schedule import ExponentialSchedule, FixedSchedule, LearnedSchedule, PollPlan, PollSchedule
+from flux2max_async._session import FluxSession
+from flux2max_async._stats import SessionStats
+from flux2max_async._stream import OutcomeStream
+from flux2max_async._task import Completed, Failed, GeneratedImage, Outcome, TaskSnapshot, TaskStatus, Usage
+from flux2max_async._version import __version__
+
+__all__ = [
+    "AuthenticationError",
+    "BadRequestError",
+    "Completed",
+    "ConfigurationError",
+    "ContentModeratedError",
+    "DeadlineExceededError",
+    "DownloadError",
+    "ExponentialSchedule",
+    "Failed",
+    "FixedSchedule",
+    "FluxError",
+    "FluxSession",
+    "GeneratedImage",
+    "GenerationRequest",
+    "GenerationTask",
+    "ImageSource",
+    "InputImage",
+    "InsufficientBalanceError",
+    "InvalidRequestError",
+    "LearnedSchedule",
+    "Outcome",
+    "OutcomeStream",
+    "OutputFormat",
+    "PermissionDeniedError",
+    "PollPlan",
+    "PollSchedule",
+    "ProtocolError",
+    "RateLimitedError",
+    "ResponseError",
+    "ResultExpiredError",
+    "ServerError",
+    "SessionClosedError",
+    "SessionStats",
+    "SubmissionUncertainError",
+    "TaskFailedError",
+    "TaskNotFoundError",
+    "TaskSnapshot",
+    "TaskStatus",
+    "TransportError",
+    "Usage",
+    "__version__",
+]

@@ -1,0 +1,271 @@
+"""The poller coroutine: one per task, from its submit to its end; and the handle by which callers see it."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Generator
+from typing import Any
+
+import anyio
+import attrs
+
+from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError, SessionClosedError
+from flux2max_async._gateway import Gateway
+from flux2max_async._request import GenerationRequest
+from flux2max_async._retry import backoff, is_unreadable, may_poll_again
+from flux2max_async._schedule import PollPlan, PollSchedule
+from flux2max_async._task import Completed, Failed, Outcome, TaskSnapshot
+from flux2max_async._wire import Call, poll_call
+
+log = logging.getLogger("flux2max_async")
+
+_UNREADABLE_IN_A_ROW = 5
+_JITTER = 0.1
+_LAST_LOOK = 1.0
+
+
+class GenerationTask:
+    """A submitted task. It belongs to the session, which polls it to its end, waited for or not.
+
+    Awaiting it gives `Completed`, or raises. Many can await it; cancelling a wait cancels only that wait.
+    """
+
+    __slots__ = ("_poller",)
+
+    def __init__(self, poller: "Poller") -> None:
+        self._poller = poller
+
+    @property
+    def id(self) -> str:
+        """The service's id for the task; `session.attach(id)` finds it again from anywhere."""
+        return self._poller.task_id or ""
+
+    @property
+    def request(self) -> GenerationRequest | None:
+        """What was asked for; None for a task attached by its id alone."""
+        return self._poller.request
+
+    @property
+    def snapshot(self) -> TaskSnapshot | None:
+        """What the newest answer said; None until there is one."""
+        return self._poller.snapshot
+
+    async def outcome(self) -> Outcome:
+        """Wait for the end; a task that failed is a `Failed`, not an exception."""
+        return await asyncio.shield(self._poller.ended)
+
+    def updates(self) -> AsyncIterator[TaskSnapshot]:
+        """Iterate over the newest snapshot, then each new status or progress; ends with the task."""
+        return self._poller.updates()
+
+    def __await__(self) -> Generator[Any, None, Completed]:
+        return self._completed().__await__()
+
+    async def _completed(self) -> Completed:
+        return (await self.outcome()).unwrap()
+
+    def __repr__(self) -> str:
+        status = self.snapshot.status if self.snapshot else "not seen yet"
+        return f"<GenerationTask {self.id!r} {status}>"
+
+
+def _future() -> "asyncio.Future[Any]":
+    return asyncio.get_running_loop().create_future()
+
+
+@attrs.define(eq=False)
+class Poller:
+    """Follows one task. It outlives whoever waits for it, and its end is an outcome, never an exception."""
+
+    gateway: Gateway
+    """Where the task is, or is to be."""
+    schedule: PollSchedule
+    seconds: float
+    """From the submit, or from the attach, to giving up."""
+    request: GenerationRequest | None
+    """What is to be drawn, or was; None for a task known by its id alone."""
+    task_id: str | None = None
+    """Given for a task that was submitted elsewhere."""
+
+    snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
+    polls: int = attrs.field(default=0, init=False)
+    answered: "asyncio.Future[None]" = attrs.field(factory=_future, init=False)
+    """Resolved once the task has an id, or never will have one."""
+    ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
+    """Resolved with the outcome."""
+
+    _started: float = attrs.field(factory=anyio.current_time, init=False)
+    """The moment of the submit that was accepted, or of the attach."""
+    _deadline: float = attrs.field(init=False)
+    """The moment of giving up."""
+    _learning: bool = attrs.field(default=False, init=False)
+    """Whether the schedule may learn from the task: only where its submit was seen."""
+    _running_until: float = attrs.field(default=0.0, init=False)
+    """Seconds from the submit to the newest poll that saw the task running."""
+    _missed: int = attrs.field(default=0, init=False)
+    """Looks missed in a row."""
+    _unreadable: int = attrs.field(default=0, init=False)
+    """Answers in a row that could not be read."""
+    _submitting: anyio.CancelScope | None = attrs.field(default=None, init=False)
+    _withdrawn: FluxError | None = attrs.field(default=None, init=False)
+    _news: anyio.Event | None = attrs.field(default=None, init=False)
+
+    @_deadline.default
+    def _from_now(self) -> float:
+        return self._started + self.seconds
+
+    def withdraw(self, reason: FluxError) -> None:
+        """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
+        self._withdrawn = reason
+        if self._submitting is not None:
+            self._submitting.cancel()
+
+    def abandon(self) -> None:
+        """End at once, as the session does."""
+        if self.task_id is None:
+            message = "the session was closed while a submit was unanswered: a task may exist and cost money"
+        else:
+            message = f"the session was closed before task {self.task_id} had ended; attach() it later"
+        self._end(self._failed(SessionClosedError(message)))
+
+    async def run(self) -> None:
+        """Submit if need be, then look until the end."""
+        try:
+            if self.task_id is None:
+                await self._submit()
+            else:
+                self.gateway.follow()
+            try:
+                self._end(await self._look())
+            finally:
+                self.gateway.release()
+        except FluxError as error:
+            self._end(self._failed(error))
+        except Exception as error:  # noqa: BLE001 - a fault, in a caller's schedule perhaps, ends this task alone
+            log.exception("task %s: polling broke", self.task_id)
+            broken = FluxError(f"polling broke: {error!r}")
+            broken.__cause__ = error
+            self._end(self._failed(broken))
+        finally:
+            self.abandon()
+
+    async def updates(self) -> AsyncIterator[TaskSnapshot]:
+        """Give the newest snapshot, then each that says something new, until the end."""
+        said = None
+        while True:
+            snapshot = self.snapshot
+            if snapshot is not None and (snapshot.status, snapshot.progress) != said:
+                said = (snapshot.status, snapshot.progress)
+                yield snapshot
+            elif self.ended.done():
+                return
+            else:
+                self._news = self._news or anyio.Event()
+                await self._news.wait()
+
+    async def _submit(self) -> None:
+        assert self.request is not None
+        with anyio.CancelScope() as self._submitting:
+            if self._withdrawn is None:
+                snapshot, self._started, self._deadline = await self.gateway.submit(self.request, seconds=self.seconds)
+                self.task_id = snapshot.task_id
+                self._see(snapshot)
+                self._learning = True
+        self._submitting = None
+        if self.task_id is None:
+            raise self._withdrawn or SessionClosedError("the request was withdrawn before it was submitted")
+
+    async def _look(self) -> Outcome:
+        assert self.task_id is not None
+        _resolve(self.answered, None)
+        call = poll_call(self.task_id)
+        plan = self.schedule.begin(self.request)
+        while self.snapshot is None or not self.snapshot.status.ended:
+            await self._sleep(self._delay(plan))
+            while (pause := self.gateway.pause(random.random())) > 0:
+                await self._sleep(pause)
+            await self._poll(call, self.task_id)
+        snapshot, elapsed = self.snapshot, self._elapsed()
+        if self._learning:
+            plan.finish(self._running_until, elapsed, completed=snapshot.error is None)
+        if snapshot.error is not None:
+            return self._failed(snapshot.error)
+        return Completed(
+            self.task_id, self.request, snapshot.images, snapshot.usage, snapshot.metadata, elapsed, self.polls
+        )
+
+    def _delay(self, plan: PollPlan) -> float:
+        if self._missed:
+            return backoff(self._missed, random.random())
+        if self.snapshot is None:
+            return 0.0  # submitted elsewhere: it may have ended long ago
+        delay = plan.next_delay(self._elapsed(), self.snapshot.progress) * random.uniform(1 - _JITTER, 1 + _JITTER)
+        # If the deadline comes first, a last look shortly before it may still save what is paid for.
+        last = self._deadline - anyio.current_time() - min(_LAST_LOOK, self.seconds / 10)
+        return last if 0.01 < last < delay else delay
+
+    async def _sleep(self, delay: float) -> None:
+        remaining = self._deadline - anyio.current_time()
+        if delay < remaining:
+            await asyncio.sleep(delay)
+        else:
+            await asyncio.sleep(max(remaining, 0.0))
+            raise DeadlineExceededError(
+                f"task {self.task_id} has not ended within {self.seconds:g} s; attach() it later", self.task_id
+            )
+
+    async def _poll(self, call: Call, task_id: str) -> None:
+        asked = anyio.current_time()
+        self.polls += 1
+        try:
+            snapshot = await self.gateway.poll(call, task_id, within=self._deadline - asked)
+        except FluxError as error:
+            if not may_poll_again(error, elapsed=self._elapsed() if self._learning else None):
+                raise
+            self._missed += 1
+            self._unreadable = self._unreadable + 1 if is_unreadable(error) else 0
+            if self._unreadable == _UNREADABLE_IN_A_ROW:
+                raise ProtocolError(
+                    f"task {task_id}: {_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
+                ) from error
+            self.gateway.note_retry()
+            log.warning("task %s: poll %d missed (%s)", task_id, self.polls, error)
+        else:
+            self._missed = self._unreadable = 0
+            if not snapshot.status.ended:
+                self._running_until = asked - self._started
+            self._see(snapshot)
+            log.debug("task %s: poll %d: %s, progress %s", task_id, self.polls, snapshot.status, snapshot.progress)
+
+    def _see(self, snapshot: TaskSnapshot) -> None:
+        self.snapshot = snapshot
+        self._tell()
+
+    def _end(self, outcome: Outcome) -> None:
+        if self.ended.done():
+            return
+        _resolve(self.answered, None)
+        _resolve(self.ended, outcome)
+        self._tell()
+        match outcome:
+            case Completed():
+                log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)
+            case Failed():
+                name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
+                log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
+
+    def _failed(self, error: FluxError) -> Failed:
+        return Failed(self.task_id, self.request, error, self._elapsed(), self.polls)
+
+    def _elapsed(self) -> float:
+        return anyio.current_time() - self._started
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+
+
+def _resolve(future: "asyncio.Future[Any]", value: object) -> None:
+    if not future.done():
+        future.set_result(value)

@@ -1,0 +1,77 @@
+"""What a session is set up with, from its arguments and the environment, checked before anything is sent."""
+
+import ipaddress
+import os
+from urllib.parse import urlsplit
+
+from flux2max_async._errors import ConfigurationError
+
+DEFAULT_BASE_URL = "https://cloud.vtrix.ai"
+KEY_VARIABLE = "FLUX2MAX_API_KEY"
+URL_VARIABLE = "FLUX2MAX_BASE_URL"
+
+
+def checked_key(api_key: str | None) -> str:
+    """Give the API key, which is never shown in an error.
+
+    Raises:
+        ConfigurationError: There is none, or it can't be one.
+    """
+    key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
+    if not key:
+        raise ConfigurationError(f"no API key: pass api_key or set {KEY_VARIABLE}")
+    if not isinstance(key, str) or not all("!" <= character <= "~" for character in key):
+        raise ConfigurationError(
+            "the API key is malformed: it must be printable ASCII text without spaces or line ends, and without 'Bearer'"
+        )
+    return key
+
+
+def checked_base_url(base_url: str | None) -> str:
+    """Give the gateway's address, without a slash at its end.
+
+    Raises:
+        ConfigurationError: It is no address to which a key could be sent safely.
+    """
+    url = (os.environ.get(URL_VARIABLE) or DEFAULT_BASE_URL) if base_url is None else base_url
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError("base_url is not a URL") from error
+    if parts.username or parts.password:
+        raise ConfigurationError("base_url must not hold a user name or password")
+    if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment or not url.isprintable():
+        raise ConfigurationError(f"base_url must look like https://host/prefix, not {url!r}")
+    if parts.scheme == "http" and not _is_this_machine(host):
+        raise ConfigurationError(f"base_url must be https for {host}: over http the key could be read on the way")
+    return url.rstrip("/")
+
+
+def checked_seconds(name: str, seconds: float) -> float:
+    """Give a duration that is more than nothing.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")
+    return seconds
+
+
+def checked_places(places: int) -> int:
+    """Give the most tasks to keep in flight.
+
+    Raises:
+        ConfigurationError: It is less than one.
+    """
+    if isinstance(places, bool) or not isinstance(places, int) or places < 1:
+        raise ConfigurationError(f"max_in_flight must be an integer of at least 1, not {places!r}")
+    return places
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

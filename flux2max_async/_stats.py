@@ -1,0 +1,25 @@
+"""What a session has done so far, in numbers."""
+
+from decimal import Decimal
+
+import attrs
+
+
+@attrs.define
+class SessionStats:
+    """The counts of a session since it was made; `session.stats` gives a copy of the moment."""
+
+    submitted: int = 0
+    """Submits that the service gave an id."""
+    in_flight: int = 0
+    """Tasks followed now, attached ones included."""
+    completed: int = 0
+    failed: int = 0
+    """Requests that came to nothing, for whatever reason."""
+    polls: int = 0
+    retries: int = 0
+    """Calls made again after a failure."""
+    rate_limited: int = 0
+    """Answers with 429."""
+    spent: Decimal = Decimal(0)
+    """US dollars: the sum of `usage.cost` over what has ended."""

@@ -1,0 +1,190 @@
+"""A stream of outcomes: requests go in lazily, outcomes come out in order of completion."""
+
+import asyncio
+import functools
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from flux2max_async._errors import FluxError, SessionClosedError
+from flux2max_async._poller import GenerationTask, Poller
+from flux2max_async._request import GenerationRequest
+from flux2max_async._retry import dooms_the_rest
+from flux2max_async._task import Failed, Outcome
+
+Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
+
+_UNANSWERED = 5.0
+"""Seconds that leaving a stream waits for the ids of submits that are on the wire."""
+
+
+Start = Callable[[str | GenerationRequest], Awaitable[Poller]]
+"""Waits for a place, then submits and follows in the background."""
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+"""Runs something in the background, as long as the session is open."""
+
+
+class OutcomeStream(AsyncIterator[Outcome]):
+    """Outcomes in order of completion.
+
+    Leaving it early, by `async with` or by dropping it, stops new submissions; what is submitted already is still
+    followed by the session, and `unfinished` names it.
+    """
+
+    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int) -> None:
+        self._feed = _Feed(requests, start, spawn, ahead)
+
+    @property
+    def unfinished(self) -> tuple[GenerationTask, ...]:
+        """The tasks that were submitted and whose outcome was not delivered."""
+        return tuple(GenerationTask(poller) for poller in self._feed.undelivered if poller.task_id is not None)
+
+    async def __anext__(self) -> Outcome:
+        return await self._feed.next()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop submitting, and wait briefly until each submit on the wire has its id."""
+        await self._feed.close()
+
+    def __del__(self) -> None:
+        # Dropped in the middle of a loop: nobody will take what further submissions would cost.
+        if hasattr(self, "_feed"):
+            self._feed.stop(None)
+
+
+class _Feed:
+    """What goes on behind a stream. It doesn't know its stream, so that dropping that is noticed."""
+
+    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int) -> None:
+        self.undelivered: dict[Poller, None] = {}
+        """In order of submission."""
+        self._start = start
+        self._spawn = spawn
+        self._pull = _puller(requests)
+        self._credit = anyio.Semaphore(ahead)
+        """One for each request that may be pulled before another outcome is delivered."""
+        self._ready: deque[tuple[Outcome, Poller | None]] = deque()
+        self._producer: asyncio.Task[None] | None = None
+        self._doom: Exception | None = None
+        """What to raise after the last outcome."""
+        self._dry = False
+        """Nothing more will be submitted."""
+        self._closed = False
+        self._news: anyio.Event | None = None
+
+    async def next(self) -> Outcome:
+        if self._producer is None and not self._dry:
+            self._producer = self._spawn(self._produce())
+        while not self._closed:
+            if self._ready:
+                outcome, poller = self._ready.popleft()
+                if poller is not None:
+                    del self.undelivered[poller]
+                self._credit.release()
+                return outcome
+            if self._dry and not self.undelivered:
+                break
+            self._news = self._news or anyio.Event()
+            await self._news.wait()
+        doom, self._doom = self._doom, None
+        if doom is not None:
+            raise doom
+        raise StopAsyncIteration
+
+    def stop(self, doom: Exception | None) -> None:
+        """Submit nothing more; what is submitted already is followed and delivered, and then the doom raised."""
+        if self._dry:
+            return
+        self._dry = True
+        self._doom = doom
+        if self._producer is not None and not self._producer.get_loop().is_closed():
+            self._producer.cancel()
+            reason = doom if isinstance(doom, FluxError) else SessionClosedError("the stream was left")
+            for poller in self.undelivered:
+                poller.withdraw(reason)
+        self._tell()
+
+    async def close(self) -> None:
+        self.stop(None)
+        self._closed = True
+        self._doom = None
+        self._tell()
+        if unanswered := [poller.answered for poller in self.undelivered if not poller.answered.done()]:
+            await asyncio.wait(unanswered, timeout=_UNANSWERED)
+
+    async def _produce(self) -> None:
+        request: str | GenerationRequest | None = None
+        try:
+            while True:
+                await self._credit.acquire()
+                request = await self._pull()
+                try:
+                    poller = await self._start(request)
+                except FluxError as error:
+                    self._refuse(request, error)
+                else:
+                    self.undelivered[poller] = None
+                    poller.ended.add_done_callback(functools.partial(self._arrived, poller))
+                request = None
+        except StopAsyncIteration:
+            self._dry = True
+            self._tell()
+        except asyncio.CancelledError:
+            # Either the stream was stopped, or its session ends.
+            self.stop(SessionClosedError("the session was closed before all requests were submitted"))
+            if request is not None and isinstance(self._doom, FluxError):
+                self._refuse(request, self._doom)
+            raise
+        except Exception as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
+            self._dry = True
+            self._doom = error
+            self._tell()
+
+    def _arrived(self, poller: Poller, ended: "asyncio.Future[Outcome]") -> None:
+        outcome = ended.result()
+        self._ready.append((outcome, poller))
+        if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
+            self.stop(outcome.error)
+        self._tell()
+
+    def _refuse(self, request: str | GenerationRequest, error: FluxError) -> None:
+        """Deliver a request that was pulled and never submitted: nothing pulled is lost."""
+        known = request if isinstance(request, GenerationRequest) else None
+        self._ready.append((Failed(None, known, error, 0.0, 0), None))
+        if _ends_the_stream(error):
+            self.stop(error)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+
+
+def _ends_the_stream(error: FluxError) -> bool:
+    return dooms_the_rest(error) or isinstance(error, SessionClosedError)
+
+
+def _puller(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequest]]:
+    """Give what pulls one more request, and raises StopAsyncIteration at the end."""
+    if isinstance(requests, AsyncIterable):
+        return aiter(requests).__anext__
+    iterator = iter(requests)
+
+    async def pull() -> str | GenerationRequest:
+        for request in iterator:
+            return request
+        raise StopAsyncIteration
+
+    return pull

@@ -1,0 +1,119 @@
+"""What comes back: snapshots of a task, and the outcome that a request came to."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, Self
+
+import attrs
+
+from flux2max_async._errors import FluxError, TaskFailedError
+from flux2max_async._request import GenerationRequest
+
+
+class TaskStatus(StrEnum):
+    """Where a task stands. A status that nobody knows yet counts as IN_PROGRESS; `TaskSnapshot.raw` shows it."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to the task."""
+        return self in _ENDED
+
+
+_ENDED = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
+
+
+@attrs.frozen
+class Usage:
+    """What a task cost."""
+
+    cost: Decimal | None = None
+    """US dollars, exact, parsed from the service's string; None where the service gives no readable amount."""
+    discount: Decimal | None = None
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    """What else the service says about it."""
+
+
+@attrs.frozen
+class GeneratedImage:
+    """One picture of a completed task. `session.save()` downloads it."""
+
+    url: str
+    """Short-lived: about 10 minutes at the model's maker."""
+    type: str
+    task_id: str
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    """`jobId` and whatever else the service says."""
+    index: int = 0
+    """The picture's place among its task's pictures."""
+
+
+@attrs.frozen
+class TaskSnapshot:
+    """One answer about a task."""
+
+    task_id: str
+    status: TaskStatus
+    progress: float | None = None
+    """0.0 to 1.0; often missing, sometimes coarse."""
+    images: tuple[GeneratedImage, ...] = ()
+    usage: Usage | None = None
+    created_at: datetime | None = None
+    """Timezone-aware."""
+    error: TaskFailedError | None = None
+    """Set exactly when the status is FAILED."""
+    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    raw: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
+    """The answer as it came."""
+
+
+@attrs.frozen
+class Completed:
+    """A request that came to pictures."""
+
+    ok: ClassVar[Literal[True]] = True
+
+    task_id: str
+    request: GenerationRequest | None
+    """None only for a task that was attached by its id alone."""
+    images: tuple[GeneratedImage, ...]
+    """Never empty."""
+    usage: Usage | None
+    metadata: Mapping[str, Any]
+    elapsed: float
+    """Seconds from the submit (or the attach) to the poll that saw the end."""
+    polls: int
+
+    def unwrap(self) -> Self:
+        """Give the outcome itself; the counterpart of `Failed.unwrap()`."""
+        return self
+
+
+@attrs.frozen
+class Failed:
+    """A request that came to nothing, and why."""
+
+    ok: ClassVar[Literal[False]] = False
+
+    task_id: str | None
+    """None where the request was refused or lost before it had an id."""
+    request: GenerationRequest | None
+    error: FluxError
+    elapsed: float
+    """Seconds from the submit (or the attach) to the end."""
+    polls: int
+
+    def unwrap(self) -> Completed:
+        """Raise the error."""
+        # The error may be raised for many waiters: each starts with a clean traceback.
+        raise self.error.with_traceback(None)
+
+
+Outcome = Completed | Failed
+"""What one request came to; `match` on the class or look at `ok`."""

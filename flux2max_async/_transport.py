@@ -1,0 +1,219 @@
+"""One call, one reply, no second try: the only room that knows aiohttp's client.
+
+What decides whether a submit may be repeated is whether a byte of it was written, and aiohttp doesn't say: its errors
+and timeouts look the same before and after. So the body of a submit notes when it is first asked for. And a submit
+never shares a connection: on one that the server has just closed, an honest submit would fail exactly like a lost
+answer.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import cast
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
+from yarl import URL
+
+from flux2max_async._errors import FluxError, ProtocolError, SessionClosedError, TransportError
+from flux2max_async._wire import Call, Reply
+
+_MAX_REPLY = 16_000_000
+_CHUNK = 65_536
+_CONNECTIONS = 100
+
+
+class Transport:
+    """Makes calls to one gateway, with one key, over one aiohttp session.
+
+    Args:
+        api_key: Sent as the bearer token, to the gateway only.
+        base_url: Where the gateway is, path prefix included.
+        user_agent: How we introduce ourselves.
+        timeout: Seconds for one exchange, from waiting for a connection to the last byte of the answer.
+        http: A borrowed aiohttp session; it is never closed here.
+    """
+
+    def __init__(
+        self, api_key: str, base_url: str, *, user_agent: str, timeout: float, http: aiohttp.ClientSession | None
+    ) -> None:
+        self._base_url = base_url
+        self._host = urlsplit(base_url).hostname
+        self._agent = {"User-Agent": user_agent}
+        self._headers = {**self._agent, "Accept": "application/json", "Authorization": f"Bearer {api_key}"}
+        self._secret = api_key
+        self._timeout = timeout
+        self._borrowed = http
+        self._http = http
+
+    def open(self) -> None:
+        """Make the connection pool; needs a running event loop."""
+        if self._borrowed is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+
+    async def close(self) -> None:
+        """Close the connections that are ours."""
+        if self._borrowed is None and self._http is not None:
+            # Must not be cut short, or sockets leak; doesn't take long.
+            with anyio.move_on_after(5, shield=True):
+                await self._http.close()
+
+    async def exchange(self, call: Call, *, within: float = math.inf) -> Reply:
+        """Make one call and read its reply whole.
+
+        Args:
+            call: What to ask.
+            within: Seconds that the whole exchange may take, where that is less than the request timeout.
+
+        Raises:
+            TransportError: Nothing was answered; `maybe_sent` tells whether a byte of the call was written.
+            ProtocolError: The answer was no HTTP, or endless.
+            SessionClosedError: The aiohttp session is closed.
+        """
+        http = self._usable()
+        body = None if call.body is None else _NotingPayload(call.body)
+        url = URL(self._base_url + call.path, encoded=True)
+        failure: FluxError
+        try:
+            async with asyncio.timeout(min(self._timeout, within)):
+                if body is None:
+                    exchange = http.get(
+                        url, headers=self._headers, allow_redirects=False, timeout=_NO_TIMEOUT, raise_for_status=False
+                    )
+                else:
+                    exchange = http.post(
+                        url,
+                        data=body,
+                        headers={**self._headers, "Connection": "close"},
+                        allow_redirects=False,
+                        timeout=_NO_TIMEOUT,
+                        raise_for_status=False,
+                        # It is the host that would be verified anyway. Naming it gives submits a pool of their own.
+                        server_hostname=self._host,
+                    )
+                async with exchange as response:
+                    content = await _read(response)
+            return Reply(response.status, response.headers, content, datetime.now(UTC)).without(self._secret)
+        except (aiohttp.ClientError, OSError) as error:
+            failure = _translated(error, maybe_sent=body is None or body.written)
+        except RuntimeError:
+            if not http.closed:
+                raise
+            failure = SessionClosedError("the HTTP session was closed")
+        # Raised outside the handler: aiohttp's error knows the headers, the key among them, and goes no further.
+        raise failure
+
+    @asynccontextmanager
+    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncIterator["Answer"]:
+        """Open a download from anywhere, without the key, following redirects.
+
+        Raises:
+            TransportError: Nothing was answered.
+            ProtocolError: The url or the answer is no HTTP.
+            SessionClosedError: The aiohttp session is closed.
+        """
+        http = self._usable()
+        # A picture may take long on a slow line: what counts is that bytes keep coming.
+        timeout = aiohttp.ClientTimeout(total=None, connect=self._timeout, sock_read=self._timeout)
+        # Identity: the length and the ranges of what is stored are those of what is sent.
+        all_headers = {**self._agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
+        try:
+            response = await http.get(url, headers=all_headers, timeout=timeout, raise_for_status=False)
+        except (aiohttp.ClientError, OSError) as error:
+            failure = _translated(error, maybe_sent=True)
+            raise failure from failure.__cause__
+        async with response:
+            yield Answer(response)
+
+    def _usable(self) -> aiohttp.ClientSession:
+        if self._http is None or self._http.closed:
+            raise SessionClosedError("the HTTP session is closed")
+        return self._http
+
+
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
+
+
+class Answer:
+    """The answer to a download: its facts, then its bytes."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        self._content = response.content
+
+    async def read(self) -> bytes:
+        """Read some more bytes; none at the end.
+
+        Raises:
+            TransportError: The answer was cut.
+        """
+        try:
+            return await self._content.read(_CHUNK)
+        except (aiohttp.ClientError, OSError) as error:
+            failure = _translated(error, maybe_sent=True)
+            raise failure from failure.__cause__
+
+
+class _NotingPayload(aiohttp.Payload):
+    """The body of a submit, which notes when it is first asked for, and keeps its connection for itself."""
+
+    _autoclose = True
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__(value, content_type="application/json")
+        self._size = len(value)
+        self.written = False
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        await self.write_with_length(writer, None)
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        self.written = True
+        if (protocol := cast("StreamWriter", writer).protocol) is not None:
+            protocol.force_close()
+        view = memoryview(self._value)[:content_length]
+        # In pieces, so that a body of many megabytes leaves the event loop room to breathe.
+        for start in range(0, len(view), _CHUNK):
+            await writer.write(view[start : start + _CHUNK])
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return bytes(self._value).decode(encoding, errors)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    content = bytearray()
+    async for chunk in response.content.iter_any():
+        content += chunk
+        if len(content) > _MAX_REPLY:
+            raise ProtocolError("the answer is larger than 16 MB")
+    return bytes(content)
+
+
+def _translated(error: Exception, *, maybe_sent: bool) -> FluxError:
+    """Say in our words what went wrong, with a cause that holds no headers."""
+    match error:
+        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+            result: FluxError = TransportError(f"no connection: {error}", maybe_sent=False)
+        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
+            result = TransportError("the connection was closed before the whole answer had come", maybe_sent=maybe_sent)
+        case TimeoutError():
+            result = TransportError("no answer in time", maybe_sent=maybe_sent)
+        case aiohttp.ClientResponseError() | aiohttp.InvalidURL():
+            # Its repr shows the call's headers: it is described and dropped.
+            if not maybe_sent:
+                return TransportError(f"no connection: {error.__class__.__name__}", maybe_sent=False)
+            return ProtocolError(f"the answer is no HTTP that can be read: {error.__class__.__name__}")
+        case _:
+            result = TransportError(f"the connection broke: {error}", maybe_sent=maybe_sent)
+    # Without its traceback, whose frames hold the headers too.
+    result.__cause__ = error.with_traceback(None)
+    return result

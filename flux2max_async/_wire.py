@@ -1,0 +1,420 @@
+"""What goes over the wire and what comes back: calls made from requests, snapshots or errors made from replies.
+
+Sources: [S] the vendor's page for the model, [C] the vendor's open-source clients, [D] the vendor's other pages,
+[B] the documentation of the model's maker, whose service sits behind the gateway. Where a reader meets variations,
+it takes them all; what it can't read is a ProtocolError that says where.
+"""
+
+import http
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import attrs
+import cattrs
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from flux2max_async._errors import (
+    AuthenticationError,
+    BadRequestError,
+    ContentModeratedError,
+    FluxError,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    ProtocolError,
+    RateLimitedError,
+    ResponseError,
+    ServerError,
+    TaskFailedError,
+    TaskNotFoundError,
+)
+from flux2max_async._request import IMAGE_PARAMETERS, GenerationRequest
+from flux2max_async._task import GeneratedImage, TaskSnapshot, TaskStatus, Usage
+
+MODEL = "flux_2_max"
+
+# [C], [D]
+_GENERATION = "/model/v1/generation"
+_TASK = "/model/v1/generation/task/"
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Call:
+    """One HTTP request to make, relative to the base url."""
+
+    method: str
+    path: str
+    """Percent-encoded."""
+    body: bytes | None = attrs.field(default=None, repr=False)
+
+
+@attrs.frozen
+class Reply:
+    """One HTTP answer, read whole."""
+
+    status: int
+    headers: Mapping[str, str] = attrs.field(repr=False)
+    """Looked up without regard to case."""
+    body: bytes = attrs.field(repr=False)
+    received: datetime
+    """When it came, by this machine's clock; timezone-aware."""
+
+    def without(self, secret: str) -> "Reply":
+        """Mask a secret that the service may have echoed, so that no error message repeats it."""
+        mark = secret.encode()
+        return attrs.evolve(self, body=self.body.replace(mark, b"***")) if mark in self.body else self
+
+
+# ------------------------------------------------------------------ calls
+
+
+def submit_call(request: GenerationRequest) -> Call:
+    """Write a request down. Reads and encodes local pictures, so keep it off the event loop where there are any.
+
+    Raises:
+        InvalidRequestError: A local picture is missing, empty, too large or of a kind that the service doesn't take.
+    """
+    params: dict[str, Any] = _converter.unstructure(request)
+    for index, (name, image) in enumerate(zip(IMAGE_PARAMETERS, request.input_images, strict=False)):
+        try:
+            params[name] = image.encode()
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"input_images[{index}]: {error.message}", error.field) from error.__cause__
+    params.update((name, value) for name, value in request.extra.items() if value is not None)
+    return Call("POST", _GENERATION, json.dumps({"model": MODEL, "input": [{"params": params}]}).encode())
+
+
+def poll_call(task_id: str) -> Call:
+    """Ask for a task. Its id is opaque: slashes are encoded, and so are the dots that a path would swallow."""
+    encoded = quote(task_id, safe="")
+    return Call("GET", _TASK + (encoded.replace(".", "%2E") if task_id in {".", ".."} else encoded))
+
+
+# ------------------------------------------------------------------ replies
+
+
+def read_submit(reply: Reply) -> TaskSnapshot:
+    """Read the answer to a submit; with an id in hand, nothing else in it can make it fail.
+
+    Raises:
+        ResponseError: The gateway refused.
+        ProtocolError: There is neither an id nor an error in the answer: whether a task exists is unknown.
+    """
+    if not 200 <= reply.status < 300:
+        raise response_error(reply)
+    body = _json_object(reply)
+    match body.get("id"):
+        case str(task_id) if task_id:
+            pass
+        case int(number) if not isinstance(number, bool):
+            task_id = str(number)
+        case _ if _problem(body) is not None:
+            # [C] "An answer without an id is a refusal whatever its HTTP status".
+            raise response_error(reply)
+        case _:
+            raise ProtocolError("the answer to the submit holds neither a task id nor an error")
+    try:
+        return _snapshot(task_id, body)
+    except ProtocolError:
+        return TaskSnapshot(task_id, TaskStatus.IN_PROGRESS, raw=body)
+
+
+def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
+    """Read the answer to a poll.
+
+    Raises:
+        ResponseError: The gateway answered with an error.
+        ProtocolError: The answer is no task that can be read.
+    """
+    if not 200 <= reply.status < 300:
+        raise response_error(reply)
+    body = _json_object(reply)
+    if not isinstance(body.get("status"), str) and _problem(body) is not None:
+        raise response_error(reply)
+    return _snapshot(task_id, body)
+
+
+def response_error(reply: Reply) -> ResponseError:
+    """Make the error that a reply amounts to."""
+    try:
+        body = _json_object(reply)
+    except ProtocolError:
+        body = {}
+    code, message = _problem(body) or (None, _text(reply))
+    headers = reply.headers
+    if 300 <= reply.status < 400:
+        message = f"the gateway redirects to {headers.get('Location', 'nowhere')}: set base_url to where it really is"
+    kind = _error_class(reply.status, code, message)
+    return kind(message, reply.status, code, headers.get("X-Request-Id"), _retry_after(reply, body))
+
+
+def _error_class(status: int, code: str | None, message: str) -> type[ResponseError]:
+    # [C] Body codes 40201 to 40208 and these words mean an empty balance, be the status 402, 403 or even 200.
+    broke = (code or "") in _BALANCE_CODES or re.search(r"insufficient (balance|credits)", message, re.IGNORECASE)
+    match status:
+        case 402:
+            return InsufficientBalanceError
+        case _ if broke and (status in {400, 403} or status < 300):
+            return InsufficientBalanceError
+        case 400 | 422:
+            return BadRequestError
+        case 401:
+            return AuthenticationError
+        case 403:
+            return PermissionDeniedError
+        case 404:
+            return TaskNotFoundError
+        case 429:
+            return RateLimitedError
+        case _ if status >= 500:
+            return ServerError
+        case _:
+            return ResponseError
+
+
+_BALANCE_CODES = {str(code) for code in range(40201, 40209)}
+
+
+# ------------------------------------------------------------------ the task object
+
+
+@attrs.frozen
+class _Content:
+    url: str | None = None
+    type: str = "image"
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+@attrs.frozen
+class _Group:
+    content: list[_Content] = attrs.field(factory=list[_Content])
+
+
+@attrs.frozen
+class _Task:
+    """The task object [S], [C], as far as we read it."""
+
+    status: str
+    progress: float | None = None
+    created_at: datetime | None = None
+    output: list[_Group] = attrs.field(factory=list[_Group])
+    usage: Usage | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+def _snapshot(task_id: str, body: dict[str, Any]) -> TaskSnapshot:
+    try:
+        task = _converter.structure(body, _Task)
+    except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as error:
+        where = "; ".join(cattrs.transform_error(error, "$"))
+        raise ProtocolError(f"task {task_id}: the answer is unreadable: {where}") from error
+    contents = [content for group in task.output for content in group.content if content.url]
+    images = tuple(
+        GeneratedImage(content.url or "", content.type, task_id, content.extra, index)
+        for index, content in enumerate(contents)
+    )
+    status = status_of(task.status) or TaskStatus.IN_PROGRESS
+    error: TaskFailedError | None = None
+    if status is TaskStatus.FAILED or (status is TaskStatus.COMPLETED and not images):
+        problem = _problem(body)
+        if status is TaskStatus.COMPLETED and not body.get("error"):
+            raise ProtocolError(f"task {task_id} is said to be completed, but holds no output")
+        status = TaskStatus.FAILED
+        error = _task_error(task_id, *(problem or (None, "the service gave no reason")))
+    return TaskSnapshot(
+        task_id, status, task.progress, images, task.usage, task.created_at, error, task.metadata, raw=body
+    )
+
+
+def status_of(text: str) -> TaskStatus | None:
+    """Read a status without regard to case; None for one that nobody knows yet."""
+    return _STATUSES.get(text.strip().lower())
+
+
+_STATUSES = {status.value: status for status in TaskStatus} | {"processing": TaskStatus.IN_PROGRESS}  # [D]
+
+
+def _task_error(task_id: str, code: str | None, message: str) -> TaskFailedError:
+    # [B] "content_policy_violation", "Request Moderated", "Content Moderated".
+    moderated = re.search(r"moderat|content.?policy|nsfw", f"{code} {message}", re.IGNORECASE)
+    return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, code)
+
+
+def _problem(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
+    """Find the code and message of an error, in any of the shapes seen; None where there is no error."""
+    match body:
+        case {"error": {**error}} if error:
+            pass
+        case {"error": str(text), "message": str(message)} if message:
+            return text, message
+        case {"error": str(message)} if message:
+            return _code(body.get("code")), message
+        case {"status": {**error}} if error:
+            pass
+        case {"message": str(message)} if message:
+            return _code(body.get("code")), message
+        case {"detail": detail} if detail:  # [B]
+            return None, detail if isinstance(detail, str) else json.dumps(detail)
+        case _:
+            return None
+    for name in ("message", "error_message", "detail"):
+        if isinstance(text := error.get(name), str) and text:
+            return _code(error.get("code")), text
+    return _code(error.get("code")), json.dumps(error)
+
+
+def _code(value: object) -> str | None:
+    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
+
+
+def _json_object(reply: Reply) -> dict[str, Any]:
+    try:
+        body = json.loads(reply.body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"expected a JSON object, got {_text(reply)}") from error
+    if not isinstance(body, dict):
+        raise ProtocolError(f"expected a JSON object, got {_text(reply)}")
+    return body
+
+
+def _text(reply: Reply) -> str:
+    """Describe a body that is no JSON object: a proxy's HTML page, plain text, or nothing at all."""
+    try:
+        phrase = http.HTTPStatus(reply.status).phrase
+    except ValueError:
+        phrase = "unknown status"
+    text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", reply.body[:4000].decode(errors="replace")).split())
+    said = f": {text[:200]}" if text else " and an empty body"
+    return f"HTTP {reply.status} {phrase}{said}"
+
+
+def _retry_after(reply: Reply, body: Mapping[str, Any]) -> float | None:
+    """Read how long the service asks to wait: seconds or an HTTP date in the header, or `retry_after` in the body [B]."""
+    error = body.get("error")
+    for value in (
+        reply.headers.get("Retry-After"),
+        body.get("retry_after"),
+        error.get("retry_after") if isinstance(error, dict) else None,
+    ):
+        seconds = _number(value)
+        if seconds is None and isinstance(value, str):
+            seconds = _seconds_until(value, reply)
+        if seconds is not None:
+            return max(0.0, seconds)
+    return None
+
+
+def _seconds_until(date: str, reply: Reply) -> float | None:
+    try:
+        moment = parsedate_to_datetime(date)
+        # Against the gateway's own clock where it tells, so that this machine's may be wrong.
+        now = parsedate_to_datetime(reply.headers["Date"]) if "Date" in reply.headers else reply.received
+        return (moment.replace(tzinfo=moment.tzinfo or UTC) - now.replace(tzinfo=now.tzinfo or UTC)).total_seconds()
+    except (ValueError, OverflowError):
+        return None
+
+
+# ------------------------------------------------------------------ the converter
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _progress(value: object, _: object = None) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def _decimal(value: object, _: object = None) -> Decimal | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = Decimal(str(value).strip())
+    except (InvalidOperation, ValueError):
+        return None
+    return number if number.is_finite() else None
+
+
+def _moment(value: object, _: object = None) -> datetime | None:
+    try:
+        seconds = _number(value)
+        if seconds is not None:
+            return datetime.fromtimestamp(seconds, UTC)
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except (ValueError, OverflowError, OSError):
+        return None
+    return moment and moment.replace(tzinfo=moment.tzinfo or UTC)
+
+
+def _string(value: object, _: object = None) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, not {type(value).__name__}")
+    return value
+
+
+def _object(value: object, _: object = None) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def _null_is_missing(cls: type[T], converter: cattrs.Converter) -> Callable[[Any, Any], T]:
+    """Structure a class from an object in which null is as good as missing, keeping unknown keys in `extra`."""
+    known = attrs.fields_dict(cls).keys()  # type: ignore[arg-type]
+    structure = make_dict_structure_fn(cls, converter)
+
+    def hook(value: Any, _: Any) -> T:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, not {type(value).__name__}")
+        found = {name: entry for name, entry in value.items() if name in known and entry is not None}
+        if "extra" in known:
+            found["extra"] = {name: entry for name, entry in value.items() if name not in known or name == "extra"}
+        return structure(found, cls)
+
+    return hook
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter()
+    converter.register_structure_hook(str, _string)
+    converter.register_structure_hook(float | None, _progress)
+    converter.register_structure_hook(Decimal | None, _decimal)
+    converter.register_structure_hook(datetime | None, _moment)
+    converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _object)
+    usage = _null_is_missing(Usage, converter)
+    # A bill that can't be read must not cost us the picture.
+    converter.register_structure_hook(
+        Usage | None, lambda value, _: usage(value, Usage) if isinstance(value, dict) else None
+    )
+    for cls in (_Content, _Group, _Task):
+        converter.register_structure_hook(cls, _null_is_missing(cls, converter))
+    converter.register_unstructure_hook(
+        GenerationRequest,
+        make_dict_unstructure_fn(
+            GenerationRequest,
+            converter,
+            # "Send only what the caller set; never send null."
+            _cattrs_omit_if_default=True,
+            input_images=override(omit=True),
+            extra=override(omit=True),
+            key=override(omit=True),
+        ),
+    )
+    return converter
+
+
+_converter = _make_converter()

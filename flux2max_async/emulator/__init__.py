@@ -1,0 +1,16 @@
+"""An embedded gateway that speaks the FLUX.2 [max] protocol on 127.0.0.1 and draws real pictures.
+
+For demos, and for testing applications without a key, a bill or a network. Needs the extra `emulator` (Pillow).
+
+    async with Emulator(seconds=8.0, spread=0.3, seed=1) as gateway:
+        async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+            ...
+
+`with Emulator() as gateway:` runs it in a thread of its own, for code that isn't asynchronous. pytest finds the fixture
+`flux_emulator` by itself.
+"""
+
+from flux2max_async.emulator._server import Emulator
+from flux2max_async.emulator._service import EmulatedTask, Fault
+
+__all__ = ["EmulatedTask", "Emulator", "Fault"]

@@ -5,6 +5,7 @@ import math
 import random
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from flux2max_async._errors import FluxError, RateLimitedError, SubmissionUncertainError
@@ -84,15 +85,24 @@ class Gateway:
             self._stats.retries += 1
             log.warning("submit not accepted (%s); sent again", refusal)
 
-    async def poll(self, call: Call, task_id: str, *, within: float = math.inf) -> TaskSnapshot:
+    async def poll(
+        self, call: Call, task_id: str, *, secret: str | None = None, within: float = math.inf
+    ) -> TaskSnapshot:
         """Look at a task once.
+
+        Args:
+            call: How to ask.
+            task_id: What the task is called.
+            secret: The task's webhook secret, which the service might echo.
+            within: Seconds that the look may take, where that is less than the request timeout.
 
         Raises:
             FluxError: The look was missed, or the service refused; `_retry` tells which.
         """
         self._stats.polls += 1
         try:
-            snapshot = read_poll(await self._transport.exchange(call, within=within), task_id)
+            reply = await self._transport.exchange(call, within=within)
+            snapshot = read_poll(reply.without(secret), task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.poll_refused(anyio.current_time(), error.retry_after)
@@ -122,7 +132,7 @@ class Gateway:
         probe = self._pace.submit_started()
         try:
             reply = await self._transport.exchange(call, within=within)
-            snapshot = read_submit(reply.without(request.webhook_secret) if request.webhook_secret else reply)
+            snapshot = read_submit(reply.without(request.webhook_secret))
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.submit_refused(anyio.current_time(), self._stats.in_flight, error.retry_after, probe=probe)
@@ -146,6 +156,8 @@ class Gateway:
                 self._changed = anyio.Event()
                 with anyio.move_on_after(delay):
                     await self._changed.wait()
+            # Whoever was withdrawn in the moment of its turn stops here; for all others this is no wait at all.
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     def _note_status(self, snapshot: TaskSnapshot) -> None:
         status = snapshot.raw.get("status")

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 import anyio
@@ -93,6 +93,9 @@ class Poller:
     """Resolved once the task has an id, or never will have one."""
     ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
     """Resolved with the outcome."""
+
+    listeners: list[Callable[["Poller", Outcome], None]] = attrs.field(factory=list, init=False)
+    """Told the outcome in the moment of the end, before anything else can happen."""
 
     _started: float = attrs.field(factory=anyio.current_time, init=False)
     """The moment of the submit that was accepted, or of the attach."""
@@ -218,7 +221,8 @@ class Poller:
         asked = anyio.current_time()
         self.polls += 1
         try:
-            snapshot = await self.gateway.poll(call, task_id, within=self._deadline - asked)
+            secret = self.request.webhook_secret if self.request is not None else None
+            snapshot = await self.gateway.poll(call, task_id, secret=secret, within=self._deadline - asked)
         except FluxError as error:
             if not may_poll_again(error, elapsed=self._elapsed() if self._learning else None):
                 raise
@@ -247,6 +251,8 @@ class Poller:
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
         self._tell()
+        for listener in self.listeners:
+            listener(self, outcome)
         match outcome:
             case Completed():
                 log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)

@@ -298,6 +298,21 @@ class GenerationRequest:
     key: str | None = attrs.field(default=None, validator=_is_text, kw_only=True)
 
 
+def as_request(request: str | GenerationRequest, **params: Any) -> GenerationRequest:
+    """Make a request of a prompt and its parameters, or a changed copy of a request.
+
+    Raises:
+        InvalidRequestError: It is neither, or a parameter is wrong.
+    """
+    match request:
+        case GenerationRequest():
+            return attrs.evolve(request, **params) if params else request
+        case str():
+            return GenerationRequest(request, **params)
+        case _:
+            raise InvalidRequestError(f"give a prompt or a GenerationRequest, not {type(request).__name__}", "request")
+
+
 _KNOWN = {"model", *IMAGE_PARAMETERS, *(field.name for field in attrs.fields(GenerationRequest))} - {"extra", "key"}
 
 

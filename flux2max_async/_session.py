@@ -18,12 +18,12 @@ from flux2max_async._download import download
 from flux2max_async._errors import DownloadError, FluxError, InvalidRequestError, ResultExpiredError, SessionClosedError
 from flux2max_async._gateway import Gateway
 from flux2max_async._poller import GenerationTask, Poller
-from flux2max_async._request import GenerationRequest
+from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._schedule import LearnedSchedule, PollSchedule
 from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_seconds
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
-from flux2max_async._task import Completed, Failed, GeneratedImage, TaskSnapshot
+from flux2max_async._task import Completed, GeneratedImage, Outcome, TaskSnapshot
 from flux2max_async._transport import Transport
 from flux2max_async._version import __version__
 from flux2max_async._wire import poll_call
@@ -127,7 +127,7 @@ class FluxSession:
         Raises:
             FluxError: It came to nothing; the tree in `flux2max_async._errors` tells the kinds apart.
         """
-        poller = await self._start(_as_request(request, params))
+        poller = await self._start(as_request(request, **params))
         return (await _waited_for(poller, poller.ended)).unwrap()
 
     async def submit(self, request: str | GenerationRequest, /, **params: Any) -> GenerationTask:
@@ -142,7 +142,7 @@ class FluxSession:
         Raises:
             FluxError: There is no task, or nobody knows whether there is (SubmissionUncertainError).
         """
-        poller = await self._start(_as_request(request, params))
+        poller = await self._start(as_request(request, **params))
         await _waited_for(poller, poller.answered)
         if poller.task_id is None:
             poller.ended.result().unwrap()
@@ -165,7 +165,7 @@ class FluxSession:
             raise InvalidRequestError("stream() takes many requests: put a single one into a list", "requests")
         return OutcomeStream(
             requests,
-            start=lambda request: self._start(_as_request(request, {})),
+            start=self._start,
             spawn=self._spawn,
             ahead=self._max_in_flight,
         )
@@ -282,21 +282,21 @@ class _Life:
     def follow(self, poller: Poller, *, gives_back: anyio.Semaphore | None = None) -> None:
         """Run a poller to its end, which gives a place back."""
 
-        def ended(_: object) -> None:
+        def ended(poller: Poller, outcome: Outcome) -> None:
             self._pollers.discard(poller)
-            self._count(poller)
+            self._count(poller.snapshot, outcome)
             if gives_back is not None:
                 gives_back.release()
 
         self._pollers.add(poller)
-        poller.ended.add_done_callback(ended)
+        poller.listeners.append(ended)
         self.spawn(poller.run())
 
     async def close(self) -> None:
         self.closing = True
         for _ in range(self.places.statistics().tasks_waiting):
             self.places.release()  # who waits for a place is told instead
-        for poller in self._pollers:
+        for poller in list(self._pollers):
             poller.withdraw(_closed())
         try:
             # Without its id, a paid task is lost: give what is on the wire a moment.
@@ -314,13 +314,13 @@ class _Life:
                 ids = ", ".join(poller.task_id or "(a submit without an answer)" for poller in unfinished)
                 log.warning("session closed; unfinished tasks: %s", ids)
 
-    def _count(self, poller: Poller) -> None:
-        if isinstance(poller.ended.result(), Failed):
-            self._stats.failed += 1
-        else:
+    def _count(self, snapshot: TaskSnapshot | None, outcome: Outcome) -> None:
+        if isinstance(outcome, Completed):
             self._stats.completed += 1
-        if poller.snapshot and poller.snapshot.usage and poller.snapshot.usage.cost:
-            self._stats.spent += poller.snapshot.usage.cost
+        else:
+            self._stats.failed += 1
+        if snapshot and snapshot.usage and snapshot.usage.cost:
+            self._stats.spent += snapshot.usage.cost
 
     async def _supervise(self) -> None:
         async with self._group:
@@ -335,18 +335,6 @@ async def _waited_for(poller: Poller, future: "asyncio.Future[T]") -> T:
     except asyncio.CancelledError:
         poller.withdraw(SessionClosedError("the caller was cancelled before the request was submitted"))
         raise
-
-
-def _as_request(request: str | GenerationRequest, params: dict[str, Any]) -> GenerationRequest:
-    match request:
-        case GenerationRequest():
-            return attrs.evolve(request, **params) if params else request
-        case str():
-            return GenerationRequest(request, **params)
-        case _:
-            raise InvalidRequestError(
-                f"give a prompt or a GenerationRequest, not {type(request).__name__}", "request"
-            )
 
 
 def _checked_id(task_id: str) -> str:

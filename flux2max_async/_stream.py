@@ -1,7 +1,6 @@
 """A stream of outcomes: requests go in lazily, outcomes come out in order of completion."""
 
 import asyncio
-import functools
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from types import TracebackType
@@ -11,7 +10,7 @@ import anyio
 
 from flux2max_async._errors import FluxError, SessionClosedError
 from flux2max_async._poller import GenerationTask, Poller
-from flux2max_async._request import GenerationRequest
+from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._retry import dooms_the_rest
 from flux2max_async._task import Failed, Outcome
 
@@ -21,7 +20,7 @@ _UNANSWERED = 5.0
 """Seconds that leaving a stream waits for the ids of submits that are on the wire."""
 
 
-Start = Callable[[str | GenerationRequest], Awaitable[Poller]]
+Start = Callable[[GenerationRequest], Awaitable[Poller]]
 """Waits for a place, then submits and follows in the background."""
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 """Runs something in the background, as long as the session is open."""
@@ -124,18 +123,19 @@ class _Feed:
             await asyncio.wait(unanswered, timeout=_UNANSWERED)
 
     async def _produce(self) -> None:
-        request: str | GenerationRequest | None = None
+        request: GenerationRequest | None = None
         try:
             while True:
                 await self._credit.acquire()
-                request = await self._pull()
+                item = await self._pull()
                 try:
+                    request = as_request(item)
                     poller = await self._start(request)
                 except FluxError as error:
                     self._refuse(request, error)
                 else:
                     self.undelivered[poller] = None
-                    poller.ended.add_done_callback(functools.partial(self._arrived, poller))
+                    poller.listeners.append(self._arrived)
                 request = None
         except StopAsyncIteration:
             self._dry = True
@@ -151,17 +151,15 @@ class _Feed:
             self._doom = error
             self._tell()
 
-    def _arrived(self, poller: Poller, ended: "asyncio.Future[Outcome]") -> None:
-        outcome = ended.result()
+    def _arrived(self, poller: Poller, outcome: Outcome) -> None:
         self._ready.append((outcome, poller))
         if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
             self.stop(outcome.error)
         self._tell()
 
-    def _refuse(self, request: str | GenerationRequest, error: FluxError) -> None:
+    def _refuse(self, request: GenerationRequest | None, error: FluxError) -> None:
         """Deliver a request that was pulled and never submitted: nothing pulled is lost."""
-        known = request if isinstance(request, GenerationRequest) else None
-        self._ready.append((Failed(None, known, error, 0.0, 0), None))
+        self._ready.append((Failed(None, request, error, 0.0, 0), None))
         if _ends_the_stream(error):
             self.stop(error)
         self._tell()

@@ -207,11 +207,11 @@ def _translated(error: Exception, *, maybe_sent: bool) -> FluxError:
             result = TransportError("the connection was closed before the whole answer had come", maybe_sent=maybe_sent)
         case TimeoutError():
             result = TransportError("no answer in time", maybe_sent=maybe_sent)
-        case aiohttp.ClientResponseError() | aiohttp.InvalidURL():
+        case aiohttp.ClientResponseError() | aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
             # Its repr shows the call's headers: it is described and dropped.
             if not maybe_sent:
                 return TransportError(f"no connection: {error.__class__.__name__}", maybe_sent=False)
-            return ProtocolError(f"the answer is no HTTP that can be read: {error.__class__.__name__}")
+            return ProtocolError(f"no HTTP that can be read: {error.__class__.__name__}")
         case _:
             result = TransportError(f"the connection broke: {error}", maybe_sent=maybe_sent)
     # Without its traceback, whose frames hold the headers too.

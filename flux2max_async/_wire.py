@@ -68,10 +68,11 @@ class Reply:
     received: datetime
     """When it came, by this machine's clock; timezone-aware."""
 
-    def without(self, secret: str) -> "Reply":
+    def without(self, secret: str | None) -> "Reply":
         """Mask a secret that the service may have echoed, so that no error message repeats it."""
-        mark = secret.encode()
-        return attrs.evolve(self, body=self.body.replace(mark, b"***")) if mark in self.body else self
+        if not secret or secret.encode() not in self.body:
+            return self
+        return attrs.evolve(self, body=self.body.replace(secret.encode(), b"***"))
 
 
 # ------------------------------------------------------------------ calls

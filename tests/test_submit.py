@@ -1,0 +1,318 @@
+"""Submits: what goes out, what may be repeated, and that nobody pays twice."""
+
+import asyncio
+import base64
+import io
+import socket
+from collections import deque
+from pathlib import Path
+
+import aiohttp
+import anyio
+import pytest
+from _scripted import (
+    Behaviour,
+    ScriptedGateway,
+    answer,
+    completed,
+    disconnect,
+    half,
+    half_hang,
+    hang,
+    html,
+    no_http,
+    raw,
+    reset,
+)
+from PIL import Image
+
+from flux2max_async import (
+    AuthenticationError,
+    BadRequestError,
+    FixedSchedule,
+    FluxError,
+    FluxSession,
+    GenerationRequest,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    ProtocolError,
+    RateLimitedError,
+    ResponseError,
+    ServerError,
+    SubmissionUncertainError,
+    TaskNotFoundError,
+    TransportError,
+)
+from flux2max_async.emulator import Emulator, Fault
+
+
+def session_on(scripted: ScriptedGateway, **options: object) -> FluxSession:
+    return FluxSession(scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(1.0), **options)  # type: ignore[arg-type]
+
+
+async def test_a_submit_is_what_the_protocol_says(scripted: ScriptedGateway) -> None:
+    """A submit has the documented path, headers and envelope, and holds what the caller set and nothing else."""
+    request = GenerationRequest("a cat", seed=7, width=0, output_format="png", extra={"raw": True, "no": None}, key="k")
+    async with session_on(scripted) as session:
+        await session.generate(request)
+
+    call = scripted.of("POST")[0]
+    assert call.path == "/model/v1/generation"
+    assert call.json == {
+        "model": "flux_2_max",
+        "input": [{"params": {"prompt": "a cat", "seed": 7, "width": 0, "output_format": "png", "raw": True}}],
+    }
+    assert call.headers["Authorization"] == f"Bearer {scripted.api_key}"
+    assert call.headers["Content-Type"] == call.headers["Accept"] == "application/json"
+    assert call.headers["User-Agent"].startswith("flux2max_async/")
+
+
+async def test_a_path_prefix_is_kept(scripted: ScriptedGateway) -> None:
+    """A base url with a path prefix, as behind a proxy, is respected for submits and polls."""
+    async with FluxSession(scripted.api_key, base_url=f"{scripted.url}/proxy/flux/") as session:
+        await session.generate("a cat")
+
+    assert [call.path for call in scripted.received] == [
+        "/proxy/flux/model/v1/generation",
+        "/proxy/flux/model/v1/generation/task/t1",
+    ]
+
+
+async def test_input_images_are_sent_in_order(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Urls go as they are, everything else as base64, under the service's numbered names."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG")
+    data = file.getvalue()
+    path = tmp_path / "in.png"
+    path.write_bytes(data)
+    async with session_on(scripted) as session:
+        await session.generate("a cat", input_images=["https://x.example/a.png", path, data, io.BytesIO(data)])
+
+    params = scripted.of("POST")[0].params
+    encoded = base64.b64encode(data).decode()
+    assert [params[name] for name in ("input_image", "input_image_2", "input_image_3", "input_image_4")] == [
+        "https://x.example/a.png",
+        encoded,
+        encoded,
+        encoded,
+    ]
+
+
+async def test_a_large_body_arrives_whole(scripted: ScriptedGateway) -> None:
+    """Several megabytes of input images pass, in pieces and without a warning."""
+    data = b"\x89PNG\r\n\x1a\n" + bytes(9_000_000)
+    async with session_on(scripted) as session:
+        await session.generate("a cat", input_images=[data, data])
+
+    assert base64.b64decode(scripted.of("POST")[0].params["input_image_2"]) == data
+
+
+async def test_a_file_that_is_gone_costs_nothing(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A path is read at the submit; when it can't be, the error names the field and nothing is sent."""
+    request = GenerationRequest("a cat", input_images=["https://x.example/a.png", tmp_path / "gone.png"])
+    async with session_on(scripted) as session:
+        with pytest.raises(InvalidRequestError, match=r"input_images\[1\]: can't read .*gone.png") as caught:
+            await session.generate(request)
+
+    assert caught.value.field == "input_images"
+    assert scripted.received == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        pytest.param(answer(400, {"error": {"code": "x", "message": "bad width"}}), BadRequestError, id="400"),
+        pytest.param(answer(422, {"detail": [{"msg": "bad"}]}), BadRequestError, id="422"),
+        pytest.param(answer(401, {"message": "no"}), AuthenticationError, id="401"),
+        pytest.param(answer(402, {"message": "no"}), InsufficientBalanceError, id="402"),
+        pytest.param(answer(403, {"error": {"code": 40203, "message": "no"}}), InsufficientBalanceError, id="403 money"),
+        pytest.param(answer(403, {"message": "no"}), PermissionDeniedError, id="403"),
+        pytest.param(answer(404, b""), TaskNotFoundError, id="404"),
+        pytest.param(answer(418, b"teapot"), ResponseError, id="418"),
+        pytest.param(answer(307, b"", [("Location", "https://x.example/")]), ResponseError, id="307"),
+        pytest.param(answer(200, {"error": {"code": 7, "message": "no"}}), ResponseError, id="200 with an error"),
+    ],
+)
+async def test_a_refusal_is_raised_at_once(
+    scripted: ScriptedGateway, behaviour: Behaviour, error: type[ResponseError]
+) -> None:
+    """A refusal is its own error, with the service's words, and is not repeated."""
+    scripted.submits = deque([behaviour])
+    async with session_on(scripted) as session:
+        with pytest.raises(error) as caught:
+            await session.generate("a cat")
+
+        assert session.stats.retries == 0
+    assert type(caught.value) is error
+    assert len(scripted.of("POST")) == 1
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        pytest.param(reset, id="reset"),
+        pytest.param(disconnect, id="disconnected"),
+        pytest.param(half, id="half an answer"),
+        pytest.param(half_hang, id="half an answer, then nothing"),
+        pytest.param(hang, id="no answer"),
+        pytest.param(no_http, id="no HTTP"),
+        pytest.param(html, id="a page"),
+        pytest.param(answer(200, {}), id="neither id nor error"),
+        pytest.param(answer(408, b""), id="408"),
+        pytest.param(answer(500, b""), id="500"),
+        pytest.param(answer(502, b"<html>"), id="502"),
+        pytest.param(answer(504, b""), id="504"),
+    ],
+)
+async def test_a_lost_answer_is_uncertain_and_never_repeated(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """Whatever happens to the answer of a submit that went out, the gateway sees exactly one POST."""
+    scripted.submits = deque([behaviour])
+    async with session_on(scripted) as session:
+        with pytest.raises(SubmissionUncertainError) as caught:
+            await session.generate("a cat")
+
+    assert isinstance(caught.value.__cause__, FluxError)
+    assert len(scripted.of("POST")) == 1
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        pytest.param(answer(503, b""), id="503"),
+        pytest.param(answer(429, {"message": "slow down"}), id="429"),
+        pytest.param(answer(429, b"", [("Retry-After", "2")]), id="429 with seconds"),
+    ],
+)
+async def test_what_created_nothing_is_sent_again(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """A submit that certainly created nothing is repeated until it is taken."""
+    scripted.submits = deque([behaviour, behaviour, answer(200, {"id": "t1"})])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+        assert session.stats.retries == 2
+    assert outcome.task_id == "t1"
+    assert len(scripted.of("POST")) == 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        pytest.param(answer(503, b""), ServerError, id="503"),
+        pytest.param(answer(429, b"", [("Retry-After", "4")]), RateLimitedError, id="429"),
+    ],
+)
+async def test_repeating_ends_with_the_deadline(
+    scripted: ScriptedGateway, behaviour: Behaviour, error: type[FluxError]
+) -> None:
+    """When the deadline passes, the last refusal is raised."""
+    scripted.submits = deque([behaviour])
+    async with session_on(scripted, deadline=60.0) as session:
+        started = anyio.current_time()
+        with pytest.raises(error):
+            await session.generate("a cat")
+
+        assert 40 < anyio.current_time() - started <= 60
+    assert len(scripted.of("POST")) > 3
+
+
+async def test_no_connection_is_tried_until_there_is_one(unused_port: int) -> None:
+    """A gateway that can't be reached costs nothing, so it is tried again; the last error is raised at the deadline."""
+    async with FluxSession("key", base_url=f"http://127.0.0.1:{unused_port}", deadline=20.0) as session:
+        with pytest.raises(TransportError, match="no connection") as caught:
+            await session.generate("a cat")
+
+        assert session.stats.retries > 3
+    assert caught.value.maybe_sent is False
+
+
+async def test_the_deadline_interrupts_a_hung_submit(scripted: ScriptedGateway) -> None:
+    """A deadline shorter than the request timeout cuts a hung submit; it went out, so it is uncertain."""
+    scripted.submits = deque([hang])
+    async with session_on(scripted, deadline=3.0) as session:
+        started = anyio.current_time()
+        with pytest.raises(SubmissionUncertainError):
+            await session.generate("a cat")
+
+        assert anyio.current_time() - started == pytest.approx(3.0)
+
+
+async def test_submits_never_share_a_connection(scripted: ScriptedGateway) -> None:
+    """A connection that the server closes right after an answer, unannounced, makes no honest submit uncertain."""
+
+    def once(task_id: str) -> Behaviour:
+        content = b'{"id": "%s"}' % task_id.encode()
+        return raw(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+
+    scripted.submits = deque(once(f"t{n}") for n in range(1, 11))
+    async with session_on(scripted) as session:
+        tasks = [await session.submit("a cat") for _ in range(10)]
+
+    assert [task.id for task in tasks] == [f"t{n}" for n in range(1, 11)]
+
+
+async def test_submits_share_no_connection_of_a_borrowed_session(scripted: ScriptedGateway) -> None:
+    """With a borrowed aiohttp session, too, each submit has a connection of its own, and polls share theirs."""
+    async with aiohttp.ClientSession() as http:
+        async with session_on(scripted, http_session=http) as session:
+            for _ in range(3):
+                await session.generate("a cat")
+
+        assert not http.closed
+    assert len(scripted.received) == 6
+    assert scripted.connections == 4
+
+
+async def test_an_answer_that_has_already_ended_needs_no_poll(scripted: ScriptedGateway) -> None:
+    """A submit that is answered with the finished task costs no poll."""
+    scripted.submits = deque([answer(200, completed("t9"))])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+    assert (outcome.task_id, outcome.polls) == ("t9", 0)
+
+
+@pytest.mark.parametrize("fault", [None, *Fault])
+async def test_nobody_pays_twice(gateway: Emulator, fault: Fault | None) -> None:
+    """Whatever one fault does to a submit, the gateway has accepted at most one POST for the prompt."""
+    gateway.script("submit", fault)
+    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+        outcomes = [outcome async for outcome in session.stream(["a cat"])]
+
+    assert len(outcomes) == 1
+    assert gateway.accepted["a cat"] <= 1
+    assert outcomes[0].ok or isinstance(outcomes[0].error, (SubmissionUncertainError, TaskNotFoundError))
+
+
+@pytest.mark.parametrize("repeats", range(3))
+async def test_a_cut_body_was_sent(scripted: ScriptedGateway, repeats: int) -> None:
+    """A connection that breaks while the body is being written counts as sent, since some of it was."""
+    server = await asyncio.start_server(_break_after_some_bytes, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    data = b"\x89PNG\r\n\x1a\n" + bytes(15_000_000)
+    async with server, FluxSession("key", base_url=url) as session:
+        with pytest.raises(SubmissionUncertainError):
+            await session.generate("a cat", input_images=[data] * (repeats + 1))
+
+
+async def _break_after_some_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readexactly(1000)
+    writer.transport.abort()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+async def test_garbage_is_named_in_the_cause(scripted: ScriptedGateway) -> None:
+    """What the gateway said instead of an answer can be read from the error."""
+    scripted.submits = deque([html])
+    async with session_on(scripted) as session:
+        with pytest.raises(SubmissionUncertainError, match="Welcome to nginx!") as caught:
+            await session.generate("a cat")
+
+    assert isinstance(caught.value.__cause__, ProtocolError)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flux2max_async._version import __version__
 
 if TYPE_CHECKING:
-    from flux2max_async._face import *  # noqa: F403
+    from flux2max_async._face import *
 
 __all__ = [
     "AuthenticationError",

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from flux2max_async._errors import DownloadError, FluxError, ProtocolError, ResultExpiredError, TransportError
+from flux2max_async._errors import DownloadError, ProtocolError, ResultExpiredError, TransportError
 from flux2max_async._retry import backoff
 from flux2max_async._transport import Answer, Transport
 
@@ -111,24 +111,7 @@ async def _fetch_whole(transport: Transport, url: str, file: IO[bytes]) -> None:
 
 async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None:
     """Write one answer's bytes to the file, after what is there already."""
-    match answer.status:
-        case 200:
-            progress.restart(answer.headers)
-        case 206 if _range_start(answer.headers) == progress.received:
-            pass
-        case 206 | 416:
-            progress.resumable = False
-            raise _CutError("the rest that was asked for is not what came")
-        case 403 | 404 | 410:
-            raise ResultExpiredError(f"the picture's url has expired (HTTP {answer.status})")
-        case 408 | 429:
-            raise _CutError(f"HTTP {answer.status}")
-        case status if status >= 500:
-            raise _CutError(f"HTTP {status}")
-        case status:
-            raise DownloadError(f"can't download: HTTP {status}")
-    if (progress.total or 0) > MAX_BYTES:
-        raise _too_large()
+    _begin(answer, progress)
     buffer = bytearray()
     try:
         while chunk := await answer.read():
@@ -143,6 +126,26 @@ async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None
     await _write(file, buffer, progress)
     if progress.total is not None and progress.received != progress.total:
         raise _CutError(f"{progress.received} of {progress.total} bytes came")
+
+
+def _begin(answer: Answer, progress: _Progress) -> None:
+    """Tell from the head of an answer whether its bytes are wanted."""
+    match answer.status:
+        case 200:
+            progress.restart(answer.headers)
+            if (progress.total or 0) > MAX_BYTES:
+                raise _too_large()
+        case 206 if _range_start(answer.headers) == progress.received:
+            pass
+        case 206 | 416:
+            progress.resumable = False
+            raise _CutError("the rest that was asked for is not what came")
+        case 403 | 404 | 410 as status:
+            raise ResultExpiredError(f"the picture's url has expired (HTTP {status})")
+        case status if status in {408, 429} or status >= 500:
+            raise _CutError(f"HTTP {status}")
+        case status:
+            raise DownloadError(f"can't download: HTTP {status}")
 
 
 async def _write(file: IO[bytes], buffer: bytearray, progress: _Progress) -> None:

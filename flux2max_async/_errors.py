@@ -82,6 +82,11 @@ class ResponseError(FluxError):
     retry_after: float | None = None
     """Seconds the gateway asked us to wait, if it did."""
 
+    def __str__(self) -> str:
+        code = f", code {self.code}" if self.code else ""
+        request_id = f", request {self.request_id}" if self.request_id else ""
+        return f"{self.message} (HTTP {self.status}{code}{request_id})"
+
 
 @attrs.define(slots=False, eq=False)
 class BadRequestError(ResponseError):

@@ -60,6 +60,7 @@ class Gateway:
         await self._wait_for_turn()
         deadline = anyio.current_time() + seconds
         failures = 0
+        refusal: FluxError | None = None
         while True:
             started = anyio.current_time()
             try:
@@ -74,6 +75,7 @@ class Gateway:
                 if not may_submit_again(error):
                     raise
                 refusal = error
+            assert refusal is not None
             failures += 1
             # A last call with no time left for its answer would make an honest submit uncertain.
             with anyio.move_on_at(deadline - min(_LEAST_TIME, seconds / 4)) as patience:

@@ -31,7 +31,7 @@ class Pace:
 
     _places: int
     _paused_until: float = attrs.field(default=-math.inf, init=False)
-    _ceiling: float = attrs.field(init=False)
+    _ceiling: float = attrs.field(default=attrs.Factory(lambda self: self._places, takes_self=True), init=False)
     _step: float = attrs.field(default=_STEP, init=False)
     """How much one accepted submit lifts the ceiling."""
     _refusals: int = attrs.field(default=0, init=False)
@@ -40,10 +40,6 @@ class Pace:
     _refused_at: int = attrs.field(default=-1, init=False)
     """How many tasks were in flight at the last refusal."""
     _probing: bool = attrs.field(default=False, init=False)
-
-    @_ceiling.default
-    def _no_ceiling(self) -> float:
-        return self._places
 
     @property
     def limited(self) -> bool:

@@ -99,7 +99,9 @@ class Poller:
 
     _started: float = attrs.field(factory=anyio.current_time, init=False)
     """The moment of the submit that was accepted, or of the attach."""
-    _deadline: float = attrs.field(init=False)
+    _deadline: float = attrs.field(
+        default=attrs.Factory(lambda self: self._started + self.seconds, takes_self=True), init=False
+    )
     """The moment of giving up."""
     _learning: bool = attrs.field(default=False, init=False)
     """Whether the schedule may learn from the task: only where its submit was seen."""
@@ -112,10 +114,6 @@ class Poller:
     _submitting: anyio.CancelScope | None = attrs.field(default=None, init=False)
     _withdrawn: FluxError | None = attrs.field(default=None, init=False)
     _news: anyio.Event | None = attrs.field(default=None, init=False)
-
-    @_deadline.default
-    def _from_now(self) -> float:
-        return self._started + self.seconds
 
     def withdraw(self, reason: FluxError) -> None:
         """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
@@ -144,7 +142,7 @@ class Poller:
                 self.gateway.release()
         except FluxError as error:
             self._end(self._failed(error))
-        except Exception as error:  # noqa: BLE001 - a fault, in a caller's schedule perhaps, ends this task alone
+        except Exception as error:
             log.exception("task %s: polling broke", self.task_id)
             broken = FluxError(f"polling broke: {error!r}")
             broken.__cause__ = error

@@ -38,28 +38,29 @@ class OutputFormat(StrEnum):
 
 
 def _source(source: "ImageSource") -> str | Path | bytes:
-    match source:
+    given: object = source
+    match given:
         case InputImage():
-            return source.source
-        case str() if source[:5].lower() == "data:":
-            return _data_uri(source)
-        case str():
-            if not _is_web_url(source):
+            return given.source
+        case str(text) if text[:5].lower() == "data:":
+            return _data_uri(text)
+        case str(text):
+            if not _is_web_url(text):
                 raise _unfit(
-                    f"{_short(source)} is neither an http(s) URL nor a data: URI; pass a local file as pathlib.Path"
+                    f"{_short(text)} is neither an http(s) URL nor a data: URI; pass a local file as pathlib.Path"
                 )
-            return source
+            return text
         case bytes() | bytearray() | memoryview():
-            return _checked(bytes(source), "the picture given as bytes")
+            return _checked(bytes(given), "the picture given as bytes")
         case os.PathLike():
-            return Path(os.fsdecode(source))
-        case _ if callable(getattr(source, "read", None)):
-            return _read_open_file(source)
+            return Path(os.fsdecode(given))
+        case _ if callable(getattr(given, "read", None)):
+            return _read_open_file(given)
         case _:
-            raise _unfit(f"give a URL, a pathlib.Path, bytes or an open binary file, not {type(source).__name__}")
+            raise _unfit(f"give a URL, a pathlib.Path, bytes or an open binary file, not {type(given).__name__}")
 
 
-def _read_open_file(file: BinaryIO) -> bytes:
+def _read_open_file(file: Any) -> bytes:
     name = f"the open file {getattr(file, 'name', '')!r}"
     try:
         data = file.read(MAX_INPUT_BYTES + 1)
@@ -219,7 +220,7 @@ def _extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return _FrozenMapping(copy)
 
 
-def _is_prompt(_: Any, __: Any, value: object) -> None:
+def _is_prompt(_: Any, __: Any, value: Any) -> None:
     if not isinstance(value, str):
         raise InvalidRequestError(f"prompt must be text, not {type(value).__name__}", "prompt")
     if not value.strip():
@@ -304,13 +305,14 @@ def as_request(request: str | GenerationRequest, **params: Any) -> GenerationReq
     Raises:
         InvalidRequestError: It is neither, or a parameter is wrong.
     """
-    match request:
+    given: object = request
+    match given:
         case GenerationRequest():
-            return attrs.evolve(request, **params) if params else request
+            return attrs.evolve(given, **params) if params else given
         case str():
-            return GenerationRequest(request, **params)
+            return GenerationRequest(given, **params)
         case _:
-            raise InvalidRequestError(f"give a prompt or a GenerationRequest, not {type(request).__name__}", "request")
+            raise InvalidRequestError(f"give a prompt or a GenerationRequest, not {type(given).__name__}", "request")
 
 
 _KNOWN = {"model", *IMAGE_PARAMETERS, *(field.name for field in attrs.fields(GenerationRequest))} - {"extra", "key"}

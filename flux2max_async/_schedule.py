@@ -44,11 +44,10 @@ class PollSchedule(Protocol):
 class FixedSchedule:
     """Polls every `interval` seconds."""
 
-    interval: float = attrs.field()
+    interval: float
 
-    @interval.validator
-    def _check(self, _: object, value: float) -> None:
-        _positive("interval", value)
+    def __attrs_post_init__(self) -> None:
+        _positive("interval", self.interval)
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - every request is alike
         """Plan the polling of one task."""
@@ -78,8 +77,8 @@ class ExponentialSchedule:
 class LearnedSchedule:
     """Learns how long tasks take, and polls where the end is likely.
 
-    The durations are taken to be lognormal; the law starts as a guess (12 s, give or take a factor of two) that is
-    worth a few observations, and follows what the tasks then show, the newest ones most. A poll is due at the moment
+    The durations are taken to be lognormal; the law starts as a broad guess (10 s, give or take a factor of four) that
+    the first tasks replace, and follows what the tasks then show, the newest ones most. A poll is due at the moment
     u when one more second of not looking costs as much as looking does: with the hazard h of the law and x such that
     e^x - 1 - x = poll_price * h(u), that is when the odds of the task having ended since the last look reach e^x - 1.
     For tasks that end at a constant rate this is exact (Barlow, Hunter and Proschan, "Optimum Checking Procedures",
@@ -90,11 +89,11 @@ class LearnedSchedule:
     """
 
     poll_price: float = attrs.field(default=0.1, kw_only=True)
-    _mean: float = attrs.field(default=math.log(12.0), init=False)
+    _mean: float = attrs.field(default=math.log(10.0), init=False)
     """Mean of the logarithm of the seconds that a task takes."""
-    _square: float = attrs.field(default=math.log(12.0) ** 2 + 0.7**2, init=False)
+    _square: float = attrs.field(default=math.log(10.0) ** 2 + 1.5**2, init=False)
     """Mean of its square."""
-    _weight: float = attrs.field(default=2.0, init=False)
+    _weight: float = attrs.field(default=0.25, init=False)
     """How many observations what is known is worth."""
 
     def __attrs_post_init__(self) -> None:

@@ -22,7 +22,7 @@ def checked_key(api_key: str | None) -> str:
         raise ConfigurationError(f"no API key: pass api_key or set {KEY_VARIABLE}")
     if not isinstance(key, str) or not all("!" <= character <= "~" for character in key):
         raise ConfigurationError(
-            "the API key is malformed: it must be printable ASCII text without spaces or line ends, and without 'Bearer'"
+            "the API key is malformed: it must be printable ASCII without spaces and line ends, and without 'Bearer'"
         )
     return key
 

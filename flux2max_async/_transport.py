@@ -8,7 +8,7 @@ answer.
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import cast
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import anyio
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import StreamWriter
 from yarl import URL
 
@@ -112,7 +113,7 @@ class Transport:
         raise failure
 
     @asynccontextmanager
-    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncIterator["Answer"]:
+    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["Answer"]:
         """Open a download from anywhere, without the key, following redirects.
 
         Raises:
@@ -178,8 +179,7 @@ class _NotingPayload(aiohttp.Payload):
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         self.written = True
-        if (protocol := cast("StreamWriter", writer).protocol) is not None:
-            protocol.force_close()
+        cast("ResponseHandler", cast("StreamWriter", writer).protocol).force_close()
         view = memoryview(self._value)[:content_length]
         # In pieces, so that a body of many megabytes leaves the event loop room to breathe.
         for start in range(0, len(view), _CHUNK):

@@ -24,7 +24,6 @@ from flux2max_async._errors import (
     AuthenticationError,
     BadRequestError,
     ContentModeratedError,
-    FluxError,
     InsufficientBalanceError,
     InvalidRequestError,
     PermissionDeniedError,
@@ -40,7 +39,7 @@ from flux2max_async._task import GeneratedImage, TaskSnapshot, TaskStatus, Usage
 
 MODEL = "flux_2_max"
 
-# [C], [D]
+# Both paths are those of C and D.
 _GENERATION = "/model/v1/generation"
 _TASK = "/model/v1/generation/task/"
 
@@ -215,9 +214,9 @@ class _Task:
 def _snapshot(task_id: str, body: dict[str, Any]) -> TaskSnapshot:
     try:
         task = _converter.structure(body, _Task)
-    except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as error:
-        where = "; ".join(cattrs.transform_error(error, "$"))
-        raise ProtocolError(f"task {task_id}: the answer is unreadable: {where}") from error
+    except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as fault:
+        where = "; ".join(cattrs.transform_error(fault, "$"))
+        raise ProtocolError(f"task {task_id}: the answer is unreadable: {where}") from fault
     contents = [content for group in task.output for content in group.content if content.url]
     images = tuple(
         GeneratedImage(content.url or "", content.type, task_id, content.extra, index)
@@ -252,25 +251,20 @@ def _task_error(task_id: str, code: str | None, message: str) -> TaskFailedError
 
 def _problem(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """Find the code and message of an error, in any of the shapes seen; None where there is no error."""
-    match body:
-        case {"error": {**error}} if error:
-            pass
-        case {"error": str(text), "message": str(message)} if message:
-            return text, message
-        case {"error": str(message)} if message:
-            return _code(body.get("code")), message
-        case {"status": {**error}} if error:
-            pass
-        case {"message": str(message)} if message:
-            return _code(body.get("code")), message
-        case {"detail": detail} if detail:  # [B]
-            return None, detail if isinstance(detail, str) else json.dumps(detail)
-        case _:
-            return None
-    for name in ("message", "error_message", "detail"):
-        if isinstance(text := error.get(name), str) and text:
-            return _code(error.get("code")), text
-    return _code(error.get("code")), json.dumps(error)
+    for nested in (body.get("error"), body.get("status")):
+        if isinstance(nested, dict) and nested:
+            return _code(nested.get("code")), _message(nested) or json.dumps(nested)
+    error, message = body.get("error"), _message(body)
+    if isinstance(error, str) and error:
+        return (error, message) if message else (_code(body.get("code")), error)
+    return (_code(body.get("code")), message) if message else None
+
+
+def _message(body: Mapping[str, Any]) -> str | None:
+    for name in ("message", "error_message", "detail"):  # [S], [C], [B]
+        if said := body.get(name):
+            return said if isinstance(said, str) else json.dumps(said)
+    return None
 
 
 def _code(value: object) -> str | None:
@@ -281,9 +275,9 @@ def _json_object(reply: Reply) -> dict[str, Any]:
     try:
         body = json.loads(reply.body)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"expected a JSON object, got {_text(reply)}") from error
+        raise ProtocolError(f"expected a JSON object, got HTTP {reply.status} {_text(reply)}") from error
     if not isinstance(body, dict):
-        raise ProtocolError(f"expected a JSON object, got {_text(reply)}")
+        raise ProtocolError(f"expected a JSON object, got HTTP {reply.status} {_text(reply)}")
     return body
 
 
@@ -293,13 +287,13 @@ def _text(reply: Reply) -> str:
         phrase = http.HTTPStatus(reply.status).phrase
     except ValueError:
         phrase = "unknown status"
-    text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", reply.body[:4000].decode(errors="replace")).split())
-    said = f": {text[:200]}" if text else " and an empty body"
-    return f"HTTP {reply.status} {phrase}{said}"
+    page = reply.body[:4000].decode(errors="replace")
+    text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page).split())
+    return f"{phrase}: {text[:200]}" if text else f"{phrase}, with an empty body"
 
 
 def _retry_after(reply: Reply, body: Mapping[str, Any]) -> float | None:
-    """Read how long the service asks to wait: seconds or an HTTP date in the header, or `retry_after` in the body [B]."""
+    """Read how long the service asks to wait: seconds or an HTTP date in the header [D], or seconds in the body [B]."""
     error = body.get("error")
     for value in (
         reply.headers.get("Retry-After"),

@@ -15,7 +15,7 @@ def flux_emulator() -> "Iterator[Emulator]":
 
     It runs in a thread of its own, so it serves synchronous and asynchronous tests, under any plugin, alike.
     """
-    from flux2max_async.emulator import Emulator
+    from flux2max_async.emulator import Emulator  # noqa: PLC0415 - see above
 
     with Emulator(seconds=0.1, spread=0.0, seed=1) as gateway:
         yield gateway

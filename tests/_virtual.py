@@ -15,7 +15,7 @@ from typing import Any
 import anyio.to_thread
 
 _LONG_JUMP = 1.0
-_SETTLE = 0.005
+_SETTLE = 0.002
 """Real seconds that the loopback gets before a long jump, which may be a timeout that would fire wrongly."""
 _STUCK = 20.0
 _END_OF_TIME = 30 * 86_400.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+import anyio.lowlevel
 import pytest
 import uvloop
 from _scripted import ScriptedGateway, answer, completed, hang, running
@@ -87,7 +88,9 @@ async def test_params_replace_those_of_a_request(session: FluxSession) -> None:
 @pytest.mark.parametrize(
     ("bad", "field"), [(7, "request"), ("", "prompt"), (None, "request"), (b"a cat", "request")], ids=repr
 )
-async def test_bad_requests_never_leave_the_house(session: FluxSession, gateway: Emulator, bad: Any, field: str) -> None:
+async def test_bad_requests_never_leave_the_house(
+    session: FluxSession, gateway: Emulator, bad: Any, field: str
+) -> None:
     """What is no request is an error before anything is sent, and takes no place."""
     with pytest.raises(InvalidRequestError) as caught:
         await session.generate(bad)
@@ -337,7 +340,7 @@ async def test_closing_leaves_nothing_behind(gateway: Emulator) -> None:
         stream = session.stream(f"a cat {n}" for n in range(9))
         await anext(stream)
         await session.submit("a dog")
-    await anyio.sleep(0)
+    await anyio.lowlevel.checkpoint()
 
     assert {task for task in asyncio.all_tasks() - before if "flux2max_async" in repr(task.get_coro())} == set()
 
@@ -430,9 +433,7 @@ async def test_secrets_are_never_shown(scripted: ScriptedGateway, caplog: pytest
         for _ in range(3):
             task = None
             try:
-                task = await session.submit(
-                    "a cat", webhook_url="https://app.example/hook", webhook_secret=secret
-                )
+                task = await session.submit("a cat", webhook_url="https://app.example/hook", webhook_secret=secret)
                 shown.append(repr(await task.outcome()))
                 await task
             except Exception as error:

@@ -126,7 +126,9 @@ async def test_a_file_that_is_gone_costs_nothing(scripted: ScriptedGateway, tmp_
         pytest.param(answer(422, {"detail": [{"msg": "bad"}]}), BadRequestError, id="422"),
         pytest.param(answer(401, {"message": "no"}), AuthenticationError, id="401"),
         pytest.param(answer(402, {"message": "no"}), InsufficientBalanceError, id="402"),
-        pytest.param(answer(403, {"error": {"code": 40203, "message": "no"}}), InsufficientBalanceError, id="403 money"),
+        pytest.param(
+            answer(403, {"error": {"code": 40203, "message": "no"}}), InsufficientBalanceError, id="403 money"
+        ),
         pytest.param(answer(403, {"message": "no"}), PermissionDeniedError, id="403"),
         pytest.param(answer(404, b""), TaskNotFoundError, id="404"),
         pytest.param(answer(418, b"teapot"), ResponseError, id="418"),

@@ -198,17 +198,8 @@ class Emulator:
             return _reset(request)
         try:
             self._check_key(request, endpoint)
-            match fault:
-                case Fault.RATE_LIMITED:
-                    raise self._service.too_many("too many requests")
-                case Fault.SERVER_ERROR:
-                    raise Refusal(500, "internal_error", "something broke")
-                case Fault.UNAVAILABLE:
-                    raise Refusal(503, "unavailable", "try again later")
-                case Fault.NOT_FOUND:
-                    raise self._service.not_found()
-                case _:
-                    response = await effect()
+            self._service.refuse(fault)
+            response = await effect()
         except Refusal as refusal:
             return _refused(refusal)
         match fault:
@@ -220,7 +211,9 @@ class Emulator:
             case Fault.CUT:
                 return await _cut(request, response)
             case Fault.GARBAGE:
-                return web.Response(text="<html><body><h1>Welcome to nginx!</h1></body></html>", content_type="text/html")
+                return web.Response(
+                    text="<html><body><h1>Welcome to nginx!</h1></body></html>", content_type="text/html"
+                )
             case _:
                 return response
 

@@ -5,7 +5,7 @@ import binascii
 import math
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Literal
@@ -110,11 +110,9 @@ class Service:
     calls: Counter[str] = attrs.field(factory=Counter[str], init=False)
     _scripts: defaultdict[str, deque[Fault | None]] = attrs.field(factory=lambda: defaultdict(deque), init=False)
     _running: set[str] = attrs.field(factory=set[str], init=False)
-    _random: random.Random = attrs.field(init=False)
-
-    @_random.default
-    def _seeded(self) -> random.Random:
-        return random.Random(self.seed)
+    _random: random.Random = attrs.field(
+        default=attrs.Factory(lambda self: random.Random(self.seed), takes_self=True), init=False
+    )
 
     def script(self, endpoint: Endpoint, faults: Iterable[Fault | None]) -> None:
         self._scripts[endpoint].extend(faults)
@@ -205,6 +203,20 @@ class Service:
                 error = {"code": "content_policy_violation", "message": "Request Moderated"}
         return {**common, "status": "failed", "error": error}
 
+    def refuse(self, fault: Fault | None) -> None:
+        """Answer as a fault says that is an answer."""
+        match fault:
+            case Fault.RATE_LIMITED:
+                raise self.too_many("too many requests")
+            case Fault.SERVER_ERROR:
+                raise Refusal(500, "internal_error", "something broke")
+            case Fault.UNAVAILABLE:
+                raise Refusal(503, "unavailable", "try again later")
+            case Fault.NOT_FOUND:
+                raise self.not_found()
+            case _:
+                pass
+
     def too_many(self, message: str) -> Refusal:
         """Refuse for now."""
         return Refusal(429, "rate_limit_exceeded", message, retry_after=1 / self.time_scale)
@@ -245,22 +257,36 @@ def _checked_params(body: object) -> dict[str, Any]:
             raise _wrong("input", 'must be [{"params": {…}}]')
         case _:
             raise _wrong("model", "must be flux_2_max")
-    if not isinstance(params.get("prompt"), str) or not params["prompt"].strip():
-        raise _wrong("prompt", "must be text that is not blank")
-    for name in ("seed", "width", "height", "safety_tolerance"):
-        if not isinstance(params.get(name), int | None) or isinstance(params.get(name), bool):
-            raise _wrong(name, "must be an integer")
-    for side in ("width", "height"):
-        if params.get(side) and params[side] < 64:
-            raise _wrong(side, "must be at least 64")
-    if not 0 <= (params.get("safety_tolerance") or 0) <= 5:
-        raise _wrong("safety_tolerance", "must be from 0 to 5")
-    if params.get("output_format") not in {None, "jpeg", "png"}:
-        raise _wrong("output_format", "must be jpeg or png")
-    url = params.get("webhook_url")
-    if url is not None and not (isinstance(url, str) and 1 <= len(url) <= 2083):
-        raise _wrong("webhook_url", "must be a URL of 1 to 2083 characters")
+    if "prompt" not in params:
+        raise _wrong("prompt", "is required")
+    for name, (is_right, rule) in _RULES.items():
+        value = params.get(name)
+        if name in params and not (is_right(value) or (value is None and name != "prompt")):
+            raise _wrong(name, rule)
     return params
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_side(value: Any) -> bool:
+    return _is_integer(value) and (value == 0 or value >= 64)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (lambda value: isinstance(value, str) and bool(value.strip()), "must be text that is not blank"),
+    "seed": (_is_integer, "must be an integer"),
+    "width": (_is_side, "must be an integer of at least 64"),
+    "height": (_is_side, "must be an integer of at least 64"),
+    "safety_tolerance": (lambda value: _is_integer(value) and 0 <= value <= 5, "must be an integer from 0 to 5"),
+    "output_format": (lambda value: value in ("jpeg", "png"), "must be jpeg or png"),
+    "webhook_url": (
+        lambda value: isinstance(value, str) and 1 <= len(value) <= 2083,
+        "must be a URL of 1 to 2083 characters",
+    ),
+}
+"""Whether a value is right, and what would be [S]."""
 
 
 def _checked_inputs(params: Mapping[str, Any]) -> tuple[tuple[bytes, ...], list[int]]:

@@ -1,0 +1,95 @@
+"""The project's checks: `nox` runs them all, `nox -s tests` the tests alone."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "no"
+nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "coverage"]
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+
+if shutil.which("pyenv"):
+    # pyenv's shims answer only for the versions that are listed.
+    versions = subprocess.run(
+        ["pyenv", "versions", "--bare"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.environ["PYENV_VERSION"] = ":".join(
+        v for v in reversed(versions) if v.startswith(tuple(f"{p}." for p in PYTHONS))
+    )
+
+
+def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", options: tuple[str, ...] = ()) -> None:
+    """Install the built wheel with its extras, and groups of development tools."""
+    wheels = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    session.run("uv", "build", "--wheel", "--quiet", "--out-dir", str(wheels), external=True)
+    (wheel,) = wheels.glob("*.whl")
+    named = [argument for group in groups for argument in ("--group", group)]
+    session.install(f"{wheel}{extras}", *named, *options)
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """Run the tests against what is installed, never against the checkout."""
+    session.run(
+        "coverage", "run", "-m", "pytest", *arguments, *session.posargs,
+        env={"PYTHONSAFEPATH": "1", "COVERAGE_FILE": str(Path(f".coverage.{session.name}").resolve())},
+    )  # fmt: skip
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The tests, on each Python."""
+    install(session, "test")
+    run_tests(session)
+
+
+@nox.session(python=PYTHONS[0])
+def oldest(session: nox.Session) -> None:
+    """The tests with the oldest releases of the dependencies that are promised to do."""
+    install(session, "test", options=("--resolution", "lowest-direct"))
+    run_tests(session)
+
+
+@nox.session(python=PYTHONS[-1])
+def compatibility(session: nox.Session) -> None:
+    """The same library under pytest-asyncio, where many users live."""
+    install(session)
+    session.install("pytest>=9", "pytest-asyncio>=1.3")
+    session.run(
+        "pytest", "-c", "/dev/null", "--rootdir", ".", "-W", "error", "-p", "no:cacheprovider",
+        "-o", "asyncio_default_fixture_loop_scope=function", "tests/compatibility", env={"PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+
+
+@nox.session(python=PYTHONS[-1])
+def types(session: nox.Session) -> None:
+    """The types, by two checkers, and that all that is public has them."""
+    install(session, "test", "types")
+    session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks")
+    session.run("basedpyright")
+    session.run("basedpyright", "--verifytypes", "flux2max_async", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS[-1])
+def lint(session: nox.Session) -> None:
+    """Style, and that imports run down only."""
+    install(session, "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session(python=PYTHONS[-1])
+def coverage(session: nox.Session) -> None:
+    """That the tests on all Pythons together have been everywhere."""
+    session.install("coverage[toml]>=7.10")
+    session.run("coverage", "combine", "--keep")
+    session.run("coverage", "report")

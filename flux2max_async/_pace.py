@@ -19,6 +19,7 @@ MAX_PAUSE = 120.0
 _MAX_OWN_PAUSE = 30.0
 _LOOK_AGAIN = 30.0
 _STEP, _MIN_STEP = 0.5, 1 / 16
+_PROBES = 3
 
 
 @attrs.define
@@ -39,12 +40,14 @@ class Pace:
     _last_refusal: float = attrs.field(default=-math.inf, init=False)
     _refused_at: int = attrs.field(default=-1, init=False)
     """How many tasks were in flight at the last refusal."""
+    _probes_left: int = attrs.field(default=0, init=False)
+    """Submits that still go one at a time after a refused poll, which says nothing about tasks in flight."""
     _probing: bool = attrs.field(default=False, init=False)
 
     @property
     def limited(self) -> bool:
         """Whether submits go one at a time."""
-        return self._ceiling < self._places
+        return self._ceiling < self._places or self._probes_left > 0
 
     def pause(self, now: float) -> float:
         """Seconds until anything may be sent."""
@@ -57,11 +60,9 @@ class Pace:
             now: The moment.
             in_flight: Tasks that the service has accepted and not ended, as far as we know.
         """
-        if not self.limited:
-            return self.pause(now)
-        if self._probing:
+        if self._probing and self.limited:
             return math.inf
-        if in_flight < self._ceiling:
+        if self._ceiling >= self._places or in_flight < self._ceiling:
             return self.pause(now)
         # What was in the way may have been somebody else's tasks: look again now and then.
         return max(self.pause(now), self._last_refusal + _LOOK_AGAIN - now)
@@ -81,7 +82,8 @@ class Pace:
         """A submit became a task, which `in_flight` already counts."""
         self.submit_ended(probe=probe)
         self._refusals = 0
-        if self.limited:
+        self._probes_left = max(self._probes_left - 1, 0)
+        if self._ceiling < self._places:
             self._ceiling = min(max(self._ceiling + self._step, in_flight), self._places)
 
     def submit_refused(self, now: float, in_flight: int, retry_after: float | None, *, probe: bool) -> None:
@@ -101,6 +103,7 @@ class Pace:
 
     def poll_refused(self, now: float, retry_after: float | None) -> None:
         """A poll was answered with 429, which may say how many seconds to wait."""
+        self._probes_left = _PROBES
         self._pause(now, 1.0 if retry_after is None else retry_after)
 
     def _pause(self, now: float, seconds: float) -> None:

@@ -148,7 +148,8 @@ class Poller:
             broken.__cause__ = error
             self._end(self._failed(broken))
         finally:
-            self.abandon()
+            if not self.ended.done():
+                self.abandon()
 
     async def updates(self) -> AsyncIterator[TaskSnapshot]:
         """Give the newest snapshot, then each that says something new, until the end."""

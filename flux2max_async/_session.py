@@ -1,7 +1,6 @@
 """The session: lifetimes, places in flight, and the face that callers see."""
 
 import asyncio
-import logging
 import math
 import platform
 from collections.abc import AsyncIterable, Coroutine, Iterable
@@ -23,18 +22,15 @@ from flux2max_async._schedule import LearnedSchedule, PollSchedule
 from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_seconds
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
-from flux2max_async._task import Completed, GeneratedImage, Outcome, TaskSnapshot
+from flux2max_async._supervisor import Supervisor, closed_error
+from flux2max_async._task import Completed, GeneratedImage, TaskSnapshot
 from flux2max_async._transport import Transport
 from flux2max_async._version import __version__
 from flux2max_async._wire import poll_call
 
-log = logging.getLogger("flux2max_async")
-
 T = TypeVar("T")
 
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
-_LAST_ANSWERS = 2.0
-"""Seconds that closing waits for the answers to submits on the wire: without its id, a paid task is lost."""
 
 
 class FluxSession:
@@ -85,16 +81,22 @@ class FluxSession:
         )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
-        self._life: _Life | None = None
+        self._supervisor: Supervisor | None = None
 
     # ------------------------------------------------------------------ lifetime
 
     async def __aenter__(self) -> Self:
-        if self._life is not None and not self._life.loop.is_closed():
+        if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
         self._transport.open()
-        self._life = _Life(Gateway(self._transport, self._stats, self._max_in_flight), self._stats, self._max_in_flight)
-        await self._life.ready.wait()
+        self._supervisor = Supervisor(
+            Gateway(self._transport, self._stats, self._max_in_flight), self._stats, self._max_in_flight
+        )
+        try:
+            await self._supervisor.ready.wait()
+        except BaseException:
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(
@@ -104,10 +106,10 @@ class FluxSession:
 
     async def aclose(self) -> None:
         """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm."""
-        life, self._life = self._life, None
-        if life is not None:
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
             try:
-                await life.close()
+                await supervisor.close()
             finally:
                 await self._transport.close()
 
@@ -179,9 +181,9 @@ class FluxSession:
             task_id: What the service called it.
             request: What was asked for, if it is known; the outcome will name it.
         """
-        life = self._living()
-        poller = Poller(life.gateway, self._schedule, self._deadline, request, _checked_id(task_id))
-        life.follow(poller)
+        supervisor = self._running()
+        poller = Poller(supervisor.gateway, self._schedule, self._deadline, request, _checked_id(task_id))
+        supervisor.follow(poller)
         return GenerationTask(poller)
 
     async def fetch(self, task_id: str, /) -> TaskSnapshot:
@@ -190,7 +192,7 @@ class FluxSession:
         Raises:
             FluxError: There was no answer, or none that is a task.
         """
-        return await self._living().gateway.poll(poll_call(_checked_id(task_id)), task_id)
+        return await self._running().gateway.poll(poll_call(_checked_id(task_id)), task_id)
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download a result: streamed, retried, whole or not at all, and without the API key.
@@ -208,7 +210,7 @@ class FluxSession:
             ResultExpiredError: The url has expired, and so has the fresh one, if there was any.
             DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
         """
-        self._living()
+        self._running()
         target = Path(path)
         try:
             with anyio.fail_after(None if self._deadline == math.inf else self._deadline):
@@ -237,95 +239,25 @@ class FluxSession:
             ) from error
 
     async def _start(self, request: GenerationRequest) -> Poller:
-        life = self._living()
-        await life.places.acquire()
-        if life.closing:
-            raise _closed()
-        poller = Poller(life.gateway, self._schedule, self._deadline, request)
-        life.follow(poller, gives_back=life.places)
+        supervisor = self._running()
+        await supervisor.places.acquire()
+        if supervisor.closing:
+            raise closed_error()
+        poller = Poller(supervisor.gateway, self._schedule, self._deadline, request)
+        supervisor.follow(poller, gives_back=supervisor.places)
         return poller
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         try:
-            return self._living().spawn(work)
+            return self._running().spawn(work)
         except SessionClosedError:
             work.close()
             raise
 
-    def _living(self) -> "_Life":
-        if self._life is None:
-            raise _closed()
-        return self._life
-
-
-class _Life:
-    """What a session has between entering and leaving: a supervisor, and the pollers that run under it.
-
-    The supervisor is an asyncio task of its own, so that no task group or cancel scope stays open in the caller's.
-    It holds asyncio's task group: anyio's costs 3 KiB and 60 microseconds more for each poller.
-    """
-
-    def __init__(self, gateway: Gateway, stats: SessionStats, places: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.gateway = gateway
-        self.places = anyio.Semaphore(places)
-        self.closing = False
-        self.ready = anyio.Event()
-        self._stats = stats
-        self._pollers: set[Poller] = set()
-        self._group = asyncio.TaskGroup()
-        self._supervisor = self.loop.create_task(self._supervise(), name="flux2max_async supervisor")
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        return self._group.create_task(work)
-
-    def follow(self, poller: Poller, *, gives_back: anyio.Semaphore | None = None) -> None:
-        """Run a poller to its end, which gives a place back."""
-
-        def ended(poller: Poller, outcome: Outcome) -> None:
-            self._pollers.discard(poller)
-            self._count(poller.snapshot, outcome)
-            if gives_back is not None:
-                gives_back.release()
-
-        self._pollers.add(poller)
-        poller.listeners.append(ended)
-        self.spawn(poller.run())
-
-    async def close(self) -> None:
-        self.closing = True
-        for _ in range(self.places.statistics().tasks_waiting):
-            self.places.release()  # who waits for a place is told instead
-        for poller in list(self._pollers):
-            poller.withdraw(_closed())
-        try:
-            # Without its id, a paid task is lost: give what is on the wire a moment.
-            if unanswered := [poller.answered for poller in self._pollers if not poller.answered.done()]:
-                await asyncio.wait(unanswered, timeout=_LAST_ANSWERS)
-        finally:
-            unfinished = [poller for poller in self._pollers if not poller.ended.done()]
-            self._supervisor.cancel()
-            # Must not be cut short, or pollers outlive their session; they end as soon as they are cancelled.
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([self._supervisor])
-            for poller in unfinished:
-                poller.abandon()
-            if unfinished:
-                ids = ", ".join(poller.task_id or "(a submit without an answer)" for poller in unfinished)
-                log.warning("session closed; unfinished tasks: %s", ids)
-
-    def _count(self, snapshot: TaskSnapshot | None, outcome: Outcome) -> None:
-        if isinstance(outcome, Completed):
-            self._stats.completed += 1
-        else:
-            self._stats.failed += 1
-        if snapshot and snapshot.usage and snapshot.usage.cost:
-            self._stats.spent += snapshot.usage.cost
-
-    async def _supervise(self) -> None:
-        async with self._group:
-            self.ready.set()
-            await self.loop.create_future()  # until it is cancelled
+    def _running(self) -> "Supervisor":
+        if self._supervisor is None:
+            raise closed_error()
+        return self._supervisor
 
 
 async def _waited_for(poller: Poller, future: "asyncio.Future[T]") -> T:
@@ -341,7 +273,3 @@ def _checked_id(task_id: str) -> str:
     if not isinstance(task_id, str) or not task_id:
         raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", "task_id")
     return task_id
-
-
-def _closed() -> SessionClosedError:
-    return SessionClosedError("the session is closed: use it inside `async with FluxSession(...)`")

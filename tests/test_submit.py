@@ -318,3 +318,21 @@ async def test_garbage_is_named_in_the_cause(scripted: ScriptedGateway) -> None:
             await session.generate("a cat")
 
     assert isinstance(caught.value.__cause__, ProtocolError)
+
+
+async def test_after_a_refused_poll_submits_probe_one_at_a_time(scripted: ScriptedGateway) -> None:
+    """When a poll is refused with 429, the next submits wait for the pause and then go out one after the other."""
+    scripted.submits = deque(answer(200, {"id": f"t{n}"}, after=2.0) for n in range(20))
+    scripted.polls = deque([answer(429, b"", [("Retry-After", "10")]), answer(200, completed())])
+    async with session_on(scripted) as session:
+        first = await session.submit("a cat")
+        await anyio.sleep(1.5)
+        async with anyio.create_task_group() as group:
+            for _ in range(6):
+                group.start_soon(session.submit, "a dog")
+        await first
+    refused = scripted.of("GET")[0].at
+    moments = [call.at - refused for call in scripted.of("POST")[1:]]
+
+    assert moments[:3] == pytest.approx([10.0, 12.0, 14.0], abs=0.05)
+    assert moments[3:] == pytest.approx([16.0] * 3, abs=0.05)

@@ -8,10 +8,9 @@ import random
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, product
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
@@ -29,15 +28,12 @@ def draw(
     """
     scene = _plan(prompt, seed, width, height)
     _paint_sky(scene)
-    if scene.cues & {"sea", "city"}:
-        _paint_shore(scene)
-    else:
-        _paint_hills(scene)
-    _paint_weather(scene)
-    floor = _write_caption(scene.canvas, prompt)
+    (_paint_shore if scene.cues & {"shore", "city"} else _paint_hills)(scene)
+    _paint_air(scene)
+    floor = _write_caption(scene, prompt)
     _lay_out_prints(scene, input_images, floor)
     file = io.BytesIO()
-    scene.canvas.save(file, output_format, **_ENCODING[output_format])
+    scene.canvas.save(file, output_format, quality=90, compress_level=1)
     return file.getvalue()
 
 
@@ -49,87 +45,53 @@ def size_of(data: bytes) -> tuple[int, int]:
     return _read(data, enough=1)[0]
 
 
-class _Palette(NamedTuple):
-    sky: str  # colours from the zenith to the horizon
-    light: str  # sun or moon
-    land: str  # the nearest silhouettes
-    night: bool = False
-
-
-_ENCODING = {"jpeg": {"quality": 90}, "png": {"compress_level": 1}}
-
-# The first palette that a cue names wins, so the stronger moods come first.
-_PALETTES = {
-    "aurora": _Palette("050a1c 0a1a38 10364f 2b7a78", "eefcf6", "03101a", night=True),
-    "night": _Palette("070b1f 10204a 274680 6d8fbf", "f4f1e2", "050a1c", night=True),
-    "sunset": _Palette("2d1e4f 8e3b6e e8684a fdb863", "ffe9b8", "24102f"),
-    "dawn": _Palette("44558a 9484b0 eaaca3 fcdcb8", "fff4da", "2a2c4c"),
-    "twilight": _Palette("1b1d4d 4b3f8f b16fa8 f6bcae", "fff0e0", "150f33", night=True),
-    "fire": _Palette("1a0b16 561a2a b33a2a f3964a", "ffdf9e", "12060d"),
-    "desert": _Palette("4f6f9f c0a0a0 f0b98a fbe0b0", "fff3d0", "6e2c1f"),
-    "spring": _Palette("7f9fc9 c3b5d9 f2c4cf fbe6d8", "fffaf0", "463a63"),
-    "winter": _Palette("7f9cc2 adc3dc d8e2ee f8f1ea", "ffffff", "2f4668"),
-    "autumn": _Palette("6b4a5e c27b5a eeb866 fbe5b0", "fff6d6", "381d22"),
-    "storm": _Palette("333f4a 586973 8a999c c6cbc2", "eef0e6", "172126"),
-    "forest": _Palette("5f8f8a 9dbfa8 d5e0bd f6f0d2", "fffbe6", "0f2b27"),
-    "sea": _Palette("1d6f93 4fb0b5 a9dcc4 fdf0c4", "fffdf0", "0b3546"),
-    "day": _Palette("3a7fc2 79b4de bcdcec f5efdc", "fffce8", "1b4550"),
+# Each mood: the words that call for it, the sky from zenith to horizon, the sun or moon, and the nearest land.
+# The first one called for wins, so the stronger moods come first.
+_MOODS = {
+    "aurora": ("aurora|northern light|polar light", "050a1c 0a1a38 10364f 2b7a78", "eefcf6", "03101a"),
+    "night": ("night|midnight|moon|moonlight|starr?|galax", "070b1f 10204a 274680 6d8fbf", "f4f1e2", "050a1c"),
+    "sunset": ("sunset|sundown|evening|golden hour", "2d1e4f 8e3b6e e8684a fdb863", "ffe9b8", "24102f"),
+    "dawn": ("dawn|sunrise|daybreak|morning", "44558a 9484b0 eaaca3 fcdcb8", "fff4da", "2a2c4c"),
+    "twilight": ("twilight|dusk|neon|cyberpunk|dream", "1b1d4d 4b3f8f b16fa8 f6bcae", "fff0e0", "150f33"),
+    "fire": ("fire|volcano|lava|dragon|ember|inferno", "1a0b16 561a2a b33a2a f3964a", "ffdf9e", "12060d"),
+    "desert": ("desert|dune|camel|caravan|sand|cactus|canyon", "4f6f9f c0a0a0 f0b98a fbe0b0", "fff3d0", "6e2c1f"),
+    "spring": ("spring|cherr|blossom|sakura|flower|garden", "7f9fc9 c3b5d9 f2c4cf fbe6d8", "fffaf0", "463a63"),
+    "winter": ("snow|winter|ice|ic|frost|arctic|glacier", "5f87b8 98b6d8 cfdeee fbeee6", "ffffff", "2f4668"),
+    "autumn": ("autumn|fall|harvest|october|maple", "6b4a5e c27b5a eeb866 fbe5b0", "fff6d6", "381d22"),
+    "storm": ("rain|storm|thunder|fogg?|mist|cloud", "333f4a 586973 8a999c c6cbc2", "eef0e6", "172126"),
+    "forest": ("forest|wood|tree|jungle|pine|fox|deer|bear|owl", "4f8a94 92b8ae d3e0c0 f8f1d4", "fffbe6", "0f2b27"),
+    "sea": ("sea|ocean|wave|water|beach|island|coast|lighthouse", "1d6f93 4fb0b5 a9dcc4 fdf0c4", "fffdf0", "0b3546"),
+    "day": ("summer|noon|sunn|sk(?:y|ie)|meadow", "3a7fc2 79b4de bcdcec f5efdc", "fffce8", "1b4550"),
 }
+_NIGHTS = {"aurora", "night", "twilight"}
+_LAMP = (255, 218, 145)
 
-_CUES = {
-    "aurora": "aurora|northern light|polar light",
-    "night": "night|midnight|moon|moonlit|moonlight|star|starr|starlit|galax|space|cosmos",
-    "sunset": "sunset|sundown|evening|golden hour",
-    "dawn": "dawn|sunrise|daybreak|morning",
-    "twilight": "twilight|dusk|neon|cyberpunk|dream",
-    "fire": "fire|volcano|lava|dragon|ember|inferno",
-    "desert": "desert|dune|sahara|camel|caravan|sand|cactus|canyon|mars",
-    "spring": "spring|cherr|blossom|sakura|flower|garden",
-    "winter": "snow|winter|ice|ic|frost|arctic|christmas|glacier",
-    "autumn": "autumn|fall|harvest|october|maple",
-    "storm": "rain|storm|thunder|fogg?|mist|cloud",
-    "rain": "rain|storm|thunder|downpour",
-    "forest": "forest|wood|tree|jungle|pine|fox|deer|bear|owl|wolf|cabin",
-    "sea": "sea|ocean|beach|island|lake|river|pond|harbou?r|lighthouse|boat|ship|fish|koi|whale|coast|wave|water",
+_THINGS = {
+    "shore": "sea|ocean|wave|water|beach|island|coast|lighthouse|lake|river|pond|harbou?r|boat|ship|fish|koi|whale",
+    "peaks": "mountain|alp|peak|summit|hill|valley|volcano|dragon",
     "city": "cit(?:y|ie)|town|skyline|street|skyscraper|metropolis",
-    "day": "summer|noon|sunn|sk(?:y|ie)|mountain",
+    "rain": "rain|storm|thunder|downpour",
     "lighthouse": "lighthouse|beacon",
-    "boat": "boat|ship|sail|sailing|sailor|yacht|regatta",
+    "boat": "boat|ship|sail|sailing|yacht|regatta",
     "camel": "camel|caravan",
-    "cabin": "cabin|hut|house|cottage|village|farm",
 }
 
-# What falls through the air: its colour, and how large a speck is next to a snowflake.
-_SPECKS = {"winter": ("ffffff", 1.0), "spring": ("ffc4d4", 0.9), "autumn": ("f08c2e", 0.9), "fire": ("ffb347", 0.6)}
+# What floats through the air in a mood: snow, petals, leaves and embers.
+_SPECKS = {"winter": "ffffff", "spring": "f59ab8", "autumn": "e8752a", "fire": "ffb347"}
 
-# Silhouettes as polygons that stand at (0, 0); a unit is the figure's height.
-_FIGURES: dict[str, list[_Shape]] = {
-    "lighthouse": [
-        [(-0.1, -0.1), (-0.06, 0.72), (0.06, 0.72), (0.1, -0.1)],
-        [(-0.09, 0.72), (-0.09, 0.75), (0.09, 0.75), (0.09, 0.72)],
-        [(-0.045, 0.75), (-0.045, 0.87), (0.045, 0.87), (0.045, 0.75)],
-        [(-0.07, 0.87), (-0.03, 0.94), (0, 1), (0.03, 0.94), (0.07, 0.87)],
-    ],
-    "boat": [
-        [(-0.45, 0.13), (-0.32, 0), (0.32, 0), (0.47, 0.14)],
-        [(0, 0.17), (0.03, 0.55), (0, 1), (0.22, 0.6), (0.4, 0.19)],
-        [(-0.04, 0.19), (-0.04, 0.92), (-0.2, 0.5), (-0.38, 0.2)],
-    ],
-    "camel": [
-        [(-0.4, 0.4), (-0.3, 0.6), (-0.18, 0.66), (-0.08, 0.84), (0.02, 0.86), (0.12, 0.66), (0.24, 0.62), (0.33, 0.7),
-         (0.36, 0.9), (0.44, 0.96), (0.57, 0.88), (0.55, 0.82), (0.44, 0.8), (0.41, 0.62), (0.32, 0.46), (0.2, 0.38),
-         (-0.2, 0.4), (-0.34, 0.36)],
-        [(-0.38, -0.04), (-0.37, 0.45), (-0.27, 0.45), (-0.33, -0.04)],
-        [(-0.24, -0.04), (-0.3, 0.45), (-0.2, 0.45), (-0.19, -0.04)],
-        [(0.12, -0.04), (0.14, 0.45), (0.23, 0.45), (0.17, -0.04)],
-        [(0.26, -0.04), (0.2, 0.45), (0.31, 0.48), (0.31, -0.04)],
-    ],
-    "cabin": [
-        [(-0.5, -0.1), (-0.5, 0.45), (0.5, 0.45), (0.5, -0.1)],
-        [(-0.62, 0.4), (-0.38, 0.92), (0.38, 0.92), (0.62, 0.4)],
-        [(0.18, 0.8), (0.18, 1.08), (0.32, 1.08), (0.32, 0.8)],
-    ],
-}  # fmt: skip
+# Silhouettes as polygons "x,y x,y .../x,y ..." that stand at 0,0 and are 100 tall.
+_FIGURES = {
+    "lighthouse": "-10,-10 -6,72 6,72 10,-10/-9,72 -9,75 9,75 9,72/-4,75 -4,87 4,87 4,75/-7,87 -3,94 0,100 3,94 7,87",
+    "boat": "-45,13 -32,0 32,0 47,14/0,17 3,55 0,100 22,60 40,19/-4,19 -4,92 -20,50 -38,20",
+    "camel": "-40,40 -30,60 -18,66 -8,84 2,86 12,66 24,62 33,70 36,90 44,96 57,88 55,82 44,80 41,62 32,46 20,38 -20,40"
+    " -34,36/-38,-4 -37,45 -27,45 -33,-4/-24,-4 -30,45 -20,45 -19,-4/12,-4 14,45 23,45 17,-4/26,-4 20,45 31,48 31,-4",
+    "bird": "95,25 55,50 0,5 -55,50 -95,25 -50,30 0,-5 50,30",
+}
+
+# The bundled font has the letters of English only; spelled like this, most of Latin script can be written with it.
+_LETTERS = {*map(chr, range(0x20, 0x7F)), *"©«°±´·»‘’“”…‹›™"}  # noqa: RUF001  # these very signs are in the font
+_SPELLINGS = {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "—": "-"}
+_ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0308\u030a", ("`", "\u00b4", "^", "~", "··", "°"), strict=True))
 
 
 @dataclass
@@ -143,27 +105,29 @@ class _Scene:
     night: bool
     horizon: float
     sun: _Point
-    unit: float  # what elements are measured in: about the picture's side, less when it is very long
+    unit: float  # what things are measured in: about the picture's side, less when it is very long
 
 
 def _plan(prompt: str, seed: int, width: int, height: int) -> _Scene:
     rng = random.Random(hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "surrogatepass")).digest())
-    cues = {cue for cue, words in _CUES.items() if re.search(rf"\b(?:{words})(?:e?s|y)?\b", prompt, re.IGNORECASE)}
-    chosen = rng.choice(list(_PALETTES))
-    palette = _PALETTES[next((name for name in _PALETTES if name in cues), chosen)]
-    if not cues & {"sea", "city", "desert", "forest"}:
-        cues.add(rng.choice(["sea", "forest", "desert", "peaks"]))
-    horizon = height * rng.uniform(0.52, 0.64)
-    altitude = rng.uniform(0.5, 0.8) if palette.night else rng.uniform(0.12, 0.5)
+    words = {name: mood[0] for name, mood in _MOODS.items()} | _THINGS
+    cues = {cue for cue in words if re.search(rf"\b(?:{words[cue]})(?:e?s|y)?\b", prompt, re.IGNORECASE)}
+    any_mood = rng.choice(list(_MOODS))
+    mood = next((name for name in _MOODS if name in cues), any_mood)
+    if not cues & {"shore", "city", "desert", "forest", "peaks"}:
+        cues.add(rng.choice(["shore", "forest", "desert", "peaks"]))
+    _, sky, light, land = _MOODS[mood]
+    horizon = height * rng.uniform(0.48, 0.66)
+    altitude = rng.uniform(0.5, 0.8) if mood in _NIGHTS else rng.uniform(0.12, 0.5)
     across = rng.choice([rng.uniform(0.18, 0.4), rng.uniform(0.6, 0.82)])
     return _Scene(
         canvas=Image.new("RGB", (width, height)),
         rng=rng,
         cues=cues,
-        sky=[_colour(text) for text in palette.sky.split()],
-        light=_colour(palette.light),
-        land=_colour(palette.land),
-        night=palette.night,
+        sky=[_colour(text) for text in sky.split()],
+        light=_colour(light),
+        land=_colour(land),
+        night=mood in _NIGHTS,
         horizon=horizon,
         sun=(width * across, horizon * (1 - altitude)),
         unit=min(math.sqrt(width * height), 1.5 * min(width, height)),
@@ -178,33 +142,21 @@ def _paint_sky(scene: _Scene) -> None:
     horizon = max(4, round(scene.horizon * scale))
     sky = Image.new("RGB", size, scene.sky[-1])
     sky.paste(_gradient([*scene.sky, scene.sky[-1]], (size[0], horizon)))
-    if "aurora" in scene.cues:
-        for _ in range(2):
-            _paint_aurora(sky, scene.rng, horizon)
-    else:
-        _paint_clouds(sky, scene, horizon)
-    glow = _soft_disc(max(4, round(scene.unit * scale * (1.1 if scene.night else 1.6))), 110 if scene.night else 235)
+    (_paint_aurora if "aurora" in scene.cues else _paint_clouds)(sky, scene, horizon)
+    glow = _glow(scene.unit * scale * (1.1 if scene.night else 1.6), 110 if scene.night else 235)
     _stamp(sky, glow, scene.light, (scene.sun[0] * scale, scene.sun[1] * scale))
-    vignette = Image.radial_gradient("L").point([round(110 * (value / 255) ** 3) for value in range(256)])
+    vignette = Image.radial_gradient("L").point([round(110 * (level / 255) ** 3) for level in range(256)])
     sky.paste((8, 8, 20), (0, 0, *size), vignette.resize(size))
+    # The land covers the rest.
     reach = math.ceil(scene.horizon + (height - scene.horizon) * 0.3)
     part = sky.resize((width, reach), Image.Resampling.BILINEAR, (0, 0, size[0], size[1] * reach / height))
     scene.canvas.paste(scene.sky[-1], (0, 0, width, height))
     scene.canvas.paste(_grainy(part, scene.rng))
     if scene.night:
-        _paint_stars(scene)
+        stars = [_glow(scene.unit * share, 255) for share in (0.003, 0.004, 0.006, 0.011)]
+        _scatter(scene, stars, [scene.light], 140, scene.horizon)
     if not scene.cues & {"rain", "aurora"}:
         _paint_sun(scene)
-
-
-def _grainy(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """Adds noise of a few levels, which hides the bands that a slow gradient would show."""
-    tile = Image.frombytes("L", (128, 128), rng.randbytes(128 * 128)).point([value // 64 for value in range(256)])
-    grain = Image.new("L", picture.size)
-    for y in range(0, picture.height, 128):
-        for x in range(0, picture.width, 128):
-            grain.paste(tile, (x, y))
-    return ImageChops.add(picture, Image.merge("RGB", (grain, grain, grain)), 1, -1)
 
 
 def _paint_clouds(sky: Image.Image, scene: _Scene, horizon: int) -> None:
@@ -215,152 +167,152 @@ def _paint_clouds(sky: Image.Image, scene: _Scene, horizon: int) -> None:
         noise = Image.frombytes("L", (columns, rows), scene.rng.randbytes(columns * rows))
         mask = Image.blend(mask, noise.resize(size, Image.Resampling.BICUBIC), share)
     threshold = scene.rng.uniform(120, 150)
-    mask = mask.point([round(max(0.0, min(1.0, (value - threshold) / 70)) * 125) for value in range(256)])
-    mask = ImageChops.multiply(mask, _fade([255, 255, 255, 160, 0], size))
+    mask = mask.point([round(max(0.0, min(1.0, (level - threshold) / 70)) * 125) for level in range(256)])
+    mask = ImageChops.multiply(mask, _gradient([(255,), (255,), (255,), (160,), (0,)], size))
     colour = _mix(scene.sky[1], scene.sky[2], 0.5) if scene.night else _mix(scene.sky[-1], scene.light, 0.5)
     sky.paste(colour, (0, 0, *size), mask)
 
 
-def _paint_aurora(sky: Image.Image, rng: random.Random, horizon: int) -> None:
-    width = sky.width
-    reach = max(2, round(horizon * rng.uniform(0.45, 0.7)))
-    foot = horizon * rng.uniform(0.6, 0.85)
-    curtain = Image.new("L", (width, horizon))
-    strip = _fade([0, 20, 70, 160, 0], (1, reach))
-    for x, sway in enumerate(_rolling(rng, rng.uniform(1, 2), width)):
-        curtain.paste(strip, (x, round(foot + sway * horizon * 0.13) - reach))
-    rays = Image.frombytes("L", (40, 1), rng.randbytes(40)).point([90 + value * 165 // 255 for value in range(256)])
-    curtain = ImageChops.multiply(curtain, rays.resize((width, horizon), Image.Resampling.BICUBIC))
-    sky.paste(_gradient([(120, 70, 200), (60, 200, 170), (90, 255, 170)], (width, horizon)), (0, 0), curtain)
+def _paint_aurora(sky: Image.Image, scene: _Scene, horizon: int) -> None:
+    rng, size = scene.rng, (sky.width, horizon)
+    for _ in range(2):
+        reach = max(2, round(horizon * rng.uniform(0.45, 0.7)))
+        foot = horizon * rng.uniform(0.6, 0.85)
+        curtain = Image.new("L", size)
+        strip = _gradient([(0,), (20,), (70,), (160,), (0,)], (1, reach))
+        for x, sway in enumerate(_rolling(rng, rng.uniform(1, 2), sky.width)):
+            curtain.paste(strip, (x, round(foot + sway * horizon * 0.13) - reach))
+        rays = Image.frombytes("L", (40, 1), rng.randbytes(40)).point([90 + level * 165 // 255 for level in range(256)])
+        curtain = ImageChops.multiply(curtain, rays.resize(size, Image.Resampling.BICUBIC))
+        sky.paste(_gradient([(120, 70, 200), (60, 200, 170), (90, 255, 170)], size), (0, 0), curtain)
 
 
-def _paint_stars(scene: _Scene) -> None:
-    rng, unit, width = scene.rng, scene.unit, scene.canvas.width
-    sprites = [_soft_disc(max(2, round(unit * size)), 255) for size in (0.003, 0.004, 0.006, 0.011)]
-    for _ in range(round(120 * min(4.0, width * scene.horizon / unit**2) + 20)):
-        spot = rng.uniform(0, width), scene.horizon * rng.random() ** 1.4
-        _stamp(scene.canvas, rng.choices(sprites, (6, 5, 3, 1))[0], scene.light, spot)
+def _grainy(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """Adds noise of a few levels, which hides the bands that a slow gradient would show."""
+    tile = Image.frombytes("L", (128, 128), rng.randbytes(128 * 128)).point([level // 86 for level in range(256)])
+    grain = Image.new("L", picture.size)
+    for spot in product(range(0, picture.width, 128), range(0, picture.height, 128)):
+        grain.paste(tile, spot)
+    return ImageChops.add(picture, Image.merge("RGB", (grain, grain, grain)), 1, -1)
 
 
 def _paint_sun(scene: _Scene) -> None:
-    radius = scene.unit * scene.rng.uniform(0.04, 0.07)
-    side = math.ceil(2 * radius) + 2
-    mask = _stencil((side, side), (0, 0), [_ellipse(side / 2, side / 2, radius, radius, 90)])
-    if scene.night and scene.rng.random() < 0.5:
-        bite = _ellipse(side / 2 + radius * 0.5, side / 2 - radius * 0.25, radius * 0.9, radius * 0.9, 90)
-        mask = ImageChops.subtract(mask, _stencil((side, side), (0, 0), [bite]))
-    _stamp(scene.canvas, mask, scene.light, scene.sun)
+    side = round(scene.unit * scene.rng.uniform(0.08, 0.14)) + 2
+    disc = Image.radial_gradient("L").point([max(0, min(255, (174 - level) * 64)) for level in range(256)])
+    disc = disc.resize((side, side))
+    if scene.night and scene.rng.random() < 0.5:  # a crescent moon
+        bite = Image.new("L", disc.size)
+        bite.paste(disc, (side // 4, -side // 8))
+        disc = ImageChops.subtract(disc, bite)
+    _stamp(scene.canvas, disc, scene.light, scene.sun)
 
 
 def _paint_hills(scene: _Scene) -> None:
     rng, unit = scene.rng, scene.unit
     width, height = scene.canvas.size
-    ground = height - scene.horizon
     for layer in range(5):
         near = layer / 4
-        base = scene.horizon + ground * (0.1 + 0.6 * near)
-        rise = min(unit, height) * (0.1 - 0.05 * near)
         if "desert" in scene.cues:
-            heights = [0.7 - 2 * abs(value) for value in _rolling(rng, max(0.5, width / unit * 0.7))]
-        elif layer < 2:
-            heights = _jagged(rng, width / unit * 4)
+            heights = [0.7 - 2 * abs(level) for level in _rolling(rng, width / unit * 0.7)]
         else:
-            heights = _rolling(rng, width / unit)
-        crest = [(x * width / 512, base - value * rise) for x, value in enumerate(heights)]
+            heights = _jagged(rng, width / unit * 4) if layer < 2 else _rolling(rng, width / unit)
+        base = scene.horizon + (height - scene.horizon) * (0.1 + 0.6 * near)
+        crest = _crest(width, base, min(unit, height) * (0.1 - 0.05 * near), heights)
         trees = _trees(rng, crest, unit * (0.03 + 0.08 * near)) if "forest" in scene.cues and layer else []
         _paint_ridge(scene, crest, trees, near)
         if "desert" in scene.cues:
-            _shade_dunes(scene, crest, near)
+            _shade_dunes(scene, crest)
         if layer == 2 and "camel" in scene.cues:
-            for place in range(4):
-                _place(scene, "camel", crest[190 + place * 36], unit * 0.06, 0.8)
-        if layer == 2 and "cabin" in scene.cues:
-            _place(scene, "cabin", crest[rng.choice([150, 360])], unit * 0.09, 0.75)
+            for spot in crest[190:330:36]:
+                _place(scene, "camel", spot, unit * 0.06)
 
 
-def _shade_dunes(scene: _Scene, crest: _Shape, near: float) -> None:
-    pass
+def _shade_dunes(scene: _Scene, crest: _Shape) -> None:
+    """Darkens the sides of the dunes that lie away from the sun."""
+    width = scene.canvas.width
+    sag, foot = 0.0, []
+    for (x, y), (_, after) in pairwise(crest if scene.sun[0] < width / 2 else crest[::-1]):
+        sag = sag + after - y if after > y else sag * 0.9
+        foot.append((x, y + sag))
+    shade = crest + (foot[::-1] if scene.sun[0] < width / 2 else foot)
+    top, low = math.floor(min(y for _, y in shade)), math.ceil(max(y for _, y in shade))
+    scene.canvas.paste(scene.land, (0, top, width, low), _stencil((width, low - top), (0, top), [shade], 60))
 
 
 def _paint_shore(scene: _Scene) -> None:
     rng, unit = scene.rng, scene.unit
     width, height = scene.canvas.size
     for layer in range(2):
-        rise = unit * (0.1 - 0.05 * layer)
-        crest = [
-            (x * width / 512, scene.horizon - max(-0.02, value + 0.3) * rise)
-            for x, value in enumerate(_jagged(rng, width / unit * 4))
-        ]
-        _paint_ridge(scene, crest, [], 0.1 + 0.25 * layer)
+        heights = [max(-0.02, level + 0.3) for level in _jagged(rng, width / unit * 4)]
+        _paint_ridge(scene, _crest(width, scene.horizon, unit * (0.1 - 0.05 * layer), heights), [], 0.1 + 0.25 * layer)
     if "city" in scene.cues:
         _paint_skyline(scene)
     _paint_water(scene)
     side = rng.choice([-1, 1])
     if "boat" in scene.cues:
-        _place(scene, "boat", (width * (0.5 - side * 0.2), scene.horizon + (height - scene.horizon) * 0.3), unit * 0.16, 0.8)
-    crest = [
-        (x * width / 512, height - unit * (0.08 + side * (x / 256 - 1) * 0.12 + value * 0.03))
-        for x, value in enumerate(_rolling(rng, width / unit))
-    ]
+        _place(scene, "boat", (width * (0.5 - side * 0.2), scene.horizon * 0.7 + height * 0.3), unit * 0.16)
+    heights = [level + side * (x / 64 - 4) for x, level in enumerate(_rolling(rng, width / unit))]
+    crest = _crest(width, height - unit * 0.08, unit * 0.03, heights)
     if "lighthouse" in scene.cues:
-        _place(scene, "lighthouse", crest[256 + side * 150], unit * 0.36, 0.9)
+        x, y = crest[256 + side * 150]
+        _place(scene, "lighthouse", (x, y), unit * 0.36)
+        _stamp(scene.canvas, _glow(unit * 0.25, 255), _LAMP, (x, y - unit * 0.29))
     _paint_ridge(scene, crest, _trees(rng, crest, unit * 0.08), 1)
 
 
 def _paint_skyline(scene: _Scene) -> None:
     rng, unit, width = scene.rng, scene.unit, scene.canvas.width
-    lamp = (255, 214, 140)
+    pitch = max(3.0, unit * 0.009)
+    pen = ImageDraw.Draw(scene.canvas)
     for layer in range(2):
-        near = 0.35 + 0.35 * layer
-        colour = _mix(scene.sky[-1], scene.land, near)
-        pen = ImageDraw.Draw(scene.canvas)
-        x = 0.0
-        pitch = max(3.0, unit * 0.009)
-        while x < width:
-            across = unit * rng.uniform(0.025, 0.06)
-            middle = 1 - abs(x / width - 0.5) * 1.3
-            tall = unit * (0.03 + rng.random() ** 1.6 * (0.3 - 0.12 * layer) * middle)
-            left, right, top = round(x), round(x + across), round(scene.horizon - tall)
-            pen.rectangle((left, top, right, scene.horizon + 2), fill=colour)
-            if rng.random() < 0.2:
-                pen.rectangle(((left + right) // 2, top - tall * 0.2, (left + right) // 2 + unit // 400, top), fill=colour)
-            for row in range(int(tall / pitch)):
-                for column in range(1, int(across / pitch)):
-                    if rng.random() < 0.3:
-                        spot = left + column * pitch, top + (row + 0.6) * pitch
-                        pen.rectangle((*spot, spot[0] + pitch * 0.35, spot[1] + pitch * 0.4), fill=_mix(colour, lamp, rng.uniform(0.3, 0.9)))
-            x += across * rng.choice([0.9, 1, 1.1, 1.4])
+        wall = _mix(scene.sky[-1], scene.land, 0.35 + 0.35 * layer)
+        left = 0.0
+        while left < width:
+            columns = rng.randint(3, 7)
+            slope = 1 - abs(left / width - 0.5) * 1.3  # the tallest houses stand in the middle
+            rows = round(unit / pitch * (0.03 + rng.random() ** 1.6 * (0.3 - 0.12 * layer) * slope))
+            top = scene.horizon - rows * pitch
+            pen.rectangle((left, top, left + columns * pitch, scene.horizon + 2), wall)
+            for column, row in product(range(1, columns), range(rows)):
+                if rng.random() < 0.3:
+                    x, y = left + (column - 0.2) * pitch, top + (row + 0.6) * pitch
+                    lamp = _mix(wall, _LAMP, rng.uniform(0.3, 0.9))
+                    pen.rectangle((x, y, x + pitch * 0.35, y + pitch * 0.4), lamp)
+            left += columns * pitch * rng.choice([0.9, 1, 1.1, 1.4])
 
 
 def _paint_water(scene: _Scene) -> None:
     rng, unit = scene.rng, scene.unit
     width, height = scene.canvas.size
     top = round(scene.horizon)
-    size = width, height - top
-    mirrored = ImageOps.flip(scene.canvas.crop((0, max(0, 2 * top - height), width, top)))
-    # Squeezing and stretching the picture sideways smears it the way ripples do.
-    mirrored = mirrored.reduce((min(16, width), 1))
-    mirrored = mirrored.resize((mirrored.width, size[1]))
-    mirrored.paste(_mix(scene.sky[0], scene.land, 0.5), (0, 0, *mirrored.size), _fade([50, 100, 190], mirrored.size))
-    scene.canvas.paste(mirrored.resize(size, Image.Resampling.BILINEAR), (0, top))
+    depth = height - top
+    # A mirrored picture that is squeezed and stretched sideways is smeared the way ripples do it.
+    mirrored = ImageOps.flip(scene.canvas.crop((0, max(0, top - depth), width, top))).reduce((16, 1))
+    mirrored = mirrored.resize((mirrored.width, depth))
+    shade = _gradient([(50,), (100,), (190,)], mirrored.size)
+    mirrored.paste(_mix(scene.sky[0], scene.land, 0.5), (0, 0, *mirrored.size), shade)
+    scene.canvas.paste(mirrored.resize((width, depth), Image.Resampling.BILINEAR), (0, top))
     glints = []
     for _ in range(150):
         near = rng.random() ** 1.5
-        spot = scene.sun[0] + rng.gauss(0, 1) * unit * (0.06 + 0.2 * near), top + near * size[1] * 0.9 + 1
-        length = unit * (0.004 + 0.04 * near * rng.random())
-        glints.append(_ellipse(*spot, length, unit * 0.0015 * (1 + near), 12))
-    mask = _stencil(size, (0, top), glints).point([value * 150 // 255 for value in range(256)])
+        x, y = scene.sun[0] + rng.gauss(0, 1) * unit * (0.06 + 0.2 * near), top + near * depth * 0.9 + 1
+        dx, dy = unit * (0.005 + 0.045 * near * rng.random()), unit * 0.0018 * (1 + near)
+        glints.append([(x - dx, y), (x - dx / 2, y - dy), (x + dx / 2, y - dy), (x + dx, y), (x, y + dy)])
+    mask = _stencil((width, depth), (0, top), glints, 150)
     scene.canvas.paste(scene.light, (0, top, width, height), mask)
 
 
 def _paint_ridge(scene: _Scene, crest: _Shape, trees: list[_Shape], near: float) -> None:
     """Paints a layer of land: the farther, the hazier, and hazier still in its valleys."""
     width, height = scene.canvas.size
-    colour = _mix(scene.sky[-1], scene.land, 0.25 + 0.75 * near)
-    valley = _mix(colour, scene.sky[-1], 0.5 * (1 - near))
+    haze = scene.sky[-1]
+    colour = _mix(haze, scene.land, 0.25 + 0.75 * near)
     top = max(0, math.floor(min(y for shape in [crest, *trees] for _, y in shape)))
     low = min(height, max(top + 1, math.ceil(max(y for _, y in crest))))
-    fill = _gradient([colour, valley], (width, height - top))
+    if "winter" in scene.cues:  # dark trees on white ground
+        scene.canvas.paste(colour, (0, top, width, low), _stencil((width, low - top), (0, top), trees))
+        colour, trees = _mix(_mix(haze, scene.land, 0.45), _mix(haze, scene.light, 0.6), near), []
+    fill = _gradient([colour, _mix(colour, haze, 0.5 * (1 - near))], (width, height - top))
     # Only the crest has an edge to smooth; below its lowest point the layer is solid.
     mask = _stencil((width, low - top), (0, top), [[*crest, (width, low), (0, low)], *trees])
     scene.canvas.paste(fill.crop((0, 0, width, low - top)), (0, top), mask)
@@ -369,102 +321,168 @@ def _paint_ridge(scene: _Scene, crest: _Shape, trees: list[_Shape], near: float)
 
 def _trees(rng: random.Random, crest: _Shape, size: float) -> list[_Shape]:
     trees = []
-    width = crest[-1][0]
+    branch = (0.018, 0), (0.05, 0.2)
     x = 0.0
-    while x < width:
-        foot = crest[int(x / width * 512)][1] + size * 0.05
-        trees.append(_conifer(x, foot, size * rng.uniform(0.5, 1)))
+    while x < crest[-1][0]:
+        foot = crest[int(x / crest[-1][0] * 512)][1] + size * 0.05
+        tall = size * rng.uniform(0.5, 1)
+        right = [(0, 1.05), *((tier * dx, 1.17 - tier * 0.17 - dy) for tier in range(1, 6) for dx, dy in branch)]
+        outline = right + [(-dx, dy) for dx, dy in reversed(right)]
+        trees.append([(x + dx * tall, foot - dy * tall) for dx, dy in outline])
         x += size * rng.choice([0.15, 0.2, 0.25, 0.35, 0.5, 1.2])
     return trees
 
 
-def _conifer(x: float, foot: float, size: float) -> _Shape:
-    right = [(0.0, size * 1.05)]
-    for tier in range(5):
-        reach, top = size * 0.05 * (tier + 1), size * (1 - tier * 0.17)
-        right += [(reach * 0.35, top), (reach, top - size * 0.2)]
-    return [(x + dx, foot - dy) for dx, dy in right] + [(x - dx, foot - dy) for dx, dy in reversed(right)]
+def _place(scene: _Scene, name: str, foot: _Point, size: float) -> None:
+    """Sets a silhouette with its foot at a point."""
+    side = math.ceil(size * 2) + 2
+    left, top = math.floor(foot[0] - side / 2), math.floor(foot[1] - size * 1.2)
+    shapes = [[point.split(",") for point in shape.split()] for shape in _FIGURES[name].split("/")]
+    scaled = [[(foot[0] + int(x) / 100 * size, foot[1] - int(y) / 100 * size) for x, y in shape] for shape in shapes]
+    colour = _mix(scene.sky[-1], scene.land, 0.8)
+    scene.canvas.paste(colour, (left, top, left + side, top + side), _stencil((side, side), (left, top), scaled))
 
 
-def _place(scene: _Scene, name: str, foot: _Point, size: float, near: float) -> None:
-    left, top = math.floor(foot[0] - size), math.floor(foot[1] - size * 1.1)
-    shapes = [[(foot[0] + x * size, foot[1] - y * size) for x, y in shape] for shape in _FIGURES[name]]
-    side = math.ceil(size * 2)
-    mask = _stencil((side, side), (left, top), shapes)
-    scene.canvas.paste(_mix(scene.sky[-1], scene.land, near), (left, top, left + side, top + side), mask)
-    if name in ("lighthouse", "cabin"):
-        lamp = foot[0], foot[1] - size * (0.81 if name == "lighthouse" else 0.22)
-        _stamp(scene.canvas, _soft_disc(math.ceil(size * 0.7), 255), (255, 224, 150), lamp)
-
-
-def _paint_weather(scene: _Scene) -> None:
+def _paint_air(scene: _Scene) -> None:
+    """Paints what is in the air: rain, snow, petals, leaves, embers or birds."""
     rng, unit = scene.rng, scene.unit
-    width, height = scene.canvas.size
-    count = round(90 * min(4.0, width * height / unit**2))
+    for colour in [_SPECKS[cue] for cue in _SPECKS if cue in scene.cues]:
+        specks = [_glow(unit * share, 255) for share in (0.007, 0.01, 0.014, 0.022)]
+        _scatter(scene, specks, [_colour(colour)], 90, scene.canvas.height)
     if "rain" in scene.cues:
-        across, along = max(2, round(unit * 0.012)), max(4, round(unit * 0.06))
-        streak = _stencil((across, along), (0, 0), [[(across, 0), (across - 1, 0), (0, along), (0.5, along)]])
-        streak = streak.point([value * 90 // 255 for value in range(256)])
-        for _ in range(count * 2):
-            _stamp(scene.canvas, streak, (235, 240, 245), (rng.uniform(0, width), rng.uniform(0, height)))
-        return
-    for cue, (colour, scale) in _SPECKS.items():
-        if cue in scene.cues:
-            flakes = [_soft_disc(max(2, round(unit * size * scale)), 255) for size in (0.007, 0.01, 0.014, 0.022)]
-            for _ in range(count):
-                spot = rng.uniform(0, width), rng.uniform(0, height)
-                _stamp(scene.canvas, rng.choices(flakes, (5, 4, 3, 1))[0], _colour(colour), spot)
+        size = max(2, round(unit * 0.012)), max(4, round(unit * 0.06))
+        streak = _stencil(size, (0, 0), [[(size[0], 0), (size[0] - 1, 0), (0, size[1]), (0.5, size[1])]], 110)
+        # Streaks both lighter and darker than the sky show on every palette.
+        _scatter(scene, [streak] * 4, [scene.light, scene.sky[0]], 270, scene.canvas.height)
+    elif not scene.night:
+        x, y = scene.canvas.width - scene.sun[0], scene.horizon * rng.uniform(0.35, 0.7)
+        for _ in range(rng.randint(3, 8)):
+            spot = x + rng.gauss(0, unit * 0.05), y + rng.gauss(0, unit * 0.03)
+            _place(scene, "bird", spot, unit * rng.uniform(0.008, 0.016))
 
 
-def _write_caption(canvas: Image.Image, prompt: str) -> int:
+def _scatter(scene: _Scene, masks: list[Image.Image], colours: list[_Colour], count: int, depth: float) -> None:
+    """Strews marks over the picture down to a depth, more of the first of the four masks than of the last."""
+    rng, width = scene.rng, scene.canvas.width
+    area = width * depth
+    for _ in range(round(min(count * area / scene.unit**2, count * 4, area / 64))):
+        mask = rng.choices(masks, (6, 5, 3, 1))[0]
+        _stamp(scene.canvas, mask, rng.choice(colours), (rng.uniform(0, width), depth * rng.random()))
+
+
+def _write_caption(scene: _Scene, prompt: str) -> int:
     """Writes the prompt along the bottom and gives the height that is left free above it."""
-    width, height = canvas.size
+    width, height = scene.canvas.size
     text = _legible(prompt[:600])
     if min(width, height) < 160 or not text:
-        return height
+        return round(height * 0.97)
     size = max(11.0, min(0.03 * math.sqrt(width * height), 0.07 * min(width, height)))
     font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)
     lines = _wrap(text, font, width - 3 * size)
     top = round(height - size * (1.4 * len(lines) + 0.9))
-    fade = round(size * 2.5)
-    shade = Image.new("L", (1, height - top + fade), 165)
-    shade.paste(_fade([0, 20, 90, 150, 165], (1, fade)))
-    box = (0, top - fade, width, height)
-    canvas.paste((6, 8, 16), box, shade.resize((width, shade.height), Image.Resampling.NEAREST))
-    pen = ImageDraw.Draw(canvas)
+    fade = round(size * 3)
+    shade = Image.new("L", (width, height - top + fade), 200)
+    shade.paste(_gradient([(0,), (30,), (110,), (180,), (200,)], (width, fade)))
+    scene.canvas.paste(_mix(scene.land, (0, 0, 0), 0.5), (0, top - fade, width, height), shade)
+    pen = ImageDraw.Draw(scene.canvas)
     for row, line in enumerate(lines):
-        _write_line(pen, line, font, ((width - font.getlength(_plain(line))) / 2, top + row * size * 1.4))
+        _write_line(pen, line, font, (width - font.getlength(_plain(line))) / 2, top + row * size * 1.4)
     return round(top - size)
 
 
-def _write_line(pen: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont, spot: _Point) -> None:
-    pen.text(spot, _plain(line), (255, 255, 255), font)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
-    columns = max(8, round(len(text) * room / font.getlength(_plain(text)) * 1.2))
-    while True:
-        lines = textwrap.wrap(text, columns, max_lines=3, placeholder="…")
-        if columns <= 8 or max(font.getlength(_plain(line)) for line in lines) <= room:
-            return lines
-        columns -= 1
-
-
 def _legible(prompt: str) -> str:
-    return prompt
+    """Leaves out what the bundled font has no letters for, such as Chinese and emoji, rather than draw boxes."""
+    chars = unicodedata.normalize("NFC", " ".join(prompt.split()))
+    return " ".join("".join(char for char in chars if _LETTERS.issuperset(_spell(char)[0])).split())
+
+
+def _spell(char: str) -> tuple[str, str]:
+    """Gives the letters, and the accent above them, with which the bundled font can write a character."""
+    parts = unicodedata.normalize("NFD", char)
+    return _SPELLINGS.get(char, parts[0]), _ACCENTS.get(parts[1:], "")
 
 
 def _plain(text: str) -> str:
-    return text
+    return "".join(_spell(char)[0] for char in text)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
+    columns = max(9, round(len(text) * room / font.getlength(_plain(text)) * 1.2))
+    lines = [text]
+    while columns > 8 and max(font.getlength(_plain(line)) for line in lines) > room:
+        lines = textwrap.wrap(text, columns, max_lines=3, placeholder="…")
+        columns -= 1
+    return lines
+
+
+def _write_line(pen: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont, left: float, top: float) -> None:
+    pen.text((left, top), _plain(line), "white", font)
+    for place, (letter, accent) in enumerate(map(_spell, line)):
+        if accent:
+            below, mark = _ink(letter, font), _ink(accent, font)
+            x = left + font.getlength(_plain(line[:place])) + (below[0] + below[2] - mark[0] - mark[2]) / 2
+            pen.text((x, top + below[1] - mark[3] - font.size * 0.06), accent, "white", font)
+
+
+def _ink(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int, int, int]:
+    paper = Image.new("L", (math.ceil(font.size * 2), math.ceil(font.size * 2)))
+    ImageDraw.Draw(paper).text((0, 0), text, "white", font)
+    return paper.getbbox() or (0, 0, 0, 0)
 
 
 def _lay_out_prints(scene: _Scene, input_images: Sequence[bytes], floor: int) -> None:
-    pass
+    """Lays the input images out as small photographic prints, in one row unless they would be tiny in it."""
+    width, count = scene.canvas.width, len(input_images)
+    depth = min(floor * 0.9, scene.unit * 0.42)
+    cells = {rows: min(width * 0.94 / math.ceil(count / rows), depth / rows) for rows in range(1, count + 1)}
+    rows = max(cells, key=lambda rows: cells[rows] * (1.5 if rows == 1 else 1), default=1)
+    columns = math.ceil(count / rows)
+    for place, data in enumerate(input_images):
+        row, column = divmod(place, columns)
+        beside = min(columns, count - row * columns)
+        x = width / 2 + (column - (beside - 1) / 2) * cells[rows]
+        _lay_print(scene, data, cells[rows], (x, floor - (rows - row - 0.5) * cells[rows]))
+
+
+def _lay_print(scene: _Scene, data: bytes, cell: float, centre: _Point) -> None:
+    side = max(2, round(cell * 0.74))
+    rim = max(1, round(side * 0.06))
+    right, bottom = side + 3 * rim, side + 5 * rim
+    # The paper has a see-through margin, so that its edges stay smooth when it is turned.
+    sheet = Image.new("RGB", (right + rim, bottom + rim), (250, 248, 242))
+    sheet.paste(_photo(data, side), (2 * rim, 2 * rim))
+    shape = Image.new("L", (sheet.width * 3, sheet.height * 3))
+    ImageDraw.Draw(shape).rounded_rectangle((3 * rim, 3 * rim, 3 * right - 1, 3 * bottom - 1), 2 * rim, 255)
+    sheet.putalpha(shape.reduce(3))
+    sheet = sheet.rotate(scene.rng.uniform(-3, 3), Image.Resampling.BICUBIC, expand=True, fillcolor=(250, 248, 242, 0))
+    shadow = Image.new("L", (sheet.width + 6 * rim, sheet.height + 6 * rim))
+    shadow.paste(140, (3 * rim, 4 * rim), sheet.getchannel("A"))
+    _stamp(scene.canvas, shadow.filter(ImageFilter.GaussianBlur(1.3 * rim)), (0, 0, 0), centre)
+    scene.canvas.paste(sheet, (round(centre[0] - sheet.width / 2), round(centre[1] - sheet.height / 2)), sheet)
+
+
+def _photo(data: bytes, side: int) -> Image.Image:
+    _, image = _read(data, enough=side)
+    with contextlib.suppress(Exception):  # a broken note of the orientation is no reason to refuse the picture
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda level: level * (1 / 256))
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    return ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (side, side))
 
 
 def _read(data: bytes, enough: int) -> tuple[tuple[int, int], Image.Image]:
-    image = Image.open(io.BytesIO(data))
-    return image.size, image
+    """Gives a picture and its stored size; where that is cheap, scaled down to no less than enough pixels a side."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF"))
+        size = image.size
+        image.draft(None, (enough, enough))
+        image.load()
+    except Exception as error:  # Pillow raises many kinds for the ways in which a file can be broken
+        raise ValueError(f"not a readable picture: {error}") from error
+    return size, image
 
 
 def _colour(text: str) -> _Colour:
@@ -476,19 +494,16 @@ def _mix(one: _Colour, other: _Colour, share: float) -> _Colour:
 
 
 def _gradient(colours: Sequence[_Colour], size: tuple[int, int]) -> Image.Image:
-    column = Image.frombytes("RGB", (1, len(colours)), b"".join(bytes(colour) for colour in colours))
+    """Gives a smooth run through the colours (or, if they are of one number, levels) from top to bottom."""
+    mode = "RGB" if len(colours[0]) == 3 else "L"
+    column = Image.frombytes(mode, (1, len(colours)), b"".join(bytes(colour) for colour in colours))
     return column.resize((1, size[1]), Image.Resampling.BICUBIC).resize(size, Image.Resampling.NEAREST)
 
 
-def _fade(levels: list[int], size: tuple[int, int]) -> Image.Image:
-    column = Image.frombytes("L", (1, len(levels)), bytes(levels))
-    return column.resize((1, size[1]), Image.Resampling.BICUBIC).resize(size, Image.Resampling.NEAREST)
-
-
-def _soft_disc(diameter: int, strength: int) -> Image.Image:
-    # Pillow's gradient reaches its corners at 255, and so its sides at 180.
-    disc = Image.radial_gradient("L").point([round(strength * max(0, 1 - v / 180) ** 2.2) for v in range(256)])
-    return disc.resize((diameter, diameter), Image.Resampling.BICUBIC)
+def _glow(diameter: float, strength: int) -> Image.Image:
+    # Pillow's gradient is 255 in its corners, and so 180 at its sides.
+    disc = Image.radial_gradient("L").point([round(strength * max(0, 1 - level / 180) ** 2.2) for level in range(256)])
+    return disc.resize((max(2, round(diameter)), max(2, round(diameter))), Image.Resampling.BICUBIC)
 
 
 def _stamp(canvas: Image.Image, mask: Image.Image, colour: _Colour, centre: _Point) -> None:
@@ -496,18 +511,17 @@ def _stamp(canvas: Image.Image, mask: Image.Image, colour: _Colour, centre: _Poi
     canvas.paste(colour, (left, top, left + mask.width, top + mask.height), mask)
 
 
-def _stencil(size: tuple[int, int], origin: _Point, shapes: Iterable[_Shape]) -> Image.Image:
+def _stencil(size: tuple[int, int], origin: _Point, shapes: Sequence[_Shape], level: int = 255) -> Image.Image:
     """Gives a mask of polygons, drawn three times as large and shrunk so that their edges are smooth."""
     mask = Image.new("L", (size[0] * 3, size[1] * 3))
     pen = ImageDraw.Draw(mask)
     for shape in shapes:
-        pen.polygon([((x - origin[0]) * 3, (y - origin[1]) * 3) for x, y in shape], fill=255)
+        pen.polygon([((x - origin[0]) * 3, (y - origin[1]) * 3) for x, y in shape], fill=level)
     return mask.reduce(3)
 
 
-def _ellipse(x: float, y: float, across: float, along: float, corners: int) -> _Shape:
-    angles = [corner * math.tau / corners for corner in range(corners)]
-    return [(x + across * math.cos(angle), y + along * math.sin(angle)) for angle in angles]
+def _crest(width: int, base: float, rise: float, heights: list[float]) -> _Shape:
+    return [(x * width / 512, base - rise * height) for x, height in enumerate(heights)]
 
 
 def _rolling(rng: random.Random, waves: float, count: int = 513) -> list[float]:

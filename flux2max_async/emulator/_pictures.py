@@ -33,6 +33,7 @@ def draw(
     floor = _write_caption(scene, prompt)
     _lay_out_prints(scene, input_images, floor)
     file = io.BytesIO()
+    # Each format takes the setting that is its own: a good quality for JPEG, a quick packing for PNG.
     scene.canvas.save(file, output_format, quality=90, compress_level=1)
     return file.getvalue()
 
@@ -67,12 +68,12 @@ _NIGHTS = {"aurora", "night", "twilight"}
 _LAMP = (255, 218, 145)
 
 _THINGS = {
-    "shore": "sea|ocean|wave|water|beach|island|coast|lighthouse|lake|river|pond|harbou?r|boat|ship|fish|koi|whale",
+    "shore": "sea|ocean|wave|water|beach|island|coast|lighthouse|lake|river|pond|harbou?r|boat|ship|sail|sailing|yacht",
     "peaks": "mountain|alp|peak|summit|hill|valley|volcano|dragon",
     "city": "cit(?:y|ie)|town|skyline|street|skyscraper|metropolis",
     "rain": "rain|storm|thunder|downpour",
-    "lighthouse": "lighthouse|beacon",
-    "boat": "boat|ship|sail|sailing|yacht|regatta",
+    "lighthouse": "lighthouse",
+    "boat": "boat|ship|sail|sailing|yacht",
     "camel": "camel|caravan",
 }
 
@@ -90,7 +91,7 @@ _FIGURES = {
 
 # The bundled font has the letters of English only; spelled like this, most of Latin script can be written with it.
 _LETTERS = {*map(chr, range(0x20, 0x7F)), *"©«°±´·»‘’“”…‹›™"}  # noqa: RUF001  # these very signs are in the font
-_SPELLINGS = {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "—": "-"}
+_SPELLINGS = {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "\u2013": "-", "\u2014": "-"}
 _ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0308\u030a", ("`", "\u00b4", "^", "~", "··", "°"), strict=True))
 
 
@@ -373,7 +374,7 @@ def _scatter(scene: _Scene, masks: list[Image.Image], colours: list[_Colour], co
 def _write_caption(scene: _Scene, prompt: str) -> int:
     """Writes the prompt along the bottom and gives the height that is left free above it."""
     width, height = scene.canvas.size
-    text = _legible(prompt[:600])
+    text = _legible(prompt[:1200])
     if min(width, height) < 160 or not text:
         return round(height * 0.97)
     size = max(11.0, min(0.03 * math.sqrt(width * height), 0.07 * min(width, height)))

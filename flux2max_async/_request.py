@@ -5,9 +5,12 @@ Parameters and ranges are those of the vendor's page for FLUX.2 [max].
 
 import base64
 import binascii
+import copy
+import inspect
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -54,21 +57,30 @@ def _source(source: "ImageSource") -> str | Path | bytes:
             return _checked(bytes(given), "the picture given as bytes")
         case os.PathLike():
             return Path(os.fsdecode(given))
-        case _ if callable(getattr(given, "read", None)):
+        case _ if _is_file(given):
             return _read_open_file(given)
         case _:
             raise _unfit(f"give a URL, a pathlib.Path, bytes or an open binary file, not {type(given).__name__}")
 
 
 def _read_open_file(file: Any) -> bytes:
-    name = f"the open file {getattr(file, 'name', '')!r}"
-    try:
-        data = file.read(MAX_INPUT_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise _unfit(f"can't read {name}: {error}") from error
-    if not isinstance(data, bytes):
+    name = f"the open file {file.name!r}" if isinstance(getattr(file, "name", None), str) else "the open file"
+    if isinstance(file, io.TextIOBase):
         raise _unfit(f"{name} gives text: open it with mode 'rb'")
-    return _checked(data, name)
+    if inspect.iscoroutinefunction(file.read):
+        raise _unfit(f"{name} has to be awaited: pass `await file.read()`")
+    data = bytearray()
+    try:
+        # A raw file may give less than was asked for, long before its end.
+        while len(data) <= MAX_INPUT_BYTES and (piece := file.read(MAX_INPUT_BYTES + 1 - len(data))):
+            data += piece
+    except (OSError, ValueError, TypeError) as error:
+        raise _unfit(f"can't read {name}: {error}") from error
+    return _checked(bytes(data), name)
+
+
+def _is_file(thing: object) -> bool:
+    return callable(getattr(thing, "read", None))
 
 
 def _data_uri(uri: str) -> bytes:
@@ -80,10 +92,12 @@ def _data_uri(uri: str) -> bytes:
     return _checked(unquote_to_bytes(data), "the picture in the data: URI")
 
 
-def _decode(text: str) -> bytes:
+def _decode(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise _unfit(f"base64 must be text, not {type(text).__name__}")
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError, AttributeError) as error:
+    except (binascii.Error, ValueError) as error:
         raise _unfit(f"not valid base64 text: {error}") from error
     return _checked(data, "the picture given as base64")
 
@@ -140,8 +154,8 @@ class InputImage:
                 try:
                     with path.open("rb") as file:
                         data = file.read(MAX_INPUT_BYTES + 1)
-                except OSError as error:
-                    raise _unfit(f"can't read {str(path)!r}: {error.strerror or error}") from error
+                except (OSError, ValueError) as error:
+                    raise _unfit(f"can't read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
                 return base64.b64encode(_checked(data, f"{str(path)!r}")).decode()
 
     def __repr__(self) -> str:
@@ -166,7 +180,7 @@ class _FrozenMapping(Mapping[str, Any]):
     _values: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        return self._values[key]
+        return copy.deepcopy(self._values[key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -182,7 +196,8 @@ _NOTHING = _FrozenMapping({})
 
 
 def _images(sources: Sequence[ImageSource]) -> tuple[InputImage, ...]:
-    if isinstance(sources, (str, bytes, os.PathLike, InputImage)) or not hasattr(sources, "__iter__"):
+    single = isinstance(sources, (str, bytes, bytearray, memoryview, os.PathLike, InputImage)) or _is_file(sources)
+    if single or not isinstance(sources, Iterable):
         raise _unfit("give a list of pictures, even for a single one")
     images: list[InputImage] = []
     for index, source in enumerate(sources):
@@ -199,7 +214,9 @@ def _output_format(value: OutputFormat | Literal["jpeg", "png"] | None) -> Outpu
     try:
         return None if value is None else OutputFormat(value)
     except ValueError:
-        raise InvalidRequestError(f"output_format must be 'jpeg' or 'png', not {value!r}", "output_format") from None
+        raise InvalidRequestError(
+            f"output_format must be 'jpeg' or 'png', not {_short(value)}", "output_format"
+        ) from None
 
 
 def _extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -214,10 +231,10 @@ def _extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
             raise InvalidRequestError(f"extra can't hold {name!r}: it is a parameter of its own", "extra")
     try:
         # Through JSON and back: what can't be sent is found here, and the caller's later changes don't reach us.
-        copy = json.loads(json.dumps(dict(value), allow_nan=False))
+        values = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"extra must hold JSON values only: {error}", "extra") from error
-    return _FrozenMapping(copy)
+    return _FrozenMapping(values)
 
 
 def _is_prompt(_: Any, __: Any, value: Any) -> None:
@@ -229,7 +246,9 @@ def _is_prompt(_: Any, __: Any, value: Any) -> None:
 
 def _is_integer(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise InvalidRequestError(f"{field.name} must be an integer or None, not {value!r}", field.name)
+        raise InvalidRequestError(f"{field.name} must be an integer or None, not {_short(value)}", field.name)
+    if value is not None and abs(value) >= 2**64:
+        raise InvalidRequestError(f"{field.name} must be an integer of at most 64 bits", field.name)
 
 
 def _is_side(instance: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
@@ -260,8 +279,10 @@ def _is_webhook(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
 
 def _is_text(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     # The value may be a secret: it is never shown.
-    if value is not None and (not isinstance(value, str) or not value):
-        raise InvalidRequestError(f"{field.name} must be text that is not empty, or None", field.name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{field.name} must be text or None, not {type(value).__name__}", field.name)
+    if value == "":
+        raise InvalidRequestError(f"{field.name} must not be empty; None leaves it out", field.name)
 
 
 @attrs.frozen
@@ -323,7 +344,7 @@ def _is_web_url(text: str) -> bool:
         parts = urlsplit(text)
     except ValueError:
         return False
-    return parts.scheme in {"http", "https"} and bool(parts.hostname) and not any(c.isspace() for c in text)
+    return parts.scheme in {"http", "https"} and bool(parts.hostname) and text.isprintable() and " " not in text
 
 
 def _short(value: object) -> str:

@@ -36,7 +36,7 @@ class Usage:
     cost: Decimal | None = None
     """US dollars, exact, parsed from the service's string; None where the service gives no readable amount."""
     discount: Decimal | None = None
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """What else the service says about it."""
 
 
@@ -48,7 +48,7 @@ class GeneratedImage:
     """Short-lived: about 10 minutes at the model's maker."""
     type: str
     task_id: str
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """`jobId` and whatever else the service says."""
     index: int = 0
     """The picture's place among its task's pictures."""
@@ -68,7 +68,8 @@ class TaskSnapshot:
     """Timezone-aware."""
     error: TaskFailedError | None = None
     """Set exactly when the status is FAILED."""
-    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    # What the service says freely may echo secrets: it can be reached, and isn't shown.
+    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     raw: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """The answer as it came."""
 
@@ -85,7 +86,7 @@ class Completed:
     images: tuple[GeneratedImage, ...]
     """Never empty."""
     usage: Usage | None
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any] = attrs.field(repr=False)
     elapsed: float
     """Seconds from the submit (or the attach) to the poll that saw the end."""
     polls: int

@@ -5,6 +5,7 @@ Sources: [S] the vendor's page for the model, [C] the vendor's open-source clien
 it takes them all; what it can't read is a ProtocolError that says where.
 """
 
+import contextlib
 import http
 import json
 import math
@@ -67,11 +68,19 @@ class Reply:
     received: datetime
     """When it came, by this machine's clock; timezone-aware."""
 
+    secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
+    """What the service may have echoed, and no error may repeat."""
+
     def without(self, secret: str | None) -> "Reply":
-        """Mask a secret that the service may have echoed, so that no error message repeats it."""
-        if not secret or secret.encode() not in self.body:
-            return self
-        return attrs.evolve(self, body=self.body.replace(secret.encode(), b"***"))
+        """Keep a secret out of whatever error this reply may become."""
+        return attrs.evolve(self, secrets=(*self.secrets, secret)) if secret else self
+
+    def masked(self, text: str) -> str:
+        """Give a text of this reply without the secrets, however they are escaped in it."""
+        for secret in self.secrets:
+            for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):
+                text = text.replace(form, "***")
+        return text
 
 
 # ------------------------------------------------------------------ calls
@@ -95,7 +104,7 @@ def submit_call(request: GenerationRequest) -> Call:
 
 def poll_call(task_id: str) -> Call:
     """Ask for a task. Its id is opaque: slashes are encoded, and so are the dots that a path would swallow."""
-    encoded = quote(task_id, safe="")
+    encoded = quote(task_id, safe="", errors="surrogatepass")
     return Call("GET", _TASK + (encoded.replace(".", "%2E") if task_id in {".", ".."} else encoded))
 
 
@@ -123,7 +132,7 @@ def read_submit(reply: Reply) -> TaskSnapshot:
         case _:
             raise ProtocolError("the answer to the submit holds neither a task id nor an error")
     try:
-        return _snapshot(task_id, body)
+        return _snapshot(task_id, body, reply)
     except ProtocolError:
         return TaskSnapshot(task_id, TaskStatus.IN_PROGRESS, raw=body)
 
@@ -140,7 +149,7 @@ def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
     body = _json_object(reply)
     if not isinstance(body.get("status"), str) and _problem(body) is not None:
         raise response_error(reply)
-    return _snapshot(task_id, body)
+    return _snapshot(task_id, body, reply)
 
 
 def response_error(reply: Reply) -> ResponseError:
@@ -151,10 +160,17 @@ def response_error(reply: Reply) -> ResponseError:
         body = {}
     code, message = _problem(body) or (None, _text(reply))
     headers = reply.headers
+    request_id = headers.get("X-Request-Id")
     if 300 <= reply.status < 400:
         message = f"the gateway redirects to {headers.get('Location', 'nowhere')}: set base_url to where it really is"
     kind = _error_class(reply.status, code, message)
-    return kind(message, reply.status, code, headers.get("X-Request-Id"), _retry_after(reply, body))
+    return kind(
+        reply.masked(message),
+        reply.status,
+        code and reply.masked(code),
+        request_id and reply.masked(request_id),
+        _retry_after(reply, body),
+    )
 
 
 def _error_class(status: int, code: str | None, message: str) -> type[ResponseError]:
@@ -163,7 +179,7 @@ def _error_class(status: int, code: str | None, message: str) -> type[ResponseEr
     match status:
         case 402:
             return InsufficientBalanceError
-        case _ if broke and (status in {400, 403} or status < 300):
+        case _ if broke and (status == 403 or status < 300):
             return InsufficientBalanceError
         case 400 | 422:
             return BadRequestError
@@ -211,7 +227,7 @@ class _Task:
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
 
-def _snapshot(task_id: str, body: dict[str, Any]) -> TaskSnapshot:
+def _snapshot(task_id: str, body: dict[str, Any], reply: Reply) -> TaskSnapshot:
     try:
         task = _converter.structure(body, _Task)
     except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as fault:
@@ -229,7 +245,8 @@ def _snapshot(task_id: str, body: dict[str, Any]) -> TaskSnapshot:
         if status is TaskStatus.COMPLETED and not body.get("error"):
             raise ProtocolError(f"task {task_id} is said to be completed, but holds no output")
         status = TaskStatus.FAILED
-        error = _task_error(task_id, *(problem or (None, "the service gave no reason")))
+        code, message = problem or (None, "the service gave no reason")
+        error = _task_error(task_id, code and reply.masked(code), reply.masked(message))
     return TaskSnapshot(
         task_id, status, task.progress, images, task.usage, task.created_at, error, task.metadata, raw=body
     )
@@ -272,10 +289,9 @@ def _code(value: object) -> str | None:
 
 
 def _json_object(reply: Reply) -> dict[str, Any]:
-    try:
+    body: object = None
+    with contextlib.suppress(ValueError, RecursionError):
         body = json.loads(reply.body)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"expected a JSON object, got HTTP {reply.status} {_text(reply)}") from error
     if not isinstance(body, dict):
         raise ProtocolError(f"expected a JSON object, got HTTP {reply.status} {_text(reply)}")
     return body
@@ -287,7 +303,7 @@ def _text(reply: Reply) -> str:
         phrase = http.HTTPStatus(reply.status).phrase
     except ValueError:
         phrase = "unknown status"
-    page = reply.body[:4000].decode(errors="replace")
+    page = reply.masked(reply.body[:4000].decode(errors="replace"))
     text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", page).split())
     return f"{phrase}: {text[:200]}" if text else f"{phrase}, with an empty body"
 
@@ -309,11 +325,16 @@ def _retry_after(reply: Reply, body: Mapping[str, Any]) -> float | None:
 
 
 def _seconds_until(date: str, reply: Reply) -> float | None:
+    moment = _http_date(date)
+    # Against the gateway's own clock where it tells, so that this machine's may be wrong.
+    now = _http_date(reply.headers.get("Date", "")) or reply.received
+    return (moment - now).total_seconds() if moment else None
+
+
+def _http_date(text: str) -> datetime | None:
     try:
-        moment = parsedate_to_datetime(date)
-        # Against the gateway's own clock where it tells, so that this machine's may be wrong.
-        now = parsedate_to_datetime(reply.headers["Date"]) if "Date" in reply.headers else reply.received
-        return (moment.replace(tzinfo=moment.tzinfo or UTC) - now.replace(tzinfo=now.tzinfo or UTC)).total_seconds()
+        moment = parsedate_to_datetime(text)
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
 
@@ -343,7 +364,8 @@ def _decimal(value: object, _: object = None) -> Decimal | None:
         number = Decimal(str(value).strip())
     except (InvalidOperation, ValueError):
         return None
-    return number if number.is_finite() else None
+    # Nothing costs a number of fifty digits; and such a number couldn't be added to others.
+    return number if number.is_finite() and abs(number.adjusted()) < 50 else None
 
 
 def _moment(value: object, _: object = None) -> datetime | None:

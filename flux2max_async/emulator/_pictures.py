@@ -62,7 +62,7 @@ _MOODS = {
     "storm": ("rain|storm|thunder|fogg?|mist|cloud", "333f4a 586973 8a999c c6cbc2", "eef0e6", "172126"),
     "forest": ("forest|wood|tree|jungle|pine|fox|deer|bear|owl", "4f8a94 92b8ae d3e0c0 f8f1d4", "fffbe6", "0f2b27"),
     "sea": ("sea|ocean|wave|water|beach|island|coast|lighthouse", "1d6f93 4fb0b5 a9dcc4 fdf0c4", "fffdf0", "0b3546"),
-    "day": ("summer|noon|sunn|sk(?:y|ie)|meadow", "3a7fc2 79b4de bcdcec f5efdc", "fffce8", "1b4550"),
+    "day": ("summer|noon|sunn|sk|meadow", "3a7fc2 79b4de bcdcec f5efdc", "fffce8", "1b4550"),
 }
 _NIGHTS = {"aurora", "night", "twilight"}
 _LAMP = (255, 218, 145)
@@ -70,7 +70,7 @@ _LAMP = (255, 218, 145)
 _THINGS = {
     "shore": "sea|ocean|wave|water|beach|island|coast|lighthouse|lake|river|pond|harbou?r|boat|ship|sail|sailing|yacht",
     "peaks": "mountain|alp|peak|summit|hill|valley|volcano|dragon",
-    "city": "cit(?:y|ie)|town|skyline|street|skyscraper|metropolis",
+    "city": "cit|town|skyline|street|skyscraper|metropolis",
     "rain": "rain|storm|thunder|downpour",
     "lighthouse": "lighthouse",
     "boat": "boat|ship|sail|sailing|yacht",
@@ -112,7 +112,7 @@ class _Scene:
 def _plan(prompt: str, seed: int, width: int, height: int) -> _Scene:
     rng = random.Random(hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "surrogatepass")).digest())
     words = {name: mood[0] for name, mood in _MOODS.items()} | _THINGS
-    cues = {cue for cue in words if re.search(rf"\b(?:{words[cue]})(?:e?s|y)?\b", prompt, re.IGNORECASE)}
+    cues = {cue for cue in words if re.search(rf"\b(?:{words[cue]})(?:e?s|y|ies)?\b", prompt, re.IGNORECASE)}
     any_mood = rng.choice(list(_MOODS))
     mood = next((name for name in _MOODS if name in cues), any_mood)
     if not cues & {"shore", "city", "desert", "forest", "peaks"}:
@@ -191,10 +191,11 @@ def _paint_aurora(sky: Image.Image, scene: _Scene, horizon: int) -> None:
 def _grainy(picture: Image.Image, rng: random.Random) -> Image.Image:
     """Adds noise of a few levels, which hides the bands that a slow gradient would show."""
     tile = Image.frombytes("L", (128, 128), rng.randbytes(128 * 128)).point([level // 86 for level in range(256)])
-    grain = Image.new("L", picture.size)
+    tile = tile.convert("RGB")
+    grain = Image.new("RGB", picture.size)
     for spot in product(range(0, picture.width, 128), range(0, picture.height, 128)):
         grain.paste(tile, spot)
-    return ImageChops.add(picture, Image.merge("RGB", (grain, grain, grain)), 1, -1)
+    return ImageChops.add(picture, grain, 1, -1)
 
 
 def _paint_sun(scene: _Scene) -> None:
@@ -513,12 +514,12 @@ def _stamp(canvas: Image.Image, mask: Image.Image, colour: _Colour, centre: _Poi
 
 
 def _stencil(size: tuple[int, int], origin: _Point, shapes: Sequence[_Shape], level: int = 255) -> Image.Image:
-    """Gives a mask of polygons, drawn three times as large and shrunk so that their edges are smooth."""
-    mask = Image.new("L", (size[0] * 3, size[1] * 3))
+    """Gives a mask of polygons, drawn two times as wide and three times as high and shrunk to smooth their edges."""
+    mask = Image.new("L", (size[0] * 2, size[1] * 3))
     pen = ImageDraw.Draw(mask)
     for shape in shapes:
-        pen.polygon([((x - origin[0]) * 3, (y - origin[1]) * 3) for x, y in shape], fill=level)
-    return mask.reduce(3)
+        pen.polygon([((x - origin[0]) * 2, (y - origin[1]) * 3) for x, y in shape], fill=level)
+    return mask.reduce((2, 3))
 
 
 def _crest(width: int, base: float, rise: float, heights: list[float]) -> _Shape:

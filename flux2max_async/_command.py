@@ -200,7 +200,7 @@ def demo(
     It runs in this process and needs no key; submits, polls and downloads are as real as with the service itself.
     """
     board = _Board(count, out, _console(sys.stdout))
-    with _errors_as_lines(stopped=board.saving), _log_to(logging.NullHandler()):
+    with _errors_as_lines(result=board.result), _log_to(logging.NullHandler()):
         asyncio.run(_demo(board, _emulator(seconds=seconds, failing=failing)))
     board.summarize()
     if board.failed:
@@ -219,7 +219,9 @@ async def _demo(board: "_Board", gateway: "Emulator") -> None:
                         saving.add(asyncio.create_task(board.take(outcome, session)))
             finally:
                 # What has come is saved, after Ctrl-C as well.
-                await asyncio.gather(*saving)
+                await asyncio.gather(*saving, return_exceptions=True)
+    for task in saving:
+        task.result()  # raises where nobody reads the pipe
 
 
 def _requests(count: int) -> "Iterator[flux.GenerationRequest]":
@@ -243,15 +245,15 @@ _PROMPTS = (
     "a mountain village in the snow",
     "mist between tall pines",
     "fishing boats in the harbour",
-    "a thunderstorm over the ocean",
+    "a storm over the ocean",
     "a desert canyon in the evening",
     "a full moon above the sea",
     "a cottage in a spring garden",
     "an island on a summer day",
     "a neon city at dusk",
     "wolf tracks in a winter forest",
-    "a farm under summer clouds",
-    "rivers of lava at midnight",
+    "a farm on a summer morning",
+    "rivers of lava between black hills",
     "the first frost on the hills",
     "a yacht on a windy morning",
     "a lonely cactus at noon",
@@ -274,6 +276,8 @@ class _Board:
     """The name of the picture that was saved last."""
     seconds: float = attrs.field(default=0.0, init=False)
     """What the saved pictures' tasks took, together."""
+    wall: float = attrs.field(default=0.0, init=False)
+    """The seconds that all of it took."""
     _session: "flux.FluxSession" = attrs.field(init=False)
 
     @contextmanager
@@ -284,6 +288,7 @@ class _Board:
         live = Live(self, console=self.console, refresh_per_second=8, transient=True)
         with live if self.console.is_interactive else nullcontext():
             yield
+        self.wall = time.monotonic() - self.began
 
     async def take(self, outcome: "flux.Outcome", session: "flux.FluxSession") -> None:
         """Save an outcome's picture, or tell why there is none."""
@@ -302,7 +307,7 @@ class _Board:
             if not self.console.is_interactive:
                 self._print(Text(f"saved {name}.jpeg ({picture.elapsed:.1f} s, {_polls(picture)})"))
 
-    def saving(self) -> str:
+    def result(self) -> str:
         """Tell what is saved."""
         return f"{self.saved} of {self.count} pictures are saved in {self.folder}"
 
@@ -315,13 +320,13 @@ class _Board:
         table.add_row(
             str(self.saved),
             str(self.failed),
-            f"{time.monotonic() - self.began:.1f}",
+            f"{self.wall:.1f}",
             f"{self.seconds / self.saved:.1f}" if self.saved else "-",
             f"{_polls_per_task(stats):.1f}",
             f"${stats.spent:.2f}",
         )
         self.console.print(table)
-        self._print(Text(self.saving()))
+        self._print(Text(self.result()))
 
     def __rich__(self) -> Group:
         stats = self._session.stats
@@ -346,8 +351,11 @@ class _Board:
         )
 
     def _print(self, text: Text) -> None:
-        # A pipe has no width, and a terminal wraps by itself.
-        self.console.print(text, soft_wrap=True)
+        if self.console.is_interactive:
+            self.console.print(text, soft_wrap=True)
+        else:
+            # Where nobody reads the pipe any more, rich would raise SystemExit, which tears the event loop apart.
+            typer.echo(text.plain)
 
 
 def _polls_per_task(stats: "flux.SessionStats") -> float:
@@ -373,11 +381,11 @@ def _console(file: TextIO) -> Console:
 
 
 @contextmanager
-def _errors_as_lines(stopped: Callable[[], str] = lambda: "nothing is saved") -> Generator[None]:
+def _errors_as_lines(result: Callable[[], str] | None = None) -> Generator[None]:
     """Say what went wrong in one line, and exit with the code for it.
 
     Args:
-        stopped: Tells what there is when Ctrl-C ends it.
+        result: Tells what there is when Ctrl-C ends it.
     """
     try:
         yield
@@ -388,7 +396,7 @@ def _errors_as_lines(stopped: Callable[[], str] = lambda: "nothing is saved") ->
         _complain(error)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        _complain(f"stopped: {stopped()}")
+        _complain(f"stopped: {result()}" if result else "stopped")
         raise typer.Exit(130) from None
 
 

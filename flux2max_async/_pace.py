@@ -38,6 +38,8 @@ class Pace:
     _refusals: int = attrs.field(default=0, init=False)
     """Submits refused since the last accepted one, a burst counted once."""
     _last_refusal: float = attrs.field(default=-math.inf, init=False)
+    _patient_until: float = attrs.field(default=-math.inf, init=False)
+    """No submit goes out before this moment, whatever the service says: it keeps refusing them."""
     _refused_at: int = attrs.field(default=-1, init=False)
     """How many tasks were in flight at the last refusal."""
     _probes_left: int = attrs.field(default=0, init=False)
@@ -62,10 +64,11 @@ class Pace:
         """
         if self._probing and self.limited:
             return math.inf
+        delay = max(self.pause(now), self._patient_until - now)
         if self._ceiling >= self._places or in_flight < self._ceiling:
-            return self.pause(now)
+            return delay
         # What was in the way may have been somebody else's tasks: look again now and then.
-        return max(self.pause(now), self._last_refusal + _LOOK_AGAIN - now)
+        return max(delay, self._last_refusal + _LOOK_AGAIN - now)
 
     def submit_started(self) -> bool:
         """A submit goes out; tells whether it is a probe, which the end of the submit must repeat."""
@@ -94,12 +97,11 @@ class Pace:
         # Refused at the same number again: that is the service's limit, so come near it more slowly.
         self._step = max(self._step / 2, _MIN_STEP) if probe and in_flight == self._refused_at else _STEP
         self._refused_at = in_flight
-        self._ceiling = max(1.0, min(self._ceiling, in_flight))
+        self._ceiling = max(1.0, min(self._ceiling, in_flight, self._places - 1))
         self._last_refusal = now
-        patience = min(1.5 ** (self._refusals - 1), _MAX_OWN_PAUSE)
-        if retry_after is None or self._refusals > 1:
-            retry_after = max(retry_after or 0.0, patience)
-        self._pause(now, retry_after)
+        if self._refusals > 1:
+            self._patient_until = now + min(1.5 ** (self._refusals - 1), _MAX_OWN_PAUSE)
+        self._pause(now, 1.0 if retry_after is None else retry_after)
 
     def poll_refused(self, now: float, retry_after: float | None) -> None:
         """A poll was answered with 429, which may say how many seconds to wait."""

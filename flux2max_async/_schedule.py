@@ -65,7 +65,7 @@ class ExponentialSchedule:
     def __attrs_post_init__(self) -> None:
         _positive("initial", self.initial)
         _positive("maximum", self.maximum)
-        if not 1 <= self.factor < math.inf:
+        if not isinstance(self.factor, (int, float)) or not 1 <= self.factor < math.inf:
             raise ConfigurationError(f"factor must be at least 1, not {self.factor!r}")
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - every request is alike
@@ -149,8 +149,12 @@ class _ExponentialPlan:
 @attrs.define
 class _LearnedPlan:
     _schedule: LearnedSchedule
-    _moved: tuple[float, float] | None = None
-    """The first progress seen, and when: a second one gives a rate."""
+    _first: tuple[float, float] | None = None
+    """The first progress seen, and when."""
+    _newest: float = 0.0
+    """The newest progress seen."""
+    _moves: int = 0
+    """How often it has moved."""
 
     def next_delay(self, elapsed: float, progress: float | None) -> float:
         mean, deviation = self._schedule.law()
@@ -168,11 +172,14 @@ class _LearnedPlan:
         """Guess how many seconds the whole task takes, from the way between two different values of its progress."""
         if progress is None or not 0 < progress < 1:
             return None
-        if self._moved is None:
-            self._moved = progress, elapsed
+        if self._first is None:
+            self._first, self._newest = (progress, elapsed), progress
             return None
-        first, since = self._moved
-        if progress <= first or elapsed <= since:
+        # Only what has just moved, and has moved before, tells more than the law: the rest may be stuck or coarse.
+        moved, self._newest = progress > self._newest, progress
+        self._moves += moved
+        first, since = self._first
+        if not moved or self._moves < 2 or elapsed <= since:
             return None
         return elapsed + (1 - progress) * (elapsed - since) / (progress - first)
 
@@ -211,5 +218,5 @@ def _root(y: float) -> float:
 
 
 def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigurationError(f"{name} must be more than 0 seconds, not {value!r}")

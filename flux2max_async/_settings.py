@@ -41,8 +41,9 @@ def checked_base_url(base_url: str | None) -> str:
         raise ConfigurationError("base_url is not a URL") from error
     if parts.username or parts.password:
         raise ConfigurationError("base_url must not hold a user name or password")
-    if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment or not url.isprintable():
-        raise ConfigurationError(f"base_url must look like https://host/prefix, not {url!r}")
+    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or set(url) & set("?#\\ "):
+        # It isn't shown: a key may have found its way into it.
+        raise ConfigurationError("base_url must look like https://host/prefix, without query, fragment and spaces")
     if parts.scheme == "http" and not _is_this_machine(host):
         raise ConfigurationError(f"base_url must be https for {host}: over http the key could be read on the way")
     return url.rstrip("/")

@@ -523,6 +523,19 @@ def test_a_demo_that_fails(flux2max: Command) -> None:
     assert run.out.endswith("0 of 26 pictures are saved in pictures\n")
 
 
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    """`flux2max demo | head` ends by itself, and says nothing of the pipe."""
+    process = start("demo", "--count", "2", "--seconds", "0.1", cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        process.stdout.close()
+
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1
+    assert len(list((tmp_path / "flux2max-demo").iterdir())) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C can't be sent to one process alone")
 def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
     """Ctrl-C ends the demo with code 130 and one line that says what is saved; no half-written file stays."""
@@ -554,5 +567,5 @@ def test_ctrl_c_names_the_task(service: Callable[..., Emulator], tmp_path: Path)
     assert run == Run(
         130,
         "",
-        f"flux2max: session closed; unfinished tasks: {task_id}\nflux2max: stopped: nothing is saved\n",
+        f"flux2max: session closed; unfinished tasks: {task_id}\nflux2max: stopped\n",
     )

@@ -29,7 +29,9 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
     return file.getvalue()
 
 
-async def post(gateway: Emulator, body: Any, *, key: str | None = None) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+async def post(
+    gateway: Emulator, body: Any, *, key: str | None = None
+) -> tuple[int, dict[str, Any], Mapping[str, str]]:
     headers = {"Authorization": f"Bearer {key or gateway.api_key}"}
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with (
@@ -269,7 +271,7 @@ def test_served_by_hand() -> None:
     assert code == 0
 
 
-USER_TEST = '''
+USER_TEST = """
 def test_my_code(flux_emulator):
     import asyncio, flux2max_async
 
@@ -279,14 +281,14 @@ def test_my_code(flux_emulator):
 
     assert asyncio.run(main()).ok
     assert flux_emulator.accepted["a cat"] == 1
-'''
+"""
 
-NOTHING_LOADED = '''
+NOTHING_LOADED = """
 import sys
 
 def test_nothing_was_loaded():
     assert not {"aiohttp", "PIL", "attrs", "flux2max_async.emulator", "flux2max_async._face"} & sys.modules.keys()
-'''
+"""
 
 
 @pytest.mark.parametrize(

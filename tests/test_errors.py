@@ -133,7 +133,7 @@ PUBLIC = {
 
 def an_error(kind: type[FluxError]) -> FluxError:
     """Make an error of a kind, with all its facts."""
-    return kind("it went wrong", **FACTS[kind])  # type: ignore[arg-type]
+    return kind("it went wrong", **FACTS[kind])
 
 
 def drawn_tree() -> dict[str, str | None]:

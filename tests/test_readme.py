@@ -109,9 +109,12 @@ def test_the_test(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(TEST, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:asyncio"]
     command.append(str(tmp_path))
-    if "flux_emulator" not in subprocess.run(
-        [sys.executable, "-m", "pytest", "--fixtures", str(tmp_path)], capture_output=True, text=True, check=False
-    ).stdout:  # where the package isn't installed, its plugin has to be named
+    if (
+        "flux_emulator"
+        not in subprocess.run(
+            [sys.executable, "-m", "pytest", "--fixtures", str(tmp_path)], capture_output=True, text=True, check=False
+        ).stdout
+    ):  # where the package isn't installed, its plugin has to be named
         command += ["-p", "flux2max_async.pytest_plugin"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 

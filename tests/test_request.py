@@ -1,6 +1,7 @@
 """Requests and their reference pictures: what is taken, what is refused, and in which words."""
 
 import base64
+import codecs
 import contextlib
 import copy
 import gc
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any, Self
 from urllib.parse import quote_from_bytes
 
 import attrs
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux2max_async import GenerationRequest, InputImage, InvalidRequestError, OutputFormat
+from flux2max_async._request import as_request
 from flux2max_async._wire import submit_call
 
 PNG = picture("PNG")
@@ -91,7 +93,7 @@ def test_every_parameter_is_kept_as_it_was_given() -> None:
 def test_only_the_prompt_is_positional() -> None:
     """Nobody has to remember whether the width comes before the height."""
     with pytest.raises(TypeError, match="positional"):
-        GenerationRequest("a lighthouse", 7)  # type: ignore[call-arg,misc]
+        GenerationRequest("a lighthouse", 7)  # type: ignore[call-arg,arg-type]
 
 
 @pytest.mark.parametrize("name", ["prompt", *EVERYTHING])
@@ -173,6 +175,53 @@ def test_a_wrong_secret_is_refused_without_showing_it(secret: object) -> None:
     assert type(secret).__name__ in str(caught.value)
 
 
+# ---------------------------------------------------------------------- what sessions accept
+
+
+def test_a_prompt_and_its_parameters_make_a_request() -> None:
+    """A session that is given a prompt and parameters asks for the same as with the request that they make."""
+    request = as_request("a lighthouse", **EVERYTHING)
+
+    assert request == GenerationRequest("a lighthouse", **EVERYTHING)
+
+
+def test_a_request_alone_is_taken_as_it_is() -> None:
+    """A request that is given to a session without further parameters is that very request."""
+    request = GenerationRequest("a lighthouse", **EVERYTHING)
+
+    assert as_request(request) is request
+
+
+def test_parameters_beside_a_request_replace_its_own() -> None:
+    """Parameters that are given beside a request change a copy of it, checked anew, and leave the request alone."""
+    request = GenerationRequest("a lighthouse", **EVERYTHING)
+    changed = as_request(request, seed=8, width=None)
+
+    assert (changed.seed, changed.width, request.seed, request.width) == (8, None, 7, 1024)
+    assert changed == GenerationRequest("a lighthouse", **{**EVERYTHING, "seed": 8, "width": None})
+    with pytest.raises(InvalidRequestError, match="width must be at least 64"):
+        as_request(request, width=1)
+
+
+@pytest.mark.parametrize("given", [None, 7, b"a lighthouse", ["a lighthouse"], {"prompt": "a lighthouse"}], ids=repr)
+def test_what_is_no_request_is_refused(given: Any) -> None:
+    """What is neither a prompt nor a request is refused by its type."""
+    with pytest.raises(InvalidRequestError) as caught:
+        as_request(given)
+
+    assert caught.value.field == "request"
+    assert type(given).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "request_or_prompt", ["a lighthouse", GenerationRequest("a lighthouse")], ids=["text", "request"]
+)
+def test_a_misspelt_parameter_is_told(request_or_prompt: str | GenerationRequest) -> None:
+    """A parameter that doesn't exist is the TypeError that Python has for it, with its name."""
+    with pytest.raises(TypeError, match="widht"):
+        as_request(request_or_prompt, widht=1024)
+
+
 # ---------------------------------------------------------------------- the parameters
 
 
@@ -202,7 +251,7 @@ def test_a_wrong_secret_is_refused_without_showing_it(secret: object) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_value_within_its_range_is_sent(name: str, value: object) -> None:
+def test_a_value_within_its_range_is_sent(name: str, value: Any) -> None:
     """Every value that the vendor's page allows is taken, and sent as it is; the caller's key is never sent."""
     params = sent(GenerationRequest("a lighthouse", **{name: value}))
 
@@ -308,7 +357,7 @@ ANYTHING = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(["prompt", *EVERYTHING]), ANYTHING, max_size=3))
 def test_anything_is_taken_or_refused_in_our_words(params: dict[str, Any]) -> None:
-    """Whatever the values are, there is a request that can be sent, or an InvalidRequestError that names one of them."""
+    """Whatever the values are, the request can be sent, or an InvalidRequestError names one of them."""
     try:
         body = sent(GenerationRequest(**({"prompt": "a lighthouse"} | params)))
     except InvalidRequestError as error:
@@ -359,7 +408,7 @@ def test_later_changes_to_extra_do_not_reach_the_request() -> None:
     extra = {"loras": loras}
     request = GenerationRequest("a lighthouse", extra=extra)
     loras.append("oil")
-    extra["steps"] = [4]
+    extra["styles"] = ["oil"]
 
     assert sent(request) == {"prompt": "a lighthouse", "loras": ["ink"]}
 
@@ -463,7 +512,7 @@ def test_eight_pictures_are_sent_in_order() -> None:
 
 
 def test_a_path_is_read_when_the_request_is_sent(tmp_path: Path) -> None:
-    """A request with a path costs no memory when it is built: the file may even come later, and is read anew each time."""
+    """A request with a path costs no memory when it is built: the file may even come later, and is read each time."""
     path = tmp_path / "later.png"
     request = GenerationRequest("a lighthouse", input_images=[path])
     path.write_bytes(PNG)
@@ -616,9 +665,20 @@ def test_a_path_that_no_system_has_is_refused() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "picture.png", "./picture.png", "file://picture.png", "ftp://pictures.example/a.png", "//pictures.example/a"),
+        *(
+            "",
+            "picture.png",
+            "./picture.png",
+            "file://picture.png",
+            "ftp://pictures.example/a.png",
+            "//pictures.example/a",
+        ),
         *("https://", "https:picture.png", "http:///picture.png", "https://[::1/a", "https://pictures.example/a b.png"),
-        *("\x01https://pictures.example/a.png", "https://pictures.example/\x00a.png", " https://pictures.example/a.png"),
+        *(
+            "\x01https://pictures.example/a.png",
+            "https://pictures.example/\x00a.png",
+            " https://pictures.example/a.png",
+        ),
     ],
 )
 def test_a_string_is_never_a_path(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,21 +744,48 @@ def test_wrong_base64_is_refused(text: Any, fault: str) -> None:
     assert "attribute" not in str(caught.value)
 
 
-def test_a_file_opened_as_text_is_refused_with_advice(tmp_path: Path) -> None:
-    """Who forgot the `b` in the mode is told so, whether or not the picture's bytes happen to be text."""
+@pytest.mark.parametrize("data", [PNG, b"GIF89a"], ids=["a real picture", "a picture that happens to be text"])
+@pytest.mark.parametrize(
+    "opened",
+    [
+        lambda path: path.open(encoding="utf-8"),
+        lambda path: codecs.getreader("utf-8")(path.open("rb")),
+        lambda path: Wrapped(path.open(encoding="utf-8")),
+    ],
+    ids=["open", "codecs", "wrapper"],
+)
+def test_a_file_opened_as_text_is_refused_with_advice(
+    opened: Callable[[Path], Any], data: bytes, tmp_path: Path
+) -> None:
+    """Who forgot the `b` in the mode is told so, however the file was opened, be its bytes text or not."""
     path = tmp_path / "picture.png"
-    path.write_bytes(PNG)
-    with path.open(encoding="utf-8") as file:
-        real = refusal(file)
-    text = refusal(io.StringIO("GIF89a"))
+    path.write_bytes(data)
+    with opened(path) as file:
+        error = refusal(file)
 
-    assert "'rb'" in str(text)
-    assert "'rb'" in str(real)
-    assert "picture.png" in str(real)
+    assert "'rb'" in str(error)
+    assert "picture.png" in str(error)
+
+
+class Wrapped:
+    """A file in another object, as tempfile gives it."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self.name = file.name
+
+    def read(self, size: int = -1) -> str:
+        return self._file.read(size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
 
 def test_an_asynchronous_file_is_refused_as_one() -> None:
-    """An upload of a web framework, whose read() must be awaited, isn't mistaken for a text file, nor left unawaited."""
+    """An upload of a web framework, whose read() must be awaited, is told from a text file, and not left unawaited."""
 
     class Upload:
         async def read(self, size: int = -1) -> bytes:
@@ -786,7 +873,7 @@ def test_a_wrong_picture_is_told_by_its_place() -> None:
 
 def test_pictures_with_equal_sources_are_equal() -> None:
     """Pictures can be compared and hashed by where they come from."""
-    pictures = {InputImage(PNG), InputImage(bytearray(PNG)), InputImage(Path("a.png")), InputImage("https://a.example/")}
+    pictures = {InputImage(PNG), InputImage(PNG), InputImage(Path("a.png")), InputImage("https://a.example/")}
 
     assert pictures == {InputImage(io.BytesIO(PNG)), InputImage(Path("a.png")), InputImage("https://a.example/")}
 

@@ -29,7 +29,7 @@ def refused_url(url: object) -> ConfigurationError:
 # ---------------------------------------------------------------------- the key
 
 
-@pytest.mark.parametrize("key", ["k", "sk-7f3a9c", "a.b_c~d/e+f==", '!"#$%&\'()*+,-./:;<=>?@[]^_`{|}~'])
+@pytest.mark.parametrize("key", ["k", "sk-7f3a9c", "a.b_c~d/e+f==", "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~"])
 def test_a_printable_key_is_taken(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any printable ASCII text without spaces can be a key, and one that is given beats the environment's."""
     monkeypatch.setenv(KEY_VARIABLE, "another")
@@ -124,7 +124,7 @@ def test_a_key_that_is_no_text_is_refused(key: object) -> None:
     ],
 )
 def test_an_address_is_taken_without_its_last_slash(url: str, checked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anything over https, and plain http to this machine, is taken, path prefix included, and beats the environment."""
+    """Anything over https, and plain http to this machine, is taken with its path, and beats the environment."""
     monkeypatch.setenv(URL_VARIABLE, "https://another.example")
 
     assert checked_base_url(url) == checked
@@ -185,9 +185,24 @@ def test_plain_http_is_for_this_machine_only(url: str) -> None:
     [
         *("", "/", "cloud.vtrix.ai", "cloud.vtrix.ai:443", "//cloud.vtrix.ai", "ftp://cloud.vtrix.ai", "https://"),
         *("https:///flux", "https:cloud.vtrix.ai", "https://:443", "https://?", "https://#"),
-        *("https://proxy.example/?tenant=7", "https://proxy.example/#top", "https://proxy.example?", "https://proxy.example/#"),
-        *("https://proxy.example\n", "https://proxy.example/\x00", "https://proxy.example/flux\t", "https://pro\r\nxy.example"),
-        *(" https://proxy.example", "https://proxy.example ", "https://my proxy.example", "https://proxy.example/my flux"),
+        *(
+            "https://proxy.example/?tenant=7",
+            "https://proxy.example/#top",
+            "https://proxy.example?",
+            "https://proxy.example/#",
+        ),
+        *(
+            "https://proxy.example\n",
+            "https://proxy.example/\x00",
+            "https://proxy.example/flux\t",
+            "https://pro\r\nxy.example",
+        ),
+        *(
+            " https://proxy.example",
+            "https://proxy.example ",
+            "https://my proxy.example",
+            "https://proxy.example/my flux",
+        ),
         *("https://proxy.example\\flux", "https://[::1", "https://proxy.example:port", "https://proxy.example:99999"),
         *(b"https://proxy.example", 7, ["https://proxy.example"], object()),
     ],

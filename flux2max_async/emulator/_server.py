@@ -66,7 +66,7 @@ class Emulator:
         self._service = Service(
             seconds, spread, time_scale, max_in_flight, failing, moderated, faults or {}, url_lifetime, balance, seed
         )
-        self.api_key = api_key or f"emulated-{secrets.token_hex(12)}"
+        self.api_key: str = api_key or f"emulated-{secrets.token_hex(12)}"
         self._pictures = pictures
         self._port = port
         self._runner: web.AppRunner | None = None

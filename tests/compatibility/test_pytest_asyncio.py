@@ -12,9 +12,7 @@ from flux2max_async.emulator import Emulator
 @pytest_asyncio.fixture
 async def flux(flux_emulator: Emulator) -> AsyncIterator[FluxSession]:
     """A session that is entered in one asyncio task and left in another."""
-    async with FluxSession(
-        flux_emulator.api_key, base_url=flux_emulator.url, schedule=FixedSchedule(0.05)
-    ) as session:
+    async with FluxSession(flux_emulator.api_key, base_url=flux_emulator.url, schedule=FixedSchedule(0.05)) as session:
         yield session
 
 

@@ -1,0 +1,390 @@
+"""Schedules, driven in virtual time: what they cost, and that nothing throws them off."""
+
+import copy
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flux2max_async import (
+    ConfigurationError,
+    ExponentialSchedule,
+    FixedSchedule,
+    GenerationRequest,
+    LearnedSchedule,
+    PollPlan,
+    PollSchedule,
+)
+
+PRICE = 0.1
+"""Seconds of waiting that one poll is worth: the default of LearnedSchedule."""
+
+Progress = Callable[[float, float], float | None]
+"""What a poll says, from the share of the way that is done and the seconds since the submit."""
+
+
+def drive(plan: PollPlan, duration: float, progress: Progress | None = None) -> tuple[float, int]:
+    """Poll one task to its end, and let the plan learn; gives how late the end was seen, and the polls it took."""
+    elapsed, seen_running, polls = 0.0, 0.0, 0
+    said: float | None = None
+    while elapsed < duration:
+        seen_running = elapsed
+        if polls and progress is not None:
+            said = progress(elapsed / duration, elapsed)
+        elapsed += plan.next_delay(elapsed, said)
+        polls += 1
+        assert polls < 10_000, "a task is polled without end"
+    plan.finish(seen_running, elapsed)
+    return elapsed - duration, polls
+
+
+def cost(
+    schedule: PollSchedule, durations: Sequence[float], progress: Progress | None = None, *, price: float = PRICE
+) -> float:
+    """Give the mean cost of a task: the delay of seeing its end, and the price of its polls."""
+    ends = [drive(schedule.begin(None), duration, progress) for duration in durations]
+    return sum(delay + price * polls for delay, polls in ends) / len(ends)
+
+
+def lognormal(seed: int, count: int, *, median: float = 8.0, spread: float = 0.3) -> list[float]:
+    chance = random.Random(seed)
+    return [median * math.exp(chance.gauss(0, spread)) for _ in range(count)]
+
+
+@functools.cache
+def _taught(spread: float, median: float, price: float) -> LearnedSchedule:
+    schedule = LearnedSchedule(poll_price=price)
+    cost(schedule, lognormal(1, 200, median=median, spread=spread))
+    return schedule
+
+
+def learned(*, spread: float = 0.3, median: float = 8.0, price: float = PRICE) -> LearnedSchedule:
+    """Give a schedule that started from nothing and has seen 200 tasks."""
+    return copy.deepcopy(_taught(spread, median, price))
+
+
+INTERVALS = [0.1 * 1.25**step for step in range(26)]
+"""From a tenth of a second to half a minute."""
+
+
+def moments(schedule: PollSchedule, count: int) -> list[float]:
+    """Give the moments of the first polls of a task."""
+    plan = schedule.begin(None)
+    found = [0.0]
+    for _ in range(count):
+        found.append(found[-1] + plan.next_delay(found[-1], None))
+    return found[1:]
+
+
+# ---------------------------------------------------------------------- the simple ones
+
+
+def test_a_fixed_schedule_polls_at_its_interval() -> None:
+    """Every delay of a fixed schedule is its interval, whatever the task says."""
+    plan = FixedSchedule(2.5).begin(GenerationRequest("a lighthouse"))
+    delays = [plan.next_delay(elapsed, progress) for elapsed in (0.0, 2.5, 1e6) for progress in (None, 0.0, 0.99)]
+
+    assert delays == [2.5] * 9
+
+
+@pytest.mark.parametrize(
+    ("schedule", "delays"),
+    [
+        (ExponentialSchedule(), [0.5, 1, 2, 4, 8, 10, 10, 10]),
+        (ExponentialSchedule(1, factor=3, maximum=20), [1, 3, 9, 20, 20]),
+        (ExponentialSchedule(2, factor=1), [2, 2, 2, 2]),
+        (ExponentialSchedule(1.0, factor=1.5, maximum=3), [1, 1.5, 2.25, 3, 3]),
+        (ExponentialSchedule(30, maximum=10), [10, 10, 10]),
+        (ExponentialSchedule(10, maximum=10), [10, 10, 10]),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else repr(value),
+)
+def test_an_exponential_schedule_grows_to_its_maximum(schedule: ExponentialSchedule, delays: list[float]) -> None:
+    """The delays start at `initial`, are multiplied by `factor` each time, and never pass `maximum`."""
+    plan = schedule.begin(None)
+    found = [plan.next_delay(10.0 * number, 0.5) for number in range(len(delays))]
+
+    assert found == delays
+
+
+def test_an_exponential_schedule_never_overflows() -> None:
+    """After thousands of polls and with the wildest factor, the delay is still the maximum."""
+    plan = ExponentialSchedule(1e-3, factor=1e300, maximum=7).begin(None)
+    delays = [plan.next_delay(0.0, None) for _ in range(5000)]
+
+    assert delays[0] == 1e-3
+    assert set(delays[1:]) == {7}
+
+
+@pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule(), LearnedSchedule()], ids=repr)
+def test_each_task_has_a_plan_of_its_own(schedule: PollSchedule) -> None:
+    """Tasks that are polled side by side don't disturb each other's delays."""
+    alone = moments(schedule, 6)
+    plans = [schedule.begin(None) for _ in range(3)]
+    side_by_side = [0.0] * 3
+    for _ in range(6):
+        side_by_side = [at + plan.next_delay(at, None) for at, plan in zip(side_by_side, plans, strict=True)]
+
+    assert side_by_side == [alone[-1]] * 3
+
+
+@pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule()], ids=repr)
+def test_the_simple_schedules_learn_nothing(schedule: PollSchedule) -> None:
+    """Ends of tasks, completed or failed, leave the delays of later tasks as they were."""
+    before = moments(schedule, 6)
+    for duration in (0.1, 8.0, 1000.0):
+        schedule.begin(None).finish(duration / 2, duration)
+        schedule.begin(None).finish(duration / 2, duration, completed=False)
+
+    assert moments(schedule, 6) == before
+
+
+@pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule()], ids=repr)
+def test_a_simple_schedule_cannot_be_changed(schedule: PollSchedule) -> None:
+    """What was checked stays as it was checked."""
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        schedule.interval = schedule.initial = -1.0  # type: ignore[attr-defined]
+
+
+WRONG = [0, 0.0, -1, -math.inf, math.inf, math.nan, "2", None, [2], 2j]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (FixedSchedule, "interval"),
+        (ExponentialSchedule, "initial"),
+        (lambda value: ExponentialSchedule(maximum=value), "maximum"),
+        (lambda value: ExponentialSchedule(factor=value), "factor"),
+        (lambda value: LearnedSchedule(poll_price=value), "poll_price"),
+    ],
+    ids=["Fixed", "initial", "maximum", "factor", "poll_price"],
+)
+def test_a_senseless_schedule_is_refused_by_name(make: Callable[[Any], PollSchedule], name: str, value: object) -> None:
+    """A number that no schedule can work with, or no number at all, is a ConfigurationError with its name and value."""
+    with pytest.raises(ConfigurationError) as caught:
+        make(value)
+
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_a_factor_below_one_is_refused() -> None:
+    """Delays that shrink to nothing are no schedule."""
+    with pytest.raises(ConfigurationError, match="factor must be at least 1"):
+        ExponentialSchedule(factor=0.999)
+
+
+# ---------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("spread", [0.15, 0.3, 0.5])
+def test_after_learning_no_fixed_interval_is_cheaper(spread: float) -> None:
+    """Starting from nothing, after 200 tasks of 8 s or so, delay and polls cost less than at any fixed interval."""
+    schedule = learned(spread=spread)
+    durations = lognormal(2, 200, spread=spread)
+    fixed = {interval: cost(FixedSchedule(interval), durations) for interval in INTERVALS}
+
+    assert cost(schedule, durations) < min(fixed.values())
+
+
+@pytest.mark.parametrize("median", [1.0, 40.0, 120.0])
+def test_it_learns_other_durations_too(median: float) -> None:
+    """Tasks of a second or of minutes are learned like those of 8 s: the initial guess is no bias that stays."""
+    schedule = learned(median=median)
+    durations = lognormal(2, 60, median=median)
+    fixed = [cost(FixedSchedule(interval * median / 8), durations) for interval in INTERVALS]
+
+    assert cost(schedule, durations) < min(fixed)
+
+
+def test_the_first_tasks_are_not_left_alone() -> None:
+    """Before it has learned anything, a schedule costs little more than afterwards."""
+    durations = lognormal(2, 100)
+    first = sum(cost(LearnedSchedule(), [duration]) for duration in durations) / len(durations)
+
+    assert first < 2 * cost(learned(), durations)
+
+
+def test_it_follows_a_service_that_changes() -> None:
+    """When tasks suddenly take four times as long, a hundred of them are enough to learn it anew."""
+    schedule = learned(median=8.0)
+    cost(schedule, lognormal(3, 100, median=32.0))
+    durations = lognormal(2, 100, median=32.0)
+
+    assert cost(schedule, durations) < 1.1 * cost(learned(median=32.0), durations)
+
+
+def test_a_cheaper_poll_makes_more_polls() -> None:
+    """The smaller `poll_price` is, the more polls a task gets, and the sooner its end is seen."""
+    durations = lognormal(2, 100)
+    schedules = [learned(price=price) for price in (0.02, 0.1, 0.5)]
+    ends = [[drive(schedule.begin(None), duration) for duration in durations] for schedule in schedules]
+    delays = [sum(delay for delay, _ in end) for end in ends]
+    polls = [sum(count for _, count in end) for end in ends]
+
+    assert delays == sorted(delays)
+    assert polls == sorted(polls, reverse=True)
+
+
+def test_polls_come_where_the_end_is_likely() -> None:
+    """After learning, the first look is well on the way to the end, and looks are closest together around it."""
+    at = moments(learned(spread=0.2), 12)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
+
+    assert 4.0 < at[0] < 8.0
+    assert max(gaps[:4]) < 2.0 < at[0]
+
+
+def test_a_task_far_beyond_all_others_is_looked_at_less_and_less() -> None:
+    """A task that takes a hundred times as long as all before is neither hammered nor forgotten."""
+    schedule = learned()
+    plan = schedule.begin(None)
+    delays = [plan.next_delay(elapsed, None) for elapsed in (50.0, 200.0, 800.0, 3200.0)]
+
+    assert delays == sorted(delays)
+    assert all(0.5 < delay <= elapsed for delay, elapsed in zip(delays, (50.0, 200.0, 800.0, 3200.0), strict=True))
+
+
+def test_failed_tasks_teach_nothing_about_completed_ones() -> None:
+    """Failures, which often come at once, leave the law of the completed tasks alone."""
+    schedule = learned()
+    before = moments(schedule, 6)
+    for _ in range(100):
+        schedule.begin(None).finish(0.0, 0.3, completed=False)
+
+    assert moments(schedule, 6) == before
+
+
+def test_the_moment_that_a_webhook_tells_is_learned_exactly() -> None:
+    """Where both ends of the interval are one, that is the duration."""
+    schedule = LearnedSchedule()
+    for _ in range(200):
+        schedule.begin(None).finish(20.0, 20.0)
+    mean, deviation = schedule.law()
+
+    assert math.exp(mean) == pytest.approx(20.0, rel=0.01)
+    assert deviation == pytest.approx(0.05, abs=0.05)
+
+
+def test_one_strange_task_does_not_spoil_the_law() -> None:
+    """A task that hung for ten minutes makes the next ones dearer, but not by much, and is soon forgotten."""
+    durations = lognormal(2, 100)
+    calm = cost(learned(), durations)
+    schedule = learned()
+    schedule.begin(None).finish(590.0, 600.0)
+    cost(schedule, lognormal(3, 60))
+
+    assert cost(schedule, durations) < 1.2 * calm
+
+
+# ---------------------------------------------------------------------- progress
+
+
+NO_USE: dict[str, Progress] = {
+    "always 0": lambda share, elapsed: 0.0,
+    "always a half": lambda share, elapsed: 0.5,
+    "always 1": lambda share, elapsed: 1.0,
+    "stuck at a tenth": lambda share, elapsed: min(share, 0.1),
+    "stuck at a half": lambda share, elapsed: min(share, 0.5),
+    "at 99 % after a third": lambda share, elapsed: min(3 * share, 0.99),
+    "in quarters": lambda share, elapsed: math.floor(4 * share) / 4,
+    "backwards": lambda share, elapsed: 1 - share,
+    "now and then": lambda share, elapsed: None if int(elapsed * 7) % 2 else 0.0,
+}
+
+
+@pytest.mark.parametrize("progress", NO_USE.values(), ids=NO_USE)
+@pytest.mark.parametrize("spread", [0.15, 0.3, 0.5])
+def test_progress_that_says_little_does_little_harm(spread: float, progress: Progress) -> None:
+    """Progress that is coarse, stands still or makes no sense costs hardly more than no progress at all."""
+    durations = lognormal(2, 80, spread=spread)
+    without = cost(learned(spread=spread), durations)
+    given_progress = cost(learned(spread=spread), durations, progress)
+
+    assert given_progress < 1.15 * without
+
+
+OF_USE: dict[str, Progress] = {
+    "exact": lambda share, elapsed: share,
+    "in hundredths": lambda share, elapsed: math.floor(100 * share) / 100,
+    "slower and slower": lambda share, elapsed: math.sqrt(share),
+    "faster and faster": lambda share, elapsed: share * share,
+}
+
+
+@pytest.mark.parametrize("progress", OF_USE.values(), ids=OF_USE)
+@pytest.mark.parametrize("spread", [0.3, 0.5])
+def test_progress_that_moves_is_used(spread: float, progress: Progress) -> None:
+    """Where progress moves with the task, its end is met at clearly less cost."""
+    durations = lognormal(2, 80, spread=spread)
+    without = cost(learned(spread=spread), durations)
+    given_progress = cost(learned(spread=spread), durations, progress)
+
+    assert given_progress < 0.85 * without
+
+
+# ---------------------------------------------------------------------- anything at all
+
+
+NUMBERS = st.floats(0, 1e9) | st.sampled_from([0.0, 5e-324, 1e-9, 0.05, 8.0, 1e6])
+PROGRESS = st.none() | st.floats() | st.floats(0, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    price=st.floats(1e-6, 1e6),
+    ends=st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=8),
+    looks=st.lists(st.tuples(NUMBERS, PROGRESS), min_size=1, max_size=6),
+)
+def test_every_learned_delay_is_finite_and_more_than_nothing(
+    price: float, ends: list[tuple[float, float, bool]], looks: list[tuple[float, float | None]]
+) -> None:
+    """Whatever was learned, and whatever time and progress come in whichever order, the next delay makes sense."""
+    schedule = LearnedSchedule(poll_price=price)
+    for one, other, completed in ends:
+        schedule.begin(None).finish(min(one, other), max(one, other), completed=completed)
+    plan = schedule.begin(None)
+    delays = [plan.next_delay(elapsed, progress) for elapsed, progress in looks]
+
+    assert all(0 < delay < math.inf for delay in delays)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    initial=st.floats(1e-6, 1e6),
+    factor=st.floats(1, 1e300),
+    maximum=st.floats(1e-6, 1e6),
+    looks=st.lists(st.tuples(NUMBERS, PROGRESS), min_size=1, max_size=20),
+)
+def test_every_simple_delay_is_finite_and_more_than_nothing(
+    initial: float, factor: float, maximum: float, looks: list[tuple[float, float | None]]
+) -> None:
+    """Whatever time and progress come in, the delays of the simple schedules stay within their bounds."""
+    exponential = ExponentialSchedule(initial, factor=factor, maximum=maximum).begin(None)
+    fixed = FixedSchedule(initial).begin(None)
+    delays = [exponential.next_delay(elapsed, progress) for elapsed, progress in looks]
+
+    assert all(min(initial, maximum) <= delay <= maximum for delay in delays)
+    assert delays == sorted(delays)
+    assert all(fixed.next_delay(elapsed, progress) == initial for elapsed, progress in looks)
+
+
+@settings(max_examples=60, deadline=None)
+@example(duration=19.0, progress=NO_USE["stuck at a tenth"])
+@example(duration=500.0, progress=OF_USE["faster and faster"])
+@given(duration=st.floats(0.01, 600.0), progress=st.sampled_from([None, *NO_USE.values(), *OF_USE.values()]))
+def test_every_task_is_seen_to_end(duration: float, progress: Progress | None) -> None:
+    """However long a task takes and whatever it says, its end is seen before half as much time again has passed."""
+    delay, polls = drive(LearnedSchedule().begin(None), duration, progress)
+
+    assert delay <= max(2.0, duration / 2)
+    assert polls < 300

@@ -22,7 +22,8 @@ from aiohttp.http import StreamWriter
 from yarl import URL
 
 from flux2max_async._errors import FluxError, ProtocolError, SessionClosedError, TransportError
-from flux2max_async._wire import Call, Reply
+from flux2max_async._reply import Reply
+from flux2max_async._wire import Call
 
 _MAX_REPLY = 16_000_000
 _CHUNK = 65_536
@@ -47,7 +48,7 @@ class Transport:
         self._host = urlsplit(base_url).hostname
         self._agent = {"User-Agent": user_agent}
         self._headers = {**self._agent, "Accept": "application/json", "Authorization": f"Bearer {api_key}"}
-        self._secret = api_key
+        self._secrets = (api_key,)
         self._timeout = timeout
         self._borrowed = http
         self._http = http
@@ -102,7 +103,7 @@ class Transport:
                     )
                 async with exchange as response:
                     content = await _read(response)
-            return Reply(response.status, response.headers, content, datetime.now(UTC)).without(self._secret)
+            return Reply(response.status, response.headers, content, datetime.now(UTC), self._secrets)
         except (aiohttp.ClientError, OSError) as error:
             failure = _translated(error, maybe_sent=body is None or body.written)
         except RuntimeError:

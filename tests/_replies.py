@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from multidict import CIMultiDict
 from PIL import Image
 
-from flux2max_async._wire import Reply
+from flux2max_async._reply import Reply
 
 RECEIVED = datetime(2025, 11, 22, 10, 0, 0, tzinfo=UTC)
 """When every reply here came, by this machine's clock: a Saturday."""

@@ -33,7 +33,8 @@ class Received:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters of a submit."""
-        return self.json["input"][0]["params"]
+        params: dict[str, Any] = self.json["input"][0]["params"]
+        return params
 
 
 @attrs.define

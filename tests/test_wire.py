@@ -35,7 +35,8 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
-from flux2max_async._wire import Call, Reply, poll_call, read_poll, read_submit, response_error, status_of, submit_call
+from flux2max_async._reply import Reply, response_error
+from flux2max_async._wire import Call, poll_call, read_poll, read_submit, status_of, submit_call
 
 TASK = "/model/v1/generation/task/"
 SECRET = "hush-7f3a9c"

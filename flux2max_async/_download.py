@@ -13,6 +13,7 @@ import anyio.to_thread
 import attrs
 
 from flux2max_async._errors import DownloadError, ProtocolError, ResultExpiredError, TransportError
+from flux2max_async._request import is_web_url
 from flux2max_async._retry import backoff
 from flux2max_async._transport import Answer, Transport
 
@@ -28,35 +29,26 @@ async def download(transport: Transport, url: str, target: Path) -> None:
         ResultExpiredError: The url is not valid any more.
         DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
     """
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    if not is_web_url(url):
+        raise DownloadError(f"can't download: the picture's url is no http(s) URL: {url[:80]!r}")
     try:
-        file = await anyio.to_thread.run_sync(_open, part)
-        try:
-            await _fetch_whole(transport, url, file)
-            await anyio.to_thread.run_sync(_publish, file, part, target)
-        finally:
-            # Must not be cut short, or a stray file stays behind.
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(_clean_up, file, part)
-    except OSError as error:
-        raise DownloadError(f"can't write {str(target)!r}: {error.strerror or error}") from error
-
-
-def _open(part: Path) -> IO[bytes]:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    return part.open("xb")
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        # Not in a thread: it takes microseconds, and a cancelled wait would leave a file that nobody knows.
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as file:
+            try:
+                await _fetch_whole(transport, url, file)
+                await anyio.to_thread.run_sync(_publish, file, part, target)
+            finally:
+                part.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise DownloadError(f"can't write {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _publish(file: IO[bytes], part: Path, target: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
-    file.close()
     part.replace(target)
-
-
-def _clean_up(file: IO[bytes], part: Path) -> None:
-    file.close()
-    part.unlink(missing_ok=True)
 
 
 class _CutError(Exception):
@@ -81,6 +73,12 @@ class _Progress:
         etag = headers.get("ETag", "")
         self.validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
         self.resumable = headers.get("Accept-Ranges", "").lower() == "bytes" and not encoded
+
+    def continues(self, headers: Mapping[str, str]) -> bool:
+        """Tell whether a partial answer is the rest that was asked for, of the same picture."""
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        same = headers.get("ETag") in {None, self.validator} or headers.get("ETag", "").startswith("W/")
+        return found is not None and 0 < self.received == int(found[1]) and found[2] in {"*", str(self.total)} and same
 
     def headers(self) -> dict[str, str]:
         """Ask for the rest where that is possible."""
@@ -124,6 +122,8 @@ async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None
         await _write(file, buffer, progress)  # what has come is not asked for again
         raise
     await _write(file, buffer, progress)
+    if progress.received == 0:
+        raise _CutError("the picture is empty")
     if progress.total is not None and progress.received != progress.total:
         raise _CutError(f"{progress.received} of {progress.total} bytes came")
 
@@ -135,7 +135,7 @@ def _begin(answer: Answer, progress: _Progress) -> None:
             progress.restart(answer.headers)
             if (progress.total or 0) > MAX_BYTES:
                 raise _too_large()
-        case 206 if _range_start(answer.headers) == progress.received:
+        case 206 if progress.continues(answer.headers):
             pass
         case 206 | 416:
             progress.resumable = False
@@ -157,11 +157,6 @@ async def _write(file: IO[bytes], buffer: bytearray, progress: _Progress) -> Non
     await anyio.to_thread.run_sync(write)
     progress.received += len(buffer)
     buffer.clear()
-
-
-def _range_start(headers: Mapping[str, str]) -> int | None:
-    found = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
-    return int(found[1]) if found else None
 
 
 def _too_large() -> DownloadError:

@@ -33,6 +33,8 @@ class FluxError(Exception):
     """Anything that this library raises for a reason of its own."""
 
     message: str
+    task_id: str | None = attrs.field(default=None, init=False, repr=False)
+    """The task that it is about, if there is one: what is paid for can be attached to later."""
 
     def __str__(self) -> str:
         return self.message
@@ -127,7 +129,8 @@ class ServerError(ResponseError):
 class TaskFailedError(FluxError):
     """The service accepted the task and then failed it."""
 
-    task_id: str
+    # Always known here, so the type is narrower than the base's.
+    task_id: str  # pyright: ignore[reportIncompatibleVariableOverride]
     code: str | None = None
 
 

@@ -74,11 +74,11 @@ class Gateway:
                     ) from error
                 if not may_submit_again(error):
                     raise
-                refusal = error
+                refusal = error.with_traceback(None)
             assert refusal is not None
             failures += 1
             # A last call with no time left for its answer would make an honest submit uncertain.
-            with anyio.move_on_at(deadline - min(_LEAST_TIME, seconds / 4)) as patience:
+            with anyio.CancelScope(deadline=deadline - min(_LEAST_TIME, seconds / 4)) as patience:
                 if not isinstance(refusal, RateLimitedError):
                     await anyio.sleep(backoff(failures, random.random()))
                 await self._wait_for_turn()
@@ -88,14 +88,14 @@ class Gateway:
             log.warning("submit not accepted (%s); sent again", refusal)
 
     async def poll(
-        self, call: Call, task_id: str, *, secret: str | None = None, within: float = math.inf
+        self, call: Call, task_id: str, *, request: GenerationRequest | None = None, within: float = math.inf
     ) -> TaskSnapshot:
         """Look at a task once.
 
         Args:
             call: How to ask.
             task_id: What the task is called.
-            secret: The task's webhook secret, which the service might echo.
+            request: What was asked for: the service might echo its secret.
             within: Seconds that the look may take, where that is less than the request timeout.
 
         Raises:
@@ -104,7 +104,7 @@ class Gateway:
         self._stats.polls += 1
         try:
             reply = await self._transport.exchange(call, within=within)
-            snapshot = read_poll(reply.without(secret), task_id)
+            snapshot = read_poll(reply.without(request.webhook_secret) if request else reply, task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.poll_refused(anyio.current_time(), error.retry_after)

@@ -94,13 +94,13 @@ class Pace:
         self.submit_ended(probe=probe)
         if probe or not self._refusals:
             self._refusals += 1
-        # Refused at the same number again: that is the service's limit, so come near it more slowly.
-        self._step = max(self._step / 2, _MIN_STEP) if probe and in_flight == self._refused_at else _STEP
+        # Refused at about the same number again: that is the service's limit, so come near it more slowly.
+        self._step = max(self._step / 2, _MIN_STEP) if probe and abs(in_flight - self._refused_at) <= 1 else _STEP
         self._refused_at = in_flight
         self._ceiling = max(1.0, min(self._ceiling, in_flight, self._places - 1))
         self._last_refusal = now
         if self._refusals > 1:
-            self._patient_until = now + min(1.5 ** (self._refusals - 1), _MAX_OWN_PAUSE)
+            self._patient_until = now + min(1.5 ** min(self._refusals - 1, 20), _MAX_OWN_PAUSE)
         self._pause(now, 1.0 if retry_after is None else retry_after)
 
     def poll_refused(self, now: float, retry_after: float | None) -> None:

@@ -94,9 +94,7 @@ class Poller:
     ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
     """Resolved with the outcome."""
 
-    listeners: list[Callable[["Poller", Outcome], None]] = attrs.field(factory=list, init=False)
-    """Told the outcome in the moment of the end, before anything else can happen."""
-
+    _listeners: list[Callable[["Poller", Outcome], None]] = attrs.field(factory=list, init=False)
     _started: float = attrs.field(factory=anyio.current_time, init=False)
     """The moment of the submit that was accepted, or of the attach."""
     _deadline: float = attrs.field(
@@ -114,6 +112,13 @@ class Poller:
     _submitting: anyio.CancelScope | None = attrs.field(default=None, init=False)
     _withdrawn: FluxError | None = attrs.field(default=None, init=False)
     _news: anyio.Event | None = attrs.field(default=None, init=False)
+
+    def when_ended(self, listener: Callable[["Poller", Outcome], None]) -> None:
+        """Tell the outcome in the moment of the end, before anything else can happen."""
+        if self.ended.done():
+            listener(self, self.ended.result())
+        else:
+            self._listeners.append(listener)
 
     def withdraw(self, reason: FluxError) -> None:
         """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
@@ -220,8 +225,7 @@ class Poller:
         asked = anyio.current_time()
         self.polls += 1
         try:
-            secret = self.request.webhook_secret if self.request is not None else None
-            snapshot = await self.gateway.poll(call, task_id, secret=secret, within=self._deadline - asked)
+            snapshot = await self.gateway.poll(call, task_id, request=self.request, within=self._deadline - asked)
         except FluxError as error:
             if not may_poll_again(error, elapsed=self._elapsed() if self._learning else None):
                 raise
@@ -250,7 +254,7 @@ class Poller:
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
         self._tell()
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener(self, outcome)
         match outcome:
             case Completed():
@@ -260,6 +264,13 @@ class Poller:
                 log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
 
     def _failed(self, error: FluxError) -> Failed:
+        if error.task_id is None:
+            error.task_id = self.task_id
+        # Their frames hold the body of the submit, pictures and all; whoever keeps the outcome should not keep those.
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__cause__ or link.__context__
         return Failed(self.task_id, self.request, error, self._elapsed(), self.polls)
 
     def _elapsed(self) -> float:

@@ -7,7 +7,6 @@ import base64
 import binascii
 import copy
 import inspect
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ def _source(source: "ImageSource") -> str | Path | bytes:
         case str(text) if text[:5].lower() == "data:":
             return _data_uri(text)
         case str(text):
-            if not _is_web_url(text):
+            if not is_web_url(text):
                 raise _unfit(
                     f"{_short(text)} is neither an http(s) URL nor a data: URI; pass a local file as pathlib.Path"
                 )
@@ -65,15 +64,17 @@ def _source(source: "ImageSource") -> str | Path | bytes:
 
 def _read_open_file(file: Any) -> bytes:
     name = f"the open file {file.name!r}" if isinstance(getattr(file, "name", None), str) else "the open file"
-    if isinstance(file, io.TextIOBase):
-        raise _unfit(f"{name} gives text: open it with mode 'rb'")
     if inspect.iscoroutinefunction(file.read):
         raise _unfit(f"{name} has to be awaited: pass `await file.read()`")
     data = bytearray()
     try:
+        if isinstance(file.read(0), str):
+            raise _unfit(f"{name} gives text: open it with mode 'rb'")
         # A raw file may give less than was asked for, long before its end.
         while len(data) <= MAX_INPUT_BYTES and (piece := file.read(MAX_INPUT_BYTES + 1 - len(data))):
             data += piece
+    except InvalidRequestError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise _unfit(f"can't read {name}: {error}") from error
     return _checked(bytes(data), name)
@@ -271,7 +272,7 @@ def _is_tolerance(instance: Any, field: "attrs.Attribute[Any]", value: int | Non
 def _is_webhook(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     if value is None:
         return
-    if not isinstance(value, str) or not _is_web_url(value):
+    if not isinstance(value, str) or not is_web_url(value):
         raise InvalidRequestError(f"{field.name} must be an http(s) URL, not {_short(value)}", field.name)
     if len(value) > _MAX_URL:
         raise InvalidRequestError(f"{field.name} must have at most {_MAX_URL} characters, not {len(value)}", field.name)
@@ -339,7 +340,8 @@ def as_request(request: str | GenerationRequest, **params: Any) -> GenerationReq
 _KNOWN = {"model", *IMAGE_PARAMETERS, *(field.name for field in attrs.fields(GenerationRequest))} - {"extra", "key"}
 
 
-def _is_web_url(text: str) -> bool:
+def is_web_url(text: str) -> bool:
+    """Tell whether a text is a URL that can be fetched from the web."""
     try:
         parts = urlsplit(text)
     except ValueError:

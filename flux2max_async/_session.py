@@ -88,15 +88,11 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        self._transport.open()
+        self._transport.open(self._max_in_flight)
+        self._stats.in_flight = 0
         self._supervisor = Supervisor(
             Gateway(self._transport, self._stats, self._max_in_flight), self._stats, self._max_in_flight
         )
-        try:
-            await self._supervisor.ready.wait()
-        except BaseException:
-            await self.aclose()
-            raise
         return self
 
     async def __aexit__(
@@ -106,12 +102,15 @@ class FluxSession:
 
     async def aclose(self) -> None:
         """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is not None:
-            try:
-                await supervisor.close()
-            finally:
-                await self._transport.close()
+        supervisor = self._supervisor
+        if supervisor is None or supervisor.loop.is_closed():
+            self._supervisor = None
+            return
+        if supervisor.closing is None:
+            supervisor.closing = asyncio.create_task(self._close(supervisor))
+        # It is not cut short when the caller is cancelled, and takes two seconds at most.
+        with anyio.CancelScope(shield=True):
+            await asyncio.shield(supervisor.closing)
 
     # ------------------------------------------------------------------ requests
 
@@ -192,16 +191,18 @@ class FluxSession:
         Raises:
             FluxError: There was no answer, or none that is a task.
         """
-        return await self._running().gateway.poll(poll_call(_checked_id(task_id)), task_id)
+        supervisor = self._running()
+        return await supervisor.host(supervisor.gateway.poll(poll_call(_checked_id(task_id)), task_id))
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download a result: streamed, retried, whole or not at all, and without the API key.
 
-        When its url has expired, the task is asked once for a fresh one. Folders that are missing are made.
+        When its url has expired, the task is asked once for a fresh one. Folders that are missing are made; a file (or
+        a link) that is there already is replaced in the moment when the new one is whole.
 
         Args:
             image: One of `Completed.images`.
-            path: The file to write; one that is there already is replaced.
+            path: The file to write.
 
         Returns:
             The path.
@@ -210,17 +211,7 @@ class FluxSession:
             ResultExpiredError: The url has expired, and so has the fresh one, if there was any.
             DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
         """
-        self._running()
-        target = Path(path)
-        try:
-            with anyio.fail_after(None if self._deadline == math.inf else self._deadline):
-                try:
-                    await download(self._transport, image.url, target)
-                except ResultExpiredError:
-                    await download(self._transport, await self._fresh_url(image), target)
-        except TimeoutError as error:
-            raise DownloadError(f"the download has not ended within {self._deadline:g} s") from error
-        return target
+        return await self._running().host(self._save(image, Path(path)))
 
     @property
     def stats(self) -> SessionStats:
@@ -228,6 +219,17 @@ class FluxSession:
         return attrs.evolve(self._stats)
 
     # ------------------------------------------------------------------ behind the face
+
+    async def _save(self, image: GeneratedImage, target: Path) -> Path:
+        try:
+            async with asyncio.timeout(None if self._deadline == math.inf else self._deadline):
+                try:
+                    await download(self._transport, image.url, target)
+                except ResultExpiredError:
+                    await download(self._transport, await self._fresh_url(image), target)
+        except TimeoutError as error:
+            raise DownloadError(f"the download has not ended within {self._deadline:g} s") from error
+        return target
 
     async def _fresh_url(self, image: GeneratedImage) -> str:
         try:
@@ -237,6 +239,11 @@ class FluxSession:
             raise ResultExpiredError(
                 f"the picture's url has expired, and task {image.task_id} gives no fresh one: {error}"
             ) from error
+
+    async def _close(self, supervisor: Supervisor) -> None:
+        await supervisor.close()
+        await self._transport.close()
+        self._supervisor = None
 
     async def _start(self, request: GenerationRequest) -> Poller:
         supervisor = self._running()
@@ -255,7 +262,7 @@ class FluxSession:
             raise
 
     def _running(self) -> "Supervisor":
-        if self._supervisor is None:
+        if self._supervisor is None or self._supervisor.closing:
             raise closed_error()
         return self._supervisor
 

@@ -37,6 +37,7 @@ def checked_base_url(base_url: str | None) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigurationError("base_url is not a URL") from error
     if parts.username or parts.password:

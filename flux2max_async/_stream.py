@@ -1,6 +1,7 @@
 """A stream of outcomes: requests go in lazily, outcomes come out in order of completion."""
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from types import TracebackType
@@ -59,7 +60,7 @@ class OutcomeStream(AsyncIterator[Outcome]):
     def __del__(self) -> None:
         # Dropped in the middle of a loop: nobody will take what further submissions would cost.
         if hasattr(self, "_feed"):
-            self._feed.stop(None)
+            self._feed.drop()
 
 
 class _Feed:
@@ -75,10 +76,12 @@ class _Feed:
         """One for each request that may be pulled before another outcome is delivered."""
         self._ready: deque[tuple[Outcome, Poller | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
-        self._doom: Exception | None = None
+        self._doom: BaseException | None = None
         """What to raise after the last outcome."""
         self._dry = False
-        """Nothing more will be submitted."""
+        """Nothing more will be pulled."""
+        self._stopped = False
+        """Nothing more will be submitted, of what was pulled neither."""
         self._closed = False
         self._news: anyio.Event | None = None
 
@@ -101,18 +104,26 @@ class _Feed:
             raise doom
         raise StopAsyncIteration
 
-    def stop(self, doom: Exception | None) -> None:
+    def stop(self, doom: FluxError | None) -> None:
         """Submit nothing more; what is submitted already is followed and delivered, and then the doom raised."""
-        if self._dry:
+        if self._stopped:
             return
+        self._stopped = True
+        if self._doom is None and not (self._dry and isinstance(doom, SessionClosedError)):
+            self._doom = doom
         self._dry = True
-        self._doom = doom
-        if self._producer is not None and not self._producer.get_loop().is_closed():
+        if self._producer is not None:
             self._producer.cancel()
             reason = doom if isinstance(doom, FluxError) else SessionClosedError("the stream was left")
             for poller in self.undelivered:
                 poller.withdraw(reason)
         self._tell()
+
+    def drop(self) -> None:
+        """Stop from wherever the garbage collector runs, which may be another thread, or after the event loop's end."""
+        if self._producer is not None:
+            with contextlib.suppress(RuntimeError):
+                self._producer.get_loop().call_soon_threadsafe(self.stop, None)
 
     async def close(self) -> None:
         self.stop(None)
@@ -135,21 +146,30 @@ class _Feed:
                     self._refuse(request, error)
                 else:
                     self.undelivered[poller] = None
-                    poller.listeners.append(self._arrived)
+                    poller.when_ended(self._arrived)
                 request = None
         except StopAsyncIteration:
             self._dry = True
             self._tell()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancelled:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                self._source_failed(RuntimeError("the source of the requests was cancelled"), cancelled)
+                return
             # Either the stream was stopped, or its session ends.
             self.stop(SessionClosedError("the session was closed before all requests were submitted"))
             if request is not None and isinstance(self._doom, FluxError):
                 self._refuse(request, self._doom)
             raise
-        except Exception as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
-            self._dry = True
-            self._doom = error
-            self._tell()
+        except BaseException as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
+            self._source_failed(error, error.__cause__)
+
+    def _source_failed(self, error: BaseException, cause: BaseException | None) -> None:
+        """End with the source's own error, after all that it gave is delivered."""
+        error.__cause__ = cause
+        self._dry = True
+        self._doom = error
+        self._tell()
 
     def _arrived(self, poller: Poller, outcome: Outcome) -> None:
         self._ready.append((outcome, poller))

@@ -28,6 +28,7 @@ from flux2max_async._wire import Call
 _MAX_REPLY = 16_000_000
 _CHUNK = 65_536
 _CONNECTIONS = 100
+_MAX_CONNECTIONS = 500
 
 
 class Transport:
@@ -47,26 +48,37 @@ class Transport:
         self._base_url = base_url
         self._host = urlsplit(base_url).hostname
         self._agent = {"User-Agent": user_agent}
-        self._headers = {**self._agent, "Accept": "application/json", "Authorization": f"Bearer {api_key}"}
+        self._headers = {
+            **self._agent,
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # an answer is small, and some borrowed sessions don't unpack
+            "Authorization": f"Bearer {api_key}",
+        }
         self._secrets = (api_key,)
         self._timeout = timeout
-        self._borrowed = http
-        self._http = http
+        self._borrowed = http is not None
+        self._calls = http
+        self._downloads = http
 
-    def open(self) -> None:
-        """Make the connection pool; needs a running event loop."""
-        if self._borrowed is None:
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+    def open(self, places: int) -> None:
+        """Make the connection pools; needs a running event loop.
+
+        Args:
+            places: How many calls may go on at once.
+        """
+        if not self._borrowed:
+            # Downloads have a pool of their own: many slow ones must not keep polls from looking.
+            self._calls = _pool(max(_CONNECTIONS, min(places, _MAX_CONNECTIONS)))
+            self._downloads = _pool(_CONNECTIONS)
 
     async def close(self) -> None:
         """Close the connections that are ours."""
-        if self._borrowed is None and self._http is not None:
+        if not self._borrowed:
             # Must not be cut short, or sockets leak; doesn't take long.
             with anyio.move_on_after(5, shield=True):
-                await self._http.close()
+                for http in (self._calls, self._downloads):
+                    if http is not None:
+                        await http.close()
 
     async def exchange(self, call: Call, *, within: float = math.inf) -> Reply:
         """Make one call and read its reply whole.
@@ -80,7 +92,7 @@ class Transport:
             ProtocolError: The answer was no HTTP, or endless.
             SessionClosedError: The aiohttp session is closed.
         """
-        http = self._usable()
+        http = _usable(self._calls)
         body = None if call.body is None else _NotingPayload(call.body)
         url = URL(self._base_url + call.path, encoded=True)
         failure: FluxError
@@ -104,14 +116,17 @@ class Transport:
                 async with exchange as response:
                     content = await _read(response)
             return Reply(response.status, response.headers, content, datetime.now(UTC), self._secrets)
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translated(error, maybe_sent=body is None or body.written)
         except RuntimeError:
             if not http.closed:
                 raise
             failure = SessionClosedError("the HTTP session was closed")
-        # Raised outside the handler: aiohttp's error knows the headers, the key among them, and goes no further.
-        raise failure
+        try:
+            # Raised outside the handler: aiohttp's error knows the headers, the key among them, and goes no further.
+            raise failure
+        finally:
+            del failure, body  # or the error, which holds this frame, would hold the pictures that were sent
 
     @asynccontextmanager
     async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["Answer"]:
@@ -122,23 +137,28 @@ class Transport:
             ProtocolError: The url or the answer is no HTTP.
             SessionClosedError: The aiohttp session is closed.
         """
-        http = self._usable()
+        http = _usable(self._downloads)
         # A picture may take long on a slow line: what counts is that bytes keep coming.
-        timeout = aiohttp.ClientTimeout(total=None, connect=self._timeout, sock_read=self._timeout)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
         # Identity: the length and the ranges of what is stored are those of what is sent.
         all_headers = {**self._agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
         try:
             response = await http.get(url, headers=all_headers, timeout=timeout, raise_for_status=False)
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translated(error, maybe_sent=True)
             raise failure from failure.__cause__
         async with response:
             yield Answer(response)
 
-    def _usable(self) -> aiohttp.ClientSession:
-        if self._http is None or self._http.closed:
-            raise SessionClosedError("the HTTP session is closed")
-        return self._http
+
+def _pool(connections: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _usable(http: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
+    if http is None or http.closed:
+        raise SessionClosedError("the HTTP session is closed")
+    return http
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
@@ -179,6 +199,8 @@ class _NotingPayload(aiohttp.Payload):
         await self.write_with_length(writer, None)
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        if self.written:
+            raise ConnectionError("a submit is never written twice")  # a middleware of a borrowed session may try
         self.written = True
         cast("ResponseHandler", cast("StreamWriter", writer).protocol).force_close()
         view = memoryview(self._value)[:content_length]
@@ -203,12 +225,12 @@ def _translated(error: Exception, *, maybe_sent: bool) -> FluxError:
     """Say in our words what went wrong, with a cause that holds no headers."""
     match error:
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
-            result: FluxError = TransportError(f"no connection: {error}", maybe_sent=False)
+            result: FluxError = TransportError(f"no connection: {error}", maybe_sent=maybe_sent)
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
             result = TransportError("the connection was closed before the whole answer had come", maybe_sent=maybe_sent)
         case TimeoutError():
             result = TransportError("no answer in time", maybe_sent=maybe_sent)
-        case aiohttp.ClientResponseError() | aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+        case aiohttp.ClientResponseError() | aiohttp.NonHttpUrlClientError() | ValueError():
             # Its repr shows the call's headers: it is described and dropped.
             if not maybe_sent:
                 return TransportError(f"no connection: {error.__class__.__name__}", maybe_sent=False)

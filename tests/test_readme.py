@@ -107,6 +107,7 @@ def _post(url: str) -> tuple[int, str]:
 def test_the_test(tmp_path: Path) -> None:
     """The example of a test is a test that passes."""
     (tmp_path / "test_mine.py").write_text(TEST, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the folder's own settings would be somebody else's
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:asyncio"]
     command.append(str(tmp_path))
     if (

@@ -1,11 +1,14 @@
 """Saving: streamed, resumed, whole or not at all, and without the key."""
 
+import asyncio
+import contextlib
 import errno
 import resource
 import signal
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -308,3 +311,82 @@ async def test_a_url_that_is_none_is_a_clear_error(session: FluxSession, tmp_pat
         await session.save(GeneratedImage("ftp://x.example/a", "image", "t1"), tmp_path / "a.jpeg")
     with pytest.raises(DownloadError, match="can't download"):
         await session.save(GeneratedImage("nonsense", "image", "t1"), tmp_path / "a.jpeg")
+
+
+@pytest.mark.parametrize("url", ["", "//x/y", "http://", "http://a b/", "file:///etc/passwd"])
+async def test_what_is_no_web_address_is_not_fetched(session: FluxSession, tmp_path: Path, url: str) -> None:
+    """A result url that no browser would open is a DownloadError."""
+    with pytest.raises(DownloadError, match="no http"):
+        await session.save(GeneratedImage(url, "image", "t1"), tmp_path / "a.jpeg")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["http://a..b/x", f"http://{'x' * 70}.example/"])
+async def test_a_host_that_cannot_be_is_our_error(session: FluxSession, tmp_path: Path, url: str) -> None:
+    """A host name that can't be encoded is a DownloadError, too."""
+    with pytest.raises(DownloadError):
+        await session.save(GeneratedImage(url, "image", "t1"), tmp_path / "a.jpeg")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a\0b"])
+async def test_a_target_without_a_name_is_our_error(scripted: ScriptedGateway, name: str) -> None:
+    """A path that can't be a file's is a DownloadError."""
+    scripted.downloads = deque([answer(200, PICTURE)])
+    async with session_on(scripted) as session:
+        with pytest.raises(DownloadError, match="can't write"):
+            await session.save(image_at(scripted), name)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(answer(206, PICTURE[:1000], [("Content-Range", f"bytes 0-999/{len(PICTURE)}")]), id="a part"),
+        pytest.param(answer(200, b""), id="nothing"),
+    ],
+)
+async def test_what_is_not_whole_is_not_saved(scripted: ScriptedGateway, tmp_path: Path, first: Behaviour) -> None:
+    """A part that nobody asked for, and an answer with nothing in it, are no pictures."""
+    scripted.downloads = deque([first, answer(200, PICTURE)])
+    path = await save(scripted, tmp_path / "a.jpeg")
+
+    assert path.read_bytes() == PICTURE
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param({"etag": '"v2"'}, id="another version"),
+        pytest.param({"total": len(PICTURE) + 1}, id="another length"),
+    ],
+)
+async def test_the_rest_of_another_picture_is_not_glued_on(
+    scripted: ScriptedGateway, tmp_path: Path, rest: dict[str, Any]
+) -> None:
+    """A partial answer that belongs to another picture is thrown away."""
+
+    async def other(connection: Connection) -> None:
+        start = int(connection.call.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        await part(start, **rest)(connection)
+
+    scripted.downloads = deque([cut(1_500_000, *OFFERED), other, answer(200, PICTURE)])
+    path = await save(scripted, tmp_path / "a.jpeg")
+
+    assert path.read_bytes() == PICTURE
+    assert len(scripted.received) == 3
+
+
+@pytest.mark.parametrize("moment", [step / 40 for step in range(12)])
+async def test_a_natively_cancelled_save_leaves_no_part(
+    scripted: ScriptedGateway, tmp_path: Path, moment: float
+) -> None:
+    """Wherever asyncio's own cancellation hits a download, nothing but a whole picture is left."""
+    slow = answer(200, PICTURE, after=0.1)
+    scripted.downloads = deque([slow])
+    async with session_on(scripted) as session:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(moment):
+                await session.save(image_at(scripted), tmp_path / "a.jpeg")
+        await anyio.sleep(1)
+
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jpeg"}

@@ -298,6 +298,8 @@ NO_USE: dict[str, Progress] = {
     "at 99 % after a third": lambda share, elapsed: min(3 * share, 0.99),
     "in quarters": lambda share, elapsed: math.floor(4 * share) / 4,
     "backwards": lambda share, elapsed: 1 - share,
+    "very slowly at first": lambda share, elapsed: share**4,
+    "queued, then moving": lambda share, elapsed: 0.01 + elapsed / 1e4 if share < 0.6 else 2.5 * share - 1.5,
     "now and then": lambda share, elapsed: None if int(elapsed * 7) % 2 else 0.0,
 }
 
@@ -340,6 +342,11 @@ PROGRESS = st.none() | st.floats() | st.floats(0, 1)
 
 
 @settings(max_examples=200, deadline=None)
+@example(price=1e6, ends=[], looks=[(0.0, None), (10.0, None)])
+@example(price=0.1, ends=[], looks=[(2.0, 0.5), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
+@example(price=0.1, ends=[], looks=[(2.0, 0.75), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
+@example(price=0.1, ends=[], looks=[(2.0, 5e-324), (4.0, 1e-323), (6.0, 1.5e-323), (8.0, 2e-323)])
+@example(price=0.1, ends=[], looks=[(2.0, 0.5), (4.0, 0.75), (6.0, math.nextafter(1, 0)), (8.0, 1.0)])
 @given(
     price=st.floats(1e-6, 1e6),
     ends=st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=8),

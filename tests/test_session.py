@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import uvloop
-from _scripted import ScriptedGateway, answer, completed, hang, running
+from _scripted import ScriptedGateway, answer, completed, hang, raw, running
 from test_submit import session_on
 
 from flux2max_async import (
@@ -21,12 +22,15 @@ from flux2max_async import (
     ConfigurationError,
     Failed,
     FixedSchedule,
+    FluxError,
     FluxSession,
+    GeneratedImage,
     GenerationRequest,
     InvalidRequestError,
     SessionClosedError,
     TaskStatus,
 )
+from flux2max_async._wire import Call
 from flux2max_async.emulator import Emulator
 
 
@@ -463,3 +467,130 @@ async def test_a_real_clock_works_too() -> None:
     assert outcome.ok
     assert time.monotonic() - started >= 0.2
     gc.collect()
+
+
+# ---------------------------------------------------------------------- hard exits
+
+
+async def test_closing_under_a_cancelled_scope_still_waits_for_an_id(
+    scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session that is left because an anyio scope was cancelled gives a submit on the wire its moment, too."""
+    scripted.submits = deque([answer(200, {"id": "paid-1"}, after=1.5)])
+    with anyio.move_on_after(1):
+        async with session_on(scripted) as session:
+            await session.generate("a cat")
+
+    assert "session closed; unfinished tasks: paid-1" in caplog.text
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_a_cancelled_close_still_names_the_unfinished(
+    scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """However soon closing is cancelled itself, the ids of paid tasks are in the log, and a second close ends it."""
+    scripted.polls = deque([answer(200, running())])
+    session = session_on(scripted)
+    await session.__aenter__()
+    await session.submit("a cat")
+    closing = asyncio.ensure_future(session.aclose())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    await session.aclose()
+
+    assert "session closed; unfinished tasks: t1" in caplog.text
+
+
+async def test_closing_twice_at_once_waits_for_the_same_end(scripted: ScriptedGateway) -> None:
+    """A second close waits for the first, and between them the session refuses work and can't be entered."""
+    scripted.submits = deque([hang])
+    session = session_on(scripted)
+    await session.__aenter__()
+    wait = asyncio.ensure_future(session.generate("a cat"))
+    await anyio.sleep(1)
+    first, second = asyncio.ensure_future(session.aclose()), asyncio.ensure_future(session.aclose())
+    await anyio.sleep(1)
+    with pytest.raises(SessionClosedError, match="open already"):
+        await session.__aenter__()
+    with pytest.raises(SessionClosedError):
+        await session.generate("a dog")
+    done_early = second.done()
+    await asyncio.gather(first, second)
+    with pytest.raises(SessionClosedError):
+        await wait
+    async with session:
+        pass
+
+    assert not done_early
+
+
+@pytest.mark.parametrize("deadline", [20.0, None])
+async def test_closing_ends_saves_and_fetches(
+    scripted: ScriptedGateway, tmp_path: Path, deadline: float | None
+) -> None:
+    """A download or a look that is under way when the session is closed ends at once, and leaves no file."""
+    scripted.polls = deque([hang])
+    scripted.downloads = deque([raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", then="hang")])
+    image = GeneratedImage(f"{scripted.url}/0.jpeg", "image", "t1")
+    async with session_on(scripted, deadline=deadline) as session:
+        waits = [
+            asyncio.ensure_future(session.save(image, tmp_path / "a.jpeg")),
+            asyncio.ensure_future(session.fetch("t1")),
+        ]
+        await anyio.sleep(1)
+        started = anyio.current_time()
+    results = await asyncio.gather(*waits, return_exceptions=True)
+
+    assert anyio.current_time() - started < 0.1
+    assert [type(result) for result in results] == [SessionClosedError, SessionClosedError]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("behaviour", [answer(401, b""), answer(302, b""), answer(404, b"")], ids=["401", "302", "404"])
+async def test_every_error_about_a_paid_task_names_it(scripted: ScriptedGateway, behaviour: Any) -> None:
+    """Whatever ends the polling of a task, the error that generate() raises knows the task's id."""
+    scripted.polls = deque([behaviour])
+    async with session_on(scripted) as session:
+        with pytest.raises(FluxError) as caught:
+            await session.generate("a cat")
+
+    assert caught.value.task_id == "t1"
+
+
+async def test_failed_outcomes_hold_no_bodies(scripted: ScriptedGateway) -> None:
+    """Keeping the outcomes of a batch doesn't keep the pictures that were sent with it."""
+    scripted.submits = deque([answer(429, b""), answer(400, b"")])
+    data = b"\x89PNG\r\n\x1a\n" + bytes(1_000_000)
+    async with session_on(scripted) as session:
+        task = asyncio.ensure_future(session.generate("a cat", input_images=[data]))
+        await asyncio.wait([task])
+        error = task.exception()
+        gc.collect()
+        calls = [thing for thing in gc.get_objects() if isinstance(thing, Call) and thing.method == "POST"]
+
+    assert isinstance(error, FluxError)
+    assert calls == []
+
+
+async def test_an_attached_task_of_a_lost_loop_is_not_counted_for_ever(scripted: ScriptedGateway) -> None:
+    """Entering a session anew counts what is in flight from nothing."""
+    session = session_on(scripted)
+    async with session:
+        session._stats.in_flight = 7
+    async with session:
+        assert session.stats.in_flight == 0
+
+
+def test_closing_after_the_loop_has_gone_is_no_error() -> None:
+    """A session whose event loop was closed under it can be closed on another one."""
+    session = FluxSession("key", base_url="http://127.0.0.1:1")
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(session.__aenter__())
+    loop.run_until_complete(session._transport.close())
+    loop.close()
+    asyncio.run(session.aclose())
+
+    with pytest.raises(SessionClosedError):
+        session.attach("t1")

@@ -3,12 +3,15 @@
 import asyncio
 import gc
 import itertools
+import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from _scripted import ScriptedGateway, answer, completed, hang
 from test_submit import session_on
@@ -225,6 +228,7 @@ async def test_dropping_the_stream_stops_it(gateway: Emulator) -> None:
         async for _ in session.stream(f"cat {n}" for n in itertools.count()):
             break
         gc.collect()
+        await anyio.lowlevel.checkpoint()
         submitted = gateway.calls["submit"]
         await anyio.sleep(100)
 
@@ -232,7 +236,7 @@ async def test_dropping_the_stream_stops_it(gateway: Emulator) -> None:
     assert gateway.calls["submit"] == submitted == 2
 
 
-def test_a_stream_may_be_dropped_after_its_loop() -> None:
+def test_a_stream_may_be_dropped_after_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that outlives its event loop is dropped without a murmur."""
     with Emulator(seconds=0.05, spread=0.0, pictures=False) as gateway:
         kept: list[Any] = []
@@ -243,16 +247,15 @@ def test_a_stream_may_be_dropped_after_its_loop() -> None:
             stream = session.stream(f"cat {n}" for n in itertools.count())
             await anext(stream)
             kept.append(stream)
-            kept.append(stream._feed)
             await session._transport.close()
 
         asyncio.run(main())
-        feed = kept.pop()
-        feed._dry = False
+        complaints: list[Any] = []
+        monkeypatch.setattr(sys, "unraisablehook", complaints.append)
         kept.clear()
         gc.collect()
 
-        assert feed._dry
+    assert complaints == []
 
 
 async def test_a_cancelled_wait_loses_no_outcome(session: FluxSession) -> None:
@@ -325,3 +328,117 @@ async def test_a_limit_of_three_places_costs_few_submits() -> None:
         assert narrow.calls["submit"] < 2.5 * 60
     assert len(outcomes) == 60
     assert all(outcome.ok for outcome in outcomes)
+
+
+@pytest.mark.parametrize("requests", [2, 4, 50])
+async def test_a_doom_is_raised_however_short_the_source(scripted: ScriptedGateway, requests: int) -> None:
+    """A source that is exhausted when its key is refused still stops submitting, delivers all, and raises."""
+    scripted.submits = deque([answer(429, b"", [("Retry-After", "5")])] * min(requests, 24) + [answer(401, b"")])
+    outcomes = []
+    async with session_on(scripted) as session:
+        with pytest.raises(AuthenticationError):
+            async for outcome in session.stream(f"cat {n}" for n in range(requests)):
+                outcomes.append(outcome)
+
+    assert len(scripted.of("POST")) == min(requests, 24) + 1
+    assert len(outcomes) == min(requests, 24)
+    assert {type(outcome.error) for outcome in outcomes if not outcome.ok} == {AuthenticationError}
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+async def test_leaving_withdraws_what_waits_to_be_sent(scripted: ScriptedGateway, how: str) -> None:
+    """Requests of a short source that wait out a 429 when the stream is left are never sent."""
+    refused = answer(429, b"", [("Retry-After", "50")])
+    scripted.submits = deque([answer(200, completed("t1")), *[refused] * 3, answer(200, {"id": "t2"})])
+    async with session_on(scripted) as session:
+        stream = session.stream(["cat 1", "cat 2", "cat 3", "cat 4"])
+        await anext(stream)
+        if how == "closed":
+            await stream.aclose()
+        del stream
+        gc.collect()
+        await anyio.sleep(200)
+
+    assert len(scripted.of("POST")) == 4
+
+
+class Uncommon(BaseException):
+    """What `except Exception` doesn't see."""
+
+
+async def test_an_uncommon_error_of_the_source_hurts_nobody_else(session: FluxSession) -> None:
+    """Whatever a source raises comes out of its own stream, and the session's other tasks go on."""
+
+    def source() -> Iterator[str]:
+        yield "cat 1"
+        raise Uncommon("oh")
+
+    other = await session.submit("a dog")
+    outcomes = []
+    with pytest.raises(Uncommon):
+        async for outcome in session.stream(source()):
+            outcomes.append(outcome)
+
+    assert [outcome.ok for outcome in outcomes] == [True]
+    assert (await other).ok
+
+
+async def test_a_source_that_is_cancelled_by_itself_is_no_closed_session(session: FluxSession) -> None:
+    """A source that awaits something that was cancelled fails with words that say so."""
+
+    async def source() -> AsyncIterator[str]:
+        yield "cat 1"
+        raise asyncio.CancelledError
+
+    outcomes = []
+    with pytest.raises(RuntimeError, match="source of the requests was cancelled"):
+        async for outcome in session.stream(source()):
+            outcomes.append(outcome)
+
+    assert [outcome.ok for outcome in outcomes] == [True]
+
+
+async def test_a_source_that_ends_the_program_ends_the_program(session: FluxSession) -> None:
+    """SystemExit in a source comes out where the stream is consumed, after what is paid for."""
+
+    def source() -> Iterator[str]:
+        yield "cat 1"
+        raise SystemExit(3)
+
+    outcomes = []
+    with pytest.raises(SystemExit):
+        async for outcome in session.stream(source()):
+            outcomes.append(outcome)
+
+    assert [outcome.ok for outcome in outcomes] == [True]
+
+
+async def test_a_stream_may_be_collected_in_another_thread(gateway: Emulator) -> None:
+    """The garbage collector may run anywhere; the stream stops all the same, and nothing hangs."""
+    async with limited(gateway, 2) as session:
+        stream = session.stream(f"cat {n}" for n in itertools.count())
+        await anext(stream)
+        holder = [stream]
+        del stream
+        thread = threading.Thread(target=holder.clear)
+        thread.start()
+        thread.join()
+        await anyio.sleep(100)
+
+        assert session.stats.completed == gateway.calls["submit"] == 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_eager_tasks_change_nothing(gateway: Emulator) -> None:
+    """Where asyncio starts tasks eagerly, streams deliver what ends before anybody could look."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    async with limited(gateway, 3) as session:
+        await session._transport.close()
+        with pytest.raises(SessionClosedError):
+            outcomes = [outcome async for outcome in session.stream(["cat 1", "cat 2"])]
+    async with limited(gateway, 3) as session:
+        outcomes = [outcome async for outcome in session.stream(f"cat {n}" for n in range(10))]
+    loop.set_task_factory(None)
+
+    assert len(outcomes) == 10

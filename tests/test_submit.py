@@ -29,6 +29,7 @@ from PIL import Image
 from flux2max_async import (
     AuthenticationError,
     BadRequestError,
+    ConfigurationError,
     FixedSchedule,
     FluxError,
     FluxSession,
@@ -336,3 +337,54 @@ async def test_after_a_refused_poll_submits_probe_one_at_a_time(scripted: Script
 
     assert moments[:3] == pytest.approx([10.0, 12.0, 14.0], abs=0.05)
     assert moments[3:] == pytest.approx([16.0] * 3, abs=0.05)
+
+
+async def test_a_retrying_middleware_cannot_send_a_submit_twice(scripted: ScriptedGateway) -> None:
+    """A borrowed session whose middleware repeats 5xx answers still writes each submit once."""
+
+    async def persistent(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        response = await handler(request)
+        return await handler(request) if response.status >= 500 else response
+
+    scripted.submits = deque([answer(502, b""), answer(200, {"id": "t1"})])
+    async with (
+        aiohttp.ClientSession(middlewares=[persistent]) as http,
+        session_on(scripted, http_session=http) as session,
+    ):
+        with pytest.raises(SubmissionUncertainError):
+            await session.generate("a cat")
+
+    assert len(scripted.of("POST")) == 1
+
+
+async def test_what_a_borrowed_session_forbids_is_our_error(scripted: ScriptedGateway) -> None:
+    """A borrowed session with credentials of its own can't carry the key; the error is one of ours."""
+    async with (
+        aiohttp.ClientSession(middlewares=[_refuse]) as http,
+        session_on(scripted, http_session=http) as session,
+    ):
+        with pytest.raises(FluxError):
+            await session.fetch("t1")
+
+    assert scripted.received == []
+
+
+async def _refuse(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    raise ValueError("not like this")
+
+
+async def test_a_gateway_that_refuses_for_days_is_borne() -> None:
+    """Two thousand refusals in a row are as good as one."""
+    async with (
+        Emulator(max_in_flight=0, pictures=False) as full,
+        FluxSession(full.api_key, base_url=full.url) as session,
+    ):
+        session._supervisor.gateway._pace._refusals = 5000  # type: ignore[union-attr]
+        with pytest.raises(RateLimitedError):
+            await session.generate("a cat")
+
+
+async def test_a_host_that_no_name_server_knows_is_a_configuration_error() -> None:
+    """An address whose host can't be one is refused when the session is made."""
+    with pytest.raises(ConfigurationError, match="base_url"):
+        FluxSession("key", base_url="https://a..b")

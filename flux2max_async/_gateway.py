@@ -79,8 +79,9 @@ class Gateway:
             failures += 1
             # A last call with no time left for its answer would make an honest submit uncertain.
             with anyio.CancelScope(deadline=deadline - min(_LEAST_TIME, seconds / 4)) as patience:
-                if not isinstance(refusal, RateLimitedError):
-                    await anyio.sleep(backoff(failures, random.random()))
+                if not isinstance(refusal, RateLimitedError):  # for those, the pace says how long
+                    asked = getattr(refusal, "retry_after", None) or 0.0
+                    await anyio.sleep(max(backoff(failures, random.random()), asked))
                 await self._wait_for_turn()
             if patience.cancelled_caught:
                 raise refusal

@@ -65,7 +65,7 @@ class Pace:
         if self._probing and self.limited:
             return math.inf
         delay = max(self.pause(now), self._patient_until - now)
-        if self._ceiling >= self._places or in_flight < self._ceiling:
+        if self._ceiling >= self._places or in_flight + 1 <= self._ceiling:
             return delay
         # What was in the way may have been somebody else's tasks: look again now and then.
         return max(delay, self._last_refusal + _LOOK_AGAIN - now)
@@ -85,6 +85,8 @@ class Pace:
         """A submit became a task, which `in_flight` already counts."""
         self.submit_ended(probe=probe)
         self._refusals = 0
+        if in_flight > self._refused_at:
+            self._step = _STEP  # more is possible than at the last refusal
         self._probes_left = max(self._probes_left - 1, 0)
         if self._ceiling < self._places:
             self._ceiling = min(max(self._ceiling + self._step, in_flight), self._places)

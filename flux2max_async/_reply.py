@@ -102,11 +102,15 @@ def _error_class(status: int, code: str | None, message: str) -> type[ResponseEr
 _BALANCE_CODES = {str(code) for code in range(40201, 40209)}
 
 
+_LONGEST = 1000
+"""Characters of a message; a service that says more has lost its way."""
+
+
 def problem(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """Find the code and message of an error, in any of the shapes seen; None where there is no error."""
     for nested in (body.get("error"), body.get("status")):
         if isinstance(nested, dict) and nested:
-            return _code(nested.get("code")), _message(nested) or json.dumps(nested)
+            return _code(nested.get("code")), (_message(nested) or json.dumps(nested))[:_LONGEST]
     error, message = body.get("error"), _message(body)
     if isinstance(error, str) and error:
         return (error, message) if message else (_code(body.get("code")), error)

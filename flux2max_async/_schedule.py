@@ -116,6 +116,8 @@ class LearnedSchedule:
         self._square += (x * x - self._square) / self._weight
 
 
+_ENDLESS = 1e9
+"""No guess at the end of a task, in seconds, is taken seriously from here on."""
 _SHORTEST = 0.05
 """No schedule of ours polls one task more often than this, in seconds."""
 
@@ -157,12 +159,15 @@ class _LearnedPlan:
     """How often it has moved."""
 
     def next_delay(self, elapsed: float, progress: float | None) -> float:
-        mean, deviation = self._schedule.law()
+        (mean, deviation), price = self._schedule.law(), self._schedule.poll_price
+        delay = _next_look(elapsed, mean, deviation, price) - elapsed
         end = self._end_by_progress(elapsed, progress)
         if end is not None:
-            # An extrapolation from a short way is worth less than one from a long way.
-            mean, deviation = math.log(end), max(0.05, deviation * (1 - elapsed / end))
-        return max(_SHORTEST, _next_look(elapsed, mean, deviation, self._schedule.poll_price) - elapsed)
+            # An extrapolation from a short way is worth less than one from a long way; and none is worth waiting much
+            # longer than the law alone says.
+            narrowed = max(0.05, deviation * (1 - elapsed / end))
+            delay = min(_next_look(elapsed, math.log(end), narrowed, price) - elapsed, 2 * delay)
+        return max(_SHORTEST, delay)
 
     def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
         if completed:
@@ -179,9 +184,10 @@ class _LearnedPlan:
         moved, self._newest = progress > self._newest, progress
         self._moves += moved
         first, since = self._first
-        if not moved or self._moves < 2 or elapsed <= since:
+        if not moved or self._moves < 2 or elapsed <= since or progress <= first:
             return None
-        return elapsed + (1 - progress) * (elapsed - since) / (progress - first)
+        end = elapsed + (1 - progress) * (elapsed - since) / (progress - first)
+        return end if end < _ENDLESS else None
 
 
 def _next_look(now: float, mean: float, deviation: float, price: float) -> float:

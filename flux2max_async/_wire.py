@@ -171,7 +171,7 @@ _STATUSES = {status.value: status for status in TaskStatus} | {"processing": Tas
 
 def _task_error(task_id: str, code: str | None, message: str) -> TaskFailedError:
     # [B] "content_policy_violation", "Request Moderated", "Content Moderated".
-    moderated = re.search(r"moderat|content.?policy|nsfw", f"{code} {message}", re.IGNORECASE)
+    moderated = re.search(r"moderat(ed|ion)|content.?policy|nsfw", f"{code} {message}", re.IGNORECASE)
     return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, code)
 
 

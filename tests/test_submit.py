@@ -388,3 +388,13 @@ async def test_a_host_that_no_name_server_knows_is_a_configuration_error() -> No
     """An address whose host can't be one is refused when the session is made."""
     with pytest.raises(ConfigurationError, match="base_url"):
         FluxSession("key", base_url="https://a..b")
+
+
+async def test_a_503_may_say_how_long(scripted: ScriptedGateway) -> None:
+    """A service that is unavailable for a stated time isn't asked again before."""
+    scripted.submits = deque([answer(503, b"", [("Retry-After", "9")]), answer(200, {"id": "t1"})])
+    async with session_on(scripted) as session:
+        await session.submit("a cat")
+
+    first, second = scripted.of("POST")
+    assert second.at - first.at == pytest.approx(9.0, abs=0.01)

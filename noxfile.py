@@ -74,8 +74,10 @@ def types(session: nox.Session) -> None:
     """The types, by two checkers, and that all that is public has them."""
     install(session, "test", "types")
     session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks")
-    session.run("basedpyright")
-    session.run("basedpyright", "--verifytypes", "flux2max_async", "--ignoreexternal")
+    # Named, or the checker would take a .venv in the project's folder for the one to look into.
+    python = str(Path(session.bin) / "python")
+    session.run("basedpyright", "--pythonpath", python)
+    session.run("basedpyright", "--pythonpath", python, "--verifytypes", "flux2max_async", "--ignoreexternal")
 
 
 @nox.session(python=PYTHONS[-1])

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
-from flux2max_async.emulator._pictures import _MOODS, _plan, _wrap, _write_line, draw, size_of
+from flux2max_async.emulator._caption import _wrap, _write_line
+from flux2max_async.emulator._pictures import _MOODS, _plan, draw
+from flux2max_async.emulator._prints import size_of
 
 MAGENTA = (255, 0, 200)
 LONG = "A wide panorama of an old stone bridge across a misty valley, painted in the manner of the romantics, " * 6

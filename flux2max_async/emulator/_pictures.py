@@ -1,22 +1,19 @@
 """Draws the pictures that the emulator hands out: a landscape led by the prompt's words and varied by the seed."""
 
-import contextlib
 import hashlib
 import io
 import math
 import random
 import re
-import textwrap
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-_Colour = tuple[int, ...]
-_Point = tuple[float, float]
-_Shape = list[_Point]
+from flux2max_async.emulator import _brushes as brush
+from flux2max_async.emulator._caption import write_caption
+from flux2max_async.emulator._prints import lay_out_prints
 
 
 def draw(
@@ -30,20 +27,12 @@ def draw(
     _paint_sky(scene)
     (_paint_shore if "shore" in scene.cues else _paint_hills)(scene)
     _paint_air(scene)
-    floor = _write_caption(scene, prompt)
-    _lay_out_prints(scene, input_images, floor)
+    floor = write_caption(scene.canvas, scene.land, prompt)
+    lay_out_prints(scene.canvas, scene.rng, scene.unit, input_images, floor)
     file = io.BytesIO()
     # Each format takes the setting that is its own: a good quality for JPEG, a quick packing for PNG.
     scene.canvas.save(file, output_format, quality=90, compress_level=1)
     return file.getvalue()
-
-
-def size_of(data: bytes) -> tuple[int, int]:
-    """Gives the width and height of an encoded PNG, JPEG, WebP or GIF, as stored (before any EXIF rotation).
-
-    Raises ValueError when the picture cannot be read to its end.
-    """
-    return _read(data, enough=1)[0]
 
 
 # Each mood: the words that call for it, the sky from zenith to horizon, the sun or moon, and the nearest land.
@@ -89,23 +78,18 @@ _FIGURES = {
     "bird": "95,25 55,50 0,5 -55,50 -95,25 -50,30 0,-5 50,30",
 }
 
-# The bundled font has the letters of English only; spelled like this, most of Latin script can be written with it.
-_LETTERS = {*map(chr, range(0x20, 0x7F)), *"©«°±´·»‘’“”…‹›™"}  # noqa: RUF001  # these very signs are in the font
-_SPELLINGS = {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "\u2013": "-", "\u2014": "-"}
-_ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0308\u030a", ("`", "\u00b4", "^", "~", "··", "°"), strict=True))
-
 
 @dataclass
 class _Scene:
     canvas: Image.Image
     rng: random.Random
     cues: set[str]
-    sky: list[_Colour]
-    light: _Colour
-    land: _Colour
+    sky: list[brush.Colour]
+    light: brush.Colour
+    land: brush.Colour
     night: bool
     horizon: float
-    sun: _Point
+    sun: brush.Point
     unit: float  # what things are measured in: about the picture's side, less when it is very long
 
 
@@ -127,9 +111,9 @@ def _plan(prompt: str, seed: int, width: int, height: int) -> _Scene:
         canvas=Image.new("RGB", (width, height)),
         rng=rng,
         cues=cues,
-        sky=[_colour(text) for text in sky.split()],
-        light=_colour(light),
-        land=_colour(land),
+        sky=[brush.colour(text) for text in sky.split()],
+        light=brush.colour(light),
+        land=brush.colour(land),
         night=mood in _NIGHTS,
         horizon=horizon,
         sun=(width * across, horizon * (1 - altitude)),
@@ -144,19 +128,19 @@ def _paint_sky(scene: _Scene) -> None:
     size = max(8, round(width * scale)), max(8, round(height * scale))
     horizon = max(4, round(scene.horizon * scale))
     sky = Image.new("RGB", size, scene.sky[-1])
-    sky.paste(_gradient([*scene.sky, scene.sky[-1]], (size[0], horizon)))
+    sky.paste(brush.gradient([*scene.sky, scene.sky[-1]], (size[0], horizon)))
     (_paint_aurora if "aurora" in scene.cues else _paint_clouds)(sky, scene, horizon)
-    glow = _glow(scene.unit * scale * (1.1 if scene.night else 1.6), 110 if scene.night else 235)
-    _stamp(sky, glow, scene.light, (scene.sun[0] * scale, scene.sun[1] * scale))
+    glow = brush.glow(scene.unit * scale * (1.1 if scene.night else 1.6), 110 if scene.night else 235)
+    brush.stamp(sky, glow, scene.light, (scene.sun[0] * scale, scene.sun[1] * scale))
     vignette = Image.radial_gradient("L").point([round(110 * (level / 255) ** 3) for level in range(256)])
-    _tint(sky, (8, 8, 20), (0, 0), vignette.resize(size))
+    brush.tint(sky, (8, 8, 20), (0, 0), vignette.resize(size))
     # Land or water covers the rest.
     reach = math.ceil(scene.horizon + (height - scene.horizon) * (0 if "shore" in scene.cues else 0.5))
     part = sky.resize((width, reach), Image.Resampling.BILINEAR, (0, 0, size[0], size[1] * reach / height))
     scene.canvas.paste(scene.sky[-1], (0, 0, width, height))
     scene.canvas.paste(_grainy(part, scene.rng))
     if scene.night:
-        stars = [_glow(scene.unit * share, 255) for share in (0.003, 0.004, 0.006, 0.011)]
+        stars = [brush.glow(scene.unit * share, 255) for share in (0.003, 0.004, 0.006, 0.011)]
         _scatter(scene, stars, [scene.light], 140, scene.horizon)
     if not scene.cues & {"rain", "aurora"}:
         _paint_sun(scene)
@@ -171,9 +155,9 @@ def _paint_clouds(sky: Image.Image, scene: _Scene, horizon: int) -> None:
         mask = Image.blend(mask, noise.resize(size, Image.Resampling.BICUBIC), share)
     threshold = scene.rng.uniform(120, 150)
     mask = mask.point([round(max(0.0, min(1.0, (level - threshold) / 70)) * 125) for level in range(256)])
-    mask = ImageChops.multiply(mask, _gradient([(255,), (255,), (255,), (160,), (0,)], size))
-    colour = _mix(scene.sky[1], scene.sky[2], 0.5) if scene.night else _mix(scene.sky[-1], scene.light, 0.5)
-    _tint(sky, colour, (0, 0), mask)
+    mask = ImageChops.multiply(mask, brush.gradient([(255,), (255,), (255,), (160,), (0,)], size))
+    colour = brush.mix(scene.sky[1], scene.sky[2], 0.5) if scene.night else brush.mix(scene.sky[-1], scene.light, 0.5)
+    brush.tint(sky, colour, (0, 0), mask)
 
 
 def _paint_aurora(sky: Image.Image, scene: _Scene, horizon: int) -> None:
@@ -182,12 +166,12 @@ def _paint_aurora(sky: Image.Image, scene: _Scene, horizon: int) -> None:
         reach = max(2, round(horizon * rng.uniform(0.45, 0.7)))
         foot = horizon * rng.uniform(0.6, 0.85)
         curtain = Image.new("L", size)
-        strip = _gradient([(0,), (20,), (70,), (160,), (0,)], (1, reach))
-        for x, sway in enumerate(_rolling(rng, rng.uniform(1, 2), sky.width)):
+        strip = brush.gradient([(0,), (20,), (70,), (160,), (0,)], (1, reach))
+        for x, sway in enumerate(brush.rolling(rng, rng.uniform(1, 2), sky.width)):
             curtain.paste(strip, (x, round(foot + sway * horizon * 0.13) - reach))
         rays = Image.frombytes("L", (40, 1), rng.randbytes(40)).point([90 + level * 165 // 255 for level in range(256)])
         curtain = ImageChops.multiply(curtain, rays.resize(size, Image.Resampling.BICUBIC))
-        sky.paste(_gradient([(120, 70, 200), (60, 200, 170), (90, 255, 170)], size), (0, 0), curtain)
+        sky.paste(brush.gradient([(120, 70, 200), (60, 200, 170), (90, 255, 170)], size), (0, 0), curtain)
 
 
 def _grainy(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -208,7 +192,7 @@ def _paint_sun(scene: _Scene) -> None:
         bite = Image.new("L", disc.size)
         bite.paste(disc, (side // 4, -side // 8))
         disc = ImageChops.subtract(disc, bite)
-    _stamp(scene.canvas, disc, scene.light, scene.sun)
+    brush.stamp(scene.canvas, disc, scene.light, scene.sun)
 
 
 def _paint_hills(scene: _Scene) -> None:
@@ -217,11 +201,11 @@ def _paint_hills(scene: _Scene) -> None:
     for layer in range(5):
         near = layer / 4
         if "desert" in scene.cues:
-            heights = [0.7 - 2 * abs(level) for level in _rolling(rng, width / unit * 0.7)]
+            heights = [0.7 - 2 * abs(level) for level in brush.rolling(rng, width / unit * 0.7)]
         else:
-            heights = _jagged(rng, width / unit * 4) if layer < 2 else _rolling(rng, width / unit)
+            heights = brush.jagged(rng, width / unit * 4) if layer < 2 else brush.rolling(rng, width / unit)
         base = scene.horizon + (height - scene.horizon) * (0.1 + 0.6 * near)
-        crest = _crest(width, base, min(unit, height) * (0.1 - 0.05 * near), heights)
+        crest = brush.crest(width, base, min(unit, height) * (0.1 - 0.05 * near), heights)
         trees = _trees(rng, crest, unit * (0.03 + 0.08 * near)) if "forest" in scene.cues and layer else []
         _paint_ridge(scene, crest, trees, near)
         if "desert" in scene.cues:
@@ -231,7 +215,7 @@ def _paint_hills(scene: _Scene) -> None:
                 _place(scene, "camel", spot, unit * 0.06)
 
 
-def _shade_dunes(scene: _Scene, crest: _Shape) -> None:
+def _shade_dunes(scene: _Scene, crest: brush.Shape) -> None:
     """Darkens the sides of the dunes that lie away from the sun."""
     width = scene.canvas.width
     away = crest if scene.sun[0] < width / 2 else crest[::-1]
@@ -241,27 +225,29 @@ def _shade_dunes(scene: _Scene, crest: _Shape) -> None:
         foot.append((x, y + sag))
     shade = away + foot[::-1]
     top, low = math.floor(min(y for _, y in shade)), math.ceil(max(y for _, y in shade))
-    _tint(scene.canvas, scene.land, (0, top), _stencil((width, low - top), (0, top), [shade], 60))
+    brush.tint(scene.canvas, scene.land, (0, top), brush.stencil((width, low - top), (0, top), [shade], 60))
 
 
 def _paint_shore(scene: _Scene) -> None:
     rng, unit = scene.rng, scene.unit
     width, height = scene.canvas.size
     for layer in range(2):
-        heights = [max(-0.02, level + 0.3) for level in _jagged(rng, width / unit * 4)]
-        _paint_ridge(scene, _crest(width, scene.horizon, unit * (0.1 - 0.05 * layer), heights), [], 0.1 + 0.25 * layer)
+        heights = [max(-0.02, level + 0.3) for level in brush.jagged(rng, width / unit * 4)]
+        _paint_ridge(
+            scene, brush.crest(width, scene.horizon, unit * (0.1 - 0.05 * layer), heights), [], 0.1 + 0.25 * layer
+        )
     if "city" in scene.cues:
         _paint_skyline(scene)
     _paint_water(scene)
     side = rng.choice([-1, 1])
     if "boat" in scene.cues:
         _place(scene, "boat", (width * (0.5 - side * 0.2), scene.horizon * 0.7 + height * 0.3), unit * 0.16)
-    heights = [level + side * (x / 32 - 4) for x, level in enumerate(_rolling(rng, width / unit))]
-    crest = _crest(width, height - unit * 0.08, unit * 0.03, heights)
+    heights = [level + side * (x / 32 - 4) for x, level in enumerate(brush.rolling(rng, width / unit))]
+    crest = brush.crest(width, height - unit * 0.08, unit * 0.03, heights)
     if "lighthouse" in scene.cues:
         x, y = crest[128 + side * 75]
         _place(scene, "lighthouse", (x, y), unit * 0.36)
-        _stamp(scene.canvas, _glow(unit * 0.25, 255), _LAMP, (x, y - unit * 0.29))
+        brush.stamp(scene.canvas, brush.glow(unit * 0.25, 255), _LAMP, (x, y - unit * 0.29))
     _paint_ridge(scene, crest, _trees(rng, crest, unit * 0.08), 1)
 
 
@@ -270,7 +256,7 @@ def _paint_skyline(scene: _Scene) -> None:
     pitch = max(3.0, unit * 0.009)
     pen = ImageDraw.Draw(scene.canvas)
     for layer in range(2):
-        wall = _mix(scene.sky[-1], scene.land, 0.35 + 0.35 * layer)
+        wall = brush.mix(scene.sky[-1], scene.land, 0.35 + 0.35 * layer)
         left = 0.0
         while left < width:
             columns = rng.randint(3, 7)
@@ -281,7 +267,7 @@ def _paint_skyline(scene: _Scene) -> None:
             for column, row in product(range(1, columns), range(rows)):
                 if rng.random() < 0.3:
                     x, y = left + (column - 0.2) * pitch, top + (row + 0.6) * pitch
-                    lamp = _mix(wall, _LAMP, rng.uniform(0.3, 0.9))
+                    lamp = brush.mix(wall, _LAMP, rng.uniform(0.3, 0.9))
                     pen.rectangle((x, y, x + pitch * 0.35, y + pitch * 0.4), lamp)
             left += columns * pitch * rng.choice([0.9, 1, 1.1, 1.4])
 
@@ -294,8 +280,8 @@ def _paint_water(scene: _Scene) -> None:
     # A mirrored picture that is squeezed and stretched sideways is smeared the way ripples do it.
     mirrored = ImageOps.flip(scene.canvas.crop((0, max(0, top - depth), width, top))).reduce((16, 1))
     mirrored = mirrored.resize((mirrored.width, depth))
-    shade = _gradient([(50,), (100,), (190,)], mirrored.size)
-    _tint(mirrored, _mix(scene.sky[0], scene.land, 0.5), (0, 0), shade)
+    shade = brush.gradient([(50,), (100,), (190,)], mirrored.size)
+    brush.tint(mirrored, brush.mix(scene.sky[0], scene.land, 0.5), (0, 0), shade)
     scene.canvas.paste(mirrored.resize((width, depth), Image.Resampling.BILINEAR), (0, top))
     glints = []
     for _ in range(150):
@@ -303,29 +289,29 @@ def _paint_water(scene: _Scene) -> None:
         x, y = scene.sun[0] + rng.gauss(0, 1) * unit * (0.06 + 0.2 * near), top + near * depth * 0.9 + 1
         dx, dy = unit * (0.005 + 0.045 * near * rng.random()), unit * 0.0018 * (1 + near)
         glints.append([(x - dx, y), (x - dx / 2, y - dy), (x + dx / 2, y - dy), (x + dx, y), (x, y + dy)])
-    _tint(scene.canvas, scene.light, (0, top), _stencil((width, depth), (0, top), glints, 150))
+    brush.tint(scene.canvas, scene.light, (0, top), brush.stencil((width, depth), (0, top), glints, 150))
 
 
-def _paint_ridge(scene: _Scene, crest: _Shape, trees: list[_Shape], near: float) -> None:
+def _paint_ridge(scene: _Scene, crest: brush.Shape, trees: list[brush.Shape], near: float) -> None:
     """Paints a layer of land: the farther, the hazier, and hazier still in its valleys."""
     width, height = scene.canvas.size
     haze = scene.sky[-1]
-    colour = _mix(haze, scene.land, 0.25 + 0.75 * near)
+    colour = brush.mix(haze, scene.land, 0.25 + 0.75 * near)
     top = max(0, math.floor(min(y for shape in [crest, *trees] for _, y in shape)))
     low = min(height, max(top + 1, math.ceil(max(y for _, y in crest))))
     if "winter" in scene.cues:  # dark trees on white ground
-        _tint(scene.canvas, colour, (0, top), _stencil((width, low - top), (0, top), trees))
-        colour, trees = _mix(_mix(haze, scene.land, 0.45), _mix(haze, scene.light, 0.6), near), []
-    fill = _gradient([colour, _mix(colour, haze, 0.5 * (1 - near))], (1, height - top))
+        brush.tint(scene.canvas, colour, (0, top), brush.stencil((width, low - top), (0, top), trees))
+        colour, trees = brush.mix(brush.mix(haze, scene.land, 0.45), brush.mix(haze, scene.light, 0.6), near), []
+    fill = brush.gradient([colour, brush.mix(colour, haze, 0.5 * (1 - near))], (1, height - top))
     # Only the crest has an edge to smooth; below its lowest point the layer is solid.
-    mask = _stencil((width, low - top), (0, top), [[*crest, (width, low), (0, low)], *trees])
+    mask = brush.stencil((width, low - top), (0, top), [[*crest, (width, low), (0, low)], *trees])
     scene.canvas.paste(fill.crop((0, 0, 1, low - top)).resize(mask.size, Image.Resampling.NEAREST), (0, top), mask)
     if low < height:
         rest = fill.crop((0, low - top, 1, height - top))
         scene.canvas.paste(rest.resize((width, height - low), Image.Resampling.NEAREST), (0, low))
 
 
-def _trees(rng: random.Random, crest: _Shape, size: float) -> list[_Shape]:
+def _trees(rng: random.Random, crest: brush.Shape, size: float) -> list[brush.Shape]:
     trees = []
     branch = (0.018, 0), (0.05, 0.2)
     x = 0.0
@@ -339,25 +325,25 @@ def _trees(rng: random.Random, crest: _Shape, size: float) -> list[_Shape]:
     return trees
 
 
-def _place(scene: _Scene, name: str, foot: _Point, size: float) -> None:
+def _place(scene: _Scene, name: str, foot: brush.Point, size: float) -> None:
     """Sets a silhouette with its foot at a point."""
     side = math.ceil(size * 2) + 2
     left, top = math.floor(foot[0] - side / 2), math.floor(foot[1] - size * 1.2)
     shapes = [[point.split(",") for point in shape.split()] for shape in _FIGURES[name].split("/")]
     scaled = [[(foot[0] + int(x) / 100 * size, foot[1] - int(y) / 100 * size) for x, y in shape] for shape in shapes]
-    colour = _mix(scene.sky[-1], scene.land, 0.8)
-    _tint(scene.canvas, colour, (left, top), _stencil((side, side), (left, top), scaled))
+    colour = brush.mix(scene.sky[-1], scene.land, 0.8)
+    brush.tint(scene.canvas, colour, (left, top), brush.stencil((side, side), (left, top), scaled))
 
 
 def _paint_air(scene: _Scene) -> None:
     """Paints what is in the air: rain, snow, petals, leaves, embers or birds."""
     rng, unit = scene.rng, scene.unit
     for colour in [_SPECKS[cue] for cue in _SPECKS if cue in scene.cues]:
-        specks = [_glow(unit * share, 255) for share in (0.007, 0.01, 0.014, 0.022)]
-        _scatter(scene, specks, [_colour(colour)], 90, scene.canvas.height)
+        specks = [brush.glow(unit * share, 255) for share in (0.007, 0.01, 0.014, 0.022)]
+        _scatter(scene, specks, [brush.colour(colour)], 90, scene.canvas.height)
     if "rain" in scene.cues:
         size = max(2, round(unit * 0.012)), max(4, round(unit * 0.06))
-        streak = _stencil(size, (0, 0), [[(size[0], 0), (size[0] - 1, 0), (0, size[1]), (0.5, size[1])]], 110)
+        streak = brush.stencil(size, (0, 0), [[(size[0], 0), (size[0] - 1, 0), (0, size[1]), (0.5, size[1])]], 110)
         # Streaks both lighter and darker than the sky show on every palette.
         _scatter(scene, [streak] * 4, [scene.light, scene.sky[0]], 270, scene.canvas.height)
     elif not scene.night:
@@ -367,189 +353,10 @@ def _paint_air(scene: _Scene) -> None:
             _place(scene, "bird", spot, unit * rng.uniform(0.008, 0.016))
 
 
-def _scatter(scene: _Scene, masks: list[Image.Image], colours: list[_Colour], count: int, depth: float) -> None:
+def _scatter(scene: _Scene, masks: list[Image.Image], colours: list[brush.Colour], count: int, depth: float) -> None:
     """Strews marks over the picture down to a depth, more of the first of the four masks than of the last."""
     rng, width = scene.rng, scene.canvas.width
     area = width * depth
     for _ in range(round(min(count * area / scene.unit**2, count * 4, area / 64))):
         mask = rng.choices(masks, (6, 5, 3, 1))[0]
-        _stamp(scene.canvas, mask, rng.choice(colours), (rng.uniform(0, width), depth * rng.random()))
-
-
-def _write_caption(scene: _Scene, prompt: str) -> int:
-    """Writes the prompt along the bottom and gives the height that is left free above it."""
-    width, height = scene.canvas.size
-    text = _legible(prompt[:1200])
-    if min(width, height) < 160 or not text:
-        return round(height * 0.97)
-    size = max(11.0, min(0.03 * math.sqrt(width * height), 0.07 * min(width, height)))
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    lines = _wrap(text, font, width - 3 * size)
-    top = round(height - size * (1.4 * len(lines) + 0.9))
-    fade = round(size * 3)
-    shade = Image.new("L", (width, height - top + fade), 200)
-    shade.paste(_gradient([(0,), (30,), (110,), (180,), (200,)], (width, fade)))
-    _tint(scene.canvas, _mix(scene.land, (0, 0, 0), 0.5), (0, top - fade), shade)
-    pen = ImageDraw.Draw(scene.canvas)
-    for row, line in enumerate(lines):
-        _write_line(pen, line, font, (width - font.getlength(_plain(line))) / 2, top + row * size * 1.4)
-    return round(top - size)
-
-
-def _legible(prompt: str) -> str:
-    """Leaves out what the bundled font has no letters for, such as Chinese and emoji, rather than draw boxes."""
-    chars = unicodedata.normalize("NFC", " ".join(prompt.split()))
-    return " ".join("".join(char for char in chars if _LETTERS.issuperset(_spell(char)[0])).split())
-
-
-def _spell(char: str) -> tuple[str, str]:
-    """Gives the letters, and the accent above them, with which the bundled font can write a character."""
-    parts = unicodedata.normalize("NFD", char)
-    return _SPELLINGS.get(char, parts[0]), _ACCENTS.get(parts[1:], "")
-
-
-def _plain(text: str) -> str:
-    return "".join(_spell(char)[0] for char in text)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
-    columns = max(9, round(len(text) * room / font.getlength(_plain(text)) * 1.2))
-    lines = [text]
-    while columns > 8 and max(font.getlength(_plain(line)) for line in lines) > room:
-        lines = textwrap.wrap(text, columns, max_lines=3, placeholder="…")
-        columns -= 1
-    return lines
-
-
-def _write_line(pen: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont, left: float, top: float) -> None:
-    pen.text((left, top), _plain(line), "white", font)
-    for place, (letter, accent) in enumerate(map(_spell, line)):
-        if accent:
-            below, mark = _ink(letter, font), _ink(accent, font)
-            x = left + font.getlength(_plain(line[:place])) + (below[0] + below[2] - mark[0] - mark[2]) / 2
-            pen.text((x, top + below[1] - mark[3] - font.size * 0.06), accent, "white", font)
-
-
-def _ink(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int, int, int]:
-    paper = Image.new("L", (math.ceil(font.size * 2), math.ceil(font.size * 2)))
-    ImageDraw.Draw(paper).text((0, 0), text, "white", font)
-    return paper.getbbox() or (0, 0, 0, 0)
-
-
-def _lay_out_prints(scene: _Scene, input_images: Sequence[bytes], floor: int) -> None:
-    """Lays the input images out as small photographic prints, in one row unless they would be tiny in it."""
-    width, count = scene.canvas.width, len(input_images)
-    depth = min(floor * 0.9, scene.unit * 0.42)
-    cells = {rows: min(width * 0.94 / math.ceil(count / rows), depth / rows) for rows in range(1, count + 1)}
-    rows = max(cells, key=lambda rows: cells[rows] * (1.5 if rows == 1 else 1), default=1)
-    columns = math.ceil(count / rows)
-    for place, data in enumerate(input_images):
-        row, column = divmod(place, columns)
-        beside = min(columns, count - row * columns)
-        x = width / 2 + (column - (beside - 1) / 2) * cells[rows]
-        _lay_print(scene, data, cells[rows], (x, floor - (rows - row - 0.5) * cells[rows]))
-
-
-def _lay_print(scene: _Scene, data: bytes, cell: float, centre: _Point) -> None:
-    side = max(2, round(cell * 0.74))
-    rim = max(1, round(side * 0.06))
-    right, bottom = side + 3 * rim, side + 5 * rim
-    # The paper has a see-through margin, so that its edges stay smooth when it is turned.
-    sheet = Image.new("RGB", (right + rim, bottom + rim), (250, 248, 242))
-    sheet.paste(_photo(data, side), (2 * rim, 2 * rim))
-    shape = Image.new("L", (sheet.width * 3, sheet.height * 3))
-    ImageDraw.Draw(shape).rounded_rectangle((3 * rim, 3 * rim, 3 * right - 1, 3 * bottom - 1), 2 * rim, 255)
-    sheet.putalpha(shape.reduce(3))
-    sheet = sheet.rotate(scene.rng.uniform(-3, 3), Image.Resampling.BICUBIC, expand=True, fillcolor=(250, 248, 242, 0))
-    shadow = Image.new("L", (sheet.width + 6 * rim, sheet.height + 6 * rim))
-    shadow.paste(140, (3 * rim, 4 * rim), sheet.getchannel("A"))
-    _stamp(scene.canvas, shadow.filter(ImageFilter.GaussianBlur(1.3 * rim)), (0, 0, 0), centre)
-    scene.canvas.paste(sheet, (round(centre[0] - sheet.width / 2), round(centre[1] - sheet.height / 2)), sheet)
-
-
-def _photo(data: bytes, side: int) -> Image.Image:
-    _, image = _read(data, enough=side)
-    with contextlib.suppress(Exception):  # a broken note of the orientation is no reason to refuse the picture
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda level: level * (1 / 256))
-    image = image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, "white")
-    return ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (side, side))
-
-
-def _read(data: bytes, enough: int) -> tuple[tuple[int, int], Image.Image]:
-    """Gives a picture and its stored size; where that is cheap, scaled down to no less than enough pixels a side."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF"))
-        size = image.size
-        image.draft(None, (enough, enough))
-        image.load()
-    except Exception as error:  # Pillow raises many kinds for the ways in which a file can be broken
-        raise ValueError(f"not a readable picture: {error}") from error
-    return size, image
-
-
-def _colour(text: str) -> _Colour:
-    return tuple(bytes.fromhex(text))
-
-
-def _mix(one: _Colour, other: _Colour, share: float) -> _Colour:
-    return tuple(round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
-
-
-def _gradient(colours: Sequence[_Colour], size: tuple[int, int]) -> Image.Image:
-    """Gives a smooth run through the colours (or, if they are of one number, levels) from top to bottom."""
-    mode = "RGB" if len(colours[0]) == 3 else "L"
-    column = Image.frombytes(mode, (1, len(colours)), b"".join(bytes(colour) for colour in colours))
-    return column.resize((1, size[1]), Image.Resampling.BICUBIC).resize(size, Image.Resampling.NEAREST)
-
-
-def _glow(diameter: float, strength: int) -> Image.Image:
-    # Pillow's gradient is 255 in its corners, and so 180 at its sides.
-    disc = Image.radial_gradient("L").point([round(strength * max(0, 1 - level / 180) ** 2.2) for level in range(256)])
-    return disc.resize((max(2, round(diameter)), max(2, round(diameter))), Image.Resampling.BICUBIC)
-
-
-def _stamp(canvas: Image.Image, mask: Image.Image, colour: _Colour, centre: _Point) -> None:
-    left, top = round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2)
-    _tint(canvas, colour, (left, top), mask)
-
-
-def _tint(canvas: Image.Image, colour: _Colour, spot: tuple[int, int], mask: Image.Image) -> None:
-    # Pillow pastes a picture through a mask much faster than it does a colour.
-    canvas.paste(Image.new("RGB", mask.size, colour), spot, mask)
-
-
-def _stencil(size: tuple[int, int], origin: _Point, shapes: Sequence[_Shape], level: int = 255) -> Image.Image:
-    """Gives a mask of polygons, drawn three times as large and shrunk so that their edges are smooth."""
-    mask = Image.new("L", (size[0] * 3, size[1] * 3))
-    pen = ImageDraw.Draw(mask)
-    for shape in shapes:
-        pen.polygon([((x - origin[0]) * 3, (y - origin[1]) * 3) for x, y in shape], fill=level)
-    return mask.reduce(3)
-
-
-def _crest(width: int, base: float, rise: float, heights: list[float]) -> _Shape:
-    return [(x * width / 256, base - rise * height) for x, height in enumerate(heights)]
-
-
-def _rolling(rng: random.Random, waves: float, count: int = 257) -> list[float]:
-    """Gives a smooth line of heights from -1 to 1."""
-    parts = [
-        (waves * rng.uniform(0.7, 1.3) * speed * math.tau / count, rng.uniform(0, math.tau), share)
-        for speed, share in ((1, 0.6), (2.1, 0.3), (4.3, 0.1))
-    ]
-    return [sum(share * math.sin(speed * x + start) for speed, start, share in parts) for x in range(count)]
-
-
-def _jagged(rng: random.Random, peaks: float) -> list[float]:
-    """Gives a mountainous line of 257 heights of about -1 to 1, by displacing midpoints."""
-    heights = [rng.uniform(-1, 1) for _ in range(2 ** max(1, round(math.log2(peaks))) + 1)]
-    shake = 0.45
-    while len(heights) < 257:
-        middles = [(a + b) / 2 + rng.uniform(-shake, shake) for a, b in pairwise(heights)]
-        heights = [height for pair in zip(heights, middles, strict=False) for height in pair] + heights[-1:]
-        shake *= 0.5
-    return heights
+        brush.stamp(scene.canvas, mask, rng.choice(colours), (rng.uniform(0, width), depth * rng.random()))

@@ -9,7 +9,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from flux2max_async._errors import FluxError, RateLimitedError, SubmissionUncertainError
-from flux2max_async._pace import Pace
+from flux2max_async._pace import MAX_PAUSE, Pace
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_uncertain, may_submit_again
 from flux2max_async._stats import SessionStats
@@ -81,7 +81,7 @@ class Gateway:
             with anyio.CancelScope(deadline=deadline - min(_LEAST_TIME, seconds / 4)) as patience:
                 if not isinstance(refusal, RateLimitedError):  # for those, the pace says how long
                     asked = getattr(refusal, "retry_after", None) or 0.0
-                    await anyio.sleep(max(backoff(failures, random.random()), asked))
+                    await anyio.sleep(max(backoff(failures, random.random()), min(asked, MAX_PAUSE)))
                 await self._wait_for_turn()
             if patience.cancelled_caught:
                 raise refusal

@@ -109,7 +109,7 @@ class Poller:
     """Looks missed in a row."""
     _unreadable: int = attrs.field(default=0, init=False)
     """Answers in a row that could not be read."""
-    _submitting: anyio.CancelScope | None = attrs.field(default=None, init=False)
+    _submitting: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     _withdrawn: FluxError | None = attrs.field(default=None, init=False)
     _news: anyio.Event | None = attrs.field(default=None, init=False)
 
@@ -123,8 +123,7 @@ class Poller:
     def withdraw(self, reason: FluxError) -> None:
         """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
         self._withdrawn = reason
-        if self._submitting is not None:
-            self._submitting.cancel()
+        self._submitting.cancel()
 
     def abandon(self) -> None:
         """End at once, as the session does."""
@@ -153,8 +152,7 @@ class Poller:
             broken.__cause__ = error
             self._end(self._failed(broken))
         finally:
-            if not self.ended.done():
-                self.abandon()
+            self.abandon()
 
     async def updates(self) -> AsyncIterator[TaskSnapshot]:
         """Give the newest snapshot, then each that says something new, until the end."""
@@ -172,13 +170,11 @@ class Poller:
 
     async def _submit(self) -> None:
         assert self.request is not None
-        with anyio.CancelScope() as self._submitting:
-            if self._withdrawn is None:
-                snapshot, self._started, self._deadline = await self.gateway.submit(self.request, seconds=self.seconds)
-                self.task_id = snapshot.task_id
-                self._see(snapshot)
-                self._learning = True
-        self._submitting = None
+        with self._submitting:
+            snapshot, self._started, self._deadline = await self.gateway.submit(self.request, seconds=self.seconds)
+            self.task_id = snapshot.task_id
+            self._see(snapshot)
+            self._learning = True
         if self.task_id is None:
             raise self._withdrawn or SessionClosedError("the request was withdrawn before it was submitted")
 
@@ -256,12 +252,11 @@ class Poller:
         self._tell()
         for listener in self._listeners:
             listener(self, outcome)
-        match outcome:
-            case Completed():
-                log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)
-            case Failed():
-                name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
-                log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
+        if isinstance(outcome, Completed):
+            log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)
+        else:
+            name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
+            log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
 
     def _failed(self, error: FluxError) -> Failed:
         if error.task_id is None:

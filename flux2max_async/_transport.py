@@ -76,9 +76,8 @@ class Transport:
         if not self._borrowed:
             # Must not be cut short, or sockets leak; doesn't take long.
             with anyio.move_on_after(5, shield=True):
-                for http in (self._calls, self._downloads):
-                    if http is not None:
-                        await http.close()
+                for http in filter(None, (self._calls, self._downloads)):
+                    await http.close()
 
     async def exchange(self, call: Call, *, within: float = math.inf) -> Reply:
         """Make one call and read its reply whole.
@@ -118,10 +117,6 @@ class Transport:
             return Reply(response.status, response.headers, content, datetime.now(UTC), self._secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translated(error, maybe_sent=body is None or body.written)
-        except RuntimeError:
-            if not http.closed:
-                raise
-            failure = SessionClosedError("the HTTP session was closed")
         try:
             # Raised outside the handler: aiohttp's error knows the headers, the key among them, and goes no further.
             raise failure

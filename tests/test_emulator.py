@@ -315,3 +315,13 @@ def test_importing_the_package_imports_no_extra() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+async def test_without_pictures_every_result_is_the_same_small_one(gateway: Emulator, tmp_path: Path) -> None:
+    """For measurements, results can be had without the time it takes to draw them."""
+    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+        outcome = await session.generate("a cat", output_format="png", width=2048)
+        path = await session.save(outcome.images[0], tmp_path / "a.png")
+
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 64))

@@ -390,3 +390,22 @@ async def test_a_natively_cancelled_save_leaves_no_part(
         await anyio.sleep(1)
 
     assert {path.name for path in tmp_path.iterdir()} <= {"a.jpeg"}
+
+
+async def test_a_rest_in_two_parts_is_put_together(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A server that sends less of the rest than was asked for is asked for what is still missing."""
+
+    async def some(connection: Connection) -> None:
+        start = int(connection.call.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        end = start + 100_000
+        headers = [("Content-Range", f"bytes {start}-{end - 1}/{len(PICTURE)}"), ("ETag", '"v1"')]
+        await answer(206, PICTURE[start:end], headers)(connection)
+
+    async def the_rest(connection: Connection) -> None:
+        await part(int(connection.call.headers["Range"].removeprefix("bytes=").removesuffix("-")))(connection)
+
+    scripted.downloads = deque([cut(1_500_000, *OFFERED), some, the_rest])
+    path = await save(scripted, tmp_path / "a.jpeg")
+
+    assert path.read_bytes() == PICTURE
+    assert len(scripted.received) == 3

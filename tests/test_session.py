@@ -594,3 +594,21 @@ def test_closing_after_the_loop_has_gone_is_no_error() -> None:
 
     with pytest.raises(SessionClosedError):
         session.attach("t1")
+
+
+@pytest.mark.parametrize("steps", range(10))
+async def test_a_request_withdrawn_in_its_first_moments_is_never_half_there(
+    scripted: ScriptedGateway, steps: int
+) -> None:
+    """Cancelled within the first steps of the event loop, a request is either not sent, or sent and followed."""
+    async with session_on(scripted) as session:
+        call = asyncio.ensure_future(session.generate("a cat"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+        await anyio.sleep(10)
+        stats = session.stats
+
+    assert len(scripted.of("POST")) == stats.submitted == stats.completed
+    assert stats.in_flight == 0

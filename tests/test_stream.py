@@ -442,3 +442,35 @@ async def test_eager_tasks_change_nothing(gateway: Emulator) -> None:
     loop.set_task_factory(None)
 
     assert len(outcomes) == 10
+
+
+class Unwilling:
+    """What can be iterated over in theory."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise LookupError("not today")
+
+
+async def test_a_source_that_refuses_to_begin_says_why(session: FluxSession) -> None:
+    """The error of a source that can't be iterated over is its own, at once."""
+    with pytest.raises(LookupError, match="not today"):
+        session.stream(Unwilling())
+
+    assert session.stats.submitted == 0
+
+
+async def test_the_first_doom_is_the_one_that_is_raised(scripted: ScriptedGateway) -> None:
+    """A key that is refused after the source has failed doesn't hide the source's error."""
+
+    def source() -> Iterator[str]:
+        yield "cat 1"
+        raise LookupError("no more cats")
+
+    scripted.polls = deque([answer(401, b"")])
+    outcomes = []
+    async with session_on(scripted) as session:
+        with pytest.raises(LookupError):
+            async for outcome in session.stream(source()):
+                outcomes.append(outcome)
+
+    assert [outcome.ok for outcome in outcomes] == [False]

@@ -45,6 +45,7 @@ from flux2max_async import (
     TaskNotFoundError,
     TransportError,
 )
+from flux2max_async._transport import _NotingPayload
 from flux2max_async.emulator import Emulator, Fault
 
 
@@ -398,3 +399,51 @@ async def test_a_503_may_say_how_long(scripted: ScriptedGateway) -> None:
 
     first, second = scripted.of("POST")
     assert second.at - first.at == pytest.approx(9.0, abs=0.01)
+
+
+async def test_a_submit_that_a_borrowed_session_never_sends_costs_nothing(scripted: ScriptedGateway) -> None:
+    """A submit that fails before a byte of it was written is certain to have created nothing."""
+    async with (
+        aiohttp.ClientSession(middlewares=[_refuse]) as http,
+        session_on(scripted, http_session=http, deadline=5.0) as session,
+    ):
+        with pytest.raises(TransportError) as caught:
+            await session.generate("a cat")
+
+    assert caught.value.maybe_sent is False
+    assert scripted.received == []
+
+
+async def test_an_endless_answer_is_no_answer(scripted: ScriptedGateway) -> None:
+    """An answer of more than 16 MB isn't read to its end."""
+    scripted.polls = deque([answer(200, b" " * 16_000_001)])
+    async with session_on(scripted) as session:
+        with pytest.raises(ProtocolError, match="16 MB"):
+            await session.fetch("t1")
+
+
+class Wire:
+    """Stands where aiohttp's writer would."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.protocol = self
+        self.kept_alive = True
+
+    async def write(self, chunk: bytes) -> None:
+        self.written += chunk
+
+    def force_close(self) -> None:
+        self.kept_alive = False
+
+
+async def test_a_body_notes_that_it_was_asked_for() -> None:
+    """The body of a submit can be read at any time, and written once."""
+    body, wire = _NotingPayload(b"{}"), Wire()
+    before = (body.written, body.decode())
+    await body.write(wire)  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError, match="twice"):
+        await body.write(wire)  # type: ignore[arg-type]
+
+    assert before == (False, "{}")
+    assert (wire.written, wire.kept_alive, body.written) == (b"{}", False, True)

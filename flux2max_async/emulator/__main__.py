@@ -26,7 +26,7 @@ async def _serve(gateway: Emulator) -> None:
     async with gateway:
         print(f"FLUX2MAX_BASE_URL={gateway.url}")
         print(f"FLUX2MAX_API_KEY={gateway.api_key}", flush=True)
-        await asyncio.Event().wait()
+        await asyncio.Event().wait()  # pragma: no branch - Ctrl-C ends it
 
 
 if __name__ == "__main__":

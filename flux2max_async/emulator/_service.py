@@ -199,7 +199,7 @@ class Service:
                 }
             case "failed":
                 error = {"code": "generation_failed", "message": "the model gave up"}
-            case "moderated":
+            case _:
                 error = {"code": "content_policy_violation", "message": "Request Moderated"}
         return {**common, "status": "failed", "error": error}
 

@@ -298,7 +298,7 @@ def test_pytest_finds_the_fixture(tmp_path: Path, content: str) -> None:
     """`flux_emulator` is there in anybody's tests, and imports neither aiohttp nor Pillow until it is asked for."""
     (tmp_path / "test_mine.py").write_text(content)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the folder's own settings would be somebody else's
-    plugin = ["-p", "flux2max_async.pytest_plugin"] if "COVERAGE_PROCESS_START" not in os.environ else []
+    plugin = ["-p", "flux2max_async.pytest_plugin"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, "-W", "error", str(tmp_path)]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

@@ -612,3 +612,13 @@ async def test_a_request_withdrawn_in_its_first_moments_is_never_half_there(
 
     assert len(scripted.of("POST")) == stats.submitted == stats.completed
     assert stats.in_flight == 0
+
+
+async def test_who_asks_after_the_end_is_told_at_once(session: FluxSession) -> None:
+    """A listener that comes when the task has ended hears the outcome all the same."""
+    task = await session.submit("a cat")
+    outcome = await task.outcome()
+    heard: list[object] = []
+    task._poller.when_ended(lambda _, told: heard.append(told))
+
+    assert heard == [outcome]

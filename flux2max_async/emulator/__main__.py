@@ -26,7 +26,8 @@ async def _serve(gateway: Emulator) -> None:
     async with gateway:
         print(f"FLUX2MAX_BASE_URL={gateway.url}")
         print(f"FLUX2MAX_API_KEY={gateway.api_key}", flush=True)
-        await asyncio.Event().wait()  # pragma: no branch - Ctrl-C ends it
+        with contextlib.suppress(asyncio.CancelledError):  # by Ctrl-C
+            await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

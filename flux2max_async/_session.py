@@ -16,9 +16,10 @@ import attrs
 from flux2max_async._download import download
 from flux2max_async._errors import DownloadError, FluxError, InvalidRequestError, ResultExpiredError, SessionClosedError
 from flux2max_async._gateway import Gateway
+from flux2max_async._learned import LearnedSchedule
 from flux2max_async._poller import GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
-from flux2max_async._schedule import LearnedSchedule, PollSchedule
+from flux2max_async._schedule import PollSchedule
 from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_seconds
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream

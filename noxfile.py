@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "no"
-nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "coverage"]
+nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "bench_short", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 
@@ -95,3 +95,18 @@ def coverage(session: nox.Session) -> None:
     session.install("coverage[toml]>=7.10")
     session.run("coverage", "combine", "--keep")
     session.run("coverage", "report")
+
+
+@nox.session(python=PYTHONS[-1])
+def bench(session: nox.Session) -> None:
+    """What the client costs, beside a hand-written minimum and its peers; about half an hour."""
+    install(session, "bench", extras="")
+    session.run("python", "benchmarks/client.py", "--write", *session.posargs)
+
+
+@nox.session(python=PYTHONS[-1])
+def bench_short(session: nox.Session) -> None:
+    """That the benchmarks run, in half a minute, with one small peer."""
+    install(session, extras="")
+    session.install("seaart-sdk==0.1.4")
+    session.run("python", "benchmarks/client.py", "--short")

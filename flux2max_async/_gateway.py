@@ -1,11 +1,12 @@
 """The API's verbs, submit and poll: the wire, the transport, and the pace and retries that keep them safe."""
 
+import asyncio
+import contextlib
 import logging
 import math
 import random
+from collections.abc import AsyncGenerator
 
-import anyio
-import anyio.lowlevel
 import anyio.to_thread
 
 from flux2max_async._errors import FluxError, RateLimitedError, SubmissionUncertainError
@@ -20,6 +21,46 @@ from flux2max_async._wire import Call, read_poll, read_submit, status_of, submit
 log = logging.getLogger("flux2max_async")
 
 
+class Patience:
+    """What a submit waits under between its calls: there it can be withdrawn, and never during a call."""
+
+    __slots__ = ("_reason", "_wait")
+
+    def __init__(self) -> None:
+        self._reason: FluxError | None = None
+        self._wait: asyncio.Timeout | None = None
+
+    def end(self, reason: FluxError) -> None:
+        """Withdraw the submit: nothing more is sent, and a call on the wire is the last one."""
+        self._reason = reason
+        if self._wait is not None:
+            self._wait.reschedule(0.0)
+
+    @contextlib.asynccontextmanager
+    async def waiting(self, until: float | None = None) -> AsyncGenerator[None]:
+        """Wait inside.
+
+        Args:
+            until: The moment at which patience ends by itself.
+
+        Raises:
+            TimeoutError: That moment came.
+            FluxError: The submit is withdrawn; this is why.
+        """
+        if self._reason is None:
+            try:
+                async with asyncio.timeout_at(until) as self._wait:
+                    yield
+            except TimeoutError:
+                if self._reason is None:
+                    raise
+            finally:
+                self._wait = None
+        # Whoever was withdrawn in the moment of its turn stops here, too.
+        if self._reason is not None:
+            raise self._reason
+
+
 class Gateway:
     """One account at one gateway: what is sent to it, in which order, and how it takes it.
 
@@ -30,43 +71,45 @@ class Gateway:
     """
 
     def __init__(self, transport: Transport, stats: SessionStats, places: int) -> None:
+        self.now = asyncio.get_running_loop().time
         self._transport = transport
         self._stats = stats
         self._pace = Pace(places)
-        self._turn = anyio.Lock(fast_acquire=True)
-        self._changed = anyio.Event()
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
         self._unknown_statuses: set[str] = set()
 
-    async def submit(self, request: GenerationRequest, *, seconds: float) -> tuple[TaskSnapshot, float, float]:
+    async def submit(
+        self, request: GenerationRequest, *, seconds: float, patience: Patience
+    ) -> tuple[TaskSnapshot, float, float]:
         """Submit until the service answers for good; gives the new task, the moment of its submit, and its deadline.
-
-        Cancelling it takes effect between two calls, never during one: what is on the wire is answered, or given up
-        when its time is over.
 
         Args:
             request: What to draw.
             seconds: How long to go on, from the first call.
+            patience: Withdraws the submit between two calls. What is on the wire is answered, or given up when its
+                time is over: cut there, a task would exist, cost money, and have no name.
 
         Raises:
             InvalidRequestError: An input image can't be read.
             ResponseError: The service refused.
             TransportError: No connection within the time.
             SubmissionUncertainError: The answer was lost; nobody knows whether there is a task.
+            FluxError: Why patience has ended.
         """
-        if any(not isinstance(image.source, str) for image in request.input_images):
-            call = await anyio.to_thread.run_sync(submit_call, request)
-        else:
-            call = submit_call(request)
-        await self._wait_for_turn()
-        deadline = anyio.current_time() + seconds
+        async with patience.waiting():
+            if any(not isinstance(image.source, str) for image in request.input_images):
+                call = await anyio.to_thread.run_sync(submit_call, request)
+            else:
+                call = submit_call(request)
+            await self._wait_for_turn()
+        deadline = self.now() + seconds
         failures = 0
         refusal: FluxError | None = None
         while True:
-            started = anyio.current_time()
+            started = self.now()
             try:
-                # Cut here, a task would exist, cost money, and have no name.
-                with anyio.CancelScope(shield=True):
-                    return await self._submit_once(call, request, deadline - started), started, deadline
+                return await self._submit_once(call, request, deadline - started), started, deadline
             except FluxError as error:
                 if is_uncertain(error):
                     raise SubmissionUncertainError(
@@ -78,13 +121,14 @@ class Gateway:
             assert refusal is not None
             failures += 1
             # A last call with no time left for its answer would make an honest submit uncertain.
-            with anyio.CancelScope(deadline=deadline - min(_LEAST_TIME, seconds / 4)) as patience:
-                if not isinstance(refusal, RateLimitedError):  # for those, the pace says how long
-                    asked = getattr(refusal, "retry_after", None) or 0.0
-                    await anyio.sleep(max(backoff(failures, random.random()), min(asked, MAX_PAUSE)))
-                await self._wait_for_turn()
-            if patience.cancelled_caught:
-                raise refusal
+            try:
+                async with patience.waiting(until=deadline - min(_LEAST_TIME, seconds / 4)):
+                    if not isinstance(refusal, RateLimitedError):  # for those, the pace says how long
+                        asked = getattr(refusal, "retry_after", None) or 0.0
+                        await asyncio.sleep(max(backoff(failures, random.random()), min(asked, MAX_PAUSE)))
+                    await self._wait_for_turn()
+            except TimeoutError:
+                raise refusal from refusal.__cause__
             self._stats.retries += 1
             log.warning("submit not accepted (%s); sent again", refusal)
 
@@ -108,14 +152,14 @@ class Gateway:
             snapshot = read_poll(reply.without(request.webhook_secret) if request else reply, task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
-            self._pace.poll_refused(anyio.current_time(), error.retry_after)
+            self._pace.poll_refused(self.now(), error.retry_after)
             raise
         self._note_status(snapshot)
         return snapshot
 
     def pause(self, chance: float) -> float:
         """Seconds that the service asked everybody to wait, and up to two more, so that not all come back at once."""
-        pause = self._pace.pause(anyio.current_time())
+        pause = self._pace.pause(self.now())
         return pause + chance * min(pause, _SPREAD)
 
     def note_retry(self) -> None:
@@ -138,7 +182,7 @@ class Gateway:
             snapshot = read_submit(reply.without(request.webhook_secret))
         except RateLimitedError as error:
             self._stats.rate_limited += 1
-            self._pace.submit_refused(anyio.current_time(), self._stats.in_flight, error.retry_after, probe=probe)
+            self._pace.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
             raise
         except BaseException:
             self._pace.submit_ended(probe=probe)
@@ -155,12 +199,11 @@ class Gateway:
     async def _wait_for_turn(self) -> None:
         """Wait until one more submit may start; first come, first served. No wait comes between this and the submit."""
         async with self._turn:
-            while (delay := self._pace.submit_delay(anyio.current_time(), self._stats.in_flight)) > 0:
-                self._changed = anyio.Event()
-                with anyio.move_on_after(delay):
-                    await self._changed.wait()
-            # Whoever was withdrawn in the moment of its turn stops here; for all others this is no wait at all.
-            await anyio.lowlevel.checkpoint_if_cancelled()
+            while (delay := self._pace.submit_delay(self.now(), self._stats.in_flight)) > 0:
+                self._changed = asyncio.Event()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay if delay < math.inf else None):
+                        await self._changed.wait()
 
     def _note_status(self, snapshot: TaskSnapshot) -> None:
         status = snapshot.raw.get("status")

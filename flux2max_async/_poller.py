@@ -6,11 +6,10 @@ import random
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
-import anyio
 import attrs
 
 from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError, SessionClosedError
-from flux2max_async._gateway import Gateway
+from flux2max_async._gateway import Gateway, Patience
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._schedule import PollPlan, PollSchedule
@@ -95,7 +94,7 @@ class Poller:
     """Resolved with the outcome."""
 
     _listeners: list[Callable[["Poller", Outcome], None]] = attrs.field(factory=list, init=False)
-    _started: float = attrs.field(factory=anyio.current_time, init=False)
+    _started: float = attrs.field(default=attrs.Factory(lambda self: self.gateway.now(), takes_self=True), init=False)
     """The moment of the submit that was accepted, or of the attach."""
     _deadline: float = attrs.field(
         default=attrs.Factory(lambda self: self._started + self.seconds, takes_self=True), init=False
@@ -109,9 +108,8 @@ class Poller:
     """Looks missed in a row."""
     _unreadable: int = attrs.field(default=0, init=False)
     """Answers in a row that could not be read."""
-    _submitting: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
-    _withdrawn: FluxError | None = attrs.field(default=None, init=False)
-    _news: anyio.Event | None = attrs.field(default=None, init=False)
+    _patience: Patience = attrs.field(factory=Patience, init=False)
+    _news: asyncio.Event | None = attrs.field(default=None, init=False)
 
     def when_ended(self, listener: Callable[["Poller", Outcome], None]) -> None:
         """Tell the outcome in the moment of the end, before anything else can happen."""
@@ -122,8 +120,7 @@ class Poller:
 
     def withdraw(self, reason: FluxError) -> None:
         """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
-        self._withdrawn = reason
-        self._submitting.cancel()
+        self._patience.end(reason)
 
     def abandon(self) -> None:
         """End at once, as the session does."""
@@ -165,18 +162,17 @@ class Poller:
             elif self.ended.done():
                 return
             else:
-                self._news = self._news or anyio.Event()
+                self._news = self._news or asyncio.Event()
                 await self._news.wait()
 
     async def _submit(self) -> None:
         assert self.request is not None
-        with self._submitting:
-            snapshot, self._started, self._deadline = await self.gateway.submit(self.request, seconds=self.seconds)
-            self.task_id = snapshot.task_id
-            self._see(snapshot)
-            self._learning = True
-        if self.task_id is None:
-            raise self._withdrawn or SessionClosedError("the request was withdrawn before it was submitted")
+        snapshot, self._started, self._deadline = await self.gateway.submit(
+            self.request, seconds=self.seconds, patience=self._patience
+        )
+        self.task_id = snapshot.task_id
+        self._see(snapshot)
+        self._learning = True
 
     async def _look(self) -> Outcome:
         assert self.task_id is not None
@@ -204,11 +200,11 @@ class Poller:
             return 0.0  # submitted elsewhere: it may have ended long ago
         delay = plan.next_delay(self._elapsed(), self.snapshot.progress) * random.uniform(1 - _JITTER, 1 + _JITTER)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
-        last = self._deadline - anyio.current_time() - min(_LAST_LOOK, self.seconds / 10)
+        last = self._deadline - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
         return last if 0.01 < last < delay else delay
 
     async def _sleep(self, delay: float) -> None:
-        remaining = self._deadline - anyio.current_time()
+        remaining = self._deadline - self.gateway.now()
         if delay < remaining:
             await asyncio.sleep(delay)
         else:
@@ -218,7 +214,7 @@ class Poller:
             )
 
     async def _poll(self, call: Call, task_id: str) -> None:
-        asked = anyio.current_time()
+        asked = self.gateway.now()
         self.polls += 1
         try:
             snapshot = await self.gateway.poll(call, task_id, request=self.request, within=self._deadline - asked)
@@ -269,7 +265,7 @@ class Poller:
         return Failed(self.task_id, self.request, error, self._elapsed(), self.polls)
 
     def _elapsed(self) -> float:
-        return anyio.current_time() - self._started
+        return self.gateway.now() - self._started
 
     def _tell(self) -> None:
         if self._news is not None:

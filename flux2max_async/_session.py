@@ -109,9 +109,15 @@ class FluxSession:
             return
         if supervisor.closing is None:
             supervisor.closing = asyncio.create_task(self._close(supervisor))
-        # It is not cut short when the caller is cancelled, and takes two seconds at most.
-        with anyio.CancelScope(shield=True):
+        try:
             await asyncio.shield(supervisor.closing)
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() > -math.inf:
+                raise
+            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds at most.
+            with anyio.CancelScope(shield=True):
+                await asyncio.shield(supervisor.closing)
+            raise
 
     # ------------------------------------------------------------------ requests
 
@@ -248,8 +254,11 @@ class FluxSession:
 
     async def _start(self, request: GenerationRequest) -> Poller:
         supervisor = self._running()
+        # Who is cancelled already stops here; and a source that never waits leaves the event loop room.
+        await asyncio.sleep(0)
         await supervisor.places.acquire()
         if supervisor.closing:
+            supervisor.places.release()
             raise closed_error()
         poller = Poller(supervisor.gateway, self._schedule, self._deadline, request)
         supervisor.follow(poller, gives_back=supervisor.places)

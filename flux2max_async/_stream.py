@@ -7,8 +7,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, C
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
-
 from flux2max_async._errors import FluxError, SessionClosedError
 from flux2max_async._poller import GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
@@ -72,7 +70,7 @@ class _Feed:
         self._start = start
         self._spawn = spawn
         self._pull = _puller(requests)
-        self._credit = anyio.Semaphore(ahead)
+        self._credit = asyncio.Semaphore(ahead)
         """One for each request that may be pulled before another outcome is delivered."""
         self._ready: deque[tuple[Outcome, Poller | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
@@ -83,7 +81,7 @@ class _Feed:
         self._stopped = False
         """Nothing more will be submitted, of what was pulled neither."""
         self._closed = False
-        self._news: anyio.Event | None = None
+        self._news: asyncio.Event | None = None
 
     async def next(self) -> Outcome:
         if self._producer is None and not self._dry:
@@ -97,7 +95,7 @@ class _Feed:
                 return outcome
             if self._dry and not self.undelivered:
                 break
-            self._news = self._news or anyio.Event()
+            self._news = self._news or asyncio.Event()
             await self._news.wait()
         doom, self._doom = self._doom, None
         if doom is not None:

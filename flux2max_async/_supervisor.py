@@ -5,8 +5,6 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import anyio
-
 from flux2max_async._errors import SessionClosedError
 from flux2max_async._gateway import Gateway
 from flux2max_async._poller import Poller
@@ -31,7 +29,7 @@ class Supervisor:
     def __init__(self, gateway: Gateway, stats: SessionStats, places: int) -> None:
         self.loop = asyncio.get_running_loop()
         self.gateway = gateway
-        self.places = anyio.Semaphore(places)
+        self.places = asyncio.Semaphore(places)
         self.closing: asyncio.Task[None] | None = None
         """What closes the session, once it is being closed."""
         self._stats = stats
@@ -45,7 +43,7 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def follow(self, poller: Poller, *, gives_back: anyio.Semaphore | None = None) -> None:
+    def follow(self, poller: Poller, *, gives_back: asyncio.Semaphore | None = None) -> None:
         """Run a poller to its end, which gives a place back."""
 
         def ended(poller: Poller, outcome: Outcome) -> None:
@@ -75,8 +73,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""
-        for _ in range(self.places.statistics().tasks_waiting):
-            self.places.release()  # who waits for a place is told instead
+        self.places.release()  # who waits for a place is told instead, and passes it on
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
         # Without its id, a paid task is lost: give what is on the wire a moment.

@@ -9,13 +9,12 @@ answer.
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import cast
 from urllib.parse import urlsplit
 
 import aiohttp
-import anyio
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import StreamWriter
@@ -75,9 +74,10 @@ class Transport:
         """Close the connections that are ours."""
         if not self._borrowed:
             # Must not be cut short, or sockets leak; doesn't take long.
-            with anyio.move_on_after(5, shield=True):
-                for http in filter(None, (self._calls, self._downloads)):
-                    await http.close()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    for http in filter(None, (self._calls, self._downloads)):
+                        await http.close()
 
     async def exchange(self, call: Call, *, within: float = math.inf) -> Reply:
         """Make one call and read its reply whole.

@@ -27,7 +27,8 @@ Errors carry facts, not policy: `_retry` reads the facts and decides. All of the
 import attrs
 
 
-# Exceptions stay without slots: OSError and ValueError bring layouts of their own, and a FluxError may be both.
+# Exceptions stay without slots: OSError and ValueError bring layouts of their own, and a FluxError may be both. Those
+# without fields of their own inherit all that attrs makes: making it again costs each 0.4 ms of the import.
 @attrs.define(slots=False, eq=False)
 class FluxError(Exception):
     """Anything that this library raises for a reason of its own."""
@@ -48,12 +49,10 @@ class InvalidRequestError(FluxError, ValueError):
     """The parameter at fault: a field of `GenerationRequest`, or the argument's name."""
 
 
-@attrs.define(slots=False, eq=False)
 class ConfigurationError(FluxError):
     """The session can't work with these settings: no key, a malformed key, an unsafe address, a senseless limit."""
 
 
-@attrs.define(slots=False, eq=False)
 class SessionClosedError(FluxError):
     """The session is not open: not yet entered, or closed while something was still waited for."""
 
@@ -66,7 +65,6 @@ class TransportError(FluxError):
     """False when it is certain that not a byte of the call was written."""
 
 
-@attrs.define(slots=False, eq=False)
 class ProtocolError(FluxError):
     """An answer came, but it is not what the protocol says."""
 
@@ -90,37 +88,30 @@ class ResponseError(FluxError):
         return f"{self.message} (HTTP {self.status}{code}{request_id})"
 
 
-@attrs.define(slots=False, eq=False)
 class BadRequestError(ResponseError):
     """A parameter is wrong (400, 422)."""
 
 
-@attrs.define(slots=False, eq=False)
 class AuthenticationError(ResponseError):
     """The API key is missing or wrong (401)."""
 
 
-@attrs.define(slots=False, eq=False)
 class InsufficientBalanceError(ResponseError):
     """The account can't pay for another picture (402, or a 403 that says so)."""
 
 
-@attrs.define(slots=False, eq=False)
 class PermissionDeniedError(ResponseError):
     """The key may not do this (403)."""
 
 
-@attrs.define(slots=False, eq=False)
 class TaskNotFoundError(ResponseError):
     """The service knows no such task (404)."""
 
 
-@attrs.define(slots=False, eq=False)
 class RateLimitedError(ResponseError):
     """Too many calls, or too many tasks in flight (429)."""
 
 
-@attrs.define(slots=False, eq=False)
 class ServerError(ResponseError):
     """The service's own fault (5xx)."""
 
@@ -134,7 +125,6 @@ class TaskFailedError(FluxError):
     code: str | None = None
 
 
-@attrs.define(slots=False, eq=False)
 class ContentModeratedError(TaskFailedError):
     """Moderation refused the prompt, an input image or the result: the same request won't pass again."""
 
@@ -147,7 +137,6 @@ class DeadlineExceededError(FluxError, TimeoutError):
     """`session.attach(task_id)` takes it up again later: the work is paid for."""
 
 
-@attrs.define(slots=False, eq=False)
 class SubmissionUncertainError(FluxError):
     """The submit was written and its answer was lost: the task may exist, and may cost money.
 
@@ -155,11 +144,9 @@ class SubmissionUncertainError(FluxError):
     """
 
 
-@attrs.define(slots=False, eq=False)
 class DownloadError(FluxError):
     """A picture could not be fetched or written; nothing stands under the target's name."""
 
 
-@attrs.define(slots=False, eq=False)
 class ResultExpiredError(DownloadError):
     """The picture's url has expired and the service gave no fresh one that works."""

@@ -148,8 +148,9 @@ class Poller:
             broken = FluxError(f"polling broke: {error!r}")
             broken.__cause__ = error
             self._end(self._failed(broken))
-        finally:
+        except BaseException:
             self.abandon()
+            raise
 
     async def updates(self) -> AsyncIterator[TaskSnapshot]:
         """Give the newest snapshot, then each that says something new, until the end."""

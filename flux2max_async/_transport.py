@@ -209,8 +209,8 @@ class _NotingPayload(aiohttp.Payload):
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     content = bytearray()
-    async for chunk in response.content.iter_any():
-        content += chunk
+    while not response.content.at_eof():
+        content += await response.content.readany()
         if len(content) > _MAX_REPLY:
             raise ProtocolError("the answer is larger than 16 MB")
     return bytes(content)

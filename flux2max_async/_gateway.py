@@ -76,6 +76,7 @@ class Gateway:
         self._stats = stats
         self._pace = Pace(places)
         self._turn = asyncio.Lock()
+        self._on_the_wire = 0
         self._changed = asyncio.Event()
         self._unknown_statuses: set[str] = set()
 
@@ -177,6 +178,7 @@ class Gateway:
 
     async def _submit_once(self, call: Call, request: GenerationRequest, within: float) -> TaskSnapshot:
         probe = self._pace.submit_started()
+        self._on_the_wire += 1
         try:
             reply = await self._transport.exchange(call, within=within)
             snapshot = read_submit(reply.without(request.webhook_secret))
@@ -194,16 +196,22 @@ class Gateway:
             self._note_status(snapshot)
             return snapshot
         finally:
+            self._on_the_wire -= 1
             self._changed.set()
 
     async def _wait_for_turn(self) -> None:
         """Wait until one more submit may start; first come, first served. No wait comes between this and the submit."""
         async with self._turn:
-            while (delay := self._pace.submit_delay(self.now(), self._stats.in_flight)) > 0:
+            while (delay := self._submit_delay()) > 0:
                 self._changed = asyncio.Event()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay if delay < math.inf else None):
                         await self._changed.wait()
+
+    def _submit_delay(self) -> float:
+        if self._on_the_wire >= _LINES:
+            return math.inf
+        return self._pace.submit_delay(self.now(), self._stats.in_flight)
 
     def _note_status(self, snapshot: TaskSnapshot) -> None:
         status = snapshot.raw.get("status")
@@ -212,5 +220,7 @@ class Gateway:
             log.warning("unknown task status %r: taken for still running", status)
 
 
+_LINES = 100
+"""Submits on the wire at once: one that waits for a connection takes 8 KiB, and its time for the exchange runs."""
 _LEAST_TIME = 5.0
 _SPREAD = 2.0

@@ -267,6 +267,17 @@ async def test_submits_share_no_connection_of_a_borrowed_session(scripted: Scrip
     assert scripted.connections == 4
 
 
+async def test_a_hundred_submits_are_on_the_wire_at_once(scripted: ScriptedGateway) -> None:
+    """Of many submits at once, a hundred go out; the others wait for an answer to one of those."""
+    scripted.submits = deque(answer(200, completed(f"t{n}"), after=2.0) for n in range(150))
+    async with session_on(scripted, max_in_flight=1000) as session, anyio.create_task_group() as group:
+        for _ in range(150):
+            group.start_soon(session.generate, "a cat")
+    moments = [call.at for call in scripted.of("POST")]
+
+    assert [moment - moments[0] for moment in moments] == pytest.approx([0.0] * 100 + [2.0] * 50, abs=0.1)
+
+
 async def test_an_answer_that_has_already_ended_needs_no_poll(scripted: ScriptedGateway) -> None:
     """A submit that is answered with the finished task costs no poll."""
     scripted.submits = deque([answer(200, completed("t9"))])

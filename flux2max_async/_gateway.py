@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 
 import anyio.to_thread
 
+from flux2max_async._budget import PollBudget
 from flux2max_async._errors import FluxError, RateLimitedError, SubmissionUncertainError
 from flux2max_async._pace import MAX_PAUSE, Pace
 from flux2max_async._request import GenerationRequest
@@ -68,13 +69,15 @@ class Gateway:
         transport: Makes the calls.
         stats: Counts them.
         places: The most tasks that the session keeps in flight.
+        polls_per_second: The most polls that all tasks together make.
     """
 
-    def __init__(self, transport: Transport, stats: SessionStats, places: int) -> None:
+    def __init__(self, transport: Transport, stats: SessionStats, places: int, polls_per_second: float) -> None:
         self.now = asyncio.get_running_loop().time
         self._transport = transport
         self._stats = stats
         self._pace = Pace(places)
+        self._budget = PollBudget(polls_per_second)
         self._turn = asyncio.Lock()
         self._on_the_wire = 0
         self._changed = asyncio.Event()
@@ -154,6 +157,7 @@ class Gateway:
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.poll_refused(self.now(), error.retry_after)
+            self._budget.refused(self.now())
             raise
         self._note_status(snapshot)
         return snapshot
@@ -162,6 +166,14 @@ class Gateway:
         """Seconds that the service asked everybody to wait, and up to two more, so that not all come back at once."""
         pause = self._pace.pause(self.now())
         return pause + chance * min(pause, _SPREAD)
+
+    def book_poll(self) -> float:
+        """Book one poll of the budget that all tasks share; gives the seconds until it may be made."""
+        return self._budget.book(self.now())
+
+    def dearness(self) -> float:
+        """How many times as dear as usual a poll is now."""
+        return self._budget.dearness(self.now())
 
     def note_retry(self) -> None:
         """A poll is about to be made again."""
@@ -185,6 +197,7 @@ class Gateway:
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
+            self._budget.refused(self.now())
             raise
         except BaseException:
             self._pace.submit_ended(probe=probe)

@@ -65,9 +65,11 @@ class LearnedSchedule:
         ConfigurationError: The price is not a number of more than 0 seconds.
     """
 
-    poll_price: float = attrs.field(
-        default=0.1, kw_only=True, validator=lambda _, field, price: positive(field.name, price)
+    _price: float = attrs.field(
+        default=0.1, kw_only=True, alias="poll_price", validator=lambda _, __, price: positive("poll_price", price)
     )
+    dearness: float = attrs.field(default=1.0, init=False)
+    """How many times as dear as usual a poll is for now: a session raises it where the service has too much to do."""
     _law: ChangingLaw = attrs.field(factory=ChangingLaw, init=False)
     """Of the tasks that completed, in seconds of a usual task."""
     _failures: Law = attrs.field(factory=lambda: Law(_FAILURES), init=False)
@@ -83,6 +85,15 @@ class LearnedSchedule:
     _looks: dict[tuple[tuple[int, int] | None, int], Looks] = attrs.field(factory=dict, init=False, repr=False)
     """Under the laws and the price of `_drawn`: by the law of progress, if it is one, and by the scale's logarithm."""
     _drawn: object = attrs.field(default=None, init=False, repr=False)
+
+    @property
+    def poll_price(self) -> float:
+        """How many seconds of waiting one poll is worth now; setting it sets what it is worth usually."""
+        return self._price * self.dearness
+
+    @poll_price.setter
+    def poll_price(self, price: float) -> None:
+        self._price = price
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:
         """Plan the polling of a task that is being submitted now; None for a task known by its id alone."""

@@ -10,6 +10,7 @@ import attrs
 
 from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError, SessionClosedError
 from flux2max_async._gateway import Gateway, Patience
+from flux2max_async._learned import LearnedSchedule
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._schedule import PollPlan, PollSchedule
@@ -182,8 +183,10 @@ class Poller:
         plan = self.schedule.begin(self.request)
         while self.snapshot is None or not self.snapshot.status.ended:
             await self._sleep(self._delay(plan))
-            while (pause := self.gateway.pause(random.random())) > 0:
-                await self._sleep(pause)
+            await self._pause()
+            if (wait := self.gateway.book_poll()) > 0:
+                await self._sleep(wait)
+                await self._pause()
             await self._poll(call, self.task_id)
         snapshot, elapsed = self.snapshot, self._elapsed()
         if self._learning:
@@ -199,10 +202,16 @@ class Poller:
             return backoff(self._missed, random.random())
         if self.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
+        if isinstance(self.schedule, LearnedSchedule):
+            self.schedule.dearness = self.gateway.dearness()
         delay = plan.next_delay(self._elapsed(), self.snapshot.progress) * random.uniform(1 - _JITTER, 1 + _JITTER)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
         last = self._deadline - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
         return last if 0.01 < last < delay else delay
+
+    async def _pause(self) -> None:
+        while (pause := self.gateway.pause(random.random())) > 0:
+            await self._sleep(pause)
 
     async def _sleep(self, delay: float) -> None:
         remaining = self._deadline - self.gateway.now()

@@ -20,7 +20,7 @@ from flux2max_async._learned import LearnedSchedule
 from flux2max_async._poller import GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._schedule import PollSchedule
-from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_seconds
+from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_rate, checked_seconds
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._supervisor import Supervisor, closed_error
@@ -53,6 +53,8 @@ class FluxSession:
         max_in_flight: Places: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; a `LearnedSchedule` where none is given.
         deadline: Seconds for a task, from its submit; None waits without limit.
+        max_polls_per_second: Of all tasks together; None sets no limit. Polls become dearer, and so rarer, before it is
+            reached, and for a while after each 429.
         request_timeout: Seconds for one HTTP exchange, the answer's last byte included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
 
@@ -68,11 +70,13 @@ class FluxSession:
         max_in_flight: int = 24,
         schedule: PollSchedule | None = None,
         deadline: float | None = 600.0,
+        max_polls_per_second: float | None = 20.0,
         request_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
     ) -> None:
         self._max_in_flight = checked_places(max_in_flight)
         self._deadline = math.inf if deadline is None else checked_seconds("deadline", deadline)
+        self._polls_per_second = checked_rate("max_polls_per_second", max_polls_per_second)
         self._transport = Transport(
             checked_key(api_key),
             checked_base_url(base_url),
@@ -91,9 +95,8 @@ class FluxSession:
             raise SessionClosedError("the session is open already: enter it once, and share it")
         self._transport.open(self._max_in_flight)
         self._stats.in_flight = 0
-        self._supervisor = Supervisor(
-            Gateway(self._transport, self._stats, self._max_in_flight), self._stats, self._max_in_flight
-        )
+        gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
+        self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)
         return self
 
     async def __aexit__(
@@ -223,7 +226,11 @@ class FluxSession:
     @property
     def stats(self) -> SessionStats:
         """The counts so far."""
-        return attrs.evolve(self._stats)
+        stats = attrs.evolve(self._stats)
+        if isinstance(self._schedule, LearnedSchedule):
+            stats.median_duration = self._schedule.percentile(50)
+            stats.p90_duration = self._schedule.percentile(90)
+        return stats
 
     # ------------------------------------------------------------------ behind the face
 

@@ -1,6 +1,7 @@
 """What a session is set up with, from its arguments and the environment, checked before anything is sent."""
 
 import ipaddress
+import math
 import os
 from urllib.parse import urlsplit
 
@@ -59,6 +60,19 @@ def checked_seconds(name: str, seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")
     return seconds
+
+
+def checked_rate(name: str, rate: float | None) -> float:
+    """Give a rate that is more than nothing; None is no limit.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if rate is None:
+        return math.inf
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+        raise ConfigurationError(f"{name} must be more than 0, or None for no limit, not {rate!r}")
+    return rate
 
 
 def checked_places(places: int) -> int:

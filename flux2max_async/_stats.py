@@ -23,3 +23,7 @@ class SessionStats:
     """Answers with 429."""
     spent: Decimal = Decimal(0)
     """US dollars: the sum of `usage.cost` over what has ended."""
+    median_duration: float | None = None
+    """Seconds within which half of the tasks complete, as the schedule has learned it; None until it has."""
+    p90_duration: float | None = None
+    """Seconds within which nine of ten tasks complete."""

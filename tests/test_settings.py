@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux2max_async import ConfigurationError
+from flux2max_async import ConfigurationError, FluxSession
 from flux2max_async._settings import (
     DEFAULT_BASE_URL,
     KEY_VARIABLE,
@@ -16,6 +16,7 @@ from flux2max_async._settings import (
     checked_base_url,
     checked_key,
     checked_places,
+    checked_rate,
     checked_seconds,
 )
 
@@ -286,3 +287,20 @@ def test_a_senseless_number_of_places_is_refused_by_name(places: object) -> None
 
     assert "max_in_flight" in str(caught.value)
     assert repr(places) in str(caught.value)
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(20, 20.0), (0.1, 0.1), (None, math.inf), (math.inf, math.inf)])
+def test_a_rate_or_none_is_taken(rate: float | None, taken: float) -> None:
+    """Any positive number is a rate, and None is no limit."""
+    checked = checked_rate("max_polls_per_second", rate)
+
+    assert checked == taken
+
+
+@pytest.mark.parametrize("rate", [0, -1, math.nan, True, False, "20", [20]], ids=repr)
+def test_a_senseless_rate_is_refused_by_name(rate: object) -> None:
+    """What is no positive number is refused, with its name, its value and what would be right."""
+    with pytest.raises(ConfigurationError) as caught:
+        FluxSession("test-key-1234567890", max_polls_per_second=rate)  # type: ignore[arg-type]
+
+    assert str(caught.value) == f"max_polls_per_second must be more than 0, or None for no limit, not {rate!r}"

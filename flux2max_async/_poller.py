@@ -73,7 +73,7 @@ def _future() -> "asyncio.Future[Any]":
     return asyncio.get_running_loop().create_future()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Poller:
     """Follows one task. It outlives whoever waits for it, and its end is an outcome, never an exception."""
 

@@ -112,20 +112,22 @@ def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
 
 # ------------------------------------------------------------------ the task object
 
+# These live for one reading and go nowhere: what a frozen class has beyond them would cost each answer and the import.
 
-@attrs.frozen
+
+@attrs.define(eq=False, repr=False)
 class _Content:
     url: str | None = None
     type: str = "image"
     extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
 
-@attrs.frozen
+@attrs.define(eq=False, repr=False)
 class _Group:
     content: list[_Content] = attrs.field(factory=list[_Content])
 
 
-@attrs.frozen
+@attrs.define(eq=False, repr=False)
 class _Task:
     """The task object [S], [C], as far as we read it."""
 

@@ -59,6 +59,8 @@ class ChangingLaw:
     """The two sums: for longer, and for shorter."""
     _since: list[int] = attrs.field(init=False)
     """How many tasks ago each began to rise."""
+    _crowd: int = attrs.field(default=0, init=False)
+    """The most tasks that were in flight under the present law."""
     _newest: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=_REMEMBERED), init=False, repr=False)
     _starts: int = attrs.field(default=0, init=False)
 
@@ -84,11 +86,17 @@ class ChangingLaw:
         both = zip(self.present.ended, self.steady.ended, strict=True)
         return [trust * present + (1 - trust) * steady for present, steady in both]
 
-    def learn(self, first: float, last: float) -> None:
-        """Take in that a task ended between two places, and change the law when that makes a change likely."""
+    def learn(self, first: float, last: float, unseen: int) -> None:
+        """Take in that a task ended between two places, and change the law when that makes a change likely.
+
+        Args:
+            first: The place by which it had not ended.
+            last: The place by which it had.
+            unseen: How many others are in flight.
+        """
         self._newest.append((first, last))
         unread = [(first, last)]
-        recalled, since = self._recalled(first, last), self._changed_since(first, last)
+        recalled, since = self._recalled(first, last), self._changed_since(first, last, unseen)
         if recalled is not None:
             self.present, self.former[recalled] = self.former[recalled], self.present
             self._change()
@@ -132,6 +140,7 @@ class ChangingLaw:
     def _begin(self) -> None:
         self._better = [0.0] * len(self.former)
         self._rises, self._since = [0.0, 0.0], [0, 0]
+        self._crowd = 0
 
     def _recalled(self, first: float, last: float) -> int | None:
         """Tell which former law to take up again, if any."""
@@ -144,9 +153,11 @@ class ChangingLaw:
         best = max(self._better)
         return self._better.index(best) if best > _RECALL else None
 
-    def _changed_since(self, first: float, last: float) -> int:
+    def _changed_since(self, first: float, last: float, unseen: int) -> int:
         """Tell how many tasks ago the law changed, or 0 where it didn't."""
-        if not self.settled:
+        # Of a crowd that began together the shortest end first: until all are seen, longer ones are no news.
+        self._crowd = max(self._crowd, unseen)
+        if self.present.count < _FEW + self._crowd:
             return 0
         deviation = _normal_quantile((self.present.chance(first) + self.present.chance(last)) / 2)
         deviation = min(max(deviation, -_SURPRISE), _SURPRISE)

@@ -182,7 +182,7 @@ class LearnedSchedule:
         if self._law.settled:
             middle = quantile(law.ended, (law.chance(first) + law.chance(last)) / 2)
             self._effort.learn(plan.traits, (middle - quantile(law.ended, 0.5)) * WIDTH)
-        self._law.learn(first, last)
+        self._law.learn(first, last, len(self._plans))
 
     def _looks_at(self, scale: float, part: int | None = None) -> Looks:
         """Give the looks for tasks of such a scale, or for those that take so long by what progress told in a part."""

@@ -322,6 +322,17 @@ def test_what_has_been_is_known_when_it_comes_back() -> None:
     assert schedule.percentile(50) == pytest.approx(25.0, rel=0.15)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_of_a_crowd_to_end_are_no_change(seed: int) -> None:
+    """Of two dozen tasks that begin together the short ones end first; that the long ones follow is not taken for news."""
+    schedule = LearnedSchedule()
+    plans = [schedule.begin(None) for _ in range(24)]
+    for plan, duration in zip(plans, sorted(lognormal(seed, 24)), strict=True):
+        plan.finish(duration - 0.3, duration)
+
+    assert schedule.percentile(50) == pytest.approx(8.0, rel=0.2)
+
+
 def test_the_memory_of_changes_fades() -> None:
     """After two thousand tasks without a change, a schedule is what one is that has never seen any."""
     schedule = learned(median=25.0)

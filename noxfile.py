@@ -99,14 +99,16 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[-1])
 def bench(session: nox.Session) -> None:
-    """What the client costs, beside a hand-written minimum and its peers; about half an hour."""
+    """What polling and the client cost, beside the best that is possible and the peers; most of an hour."""
     install(session, "bench", extras="")
-    session.run("python", "benchmarks/client.py", "--write", *session.posargs)
+    session.run("python", "benchmarks/polling.py", "--write")
+    session.run("python", "benchmarks/client.py", "--write")
 
 
 @nox.session(python=PYTHONS[-1])
 def bench_short(session: nox.Session) -> None:
     """That the benchmarks run, in half a minute, with one small peer."""
     install(session, extras="")
-    session.install("seaart-sdk==0.1.4")
+    session.install("numpy>=2", "scipy>=1.15", "seaart-sdk==0.1.4")
+    session.run("python", "benchmarks/polling.py", "--short")
     session.run("python", "benchmarks/client.py", "--short")

@@ -59,7 +59,9 @@ class BySession:
     """Asks for pictures with a FluxSession: as one stream, or each with a `generate()` of its own."""
 
     def __init__(self, url: str, interval: float, places: int, *, stream: bool = True) -> None:
-        self._session = FluxSession("key", base_url=url, max_in_flight=places, schedule=FixedSchedule(interval))
+        self._session = FluxSession(
+            "key", base_url=url, max_in_flight=places, schedule=FixedSchedule(interval), max_polls_per_second=None
+        )
         self._stream = stream
 
     @property
@@ -118,7 +120,9 @@ async def stream(tasks: int, places: int, every: int, url: str) -> dict[str, Any
     """Stream pictures that are done at once, and give the resident memory after each so many of them, in bytes."""
     resident: list[int] = []
     began = time.process_time()
-    async with FluxSession("key", base_url=url, max_in_flight=places, schedule=FixedSchedule(0.005)) as session:
+    async with FluxSession(
+        "key", base_url=url, max_in_flight=places, schedule=FixedSchedule(0.005), max_polls_per_second=None
+    ) as session:
         number = 0
         async for outcome in session.stream(prompt(number, 0.0) for number in range(tasks)):
             outcome.unwrap()

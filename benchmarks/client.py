@@ -84,7 +84,6 @@ def calls(size: Size) -> str:
         "FluxSession, µs per call", "ratio to by hand", "ratio to submits apart",
     ]  # fmt: skip
     return blocks(
-        "### CPU time of a call",
         "Beside a hand-written minimum: one aiohttp session, `json.loads`, a loop per task. A FluxSession gives each "
         "submit a connection of its own, for safety; what that costs shows beside the minimum with submits apart. "
         f"Tasks of {size.seconds:g} s (lognormal, sigma 0.2), polled every {interval:g} s, give or take a tenth; "
@@ -110,7 +109,6 @@ def memory(size: Size) -> str:
         rows = list(pool.map(row, loads))
     header = ["tasks waiting", "waited for by", "KiB resident per task", "sockets more", "polls per task"]
     return blocks(
-        "### Memory of a waiting task",
         "What the process keeps resident more than before the first submit, divided by the tasks, after a garbage "
         "collection: each task has been submitted and polled once, and now waits for its next poll. The gateway has "
         "closed all connections, so that they count on neither side. To be at most 8 KiB, hoped for 4.",
@@ -145,7 +143,6 @@ def scale(size: Size) -> str:
     streamed, _ = measured(WORK, "asyncio", "stream", str(size.stream), "24", str(every), seconds=1800)
     resident = [kept / 2**20 for kept in streamed["resident"]]
     return blocks(
-        "### Scale",
         f"{size.many:,} tasks at once, and {size.few * 10:,} in {size.few} places, with as many polls for each task. "
         f"Medians of {runs}. To be at most 1.2.",
         table(["client", "calls per task", *at_once, "ratio"], rows),
@@ -158,7 +155,7 @@ def scale(size: Size) -> str:
 
 def beside_peers(size: Size) -> str:
     """Measure other clients of asynchronous image services."""
-    return f"### Peers\n\n{peers.compared(size.peer_tasks, size.peer_seconds, list(size.peers))}"
+    return peers.compared(size.peer_tasks, size.peer_seconds, list(size.peers))
 
 
 def start(size: Size) -> str:
@@ -181,7 +178,6 @@ def start(size: Size) -> str:
     (cpu, wall), (our_cpu, our_wall) = medians.values()
     rows.append(["ratio", f"{our_cpu / cpu:.2f}", f"{our_wall / wall:.2f}"])
     return blocks(
-        "### Start",
         "Importing the whole face of the package (by itself, `import flux2max_async` loads nothing yet), beside "
         f"importing what it stands on. Medians of {size.starts} fresh processes, in turn. To be at most 1.1.",
         table(["import", "CPU time, ms", "wall time, ms"], rows),
@@ -197,6 +193,16 @@ PARTS: dict[str, Callable[[Size], str]] = {
 }
 
 
+TITLES = {
+    "calls": "CPU time of a call",
+    "memory": "Memory of a waiting task",
+    "scale": "Scale",
+    "peers": "Peers",
+    "start": "Start",
+}
+"""The sections of the results."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="prove that each part runs; the figures are worth nothing")
@@ -206,15 +212,13 @@ def main() -> None:
     size = SHORT if arguments.short else FULL
     command = shlex.join(["python", "benchmarks/client.py", *sys.argv[1:]])
     names = arguments.only.split(",")
-    found = []
     print(about(command), flush=True)
     # One part after another, or they would disturb each other; where only running counts, all at once.
     with ThreadPoolExecutor(len(names) if arguments.short else 1) as pool:
-        for text in pool.map(lambda name: PARTS[name](size), names):
-            found.append(text)
-            print(f"\n{text}", flush=True)
-    if arguments.write:
-        write("Client", "\n\n".join(found), command, arguments.write)
+        for name, text in zip(names, pool.map(lambda name: PARTS[name](size), names), strict=True):
+            print(f"\n## {TITLES[name]}\n\n{text}", flush=True)
+            if arguments.write:
+                write(TITLES[name], text, command, arguments.write)
 
 
 if __name__ == "__main__":

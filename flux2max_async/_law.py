@@ -22,12 +22,12 @@ _BELIEF = 0.5
 """What is believed in the beginning counts for half an observation, ..."""
 _DOUBT = 0.005
 """... and for so much of the law for ever: some tasks obey no law."""
-_SPREAD = 0.4
+_SPREAD = 0.3
 """The standard deviation of the logarithm that is expected of a service, worth one observation."""
-_SMOOTHING = 0.85
+_SMOOTHING = 1.0
 """An observation speaks for its neighbours as far as so many standard deviations, by the cube root of their number."""
-_REDRAW = 4
-"""The law is drawn anew when its observations have grown by a quarter."""
+_REDRAW = 3
+"""The law is drawn anew when its observations have grown by a third."""
 
 
 def place(seconds: float) -> float:
@@ -56,7 +56,7 @@ def quantile(ended: Sequence[float], share: float) -> float:
     return k - 1 + min((share - below) / (above - below), 1.0) if above > below else float(k)
 
 
-_GUESS = lognormal(8.0, 1.5)
+_GUESS = lognormal(9.0, 1.25)
 _NUMBER = (validators.ge(0.0), validators.le(1e9))
 
 
@@ -85,7 +85,7 @@ class Law:
     memory: float = 200.0
     """An observation fades to a third while so many others follow."""
     guess: list[float] = attrs.field(default=_GUESS, repr=False)
-    """What is believed before anything was seen: about 8 s, give or take a factor of four and a half."""
+    """What is believed before anything was seen: about 9 s, give or take a factor of three and a half."""
     count: float = attrs.field(default=0.0, init=False)
     """How many observations the weights are worth."""
     ended: list[float] = attrs.field(init=False, repr=False)

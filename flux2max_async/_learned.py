@@ -23,7 +23,7 @@ _EARLY = 25
 _GOLDEN = 0.618034
 _SOON = 0.05
 """Where progress is worth asking for, the first look comes when so many tasks have ended; ..."""
-_GAIN = 1.3
+_GAIN = 1.1
 """... and it is where looking by its word, and once more, costs so much less than looking by the law."""
 _MINIMUM = 0.05
 """One task is not polled more often than this, in seconds."""

@@ -6,11 +6,19 @@ e^x - 1 - x = price * h(u). For a constant rate this is exact (Barlow, Hunter an
 Procedures", J. SIAM 11(4), 1963); for others it comes within a few per cent of the optimum.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from math import log1p, sqrt
 
-from flux2max_async._law import CELLS, EDGES, place
+from flux2max_async._law import EDGES, place
+
+_SPANS = tuple(end - start for start, end in zip(EDGES, EDGES[2:], strict=False))
+"""The seconds of each two neighbouring cells."""
+_HARDLY = 1e-4
+"""No look is due before so many have ended, ..."""
+_BEYOND = 1e-5
+"""... and the law tells nothing when no more than so many still run."""
 
 
 class Looks:
@@ -27,17 +35,17 @@ class Looks:
         """
         self._price = price
         self._running = running = [1 - chance + 1e-12 for chance in ended]
-        goals = [1.0]
-        for before, s, after, start, end in zip(running, running[1:], running[2:], EDGES, EDGES[2:], strict=False):
-            y = price * (before - after) / s / (end - start)
+        first, self._end = bisect_right(ended, _HARDLY), bisect_left(ended, 1 - _BEYOND) - 1
+        goals = [2.0] * first
+        known = slice(first - 1, self._end), slice(first, self._end + 1), slice(first + 1, self._end + 2)
+        for before, s, after, span in zip(*(running[part] for part in known), _SPANS[first - 1 :], strict=False):
+            y = price * (before - after) / (s * span)
             # e^x = 1 + y + x, put into itself once from a root that is right for small y: within 3 % of x.
             goals.append(s * (1 + y + log1p(y + sqrt(2 * y))))
-        self._goals = [*goals, 0.0]
+        self._goals = goals = [*goals, 0.0]
         """For each edge u the chance S(t) of still running that is low enough for a look at u: S(u) e^x."""
-        self._peaks = list(accumulate(reversed(self._goals), max))[::-1]
+        self._peaks = list(accumulate(reversed(goals), max))[::-1]
         """The highest of the goals from each edge on."""
-        self._end = next((k for k, chance in enumerate(running) if chance < 1e-7), CELLS) - 1
-        """The law tells nothing from this edge on."""
         self._cost: float | None = None
         self._first = self._after(0.0)
 

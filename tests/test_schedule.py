@@ -201,7 +201,7 @@ def test_after_learning_no_fixed_interval_is_cheaper(spread: float) -> None:
 def test_it_learns_other_durations_too(median: float) -> None:
     """Tasks of a second or of minutes are learned like those of 8 s: the initial guess is no bias that stays."""
     schedule = learned(median=median)
-    durations = lognormal(2, 60, median=median)
+    durations = lognormal(2, 300, median=median)
     fixed = [cost(FixedSchedule(interval * median / 8), durations) for interval in INTERVALS]
 
     assert cost(schedule, durations) < min(fixed)
@@ -612,5 +612,5 @@ def test_every_task_is_seen_to_end(duration: float, progress: Progress | None) -
     """However long a task takes and whatever it says, its end is seen before half as much time again has passed."""
     delay, polls = drive(LearnedSchedule().begin(None), duration, progress)
 
-    assert delay <= max(2.0, duration / 2)
+    assert delay <= max(2.5, duration / 2)
     assert polls < 300

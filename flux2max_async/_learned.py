@@ -48,7 +48,7 @@ class _State:
 _converter = cattrs.Converter(forbid_extra_keys=True)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class LearnedSchedule:
     """Learns how long tasks take, and polls where the end is likely.
 
@@ -79,12 +79,12 @@ class LearnedSchedule:
     """How many tasks that share is of."""
     _effort: Effort = attrs.field(factory=Effort, init=False)
     _foresight: Foresight = attrs.field(factory=Foresight, init=False)
-    _plans: "WeakSet[_LearnedPlan]" = attrs.field(factory=WeakSet, init=False, repr=False)
+    _plans: "WeakSet[_LearnedPlan]" = attrs.field(factory=WeakSet, init=False)
     """The tasks in flight; those that are given up fall out by themselves."""
     _begun: int = attrs.field(default=0, init=False)
-    _looks: dict[tuple[tuple[int, int] | None, int], Looks] = attrs.field(factory=dict, init=False, repr=False)
+    _looks: dict[tuple[tuple[int, int] | None, int], Looks] = attrs.field(factory=dict, init=False)
     """Under the laws and the price of `_drawn`: by the law of progress, if it is one, and by the scale's logarithm."""
-    _drawn: object = attrs.field(default=None, init=False, repr=False)
+    _drawn: object = attrs.field(default=None, init=False)
 
     @property
     def poll_price(self) -> float:
@@ -94,6 +94,9 @@ class LearnedSchedule:
     @poll_price.setter
     def poll_price(self, price: float) -> None:
         self._price = price
+
+    def __repr__(self) -> str:
+        return f"LearnedSchedule(poll_price={self._price!r})"
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:
         """Plan the polling of a task that is being submitted now; None for a task known by its id alone."""
@@ -145,26 +148,23 @@ class LearnedSchedule:
         schedule._foresight = Foresight.from_state(learned.progress)
         return schedule
 
-    def next_look(self, plan: "_LearnedPlan", elapsed: float) -> float:
+    def next_look(self, plan: "_LearnedPlan", elapsed: float, *, first: bool) -> float:
         """Give the moment of the next poll of a task, in seconds from its submit."""
-        foresight = self._foresight
         drawn = self._law.version, self._failures.version, self.poll_price
         if drawn != self._drawn:
             self._drawn = drawn
             self._looks.clear()
-        scale = plan.scale
+        scale, foresight = plan.scale, self._foresight
         if plan.said is not None and foresight.proven(part_of(plan.said[1])):
             at, progress = plan.said
             return self._looks_at(at / progress, part_of(progress)).after(elapsed * progress / at) * at / progress
         looks = self._looks_at(scale)
-        if elapsed == 0:
+        if first and foresight.proven(foresight.best):
             ended = self._law.present.ended
-            soon, usual = seconds_at(quantile(ended, _SOON)) * scale, seconds_at(quantile(ended, 0.5)) * scale
-            part = foresight.best
-            if foresight.proven(part):
-                asking = self.poll_price + self._looks_at(usual, part).cost() * usual
-                if _GAIN * asking < looks.cost() * scale:
-                    return soon
+            usual = seconds_at(quantile(ended, 0.5)) * scale
+            asking = self.poll_price + self._looks_at(usual, foresight.best).cost() * usual
+            if _GAIN * asking < looks.cost() * scale:
+                return seconds_at(quantile(ended, _SOON)) * scale
         return looks.after(elapsed / scale) * scale
 
     def learn(self, plan: "_LearnedPlan", not_before: float, by: float, *, completed: bool) -> None:
@@ -220,13 +220,15 @@ class _LearnedPlan:
     """The highest progress, and when it was told."""
     told: dict[int, Said] = attrs.field(factory=dict)
     """The same for each part of its way."""
+    _first: bool = True
     _finished: bool = False
 
     def next_delay(self, elapsed: float, progress: float | None) -> float:
         if progress is not None and elapsed > 0 and 0.02 <= progress < 1 and (not self.said or progress > self.said[1]):
             self.said = self.told[part_of(progress)] = elapsed, progress
-        look = self._schedule.next_look(self, elapsed)
-        if elapsed == 0:
+        look = self._schedule.next_look(self, elapsed, first=self._first)
+        if self._first:
+            self._first = False
             look *= self._early
         return max(_MINIMUM, look - elapsed)
 

@@ -20,7 +20,7 @@ from flux2max_async._wire import Call, poll_call
 log = logging.getLogger("flux2max_async")
 
 _UNREADABLE_IN_A_ROW = 5
-_JITTER = 0.1
+_JITTER, _MOST_JITTER = 0.1, 0.25
 _LAST_LOOK = 1.0
 
 
@@ -204,7 +204,8 @@ class Poller:
             return 0.0  # submitted elsewhere: it may have ended long ago
         if isinstance(self.schedule, LearnedSchedule):
             self.schedule.dearness = self.gateway.dearness()
-        delay = plan.next_delay(self._elapsed(), self.snapshot.progress) * random.uniform(1 - _JITTER, 1 + _JITTER)
+        delay = plan.next_delay(self._elapsed(), self.snapshot.progress)
+        delay += min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
         last = self._deadline - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
         return last if 0.01 < last < delay else delay

@@ -33,7 +33,7 @@ def environment() -> Iterator[dict[str, str]]:
 def test_all_examples_are_run() -> None:
     """No example of the README is of a kind that no test runs."""
     assert len(SCRIPTS) + 2 == len(EXAMPLES)
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_all_examples_are_run() -> None:
         ),
         pytest.param(SCRIPTS[2], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"),
         pytest.param(SCRIPTS[3], {}, "0.07 dollars", id="one task"),
+        pytest.param(SCRIPTS[4], {}, "half of the tasks take up to", id="kept schedule"),
     ],
 )
 def test_a_script(

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import anyio.to_thread
 
@@ -73,7 +73,7 @@ class Gateway:
     """
 
     def __init__(self, transport: Transport, stats: SessionStats, places: int, polls_per_second: float) -> None:
-        self.now = asyncio.get_running_loop().time
+        self.now: Callable[[], float] = asyncio.get_running_loop().time
         self._transport = transport
         self._stats = stats
         self._pace = Pace(places)

@@ -122,6 +122,8 @@ def lines_of(shown: str) -> list[str]:
 
 def start(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
     """Start the command as a process of its own, its output going to pipes."""
+    # Who runs the tests in the background may have told all below it to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "flux2max_async.cli", *arguments],
         stdout=subprocess.PIPE,

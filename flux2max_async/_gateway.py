@@ -34,7 +34,7 @@ class Patience:
     def end(self, reason: FluxError) -> None:
         """Withdraw the submit: nothing more is sent, and a call on the wire is the last one."""
         self._reason = reason
-        if self._wait is not None:
+        if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(0.0)
 
     @contextlib.asynccontextmanager

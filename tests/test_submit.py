@@ -41,10 +41,12 @@ from flux2max_async import (
     RateLimitedError,
     ResponseError,
     ServerError,
+    SessionClosedError,
     SubmissionUncertainError,
     TaskNotFoundError,
     TransportError,
 )
+from flux2max_async._gateway import Patience
 from flux2max_async._transport import _NotingPayload
 from flux2max_async.emulator import Emulator, Fault
 
@@ -458,3 +460,23 @@ async def test_a_body_notes_that_it_was_asked_for() -> None:
 
     assert before == (False, "{}")
     assert (wire.written, wire.kept_alive, body.written) == (b"{}", False, True)
+
+
+@pytest.mark.parametrize("between", range(4))
+async def test_a_submit_may_be_withdrawn_twice(between: int) -> None:
+    """A stream that is left while its session closes withdraws what the session withdraws, too; neither goes wrong."""
+    patience = Patience()
+
+    async def wait() -> None:
+        async with patience.waiting():
+            await asyncio.sleep(60)
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    patience.end(SessionClosedError("first"))
+    for _ in range(between):
+        await asyncio.sleep(0)
+    patience.end(SessionClosedError("second"))
+
+    with pytest.raises(SessionClosedError):
+        await waiting

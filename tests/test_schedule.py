@@ -342,6 +342,34 @@ def test_the_memory_of_changes_fades() -> None:
     assert cost(schedule, durations) < 1.05 * cost(learned(median=8.0), durations)
 
 
+def test_a_change_right_at_the_beginning_is_noticed() -> None:
+    """Five quick tasks don't make a law that a few slow ones couldn't replace, and are not remembered as one."""
+    schedule = LearnedSchedule()
+    for _ in range(5):
+        schedule.begin(None).finish(0.95, 1.0)
+    for _ in range(6):
+        schedule.begin(None).finish(58.0, 60.0)
+
+    assert schedule.percentile(50) == pytest.approx(60.0, rel=0.2)
+    assert schedule.state()["law"]["former"] == []
+
+
+def test_former_laws_are_forgotten_when_nothing_changes_any_more() -> None:
+    """After a change, two thousand tasks that are all alike leave nothing of what was before."""
+    schedule = learned(median=25.0)
+    for _ in range(20):
+        schedule.begin(None).finish(7.8, 8.1)
+    changed = schedule.state()["law"]
+    for _ in range(2000):
+        schedule.begin(None).finish(7.8, 8.1)
+    calm = schedule.state()["law"]
+
+    assert len(changed["former"]) == 1
+    assert changed["steady"] is not None
+    assert calm["former"] == []
+    assert calm["steady"] is None
+
+
 SIDES = {side: GenerationRequest("a lighthouse", width=side, height=side) for side in (512, 1024, 2048)}
 
 

@@ -139,7 +139,7 @@ def _flux(service: Service, task: Task, asked: str | None) -> dict[str, Any]:
     return answer | {"status": "completed", "output": [{"content": [content]}], "usage": usage, "metadata": {}}
 
 
-def _replicate(service: Service, task: Task, asked: str | None) -> dict[str, Any]:  # noqa: ARG001
+def _replicate(service: Service, task: Task, asked: str | None) -> dict[str, Any]:  # noqa: ARG001 - as all dialects
     return {
         "id": task.id, "model": "black-forest-labs/flux-schnell", "version": "hidden", "input": {}, "logs": "",
         "status": "succeeded" if task.ended else "starting", "created_at": CREATED, "error": None,
@@ -158,7 +158,7 @@ def _fal(service: Service, task: Task, asked: str | None) -> dict[str, Any]:
     return {"images": [{"url": f"{service.url}/{task.id}.jpeg", "content_type": "image/jpeg"}]}
 
 
-def _luma(service: Service, task: Task, asked: str | None) -> dict[str, Any]:  # noqa: ARG001
+def _luma(service: Service, task: Task, asked: str | None) -> dict[str, Any]:  # noqa: ARG001 - as all dialects
     return {
         "id": task.id, "generation_type": "image", "model": "photon-1", "created_at": CREATED,
         "state": "completed" if task.ended else "dreaming",
@@ -197,7 +197,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._service.connections.add(self._transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio calls it so
         self._service.connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
@@ -248,7 +248,7 @@ class Connection(asyncio.Protocol):
         else:
             self._tell(dialect, task, asked, close)
 
-    def _tell(self, dialect: Dialect, task: Task, asked: str | None, close: bool) -> None:  # noqa: FBT001
+    def _tell(self, dialect: Dialect, task: Task, asked: str | None, close: bool) -> None:  # noqa: FBT001 - call_at too
         self._reply(200, json.dumps(dialect(self._service, task, asked)).encode(), close=close)
 
     def _reply(self, status: int, body: bytes, *, close: bool) -> None:

@@ -72,6 +72,8 @@ class LawState:
     def __attrs_post_init__(self) -> None:
         if self.first + len(self.weights) > CELLS or (self.count > 0) != (sum(self.weights) > 0):
             raise ValueError("a law's weights must fit into its cells, and be there where its count is")
+        if 0 < self.count < 1:
+            raise ValueError(f"a law's count must be 0 or at least 1, not {self.count!r}")
 
 
 @attrs.define(eq=False)

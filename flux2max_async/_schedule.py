@@ -77,7 +77,7 @@ class ExponentialSchedule:
 class _FixedPlan:
     _interval: float
 
-    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it looks at neither
         return self._interval
 
     def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
@@ -90,7 +90,7 @@ class _ExponentialPlan:
     _factor: float
     _maximum: float
 
-    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it looks at neither
         delay = self._delay
         self._delay = min(delay * self._factor, self._maximum)
         return delay

@@ -512,6 +512,10 @@ def _without(name: str) -> dict[str, Any]:
         ({**learned().state(), "failures": {"count": 1.0, "first": 0, "weights": []}}, "failures"),
         ({**learned().state(), "failures": {"count": 1.0, "first": 479, "weights": [1.0, 1.0]}}, "failures"),
         ({**learned().state(), "failures": {"count": 1.0, "first": 0, "weights": [-1.0]}}, "failures"),
+        (
+            {**learned().state(), "failures": {"count": 1e-300, "first": 0, "weights": [1.0]}},
+            "count must be 0 or at least 1",
+        ),
         ({**learned().state(), "failures": {"count": "many", "first": 0, "weights": [1.0]}}, "failures"),
         ({**learned().state(), "progress": {"laws": [], "leads": []}}, "progress"),
         ({**learned().state(), "effort": {"slopes": [math.inf, 0.0, 0.0]}}, "effort"),

@@ -1,10 +1,10 @@
 """Saving a picture: streamed beside its target, resumed when cut, whole or not at all."""
 
+import contextlib
 import os
 import random
 import re
-import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -22,8 +22,14 @@ _FAILURES_IN_A_ROW = 5
 _BUFFER = 1_000_000
 
 
-async def download(transport: Transport, url: str, target: Path) -> None:
-    """Fetch a url into a file that appears under its name only when it is whole.
+async def download(transport: Transport, url: str, part: Path, target: Path) -> None:
+    """Fetch a url into a file, which is there in the end exactly if it is whole, and then on the disk, too.
+
+    Args:
+        transport: Makes the calls.
+        url: What to fetch.
+        part: The file, which must not be there yet; its folder is made.
+        target: What it will be called; errors name it.
 
     Raises:
         ResultExpiredError: The url is not valid any more.
@@ -31,24 +37,34 @@ async def download(transport: Transport, url: str, target: Path) -> None:
     """
     if not is_web_url(url):
         raise DownloadError(f"can't download: the picture's url is no http(s) URL: {url[:80]!r}")
-    try:
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
+    with told_apart(target):
         # Not in a thread: it takes microseconds, and a cancelled wait would leave a file that nobody knows.
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as file:
             try:
                 await _fetch_whole(transport, url, file)
-                await anyio.to_thread.run_sync(_publish, file, part, target)
-            finally:
-                part.unlink(missing_ok=True)
+                await anyio.to_thread.run_sync(_flush, file)
+            except BaseException:
+                part.unlink(missing_ok=True)  # noqa: ASYNC240 - as above
+                raise
+
+
+@contextlib.contextmanager
+def told_apart(target: Path) -> Iterator[None]:
+    """Say in our words why a file can't be written.
+
+    Raises:
+        DownloadError: It can't.
+    """
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise DownloadError(f"can't write {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _publish(file: IO[bytes], part: Path, target: Path) -> None:
+def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-    part.replace(target)
 
 
 class _CutError(Exception):

@@ -18,6 +18,8 @@
      │    └── ContentModeratedError      the same prompt won't pass again
      ├── DeadlineExceededError      the task took too long; attach() it later          (also a TimeoutError)
      ├── SubmissionUncertainError   the submit went out, its answer was lost: it may cost money
+     ├── BudgetExceededError        the budget doesn't allow another picture; nothing was sent
+     ├── JournalError               the journal can't be read or written
      └── DownloadError              a picture could not be saved
           └── ResultExpiredError         its url has expired, and no fresh one is to be had
 
@@ -142,6 +144,14 @@ class SubmissionUncertainError(FluxError):
 
     It is never repeated by this library; whether to pay a second time is the caller's decision.
     """
+
+
+class BudgetExceededError(FluxError):
+    """What is spent, plus what tasks in flight will probably cost, leaves too little for another; nothing was sent."""
+
+
+class JournalError(FluxError):
+    """The journal can't be opened, read or written: its disk, another program, or what is in the file."""
 
 
 class DownloadError(FluxError):

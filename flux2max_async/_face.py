@@ -3,6 +3,7 @@
 from flux2max_async._errors import (
     AuthenticationError,
     BadRequestError,
+    BudgetExceededError,
     ConfigurationError,
     ContentModeratedError,
     DeadlineExceededError,
@@ -10,6 +11,7 @@ from flux2max_async._errors import (
     FluxError,
     InsufficientBalanceError,
     InvalidRequestError,
+    JournalError,
     PermissionDeniedError,
     ProtocolError,
     RateLimitedError,
@@ -31,10 +33,12 @@ from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._task import Completed, Failed, GeneratedImage, Outcome, TaskSnapshot, TaskStatus, Usage
 from flux2max_async._version import __version__
+from flux2max_async.journal import Journal, JournalEntry, SqliteJournal
 
 __all__ = [
     "AuthenticationError",
     "BadRequestError",
+    "BudgetExceededError",
     "Completed",
     "ConfigurationError",
     "ContentModeratedError",
@@ -52,6 +56,9 @@ __all__ = [
     "InputImage",
     "InsufficientBalanceError",
     "InvalidRequestError",
+    "Journal",
+    "JournalEntry",
+    "JournalError",
     "LearnedSchedule",
     "Outcome",
     "OutcomeStream",
@@ -66,6 +73,7 @@ __all__ = [
     "ServerError",
     "SessionClosedError",
     "SessionStats",
+    "SqliteJournal",
     "SubmissionUncertainError",
     "TaskFailedError",
     "TaskNotFoundError",

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
 
 import anyio.to_thread
 
@@ -62,6 +63,16 @@ class Patience:
             raise self._reason
 
 
+class Intent(Protocol):
+    """What has to be done about each try of a submit, in its own turn."""
+
+    async def declare(self) -> None:
+        """Called before a byte is sent; an error keeps it from being sent."""
+
+    async def revoke(self) -> None:
+        """Called when a try has certainly bought nothing, and another one will follow."""
+
+
 class Gateway:
     """One account at one gateway: what is sent to it, in which order, and how it takes it.
 
@@ -84,7 +95,7 @@ class Gateway:
         self._unknown_statuses: set[str] = set()
 
     async def submit(
-        self, request: GenerationRequest, *, seconds: float, patience: Patience
+        self, request: GenerationRequest, *, seconds: float, patience: Patience, intent: Intent | None = None
     ) -> tuple[TaskSnapshot, float, float]:
         """Submit until the service answers for good; gives the new task, the moment of its submit, and its deadline.
 
@@ -93,6 +104,7 @@ class Gateway:
             seconds: How long to go on, from the first call.
             patience: Withdraws the submit between two calls. What is on the wire is answered, or given up when its
                 time is over: cut there, a task would exist, cost money, and have no name.
+            intent: Hears of each try.
 
         Raises:
             InvalidRequestError: An input image can't be read.
@@ -113,7 +125,7 @@ class Gateway:
         while True:
             started = self.now()
             try:
-                return await self._submit_once(call, request, deadline - started), started, deadline
+                return await self._submit_once(call, request, intent, deadline - started), started, deadline
             except FluxError as error:
                 if is_uncertain(error):
                     raise SubmissionUncertainError(
@@ -123,6 +135,8 @@ class Gateway:
                     raise
                 refusal = error.with_traceback(None)
             assert refusal is not None
+            if intent is not None:
+                await intent.revoke()
             failures += 1
             # A last call with no time left for its answer would make an honest submit uncertain.
             try:
@@ -188,10 +202,14 @@ class Gateway:
         self._stats.in_flight -= 1
         self._changed.set()
 
-    async def _submit_once(self, call: Call, request: GenerationRequest, within: float) -> TaskSnapshot:
+    async def _submit_once(
+        self, call: Call, request: GenerationRequest, intent: Intent | None, within: float
+    ) -> TaskSnapshot:
         probe = self._pace.submit_started()
         self._on_the_wire += 1
         try:
+            if intent is not None:
+                await intent.declare()
             reply = await self._transport.exchange(call, within=within)
             snapshot = read_submit(reply.without(request.webhook_secret))
         except RateLimitedError as error:

@@ -11,6 +11,7 @@ import attrs
 from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError, SessionClosedError
 from flux2max_async._gateway import Gateway, Patience
 from flux2max_async._learned import LearnedSchedule
+from flux2max_async._page import OvertakenError, Page
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._schedule import PollPlan, PollSchedule
@@ -48,7 +49,7 @@ class GenerationTask:
     @property
     def snapshot(self) -> TaskSnapshot | None:
         """What the newest answer said; None until there is one."""
-        return self._poller.snapshot
+        return (self._poller.leader or self._poller).snapshot
 
     async def outcome(self) -> Outcome:
         """Wait for the end; a task that failed is a `Failed`, not an exception."""
@@ -86,7 +87,15 @@ class Poller:
     """What is to be drawn, or was; None for a task known by its id alone."""
     task_id: str | None = None
     """Given for a task that was submitted elsewhere."""
+    places: asyncio.Semaphore | None = None
+    """Where one has to be free before a submit; it is taken until the end."""
+    page: Page | None = None
+    """What the books say of the request, where they are kept."""
+    desk: dict[str, "Poller"] = attrs.field(factory=dict[str, "Poller"])
+    """The pollers of a session by the keys of their requests: the same request is followed once."""
 
+    leader: "Poller | None" = attrs.field(default=None, init=False)
+    """Who follows the same request already."""
     snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
     polls: int = attrs.field(default=0, init=False)
     answered: "asyncio.Future[None]" = attrs.field(factory=_future, init=False)
@@ -101,8 +110,12 @@ class Poller:
         default=attrs.Factory(lambda self: self._started + self.seconds, takes_self=True), init=False
     )
     """The moment of giving up."""
+    _age: float | None = attrs.field(default=None, init=False)
+    """Seconds from the submit to `_started`; None where the submit wasn't seen by anybody we know."""
     _learning: bool = attrs.field(default=False, init=False)
-    """Whether the schedule may learn from the task: only where its submit was seen."""
+    """Whether the schedule may learn from the task: only where its submit was seen here."""
+    _placed: bool = attrs.field(default=False, init=False)
+    """Whether it takes one of the places."""
     _running_until: float = attrs.field(default=0.0, init=False)
     """Seconds from the submit to the newest poll that saw the task running."""
     _missed: int = attrs.field(default=0, init=False)
@@ -134,30 +147,26 @@ class Poller:
     async def run(self) -> None:
         """Submit if need be, then look until the end."""
         try:
-            if self.task_id is None:
-                await self._submit()
-            else:
-                self.gateway.follow()
-            try:
-                self._end(await self._look())
-            finally:
-                self.gateway.release()
-        except FluxError as error:
-            self._end(self._failed(error))
-        except Exception as error:
-            log.exception("task %s: polling broke", self.task_id)
-            broken = FluxError(f"polling broke: {error!r}")
-            broken.__cause__ = error
-            self._end(self._failed(broken))
+            outcome = await self._come_to_an_end()
         except BaseException:
             self.abandon()
             raise
+        try:
+            if self.page is not None and self.leader is None and not outcome.replayed:
+                usage = self.snapshot and self.snapshot.usage
+                outcome = await self.page.close(outcome, usage.cost if usage else None)
+        finally:
+            self._end(outcome)
 
     async def updates(self) -> AsyncIterator[TaskSnapshot]:
         """Give the newest snapshot, then each that says something new, until the end."""
         said = None
         while True:
             snapshot = self.snapshot
+            if self.leader is not None:
+                async for seen in self.leader.updates():
+                    yield seen
+                return
             if snapshot is not None and (snapshot.status, snapshot.progress) != said:
                 said = (snapshot.status, snapshot.progress)
                 yield snapshot
@@ -167,19 +176,100 @@ class Poller:
                 self._news = self._news or asyncio.Event()
                 await self._news.wait()
 
+    async def _come_to_an_end(self) -> Outcome:
+        try:
+            if self.task_id is not None:
+                return await self._follow()
+            if self.page is not None:
+                return await self._by_the_book(self.page)
+            await self._submit()
+            return await self._look()
+        except FluxError as error:
+            return self._failed(error)
+        except Exception as error:
+            log.exception("task %s: polling broke", self.task_id)
+            broken = FluxError(f"polling broke: {error!r}")
+            broken.__cause__ = error
+            return self._failed(broken)
+
+    async def _by_the_book(self, page: Page) -> Outcome:
+        """Submit only what was never submitted before, by anybody."""
+        async with self._patience.waiting():
+            await page.identify()
+        while True:
+            leader = self if page.key is None else self.desk.setdefault(page.key, self)
+            if leader is not self:
+                page.check_same(leader.page)
+                if (outcome := await self._share(leader)) is not None:
+                    return outcome
+                continue
+            async with self._patience.waiting():
+                known = await page.look_up(self._name)
+            if isinstance(known, str):
+                return await self._resume(page, known)
+            if known is not None:
+                self.task_id = known.task_id
+                return known
+            try:
+                await self._submit()
+            except OvertakenError:
+                self._give_place_back()
+            else:
+                return await self._look()
+
+    async def _share(self, leader: "Poller") -> Outcome | None:
+        """Wait for the end that somebody else brings; None where he only gave up before there was a task."""
+        async with self._patience.waiting():
+            self.leader = leader
+            await asyncio.shield(leader.answered)
+            if leader.task_id is not None:
+                self._name(leader.task_id)
+            outcome = await asyncio.shield(leader.ended)
+        if isinstance(outcome, Failed) and isinstance(outcome.error, SessionClosedError):
+            self.leader = None
+            return None
+        self.task_id = outcome.task_id
+        return attrs.evolve(outcome, request=self.request)
+
+    async def _resume(self, page: Page, task_id: str) -> Outcome:
+        """Follow a task that an earlier session has submitted."""
+        self._started = self.gateway.now()
+        self._deadline = self._started + self.seconds
+        self._age = page.age()
+        self._name(task_id)
+        return await self._follow()
+
     async def _submit(self) -> None:
         assert self.request is not None
+        if self.places is not None:
+            async with self._patience.waiting():
+                await self.places.acquire()
+                self._placed = True
         snapshot, self._started, self._deadline = await self.gateway.submit(
-            self.request, seconds=self.seconds, patience=self._patience
+            self.request, seconds=self.seconds, patience=self._patience, intent=self.page
         )
-        self.task_id = snapshot.task_id
+        self._name(snapshot.task_id)
         self._see(snapshot)
-        self._learning = True
+        self._age, self._learning = 0.0, True
+
+    async def _follow(self) -> Outcome:
+        """Look at a task that was submitted elsewhere."""
+        self.gateway.follow()
+        return await self._look()
 
     async def _look(self) -> Outcome:
+        """Look until the end at a task that counts as being in flight."""
         assert self.task_id is not None
+        try:
+            if self.page is not None and self._learning:
+                await self.page.submitted(self.task_id)
+            return await self._look_until_the_end(self.task_id)
+        finally:
+            self.gateway.release()
+
+    async def _look_until_the_end(self, task_id: str) -> Outcome:
         _resolve(self.answered, None)
-        call = poll_call(self.task_id)
+        call = poll_call(task_id)
         plan = self.schedule.begin(self.request)
         while self.snapshot is None or not self.snapshot.status.ended:
             await self._sleep(self._delay(plan))
@@ -187,15 +277,17 @@ class Poller:
             if (wait := self.gateway.book_poll()) > 0:
                 await self._sleep(wait)
                 await self._pause()
-            await self._poll(call, self.task_id)
+            await self._poll(call, task_id)
         snapshot, elapsed = self.snapshot, self._elapsed()
         if self._learning:
             plan.finish(self._running_until, elapsed, completed=snapshot.error is None)
         if snapshot.error is not None:
             return self._failed(snapshot.error)
-        return Completed(
-            self.task_id, self.request, snapshot.images, snapshot.usage, snapshot.metadata, elapsed, self.polls
-        )
+        return Completed(task_id, self.request, snapshot.images, snapshot.usage, snapshot.metadata, elapsed, self.polls)
+
+    def _name(self, task_id: str) -> None:
+        self.task_id = task_id
+        _resolve(self.answered, None)
 
     def _delay(self, plan: PollPlan) -> float:
         if self._missed:
@@ -230,7 +322,7 @@ class Poller:
         try:
             snapshot = await self.gateway.poll(call, task_id, request=self.request, within=self._deadline - asked)
         except FluxError as error:
-            if not may_poll_again(error, elapsed=self._elapsed() if self._learning else None):
+            if not may_poll_again(error, elapsed=None if self._age is None else self._age + self._elapsed()):
                 raise
             self._missed += 1
             self._unreadable = self._unreadable + 1 if is_unreadable(error) else 0
@@ -254,6 +346,9 @@ class Poller:
     def _end(self, outcome: Outcome) -> None:
         if self.ended.done():
             return
+        if self.page is not None and self.page.key is not None and self.desk.get(self.page.key) is self:
+            del self.desk[self.page.key]
+        self._give_place_back()
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
         self._tell()
@@ -264,6 +359,11 @@ class Poller:
         else:
             name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
             log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
+
+    def _give_place_back(self) -> None:
+        if self._placed and self.places is not None:
+            self._placed = False
+            self.places.release()
 
     def _failed(self, error: FluxError) -> Failed:
         if error.task_id is None:

@@ -146,18 +146,26 @@ class InputImage:
         Raises:
             InvalidRequestError: The file is missing, empty, too large or not a picture that the service takes.
         """
+        return self.source if isinstance(self.source, str) else base64.b64encode(self.read()).decode()
+
+    def read(self) -> bytes:
+        """Give the bytes of a local picture. Reads the file, so keep it off the event loop.
+
+        Raises:
+            InvalidRequestError: The file is missing, empty, too large or not a picture that the service takes.
+        """
         match self.source:
-            case str(url):
-                return url
             case bytes(data):
-                return base64.b64encode(data).decode()
+                return data
+            case str(url):
+                raise _unfit(f"{_short(url)} is on the web, not here")
             case path:
                 try:
                     with path.open("rb") as file:
                         data = file.read(MAX_INPUT_BYTES + 1)
                 except (OSError, ValueError) as error:
                     raise _unfit(f"can't read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-                return base64.b64encode(_checked(data, f"{str(path)!r}")).decode()
+                return _checked(data, f"{str(path)!r}")
 
     def __repr__(self) -> str:
         match self.source:

@@ -1,9 +1,14 @@
 """Whether the same call may be made again, and after how long: facts in, decisions out."""
 
+import errno
+
 from flux2max_async._errors import (
     AuthenticationError,
+    BudgetExceededError,
+    DownloadError,
     FluxError,
     InsufficientBalanceError,
+    JournalError,
     PermissionDeniedError,
     ProtocolError,
     RateLimitedError,
@@ -76,8 +81,20 @@ def is_unreadable(error: FluxError) -> bool:
 
 
 def dooms_the_rest(error: FluxError) -> bool:
-    """Tell whether any further submit with the same key would meet the same refusal."""
-    return isinstance(error, (AuthenticationError, InsufficientBalanceError, PermissionDeniedError))
+    """Tell whether any further submit with the same key, budget and journal would meet the same refusal."""
+    return isinstance(
+        error,
+        (AuthenticationError, InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError),
+    )
+
+
+def stops_saving(error: FluxError) -> bool:
+    """Tell whether any further picture would meet the same disk: it is full, read-only, or not ours to write on."""
+    cause = error.__cause__
+    return isinstance(error, DownloadError) and isinstance(cause, OSError) and cause.errno in _UNFIT
+
+
+_UNFIT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
 
 
 def backoff(failures: int, chance: float) -> float:

@@ -3,24 +3,45 @@
 import asyncio
 import math
 import platform
-from collections.abc import AsyncIterable, Coroutine, Iterable
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from decimal import Decimal
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 import anyio
 import attrs
 
-from flux2max_async._download import download
-from flux2max_async._errors import DownloadError, FluxError, InvalidRequestError, ResultExpiredError, SessionClosedError
+from flux2max_async._download import download, told_apart
+from flux2max_async._entry import JournalEntry
+from flux2max_async._errors import (
+    ConfigurationError,
+    DownloadError,
+    FluxError,
+    InvalidRequestError,
+    ResultExpiredError,
+    SessionClosedError,
+)
 from flux2max_async._gateway import Gateway
 from flux2max_async._learned import LearnedSchedule
+from flux2max_async._ledger import Ledger
+from flux2max_async._page import Books, Page, Terms
 from flux2max_async._poller import GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
+from flux2max_async._saver import Saver
 from flux2max_async._schedule import PollSchedule
-from flux2max_async._settings import checked_base_url, checked_key, checked_places, checked_rate, checked_seconds
+from flux2max_async._settings import (
+    checked_base_url,
+    checked_dollars,
+    checked_key,
+    checked_places,
+    checked_rate,
+    checked_seconds,
+)
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._supervisor import Supervisor, closed_error
@@ -28,6 +49,7 @@ from flux2max_async._task import Completed, GeneratedImage, TaskSnapshot
 from flux2max_async._transport import Transport
 from flux2max_async._version import __version__
 from flux2max_async._wire import poll_call
+from flux2max_async.journal import Journal
 
 T = TypeVar("T")
 
@@ -57,6 +79,14 @@ class FluxSession:
             reached, and for a while after each 429.
         request_timeout: Seconds for one HTTP exchange, the answer's last byte included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
+        journal: Where intents, task ids and ends are kept, so that what is asked for again isn't paid for again: a
+            `SqliteJournal`. The session opens and closes it.
+        budget: US dollars. A submit whose probable cost, on top of what is spent and set aside, would pass it, is a
+            BudgetExceededError; nothing is sent.
+        price_guess: US dollars that a request will probably cost, until the first one has told; by default 0.07, and
+            0.03 for each further megapixel of output and input.
+        budget_scope: "session" counts what this session spends, "journal" all that is in the journal, which is the
+            default where there is one.
 
     Raises:
         ConfigurationError: No key, a malformed key, http:// to another host, a senseless limit.
@@ -73,6 +103,10 @@ class FluxSession:
         max_polls_per_second: float | None = 20.0,
         request_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
+        journal: Journal | None = None,
+        budget: Decimal | float | str | None = None,
+        price_guess: Decimal | float | str | None = None,
+        budget_scope: Literal["session", "journal"] | None = None,
     ) -> None:
         self._max_in_flight = checked_places(max_in_flight)
         self._deadline = math.inf if deadline is None else checked_seconds("deadline", deadline)
@@ -84,6 +118,16 @@ class FluxSession:
             timeout=checked_seconds("request_timeout", request_timeout),
             http=http_session,
         )
+        if budget_scope not in {None, "session", "journal"} or (budget_scope == "journal" and journal is None):
+            raise ConfigurationError(
+                f"budget_scope must be 'session', or 'journal' where there is one, not {budget_scope!r}"
+            )
+        self._books = Books(
+            Ledger(checked_dollars("budget", budget), checked_dollars("price_guess", price_guess)),
+            journal,
+            whole_journal=journal is not None and budget_scope != "session",
+            secrets=self._transport.secrets,
+        )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
         self._supervisor: Supervisor | None = None
@@ -93,7 +137,15 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        self._transport.open(self._max_in_flight)
+        journal = self._books.journal
+        if journal is not None:
+            await journal.open(self._inherit)
+        try:
+            self._transport.open(self._max_in_flight)
+        except BaseException:
+            if journal is not None:
+                await journal.close()
+            raise
         self._stats.in_flight = 0
         gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
         self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)
@@ -124,8 +176,19 @@ class FluxSession:
 
     # ------------------------------------------------------------------ requests
 
-    async def generate(self, request: str | GenerationRequest, /, **params: Any) -> Completed:
+    async def generate(
+        self,
+        request: str | GenerationRequest,
+        /,
+        *,
+        retry_failed: bool = False,
+        resubmit_uncertain: bool = False,
+        **params: Any,
+    ) -> Completed:
         """Submit one request and wait for it.
+
+        With a journal, what was asked for before, here or in another process, is not paid for again: the same key, or
+        without one the same content, gives the same task.
 
         Cancelling it (a web client that left, `asyncio.timeout`) cancels the wait. A call that is on the wire is
         finished in the background so that its id is not lost, and the task keeps its place until it ends, since the
@@ -133,52 +196,88 @@ class FluxSession:
 
         Args:
             request: A prompt, or a whole request.
+            retry_failed: Submit again what the journal knows to have failed.
+            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
             params: Those of `GenerationRequest`; beside a whole request they replace its own.
 
         Raises:
             FluxError: It came to nothing; the tree in `flux2max_async._errors` tells the kinds apart.
         """
-        poller = await self._start(as_request(request, **params))
+        poller = await self._start(as_request(request, **params), Terms(retry_failed, resubmit_uncertain))
         return (await _waited_for(poller, poller.ended)).unwrap()
 
-    async def submit(self, request: str | GenerationRequest, /, **params: Any) -> GenerationTask:
+    async def submit(
+        self,
+        request: str | GenerationRequest,
+        /,
+        *,
+        retry_failed: bool = False,
+        resubmit_uncertain: bool = False,
+        **params: Any,
+    ) -> GenerationTask:
         """Wait for a free place, submit, and return as soon as the service has given the task an id.
+
+        With a journal, it gives the task that there is already, as `generate()` does.
 
         Cancelling it is like cancelling `generate()`.
 
         Args:
             request: A prompt, or a whole request.
+            retry_failed: Submit again what the journal knows to have failed.
+            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
             params: Those of `GenerationRequest`; beside a whole request they replace its own.
 
         Raises:
             FluxError: There is no task, or nobody knows whether there is (SubmissionUncertainError).
         """
-        poller = await self._start(as_request(request, **params))
+        poller = await self._start(as_request(request, **params), Terms(retry_failed, resubmit_uncertain))
         await _waited_for(poller, poller.answered)
         if poller.task_id is None:
             poller.ended.result().unwrap()
         return GenerationTask(poller)
 
     def stream(
-        self, requests: Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest], /
+        self,
+        requests: Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest],
+        /,
+        *,
+        save_to: str | PathLike[str] | None = None,
+        name: Callable[[Completed], str] | None = None,
+        retry_failed: bool = False,
+        resubmit_uncertain: bool = False,
     ) -> OutcomeStream:
         """Submit lazily (never more than max_in_flight ahead of the consumer) and yield each outcome as it comes.
 
         A request or task that fails is yielded. What dooms all the rest (AuthenticationError,
-        InsufficientBalanceError, PermissionDeniedError) is yielded for the request that met it and stops new
-        submissions; what is already submitted is still polled and yielded, and then the error is raised. The same
-        holds when the source itself raises.
+        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a disk on which no picture
+        can be saved) is yielded for the request that met it and stops new submissions; what is already submitted is
+        still polled and yielded, and then the error is raised. The same holds when the source itself raises.
+
+        With a journal, the same list can be streamed again, after whatever has ended the first run: what has ended is
+        yielded at once, what is a task is followed, and only the rest is submitted. A list with repeats stays one.
 
         Args:
             requests: Prompts or requests, from anything that can be iterated over; it may be endless.
+            save_to: A folder into which the pictures are saved as soon as their tasks end; `Completed.saved` names the
+                files, or `save_error` tells why there are none. No other picture is ever replaced, and what is there
+                already according to the journal is not fetched again.
+            name: What to call an outcome's pictures, without or with an ending; by default, the request's key or the
+                task's id. Whatever a file's name can't hold is replaced, and further pictures are numbered.
+            retry_failed: Submit again what the journal knows to have failed.
+            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice; otherwise it is
+                yielded as Failed, with a SubmissionUncertainError.
         """
         if isinstance(requests, (str, GenerationRequest)):
             raise InvalidRequestError("stream() takes many requests: put a single one into a list", "requests")
+        if name is not None and save_to is None:
+            raise InvalidRequestError("name is for the files in save_to: give both", "name")
+        terms = Terms(retry_failed, resubmit_uncertain, to_be_saved=save_to is not None, occurrences=Counter[str]())
         return OutcomeStream(
             requests,
-            start=self._start,
+            start=lambda request: self._start(request, terms),
             spawn=self._spawn,
             ahead=self._max_in_flight,
+            saver=None if save_to is None else Saver(Path(save_to), name, self._fetch),
         )
 
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
@@ -191,7 +290,7 @@ class FluxSession:
             request: What was asked for, if it is known; the outcome will name it.
         """
         supervisor = self._running()
-        poller = Poller(supervisor.gateway, self._schedule, self._deadline, request, _checked_id(task_id))
+        poller = self._poller(supervisor, request, _checked_id(task_id))
         supervisor.follow(poller)
         return GenerationTask(poller)
 
@@ -235,15 +334,29 @@ class FluxSession:
     # ------------------------------------------------------------------ behind the face
 
     async def _save(self, image: GeneratedImage, target: Path) -> Path:
+        with told_apart(target):
+            part = target.with_name(f".{secrets.token_hex(8)}.part")
+        await self._fetch(image, part, target)
+        try:
+            with told_apart(target):
+                await anyio.to_thread.run_sync(part.replace, target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    async def _fetch(self, image: GeneratedImage, part: Path, target: Path) -> None:
+        """Download a picture into a file that is there in the end only if it is whole."""
         try:
             async with asyncio.timeout(None if self._deadline == math.inf else self._deadline):
                 try:
-                    await download(self._transport, image.url, target)
+                    await download(self._transport, image.url, part, target)
                 except ResultExpiredError:
-                    await download(self._transport, await self._fresh_url(image), target)
+                    await download(self._transport, await self._fresh_url(image), part, target)
         except TimeoutError as error:
             raise DownloadError(f"the download has not ended within {self._deadline:g} s") from error
-        return target
+        except DownloadError as error:
+            error.task_id = image.task_id
+            raise
 
     async def _fresh_url(self, image: GeneratedImage) -> str:
         try:
@@ -256,20 +369,43 @@ class FluxSession:
 
     async def _close(self, supervisor: Supervisor) -> None:
         await supervisor.close()
+        if self._books.journal is not None:
+            await self._books.journal.close()
         await self._transport.close()
         self._supervisor = None
 
-    async def _start(self, request: GenerationRequest) -> Poller:
-        supervisor = self._running()
+    async def _start(self, request: GenerationRequest, terms: Terms) -> Poller:
+        self._running()
         # Who is cancelled already stops here; and a source that never waits leaves the event loop room.
         await asyncio.sleep(0)
-        await supervisor.places.acquire()
-        if supervisor.closing:
-            supervisor.places.release()
-            raise closed_error()
-        poller = Poller(supervisor.gateway, self._schedule, self._deadline, request)
-        supervisor.follow(poller, gives_back=supervisor.places)
+        supervisor = self._running()
+        page = Page(self._books, request, terms) if self._books.needed else None
+        poller = self._poller(supervisor, request, page=page)
+        supervisor.follow(poller)
         return poller
+
+    def _inherit(self, entries: list[JournalEntry]) -> None:
+        """Follow what a process that is gone has left behind, so that it ends in the journal whoever asks for it."""
+        if self._supervisor is None or self._supervisor.closing:
+            return
+        for entry in entries:
+            if entry.key not in self._supervisor.desk:
+                page = Page(self._books, None, Terms(), entry)
+                poller = self._poller(self._supervisor, None, entry.task_id, page)
+                self._supervisor.desk[entry.key] = poller
+                self._supervisor.follow(poller)
+
+    def _poller(
+        self,
+        supervisor: Supervisor,
+        request: GenerationRequest | None,
+        task_id: str | None = None,
+        page: Page | None = None,
+    ) -> Poller:
+        return Poller(
+            supervisor.gateway, self._schedule, self._deadline, request, task_id, supervisor.places, page,
+            supervisor.desk,
+        )  # fmt: skip
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         try:

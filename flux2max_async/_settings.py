@@ -4,6 +4,7 @@ import ipaddress
 import math
 import os
 import re
+from decimal import Decimal, InvalidOperation
 from urllib.parse import urlsplit
 
 from flux2max_async._errors import ConfigurationError
@@ -88,6 +89,23 @@ def checked_places(places: int) -> int:
     if isinstance(places, bool) or not isinstance(places, int) or places < 1:
         raise ConfigurationError(f"max_in_flight must be an integer of at least 1, not {places!r}")
     return places
+
+
+def checked_dollars(name: str, dollars: Decimal | float | str | None) -> Decimal | None:
+    """Give an amount of money, exactly as it is written; None is none.
+
+    Raises:
+        ConfigurationError: It is no amount that could be spent.
+    """
+    if dollars is None:
+        return None
+    try:
+        amount = Decimal(str(dollars))
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if isinstance(dollars, bool) or not amount.is_finite() or amount < 0:
+        raise ConfigurationError(f"{name} must be an amount of US dollars, as in Decimal('5.00'), not {dollars!r}")
+    return amount
 
 
 def _is_this_machine(host: str) -> bool:

@@ -16,6 +16,8 @@ class SessionStats:
     completed: int = 0
     failed: int = 0
     """Requests that came to nothing, for whatever reason."""
+    replayed: int = 0
+    """How many of the completed and failed ones came from the journal."""
     polls: int = 0
     retries: int = 0
     """Calls made again after a failure."""

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, C
 from types import TracebackType
 from typing import Any, Self
 
+import attrs
+
 from flux2max_async._errors import FluxError, SessionClosedError
 from flux2max_async._poller import GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
-from flux2max_async._retry import dooms_the_rest
-from flux2max_async._task import Failed, Outcome
+from flux2max_async._retry import dooms_the_rest, stops_saving
+from flux2max_async._saver import Saver
+from flux2max_async._task import Completed, Failed, Outcome
 
 Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
 
@@ -32,8 +35,8 @@ class OutcomeStream(AsyncIterator[Outcome]):
     followed by the session, and `unfinished` names it.
     """
 
-    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int) -> None:
-        self._feed = _Feed(requests, start, spawn, ahead)
+    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int, saver: Saver | None) -> None:
+        self._feed = _Feed(requests, start, spawn, ahead, saver)
 
     @property
     def unfinished(self) -> tuple[GenerationTask, ...]:
@@ -64,11 +67,12 @@ class OutcomeStream(AsyncIterator[Outcome]):
 class _Feed:
     """What goes on behind a stream. It doesn't know its stream, so that dropping that is noticed."""
 
-    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int) -> None:
+    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int, saver: Saver | None) -> None:
         self.undelivered: dict[Poller, None] = {}
         """In order of submission."""
         self._start = start
         self._spawn = spawn
+        self._saver = saver
         self._pull = _puller(requests)
         self._credit = asyncio.Semaphore(ahead)
         """One for each request that may be pulled before another outcome is delivered."""
@@ -134,6 +138,8 @@ class _Feed:
     async def _produce(self) -> None:
         request: GenerationRequest | None = None
         try:
+            if self._saver is not None:
+                await self._saver.prepare()
             while True:
                 await self._credit.acquire()
                 item = await self._pull()
@@ -170,6 +176,24 @@ class _Feed:
         self._tell()
 
     def _arrived(self, poller: Poller, outcome: Outcome) -> None:
+        if self._saver is None or isinstance(outcome, Failed):
+            self._deliver(poller, outcome)
+            return
+        try:
+            self._spawn(self._save(self._saver, poller, outcome))
+        except SessionClosedError as error:
+            self._deliver(poller, attrs.evolve(outcome, save_error=error))
+
+    async def _save(self, saver: Saver, poller: Poller, outcome: Completed) -> None:
+        saved = attrs.evolve(outcome, save_error=SessionClosedError("the session was closed before all was saved"))
+        try:
+            saved = await saver.save(outcome, poller.page)
+        finally:
+            if saved.save_error is not None and stops_saving(saved.save_error):
+                self.stop(saved.save_error)
+            self._deliver(poller, saved)
+
+    def _deliver(self, poller: Poller, outcome: Outcome) -> None:
         self._ready.append((outcome, poller))
         if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
             self.stop(outcome.error)

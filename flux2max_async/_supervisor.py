@@ -30,6 +30,8 @@ class Supervisor:
         self.loop = asyncio.get_running_loop()
         self.gateway = gateway
         self.places = asyncio.Semaphore(places)
+        self.desk: dict[str, Poller] = {}
+        """The pollers by the keys of their requests, where there is a journal."""
         self.closing: asyncio.Task[None] | None = None
         """What closes the session, once it is being closed."""
         self._stats = stats
@@ -43,14 +45,12 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def follow(self, poller: Poller, *, gives_back: asyncio.Semaphore | None = None) -> None:
-        """Run a poller to its end, which gives a place back."""
+    def follow(self, poller: Poller) -> None:
+        """Run a poller to its end."""
 
         def ended(poller: Poller, outcome: Outcome) -> None:
             self._pollers.discard(poller)
             self._count(poller.snapshot, outcome)
-            if gives_back is not None:
-                gives_back.release()
 
         self._pollers.add(poller)
         poller.when_ended(ended)
@@ -73,7 +73,6 @@ class Supervisor:
 
     async def close(self) -> None:
         """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""
-        self.places.release()  # who waits for a place is told instead, and passes it on
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
         # Without its id, a paid task is lost: give what is on the wire a moment.
@@ -98,6 +97,7 @@ class Supervisor:
             self._stats.completed += 1
         else:
             self._stats.failed += 1
+        self._stats.replayed += outcome.replayed
         if snapshot and snapshot.usage and snapshot.usage.cost:
             self._stats.spent += snapshot.usage.cost
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import attrs
@@ -90,6 +91,14 @@ class Completed:
     elapsed: float
     """Seconds from the submit (or the attach) to the poll that saw the end."""
     polls: int
+    replayed: bool = False
+    """Whether it comes from the journal: then nothing was submitted or polled for it now."""
+    saved: tuple[Path, ...] = ()
+    """The files, where the stream was told to save; in the order of the images."""
+    save_error: FluxError | None = None
+    """Why not all pictures could be saved; `session.save()` may try again."""
+    journal_error: FluxError | None = None
+    """Why the journal doesn't know of this end: a rerun asks the service for it again."""
 
     def unwrap(self) -> Self:
         """Give the outcome itself; the counterpart of `Failed.unwrap()`."""
@@ -109,6 +118,10 @@ class Failed:
     elapsed: float
     """Seconds from the submit (or the attach) to the end."""
     polls: int
+    replayed: bool = False
+    """Whether it comes from the journal: then nothing was submitted or polled for it now."""
+    journal_error: FluxError | None = None
+    """Why the journal doesn't know of this end."""
 
     def unwrap(self) -> Completed:
         """Raise the error."""

@@ -53,7 +53,7 @@ class Transport:
             "Accept-Encoding": "identity",  # an answer is small, and some borrowed sessions don't unpack
             "Authorization": f"Bearer {api_key}",
         }
-        self._secrets = (api_key,)
+        self.secrets: tuple[str, ...] = (api_key,)
         self._timeout = timeout
         self._borrowed = http is not None
         self._calls = http
@@ -114,7 +114,7 @@ class Transport:
                     )
                 async with exchange as response:
                     content = await _read(response)
-            return Reply(response.status, response.headers, content, datetime.now(UTC), self._secrets)
+            return Reply(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translated(error, maybe_sent=body is None or body.written)
         try:

@@ -1,0 +1,349 @@
+"""One request's page in the books: whether it was asked for before, what it may cost, and what became of it."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import anyio.to_thread
+import attrs
+
+from flux2max_async._content import Content, content_of, is_local
+from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, outcome_of, result_of
+from flux2max_async._errors import (
+    FluxError,
+    InvalidRequestError,
+    JournalError,
+    SubmissionUncertainError,
+    TaskFailedError,
+    TaskNotFoundError,
+)
+from flux2max_async._ledger import Ledger
+from flux2max_async._request import GenerationRequest
+from flux2max_async._task import Completed, Failed, Outcome
+from flux2max_async.journal import Journal
+
+log = logging.getLogger("flux2max_async")
+
+
+class OvertakenError(FluxError):
+    """Another process has begun the same request in the meantime: look again. It reaches no caller."""
+
+
+@attrs.frozen
+class Terms:
+    """How requests are to be taken that the journal knows already."""
+
+    retry_failed: bool = False
+    resubmit_uncertain: bool = False
+    to_be_saved: bool = False
+    """Whether the pictures are saved by the session, which holds the entry until that is done."""
+    occurrences: Counter[str] | None = None
+    """How often each content without a key was asked for so far in a list; without one, the same is the same."""
+
+
+@attrs.frozen
+class Books:
+    """What a session keeps books with."""
+
+    ledger: Ledger
+    journal: Journal | None
+    whole_journal: bool
+    """Whether the budget is that of all that is in the journal, or only of this session."""
+    secrets: tuple[str, ...] = attrs.field(repr=False)
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to be kept."""
+        return self.journal is not None or self.ledger.budget is not None
+
+
+@attrs.define(eq=False)
+class Page:
+    """What the books say of one request."""
+
+    books: Books
+    request: GenerationRequest | None
+    terms: Terms = Terms()
+    entry: JournalEntry | None = None
+    """The request's newest entry; the one that is to be made, until it is."""
+    resumed: bool = attrs.field(default=False, init=False)
+    """Whether an earlier session has begun it."""
+    _content: Content | None = attrs.field(default=None, init=False)
+    _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
+    """Of this session's budget."""
+    _problem: JournalError | None = attrs.field(default=None, init=False)
+    """Why the newest facts are not in the journal."""
+
+    @property
+    def key(self) -> str | None:
+        """What the request is called in the journal; None without one."""
+        return None if self.entry is None else self.entry.key
+
+    @property
+    def files(self) -> tuple[SavedFile, ...]:
+        """The pictures that were saved, or were about to be."""
+        return () if self.entry is None else self.entry.files
+
+    def age(self) -> float:
+        """Seconds since the request became a task, by the time of day; a clock that was set back counts as no time."""
+        since = None if self.entry is None else self.entry.submitted_at
+        return 0.0 if since is None else max(0.0, (datetime.now(UTC) - since).total_seconds())
+
+    # ------------------------------------------------------------------ before the submit
+
+    async def identify(self) -> None:
+        """Find out what is asked for, and what it is called.
+
+        Raises:
+            InvalidRequestError: A local picture can't be read, or the key is no text that could be written.
+        """
+        request = self.request
+        assert request is not None
+        if is_local(request):
+            content = await anyio.to_thread.run_sync(content_of, request)
+        else:
+            content = content_of(request)
+        self._content = content
+        if self.books.journal is not None:
+            self.entry = JournalEntry(
+                key=self._checked_key(request.key) or self._derived_key(content),
+                content=content.fingerprint,
+                request=content.description,
+            )
+
+    def check_same(self, other: "Page | None") -> None:
+        """Make sure that another request of the same key asks for the same.
+
+        Raises:
+            InvalidRequestError: It doesn't.
+        """
+        if other is not None and other.entry is not None:
+            self._check_content(other.entry)
+
+    async def look_up(self, heard: Callable[[str], None]) -> Outcome | str | None:
+        """Look for what became of the request before; waits while another process follows it.
+
+        Args:
+            heard: Called with the id of a task that another process follows.
+
+        Returns:
+            Its outcome, the id of its task that has to be followed, or None where it has to be submitted.
+
+        Raises:
+            InvalidRequestError: The key belongs to another request.
+            SubmissionUncertainError: Nobody knows whether it was submitted.
+        """
+        journal, asked = self.books.journal, self.entry
+        if journal is None or asked is None:
+            return None
+        while (found := await journal.find(asked.key)) is not None:
+            if found.state is EntryState.REFUSED:
+                self.entry = attrs.evolve(asked, attempt=found.attempt)
+                return None
+            self._check_content(found)
+            if found.holder is Holder.OTHER and not self._is_enough(found):
+                if found.task_id is not None:
+                    heard(found.task_id)
+                await journal.changed(found)
+                continue
+            if found.state is EntryState.SUBMITTED and found.task_id is not None:
+                if await journal.adopt(found):
+                    self.entry, self.resumed = attrs.evolve(found, holder=Holder.US), True
+                    return found.task_id
+                continue
+            if (known := await self._settled(found)) is not None:
+                return known
+            self.entry = attrs.evolve(asked, attempt=found.attempt + 1)
+            return None
+        self.entry = asked
+        return None
+
+    async def declare(self) -> None:
+        """Set the money aside and write the intent down; the submit may go out when this has returned.
+
+        Raises:
+            BudgetExceededError: There is not enough money left.
+            JournalError: The intent can't be written.
+            OvertakenError: Somebody else has written one.
+        """
+        assert self._content is not None
+        books, ledger = self.books, self.books.ledger
+        price = ledger.price(self._content.megapixels)
+        if not books.whole_journal:
+            ledger.reserve(price)
+            self._reserved = price
+        if books.journal is None or self.entry is None:
+            return
+        entry = attrs.evolve(
+            self.entry, state=EntryState.INTENT, holder=Holder.US, outlay=price, created_at=datetime.now(UTC)
+        )
+        try:
+            begun = await books.journal.begin(entry, limit=ledger.budget if books.whole_journal else None)
+        except FluxError:
+            self._settle(Decimal(0))
+            raise
+        except BaseException:
+            # Cancelled: the intent may be written, but nothing was sent.
+            await self._record(attrs.evolve(entry, state=EntryState.REFUSED, holder=None, outlay=Decimal(0)))
+            raise
+        if not begun:
+            self._settle(Decimal(0))
+            raise OvertakenError("another process has begun the same request")
+        self.entry = entry
+
+    async def revoke(self) -> None:
+        """The submit certainly bought nothing, and will be made again."""
+        self._settle(Decimal(0))
+        if self.entry is not None:
+            await self._record(attrs.evolve(self.entry, state=EntryState.REFUSED, holder=None, outlay=Decimal(0)))
+
+    # ------------------------------------------------------------------ after the submit
+
+    async def submitted(self, task_id: str) -> None:
+        """The request is a task."""
+        if self.entry is not None:
+            now = datetime.now(UTC)
+            await self._record(attrs.evolve(self.entry, state=EntryState.SUBMITTED, task_id=task_id, submitted_at=now))
+
+    async def close(self, outcome: Outcome, cost: Decimal | None) -> Outcome:
+        """The request has come to its end, or nobody here follows it any more.
+
+        Args:
+            outcome: What it came to.
+            cost: What the service says that it cost.
+
+        Returns:
+            The outcome, with the reason if it couldn't be written down.
+        """
+        if self._content is not None and cost is not None:
+            self.books.ledger.saw(self._content.megapixels, cost)
+        state = _state_after(outcome)
+        match state:
+            case EntryState.COMPLETED:
+                outlay = None if cost is None else cost
+            case EntryState.FAILED | EntryState.REFUSED:
+                outlay = cost or Decimal(0)
+            case _:
+                outlay = None  # nobody knows: what was set aside stays so
+        if outlay is not None or state is EntryState.COMPLETED:
+            self._settle(self._reserved if outlay is None else outlay)
+        entry = self.entry
+        if entry is None or entry.holder is not Holder.US:
+            return outcome
+        ended = state is not EntryState.SUBMITTED
+        holds = state is EntryState.COMPLETED and self.terms.to_be_saved
+        await self._record(
+            attrs.evolve(
+                entry,
+                state=state,
+                holder=Holder.US if holds else None,
+                cost=cost,
+                outlay=entry.outlay if outlay is None else outlay,
+                ended_at=datetime.now(UTC) if ended else None,
+                result=result_of(outcome, secrets=self._secrets()) if ended else {},
+            )
+        )
+        return outcome if self._problem is None else attrs.evolve(outcome, journal_error=self._problem)
+
+    async def saving(self, files: tuple[SavedFile, ...]) -> None:
+        """Whole pictures are about to get these names."""
+        if self.entry is not None:
+            await self._record(attrs.evolve(self.entry, files=files))
+
+    async def saved(self) -> None:
+        """All pictures are saved, or can't be: others may have the entry."""
+        if self.entry is not None and self.entry.holder is Holder.US:
+            await self._record(attrs.evolve(self.entry, holder=None))
+
+    # ------------------------------------------------------------------ behind
+
+    async def _record(self, entry: JournalEntry) -> None:
+        assert self.books.journal is not None
+        self.entry = entry
+        try:
+            await self.books.journal.record(entry)
+            self._problem = None
+        except JournalError as error:
+            self._problem = error
+            log.error("task %s goes on, but isn't in the journal as it is: %s", entry.task_id, error)  # noqa: TRY400 - its text says all
+
+    def _settle(self, cost: Decimal) -> None:
+        """Replace what this session has set aside by what it cost."""
+        if self._reserved:
+            self.books.ledger.settle(self._reserved, cost)
+            self._reserved = Decimal(0)
+
+    async def _settled(self, found: JournalEntry) -> Outcome | None:
+        """Give what stands for good; None where it is to be submitted once more."""
+        match found.state:
+            case EntryState.COMPLETED:
+                return self._replayed(found)
+            case EntryState.FAILED:
+                return None if self.terms.retry_failed else self._replayed(found)
+            case _ if self.terms.resubmit_uncertain:
+                return None
+            case _:
+                raise await self._uncertain(found)
+
+    def _replayed(self, entry: JournalEntry) -> Outcome:
+        self.entry, self.resumed = entry, True
+        if self._content is not None and entry.cost is not None:
+            self.books.ledger.saw(self._content.megapixels, entry.cost)
+        return outcome_of(entry, self.request)
+
+    async def _uncertain(self, entry: JournalEntry) -> SubmissionUncertainError:
+        if entry.state is EntryState.INTENT:
+            await self._record(attrs.evolve(entry, state=EntryState.UNCERTAIN, holder=None))
+        self.entry = attrs.evolve(entry, holder=None)
+        when = "" if entry.created_at is None else f" at {entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
+        return SubmissionUncertainError(
+            f"this request was about to be submitted{when}, and no answer is known: a task may exist and cost money; "
+            "resubmit_uncertain=True submits it again"
+        )
+
+    def _is_enough(self, entry: JournalEntry) -> bool:
+        """Tell whether an entry can be used while somebody else still holds it: only its pictures are missing."""
+        return entry.state is EntryState.COMPLETED and not self.terms.to_be_saved
+
+    def _check_content(self, found: JournalEntry) -> None:
+        assert self.entry is not None
+        if found.content != self.entry.content:
+            raise InvalidRequestError(
+                f"the key {found.key!r} belongs to another request in this journal, for {found.prompt!r}: "
+                "each request needs a key of its own",
+                "key",
+            )
+
+    def _derived_key(self, content: Content) -> str:
+        number = 1
+        if (occurrences := self.terms.occurrences) is not None:
+            occurrences[content.fingerprint] += 1
+            number = occurrences[content.fingerprint]
+        return f"{content.fingerprint}-{number}"
+
+    def _checked_key(self, key: str | None) -> str | None:
+        try:
+            return key if key is None else key.encode().decode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"key must be text that can be written as UTF-8, not {key!r}", "key") from error
+
+    def _secrets(self) -> tuple[str, ...]:
+        secret = self.request and self.request.webhook_secret
+        return (*self.books.secrets, secret) if secret else self.books.secrets
+
+
+def _state_after(outcome: Outcome) -> EntryState:
+    match outcome:
+        case Completed():
+            return EntryState.COMPLETED
+        case Failed(error=SubmissionUncertainError()):
+            return EntryState.UNCERTAIN
+        case Failed(task_id=None, error=error):
+            # A fault of our own says nothing of what was sent.
+            return EntryState.UNCERTAIN if type(error) is FluxError else EntryState.REFUSED
+        case Failed(error=TaskFailedError() | TaskNotFoundError()):
+            return EntryState.FAILED
+        case _:
+            return EntryState.SUBMITTED  # not followed any more, here; its end is still to come

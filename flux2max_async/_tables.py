@@ -1,0 +1,379 @@
+"""The journal's file: what stands in which table, and the few statements that read and write it. Blocking.
+
+A transaction is one step: whatever of it is seen after a crash is all of it. Money is kept as whole nano-dollars, so
+that sums are exact and made by the database itself.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, to_json
+from flux2max_async._errors import JournalError
+from flux2max_async._ledger import check_budget
+
+VERSION = 1
+_APPLICATION = 0x464C5832
+"""Marks the file as ours, for us and for `file`."""
+_BUSY = 10.0
+"""Seconds to wait while another program has the file locked."""
+_NANO = Decimal(10) ** 9
+_MOST = 2**62
+_SCHEMA = (
+    """CREATE TABLE entries (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, attempt INTEGER NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
+    owner TEXT, task_id TEXT, cost TEXT, outlay INTEGER NOT NULL, created REAL, submitted REAL, ended REAL,
+    request TEXT NOT NULL, result TEXT NOT NULL, files TEXT NOT NULL, UNIQUE (key, attempt))""",
+    "CREATE TABLE owners (id TEXT PRIMARY KEY, beat INTEGER NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL)",
+    "CREATE TABLE totals (outlay INTEGER NOT NULL)",
+    "INSERT INTO totals VALUES (0)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {VERSION}",
+)
+_COLUMNS = """
+    e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
+    e.request, e.result, e.files, o.id, o.place, o.pid
+"""
+_FROM = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
+_ENDED = "('completed', 'failed')"
+
+
+class Tables:
+    """One connection to the file of a journal, as one owner among several.
+
+    Raises:
+        JournalError: The file can't be opened, isn't a journal, is damaged, or was written by a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.owner = secrets.token_hex(8)
+        self._path = path
+        self._durable = True
+        with told_apart(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size:
+                _check(path)
+            self._connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+            self.empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
+
+    def _prepare(self) -> None:
+        do = self._connection.execute
+        # Several processes may make the file at once; switching to WAL then is refused without waiting.
+        _patiently(lambda: do("PRAGMA journal_mode = WAL"))
+        do("PRAGMA synchronous = FULL")
+        do("PRAGMA fullfsync = 1")  # macOS: through the drive's own cache
+        with self.transaction(durable=True):
+            if not self._value("SELECT count(*) FROM sqlite_master"):
+                for statement in _SCHEMA:
+                    do(statement)
+            _check_marks(self._connection, self._path)
+            for owner, _, place, pid in do("SELECT * FROM owners").fetchall():
+                if _is_gone(place, pid):
+                    self.bury(owner)
+            self.beat()
+
+    def close(self) -> None:
+        """Leave: what is held becomes free."""
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("DELETE FROM owners WHERE id = ?", (self.owner,))
+        finally:
+            self._connection.close()
+
+    # ------------------------------------------------------------------ transactions
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool) -> Iterator[None]:
+        """Do all inside or nothing; what is durable has reached the disk in the end, and so has all before it."""
+        do = self._connection.execute
+        if durable != self._durable:
+            do(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+        do("BEGIN IMMEDIATE")
+        try:
+            yield
+            do("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                do("ROLLBACK")
+            raise
+
+    # ------------------------------------------------------------------ entries
+
+    def find(self, key: str) -> JournalEntry | None:
+        """Give the newest entry of a key."""
+        row = self._connection.execute(f"{_FROM} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
+        return row and self._entry(row)
+
+    def begin(self, entry: JournalEntry, limit: Decimal | None) -> bool:
+        """Write an intent, unless its attempt has been made already; tells whether it was written.
+
+        Raises:
+            BudgetExceededError: Its outlay, on top of all that is there, would pass the limit.
+        """
+        do = self._connection.execute
+        if limit is not None:
+            check_budget(limit, Decimal(self._value("SELECT outlay FROM totals")) / _NANO, entry.outlay)
+        outlay = _nano(entry.outlay)
+        written = do(
+            "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
+            " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
+            " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
+            " created = excluded.created, ended = NULL, request = excluded.request, result = '{}'"
+            " WHERE state = 'refused'",
+            (entry.key, entry.attempt, entry.content, self.owner, outlay, _epoch(entry.created_at),
+             to_json(dict(entry.request))),
+        ).rowcount  # fmt: skip
+        if written:
+            do("UPDATE totals SET outlay = outlay + ?", (outlay,))
+        return written == 1
+
+    def adopt(self, entry: JournalEntry) -> bool:
+        """Take over a task that nobody follows; tells whether it was still free."""
+        adopted: int = self._connection.execute(
+            "UPDATE entries SET owner = ? WHERE key = ? AND attempt = ? AND state = 'submitted' AND owner IS ?",
+            (self.owner, entry.key, entry.attempt, entry.owner),
+        ).rowcount
+        return adopted == 1
+
+    def record(self, entry: JournalEntry) -> None:
+        """Write down what is new; an end that stands there stays."""
+        do = self._connection.execute
+        where = (entry.key, entry.attempt, entry.state)
+        free = f"key = ? AND attempt = ? AND (state NOT IN {_ENDED} OR ? IN {_ENDED})"
+        before = do(f"SELECT outlay FROM entries WHERE {free}", where).fetchone()
+        if before is None:
+            return
+        outlay = _nano(entry.outlay)
+        do(
+            "UPDATE entries SET state = ?, owner = ?, task_id = ?, cost = ?, outlay = ?, submitted = ?, ended = ?,"
+            f" result = ?, files = ? WHERE {free}",
+            (entry.state, self.owner if entry.holder is Holder.US else None, entry.task_id,
+             None if entry.cost is None else str(entry.cost), outlay, _epoch(entry.submitted_at),
+             _epoch(entry.ended_at), to_json(dict(entry.result)),
+             to_json([[str(file.path), file.size] for file in entry.files]), *where),
+        )  # fmt: skip
+        if outlay != before[0]:
+            do("UPDATE totals SET outlay = outlay + ?", (outlay - before[0],))
+
+    def is_as(self, entry: JournalEntry) -> bool:
+        """Tell whether nothing has happened to an entry, nor to who holds it."""
+        found = self.find(entry.key)
+        return found is not None and (found.attempt, found.state, found.owner, found.holder) == (
+            entry.attempt, entry.state, entry.owner, entry.holder,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ owners
+
+    def beat(self) -> None:
+        """Tell the other owners that this one is alive."""
+        do = self._connection.execute
+        if not do("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
+            # Somebody took us for dead, while this machine slept.
+            do("INSERT INTO owners VALUES (?, 0, ?, ?)", (self.owner, _here(), os.getpid()))
+
+    def others(self) -> dict[str, tuple[int, bool]]:
+        """Give the beat of each other owner, and whether it is certain that its process is gone."""
+        rows = self._connection.execute("SELECT id, beat, place, pid FROM owners WHERE id != ?", (self.owner,))
+        return {owner: (beat, _is_gone(place, pid)) for owner, beat, place, pid in rows.fetchall()}
+
+    def bury(self, owner: str) -> None:
+        """Free what an owner that is dead has held."""
+        self._connection.execute("DELETE FROM owners WHERE id = ?", (owner,))
+
+    def inherit(self, owner: str) -> list[JournalEntry]:
+        """Take over the tasks of an owner that is gone, unless somebody else has done so."""
+        do = self._connection.execute
+        gone = "owner = ? AND NOT EXISTS (SELECT 1 FROM owners WHERE id = owner)"
+        do(f"UPDATE entries SET state = 'uncertain', owner = NULL WHERE state = 'intent' AND {gone}", (owner,))
+        rows = do(f"{_FROM} WHERE e.state = 'submitted' AND e.{gone}", (owner,)).fetchall()
+        do(f"UPDATE entries SET owner = ? WHERE state = 'submitted' AND {gone}", (self.owner, owner))
+        return [self._entry((*row[:4], self.owner, *row[5:])) for row in rows]
+
+    def others_have_written(self) -> Callable[[], bool]:
+        """Give what tells whether another connection has changed anything since it was last asked."""
+        seen = self._value("PRAGMA data_version")
+
+        def changed() -> bool:
+            nonlocal seen
+            before, seen = seen, self._value("PRAGMA data_version")
+            return bool(before != seen)
+
+        return changed
+
+    def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
+        owner, alive, place, pid = row[4], row[14], row[15], row[16]
+        holder = None
+        if owner == self.owner:
+            holder = Holder.US
+        elif alive is not None and not _is_gone(place, pid):
+            holder = Holder.OTHER
+        return _entry(row, holder)
+
+    def _value(self, statement: str) -> Any:
+        return self._connection.execute(statement).fetchone()[0]
+
+
+def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]:
+    """List entries in the order of their making, from outside and without writing.
+
+    Raises:
+        JournalError: The file can't be read, or isn't a journal.
+    """
+    with told_apart(path), contextlib.closing(_connect_to_read(path)) as connection:
+        _check_marks(connection, path)
+        rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
+        return [(row[17], _entry(row, Holder.OTHER if row[14] else None)) for row in rows]
+
+
+def _entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
+    key, attempt, content, state, owner, task_id, cost, outlay, created, submitted, ended, request, result, files = row[
+        :14
+    ]
+    return JournalEntry(
+        key=key,
+        attempt=attempt,
+        content=content,
+        state=EntryState(state),
+        holder=holder,
+        owner=owner,
+        task_id=task_id,
+        cost=None if cost is None else Decimal(cost),
+        outlay=Decimal(outlay) / _NANO,
+        created_at=_moment(created),
+        submitted_at=_moment(submitted),
+        ended_at=_moment(ended),
+        request=json.loads(request),
+        result=json.loads(result),
+        files=tuple(SavedFile(Path(path), size) for path, size in json.loads(files)),
+    )
+
+
+# ------------------------------------------------------------------ the file
+
+
+def _check(path: Path) -> None:
+    """Look at a file that is there already, without changing a byte of it."""
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise JournalError(f"{path} is not a journal; it was left as it is")
+    with contextlib.closing(_connect_to_read(path)) as connection:
+        _check_marks(connection, path)
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise JournalError(f"the journal {path} is damaged ({found}); it was left as it is")
+
+
+def _check_marks(connection: sqlite3.Connection, path: Path) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != _APPLICATION and tables:
+        raise JournalError(f"{path} is a database, but not a journal; it was left as it is")
+    if version > VERSION:
+        raise JournalError(
+            f"the journal {path} was written by a newer version (schema {version}, known up to {VERSION}): update "
+            "flux2max_async; it was left as it is"
+        )
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", timeout=_BUSY, uri=True, isolation_level=None)
+
+
+def _patiently(work: Callable[[], object]) -> None:
+    until = time.monotonic() + _BUSY
+    while True:
+        try:
+            work()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+@functools.cache
+def _here() -> str:
+    """Name what process numbers are unique in: this machine, or this container of it."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()} {namespace}"
+
+
+def _is_gone(place: str, pid: int) -> bool:
+    """Tell whether it is certain that a process has ended."""
+    if place != _here() or sys.platform == "win32":  # there, asking would be killing
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # it is somebody else's
+    return False
+
+
+def _nano(dollars: Decimal) -> int:
+    return min(int((dollars * _NANO).to_integral_value(ROUND_CEILING)), _MOST)
+
+
+def _epoch(moment: datetime | None) -> float | None:
+    return None if moment is None else moment.timestamp()
+
+
+def _moment(epoch: float | None) -> datetime | None:
+    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
+
+
+@contextlib.contextmanager
+def told_apart(path: Path) -> Iterator[None]:
+    """Say in our words what is wrong with the file.
+
+    Raises:
+        JournalError: Something is.
+    """
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise journal_error(path, error) from error
+
+
+def journal_error(path: Path, error: Exception) -> JournalError:
+    """Say in our words what is wrong with the file."""
+    name = str(getattr(error, "sqlite_errorname", ""))
+    for begin, reason in _REASONS:
+        if name.startswith(begin):
+            return JournalError(f"the journal {path} {reason} ({error})")
+    return JournalError(f"the journal {path} can't be used: {getattr(error, 'strerror', None) or error}")
+
+
+_REASONS = (
+    ("SQLITE_FULL", "can't be written: its disk is full"),
+    ("SQLITE_READONLY", "can't be written: it is read-only"),
+    ("SQLITE_CANTOPEN", "can't be opened"),
+    ("SQLITE_BUSY", f"has been locked by another program for {_BUSY:g} s"),
+    ("SQLITE_CORRUPT", "is damaged; it was left as it is"),
+    ("SQLITE_NOTADB", "is damaged; it was left as it is"),
+    ("SQLITE_IOERR", "can't be read or written: its disk fails"),
+)

@@ -1,0 +1,212 @@
+"""The journal: what was asked for, paid for and delivered, kept so that a batch survives whatever ends its process.
+
+    async with FluxSession(journal=SqliteJournal("run.db")) as session:
+        async for outcome in session.stream(prompts, save_to="pictures"):
+            ...
+
+Run twice, this pays once.
+"""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable
+from decimal import Decimal
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import anyio.to_thread
+
+from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async._errors import JournalError
+
+if TYPE_CHECKING:
+    from flux2max_async._scribe import Scribe
+    from flux2max_async._tables import Tables
+
+__all__ = ["EntryState", "Holder", "Journal", "JournalEntry", "SavedFile", "SqliteJournal"]
+
+
+class Journal(Protocol):
+    """What a session tells its journal, and what it asks. An entry is a value: what is new is told as a new entry.
+
+    All methods raise JournalError where the journal can't be read or written.
+    """
+
+    async def open(self, left: Callable[[list[JournalEntry]], None], /) -> None:
+        """Begin a session; `left` is to be called with the tasks that another process, now dead, has left behind."""
+        ...
+
+    async def close(self) -> None:
+        """End the session, and free what it holds."""
+        ...
+
+    async def find(self, key: str, /) -> JournalEntry | None:
+        """Give the newest entry of a key."""
+        ...
+
+    async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
+        """Write an intent so that a power cut can't undo it; False where its attempt has been made by somebody else.
+
+        Raises:
+            BudgetExceededError: The entry's outlay, on top of all that is in the journal, would pass the limit.
+        """
+        ...
+
+    async def adopt(self, entry: JournalEntry, /) -> bool:
+        """Take over a task that nobody follows; False where somebody else was faster."""
+        ...
+
+    async def record(self, entry: JournalEntry, /) -> None:
+        """Write down what is new about an entry. It stays held by us only where it says so."""
+        ...
+
+    async def changed(self, entry: JournalEntry, /) -> None:
+        """Wait until an entry that is held elsewhere has changed, or whoever held it is gone."""
+        ...
+
+    def entries(self) -> AsyncIterator[JournalEntry]:
+        """Iterate over all entries in the order of their making."""
+        ...
+
+
+class SqliteJournal:
+    """A journal in one SQLite file, for any number of processes on one machine at once.
+
+    A session opens and closes it. `entries()` and `export()` work at any time, beside running sessions, too. One thread
+    writes; what comes while it waits for the disk shares the next fsync. Intents are on the disk before their submits
+    are sent; all else is safe from a killed process at once, and from a power cut within a second.
+
+    Args:
+        path: The file. It is made, with its folder, if it isn't there; beside it, SQLite keeps two files of its own
+            while it is in use.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path: Path = Path(path)
+        self._scribe: Scribe | None = None
+        self._empty = False
+
+    def __repr__(self) -> str:
+        return f"SqliteJournal({str(self.path)!r})"
+
+    async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
+        """Open the file, or make it; `left` hears of tasks that a dying process leaves behind.
+
+        Raises:
+            JournalError: It can't be opened, isn't a journal, is damaged, or was written by a newer version.
+        """
+        from flux2max_async._scribe import Scribe  # noqa: PLC0415 - sessions without a journal don't need a database
+
+        if self._scribe is not None and not self._scribe.ended.get_loop().is_closed():
+            raise JournalError(
+                f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
+            )
+        self._scribe = scribe = Scribe(self.path, left)
+        try:
+            self._empty = await scribe.opened
+        except BaseException:
+            self._scribe = None
+            scribe.dismiss()
+            raise
+
+    async def close(self) -> None:
+        """Write what is still to be written, and close the file. Doing it twice does no harm."""
+        scribe, self._scribe = self._scribe, None
+        if scribe is not None and not scribe.ended.get_loop().is_closed():
+            scribe.dismiss()
+            await scribe.ended
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # ------------------------------------------------------------------ what a session needs
+
+    async def find(self, key: str, /) -> JournalEntry | None:
+        """Give the newest entry of a key."""
+        if self._empty:
+            # Nothing was there when we came. If somebody has written the key since, begin() will find out.
+            return None
+        found: JournalEntry | None = await self._ask(lambda tables: tables.find(key), writes=False)
+        return found
+
+    async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
+        """Write an intent durably; False where its attempt has been made by somebody else."""
+        begun: bool = await self._ask(lambda tables: tables.begin(entry, limit), durable=True)
+        self._empty = self._empty and begun
+        return begun
+
+    async def adopt(self, entry: JournalEntry, /) -> bool:
+        """Take over a task that nobody follows; False where somebody else was faster."""
+        adopted: bool = await self._ask(lambda tables: tables.adopt(entry))
+        return adopted
+
+    async def record(self, entry: JournalEntry, /) -> None:
+        """Write down what is new about an entry."""
+        await self._ask(lambda tables: tables.record(entry))
+
+    async def changed(self, entry: JournalEntry, /) -> None:
+        """Wait until an entry that is held elsewhere has changed, or whoever held it is gone."""
+        await self._open_scribe().watch(entry)
+
+    # ------------------------------------------------------------------ looking inside
+
+    async def entries(self) -> AsyncIterator[JournalEntry]:
+        """Iterate over all entries in the order of their making; a request paid for again has several.
+
+        Raises:
+            JournalError: The file can't be read, or isn't a journal.
+        """
+        from flux2max_async._tables import listed  # noqa: PLC0415 - as above
+
+        after = 0
+        while page := await anyio.to_thread.run_sync(listed, self.path, after, _PAGE):
+            for number, entry in page:
+                after = number
+                yield entry
+
+    async def export(self, path: str | PathLike[str], /) -> Path:
+        """Write all entries into a file, as JSON Lines; whole or not at all.
+
+        Raises:
+            JournalError: The journal can't be read.
+            OSError: The file can't be written.
+        """
+        target = Path(path)
+        lines = [json.dumps(entry.as_json(), ensure_ascii=False) async for entry in self.entries()]
+        await anyio.to_thread.run_sync(_write, target, lines)
+        return target
+
+    # ------------------------------------------------------------------ behind
+
+    async def _ask(self, work: "Callable[[Tables], Any]", *, writes: bool = True, durable: bool = False) -> Any:
+        from flux2max_async._scribe import Errand  # noqa: PLC0415 - as above
+
+        answer = asyncio.get_running_loop().create_future()
+        self._open_scribe().send(Errand(work, answer, writes, durable))
+        return await answer
+
+    def _open_scribe(self) -> "Scribe":
+        if self._scribe is None:
+            raise JournalError(f"the journal {self.path} is not open")
+        return self._scribe
+
+
+_PAGE = 500
+
+
+def _write(target: Path, lines: Iterable[str]) -> None:
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -50,7 +50,7 @@ async def download(transport: Transport, url: str, part: Path, target: Path) -> 
 
 
 @contextlib.contextmanager
-def told_apart(target: Path) -> Iterator[None]:
+def told_apart(target: Path) -> Generator[None]:
     """Say in our words why a file can't be written.
 
     Raises:

@@ -122,11 +122,11 @@ class Page:
         if other is not None and other.entry is not None:
             self._check_content(other.entry)
 
-    async def look_up(self, heard: Callable[[str], None]) -> Outcome | str | None:
+    async def look_up(self, waits: Callable[[str | None], None]) -> Outcome | str | None:
         """Look for what became of the request before; waits while another process follows it.
 
         Args:
-            heard: Called with the id of a task that another process follows.
+            waits: Called while another process follows it, with the task's id if it has one.
 
         Returns:
             Its outcome, the id of its task that has to be followed, or None where it has to be submitted.
@@ -144,8 +144,7 @@ class Page:
                 return None
             self._check_content(found)
             if found.holder is Holder.OTHER and not self._is_enough(found):
-                if found.task_id is not None:
-                    heard(found.task_id)
+                waits(found.task_id)
                 await journal.changed(found)
                 continue
             if found.state is EntryState.SUBMITTED and found.task_id is not None:

@@ -70,6 +70,28 @@ class GenerationTask:
         return f"<GenerationTask {self.id!r} {status}>"
 
 
+class Credit:
+    """How many requests a stream may still pull before another outcome is delivered; below nothing, it is in debt."""
+
+    __slots__ = ("_amount", "_given")
+
+    def __init__(self, amount: int) -> None:
+        self._amount = amount
+        self._given = asyncio.Event()
+
+    async def take(self) -> None:
+        """Wait for one."""
+        while self._amount < 1:
+            self._given.clear()
+            await self._given.wait()
+        self._amount -= 1
+
+    def give(self, amount: int = 1) -> None:
+        """Give some, or take what has been given."""
+        self._amount += amount
+        self._given.set()
+
+
 def _future() -> "asyncio.Future[Any]":
     return asyncio.get_running_loop().create_future()
 
@@ -94,6 +116,8 @@ class Poller:
     desk: dict[str, "Poller"] = attrs.field(factory=dict[str, "Poller"])
     """The pollers of a session by the keys of their requests: the same request is followed once."""
 
+    credit: Credit | None = attrs.field(default=None, init=False)
+    """Of the stream that asks; lent to the next request while another process follows this one."""
     leader: "Poller | None" = attrs.field(default=None, init=False)
     """Who follows the same request already."""
     snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
@@ -114,6 +138,7 @@ class Poller:
     """Seconds from the submit to `_started`; None where the submit wasn't seen by anybody we know."""
     _learning: bool = attrs.field(default=False, init=False)
     """Whether the schedule may learn from the task: only where its submit was seen here."""
+    _lent: bool = attrs.field(default=False, init=False)
     _placed: bool = attrs.field(default=False, init=False)
     """Whether it takes one of the places."""
     _running_until: float = attrs.field(default=0.0, init=False)
@@ -203,8 +228,11 @@ class Poller:
                 if (outcome := await self._share(leader)) is not None:
                     return outcome
                 continue
-            async with self._patience.waiting():
-                known = await page.look_up(self._name)
+            try:
+                async with self._patience.waiting():
+                    known = await page.look_up(self._wait_elsewhere)
+            finally:
+                self._lend(back=True)
             if isinstance(known, str):
                 return await self._resume(page, known)
             if known is not None:
@@ -284,6 +312,17 @@ class Poller:
         if snapshot.error is not None:
             return self._failed(snapshot.error)
         return Completed(task_id, self.request, snapshot.images, snapshot.usage, snapshot.metadata, elapsed, self.polls)
+
+    def _wait_elsewhere(self, task_id: str | None) -> None:
+        """Another process follows the request."""
+        if task_id is not None:
+            self._name(task_id)
+        self._lend(back=False)
+
+    def _lend(self, *, back: bool) -> None:
+        if self.credit is not None and self._lent is back:
+            self._lent = not back
+            self.credit.give(-1 if back else 1)
 
     def _name(self, task_id: str) -> None:
         self.task_id = task_id

@@ -24,12 +24,8 @@ from flux2max_async._tables import Tables, journal_error
 
 log = logging.getLogger("flux2max_async")
 
-_BEAT = 3.0
-"""Seconds between the signs of life."""
 _SYNC = 1.0
 """Seconds until what was written without waiting for the disk has reached it."""
-_DEAD = 12.0
-"""An owner that has given no sign for so many seconds is dead."""
 _LOOK = 0.25
 """Seconds between looks for what others have written, where that is waited for."""
 _MOST = 500
@@ -61,11 +57,15 @@ class Scribe:
 
     Args:
         path: The journal's file.
+        lease: Seconds after which somebody who has given no sign of life counts as dead.
+        patience: Seconds to wait while another program has the file locked.
         left: Called in the event loop with the tasks that another process has left behind.
     """
 
-    def __init__(self, path: Path, left: Callable[[list[JournalEntry]], None]) -> None:
+    def __init__(self, path: Path, lease: float, patience: float, left: Callable[[list[JournalEntry]], None]) -> None:
         self._path = path
+        self._lease = lease
+        self._patience = patience
         self._left = left
         self._loop = asyncio.get_running_loop()
         self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
@@ -100,7 +100,7 @@ class Scribe:
 
     def _run(self) -> None:
         try:
-            tables = Tables(self._path)
+            tables = Tables(self._path, self._patience)
         except JournalError as error:
             self._tell((self.opened, error, None), (self.ended, None, None))
             return
@@ -179,7 +179,7 @@ class Scribe:
     def _look_around(self, tables: Tables) -> None:
         """Give a sign of life, and see who else is alive."""
         now = time.monotonic()
-        self._next_beat = now + _BEAT
+        self._next_beat = now + self._lease / 4
         left: list[JournalEntry] = []
         try:
             with tables.transaction(durable=self._unsynced):
@@ -200,7 +200,7 @@ class Scribe:
             known = self._others.get(owner)
             if known is None or known.beat != beat:
                 known = self._others[owner] = _Other(beat, now)
-            if gone or now - known.since > _DEAD:
+            if gone or now - known.since > self._lease:
                 tables.bury(owner)
         left: list[JournalEntry] = []
         for owner in [owner for owner in self._others if owner not in tables.others()]:

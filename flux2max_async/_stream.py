@@ -10,7 +10,7 @@ from typing import Any, Self
 import attrs
 
 from flux2max_async._errors import FluxError, SessionClosedError
-from flux2max_async._poller import GenerationTask, Poller
+from flux2max_async._poller import Credit, GenerationTask, Poller
 from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._retry import dooms_the_rest, stops_saving
 from flux2max_async._saver import Saver
@@ -74,7 +74,7 @@ class _Feed:
         self._spawn = spawn
         self._saver = saver
         self._pull = _puller(requests)
-        self._credit = asyncio.Semaphore(ahead)
+        self._credit = Credit(ahead)
         """One for each request that may be pulled before another outcome is delivered."""
         self._ready: deque[tuple[Outcome, Poller | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
@@ -95,7 +95,7 @@ class _Feed:
                 outcome, poller = self._ready.popleft()
                 if poller is not None:
                     del self.undelivered[poller]
-                self._credit.release()
+                self._credit.give()
                 return outcome
             if self._dry and not self.undelivered:
                 break
@@ -141,7 +141,7 @@ class _Feed:
             if self._saver is not None:
                 await self._saver.prepare()
             while True:
-                await self._credit.acquire()
+                await self._credit.take()
                 item = await self._pull()
                 try:
                     request = as_request(item)
@@ -149,6 +149,7 @@ class _Feed:
                 except FluxError as error:
                     self._refuse(request, error)
                 else:
+                    poller.credit = self._credit
                     self.undelivered[poller] = None
                     poller.when_ended(self._arrived)
                 request = None

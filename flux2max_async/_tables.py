@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
@@ -27,8 +27,8 @@ from flux2max_async._ledger import check_budget
 VERSION = 1
 _APPLICATION = 0x464C5832
 """Marks the file as ours, for us and for `file`."""
-_BUSY = 10.0
-"""Seconds to wait while another program has the file locked."""
+_PATIENCE = 10.0
+"""Seconds that a reader waits while another program has the file locked."""
 _NANO = Decimal(10) ** 9
 _MOST = 2**62
 _SCHEMA = (
@@ -53,11 +53,15 @@ _ENDED = "('completed', 'failed')"
 class Tables:
     """One connection to the file of a journal, as one owner among several.
 
+    Args:
+        path: The file, which is made if it isn't there.
+        patience: Seconds to wait while another program has it locked.
+
     Raises:
         JournalError: The file can't be opened, isn't a journal, is damaged, or was written by a newer version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: float) -> None:
         self.owner = secrets.token_hex(8)
         self._path = path
         self._durable = True
@@ -65,18 +69,18 @@ class Tables:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
                 _check(path)
-            self._connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None)
+            self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None)
             try:
-                self._prepare()
+                self._prepare(patience)
             except BaseException:
                 self._connection.close()
                 raise
             self.empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
 
-    def _prepare(self) -> None:
+    def _prepare(self, patience: float) -> None:
         do = self._connection.execute
         # Several processes may make the file at once; switching to WAL then is refused without waiting.
-        _patiently(lambda: do("PRAGMA journal_mode = WAL"))
+        _patiently(lambda: do("PRAGMA journal_mode = WAL"), patience)
         do("PRAGMA synchronous = FULL")
         do("PRAGMA fullfsync = 1")  # macOS: through the drive's own cache
         with self.transaction(durable=True):
@@ -100,7 +104,7 @@ class Tables:
     # ------------------------------------------------------------------ transactions
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool) -> Iterator[None]:
+    def transaction(self, *, durable: bool) -> Generator[None]:
         """Do all inside or nothing; what is durable has reached the disk in the end, and so has all before it."""
         do = self._connection.execute
         if durable != self._durable:
@@ -295,11 +299,13 @@ def _check_marks(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", timeout=_BUSY, uri=True, isolation_level=None)
+    return sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=_PATIENCE, uri=True, isolation_level=None
+    )
 
 
-def _patiently(work: Callable[[], object]) -> None:
-    until = time.monotonic() + _BUSY
+def _patiently(work: Callable[[], object], patience: float) -> None:
+    until = time.monotonic() + patience
     while True:
         try:
             work()
@@ -347,7 +353,7 @@ def _moment(epoch: float | None) -> datetime | None:
 
 
 @contextlib.contextmanager
-def told_apart(path: Path) -> Iterator[None]:
+def told_apart(path: Path) -> Generator[None]:
     """Say in our words what is wrong with the file.
 
     Raises:
@@ -372,7 +378,7 @@ _REASONS = (
     ("SQLITE_FULL", "can't be written: its disk is full"),
     ("SQLITE_READONLY", "can't be written: it is read-only"),
     ("SQLITE_CANTOPEN", "can't be opened"),
-    ("SQLITE_BUSY", f"has been locked by another program for {_BUSY:g} s"),
+    ("SQLITE_BUSY", "is locked by another program"),
     ("SQLITE_CORRUPT", "is damaged; it was left as it is"),
     ("SQLITE_NOTADB", "is damaged; it was left as it is"),
     ("SQLITE_IOERR", "can't be read or written: its disk fails"),

@@ -21,6 +21,7 @@ import anyio.to_thread
 
 from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async._errors import JournalError
+from flux2max_async._settings import checked_seconds
 
 if TYPE_CHECKING:
     from flux2max_async._scribe import Scribe
@@ -82,10 +83,19 @@ class SqliteJournal:
     Args:
         path: The file. It is made, with its folder, if it isn't there; beside it, SQLite keeps two files of its own
             while it is in use.
+        lease: Seconds after which another process takes over what a process holds that gives no sign of life. One that
+            is known to have ended, on this machine, needn't be waited for. Of no matter for one process alone; the same
+            for all that share the file.
+        busy_timeout: Seconds to wait while another program has the file locked.
+
+    Raises:
+        ConfigurationError: A time that is not more than 0 seconds.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], *, lease: float = 12.0, busy_timeout: float = 10.0) -> None:
         self.path: Path = Path(path)
+        self._lease = checked_seconds("lease", lease)
+        self._busy_timeout = checked_seconds("busy_timeout", busy_timeout)
         self._scribe: Scribe | None = None
         self._empty = False
 
@@ -104,7 +114,7 @@ class SqliteJournal:
             raise JournalError(
                 f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
             )
-        self._scribe = scribe = Scribe(self.path, left)
+        self._scribe = scribe = Scribe(self.path, self._lease, self._busy_timeout, left)
         try:
             self._empty = await scribe.opened
         except BaseException:

@@ -45,7 +45,7 @@ class Journal(Protocol):
         ...
 
     async def find(self, key: str, /) -> JournalEntry | None:
-        """Give the newest entry of a key."""
+        """Give the newest entry of a key; what others have begun a moment ago may be missed."""
         ...
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
@@ -97,7 +97,8 @@ class SqliteJournal:
         self._lease = checked_seconds("lease", lease)
         self._busy_timeout = checked_seconds("busy_timeout", busy_timeout)
         self._scribe: Scribe | None = None
-        self._empty = False
+        self._begun: set[str] | None = None
+        """Where the file was empty, the only keys that we can know of; None where asking is the only way."""
 
     def __repr__(self) -> str:
         return f"SqliteJournal({str(self.path)!r})"
@@ -116,7 +117,7 @@ class SqliteJournal:
             )
         self._scribe = scribe = Scribe(self.path, self._lease, self._busy_timeout, left)
         try:
-            self._empty = await scribe.opened
+            self._begun = set() if await scribe.opened else None
         except BaseException:
             self._scribe = None
             scribe.dismiss()
@@ -141,9 +142,9 @@ class SqliteJournal:
     # ------------------------------------------------------------------ what a session needs
 
     async def find(self, key: str, /) -> JournalEntry | None:
-        """Give the newest entry of a key."""
-        if self._empty:
-            # Nothing was there when we came. If somebody has written the key since, begin() will find out.
+        """Give the newest entry of a key; only `begin()` is sure to see what others have begun a moment ago."""
+        if self._begun is not None and key not in self._begun:
+            self._open_scribe()
             return None
         found: JournalEntry | None = await self._ask(lambda tables: tables.find(key), writes=False)
         return found
@@ -151,7 +152,10 @@ class SqliteJournal:
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
         """Write an intent durably; False where its attempt has been made by somebody else."""
         begun: bool = await self._ask(lambda tables: tables.begin(entry, limit), durable=True)
-        self._empty = self._empty and begun
+        if self._begun is not None:
+            self._begun.add(entry.key)
+            if not begun or len(self._begun) > _FEW:
+                self._begun = None
         return begun
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
@@ -211,6 +215,8 @@ class SqliteJournal:
 
 
 _PAGE = 500
+_FEW = 10_000
+"""Keys that are remembered to spare a fresh batch its questions."""
 
 
 def _write(target: Path, lines: Iterable[str]) -> None:

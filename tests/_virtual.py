@@ -7,12 +7,15 @@ nothing fails with a message instead of hanging.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import selectors
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import anyio.to_thread
+
+from flux2max_async import JournalEntry, SqliteJournal
 
 _LONG_JUMP = 1.0
 _SETTLE = 0.002
@@ -41,6 +44,15 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[Any] = super().run_in_executor(executor, func, *args)
         future.add_done_callback(self._looked_up)
         return future
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Generator[None]:
+        """Let time stand still while something is waited for that goes on in real time."""
+        self._lookups += 1
+        try:
+            yield
+        finally:
+            self._lookups -= 1
 
     def _looked_up(self, _: object) -> None:
         self._lookups -= 1
@@ -75,3 +87,24 @@ class _JumpingSelector(selectors.DefaultSelector):
         if self.now > _END_OF_TIME:
             raise AssertionError("the test goes on for more than 30 days of virtual time")
         return []
+
+
+def _standing_still() -> contextlib.AbstractContextManager[None]:
+    loop = asyncio.get_running_loop()
+    return loop.standing_still() if isinstance(loop, VirtualTimeLoop) else contextlib.nullcontext()
+
+
+class VirtualJournal(SqliteJournal):
+    """A journal whose thread virtual time waits for."""
+
+    async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
+        with _standing_still():
+            await super().open(left)
+
+    async def close(self) -> None:
+        with _standing_still():
+            await super().close()
+
+    async def _ask(self, work: Any, *, writes: bool = True, durable: bool = False) -> Any:
+        with _standing_still():
+            return await super()._ask(work, writes=writes, durable=durable)

@@ -147,6 +147,8 @@ class Poller:
     """Looks missed in a row."""
     _unreadable: int = attrs.field(default=0, init=False)
     """Answers in a row that could not be read."""
+    _outcome: Outcome | None = attrs.field(default=None, init=False)
+    """What it has come to, while that is being written down."""
     _patience: Patience = attrs.field(factory=Patience, init=False)
     _news: asyncio.Event | None = attrs.field(default=None, init=False)
 
@@ -163,6 +165,9 @@ class Poller:
 
     def abandon(self) -> None:
         """End at once, as the session does."""
+        if self._outcome is not None:
+            self._end(self._outcome)
+            return
         if self.task_id is None:
             message = "the session was closed while a submit was unanswered: a task may exist and cost money"
         else:
@@ -176,6 +181,7 @@ class Poller:
         except BaseException:
             self.abandon()
             raise
+        self._outcome = outcome
         try:
             if self.page is not None and self.leader is None and not outcome.replayed:
                 usage = self.snapshot and self.snapshot.usage

@@ -57,7 +57,7 @@ class Scribe:
 
     Args:
         path: The journal's file.
-        lease: Seconds after which somebody who has given no sign of life counts as dead.
+        lease: Seconds without a sign of life after which the others may take us for dead.
         patience: Seconds to wait while another program has the file locked.
         left: Called in the event loop with the tasks that another process has left behind.
     """
@@ -100,7 +100,7 @@ class Scribe:
 
     def _run(self) -> None:
         try:
-            tables = Tables(self._path, self._patience)
+            tables = Tables(self._path, self._lease, self._patience)
         except JournalError as error:
             self._tell((self.opened, error, None), (self.ended, None, None))
             return
@@ -196,11 +196,11 @@ class Scribe:
     def _inheritance(self, tables: Tables, now: float) -> list[JournalEntry]:
         """Take over from those who were seen alive and are not any more."""
         seen = tables.others()
-        for owner, (beat, gone) in seen.items():
+        for owner, (beat, lease, gone) in seen.items():
             known = self._others.get(owner)
             if known is None or known.beat != beat:
                 known = self._others[owner] = _Other(beat, now)
-            if gone or now - known.since > self._lease:
+            if gone or now - known.since > lease:
                 tables.bury(owner)
         left: list[JournalEntry] = []
         for owner in [owner for owner in self._others if owner not in tables.others()]:

@@ -36,7 +36,8 @@ _SCHEMA = (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, attempt INTEGER NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
     owner TEXT, task_id TEXT, cost TEXT, outlay INTEGER NOT NULL, created REAL, submitted REAL, ended REAL,
     request TEXT NOT NULL, result TEXT NOT NULL, files TEXT NOT NULL, UNIQUE (key, attempt))""",
-    "CREATE TABLE owners (id TEXT PRIMARY KEY, beat INTEGER NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL)",
+    """CREATE TABLE owners (
+    id TEXT PRIMARY KEY, beat INTEGER NOT NULL, lease REAL NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL)""",
     "CREATE TABLE totals (outlay INTEGER NOT NULL)",
     "INSERT INTO totals VALUES (0)",
     f"PRAGMA application_id = {_APPLICATION}",
@@ -55,15 +56,17 @@ class Tables:
 
     Args:
         path: The file, which is made if it isn't there.
+        lease: Seconds without a beat after which others may take this owner for dead.
         patience: Seconds to wait while another program has it locked.
 
     Raises:
         JournalError: The file can't be opened, isn't a journal, is damaged, or was written by a newer version.
     """
 
-    def __init__(self, path: Path, patience: float) -> None:
+    def __init__(self, path: Path, lease: float, patience: float) -> None:
         self.owner = secrets.token_hex(8)
         self._path = path
+        self._lease = lease
         self._durable = True
         with told_apart(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +91,8 @@ class Tables:
                 for statement in _SCHEMA:
                     do(statement)
             _check_marks(self._connection, self._path)
-            for owner, _, place, pid in do("SELECT * FROM owners").fetchall():
-                if _is_gone(place, pid):
+            for owner, (_, _, gone) in self.others().items():
+                if gone:
                     self.bury(owner)
             self.beat()
 
@@ -191,12 +194,12 @@ class Tables:
         do = self._connection.execute
         if not do("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
             # Somebody took us for dead, while this machine slept.
-            do("INSERT INTO owners VALUES (?, 0, ?, ?)", (self.owner, _here(), os.getpid()))
+            do("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, _here(), os.getpid()))
 
-    def others(self) -> dict[str, tuple[int, bool]]:
-        """Give the beat of each other owner, and whether it is certain that its process is gone."""
-        rows = self._connection.execute("SELECT id, beat, place, pid FROM owners WHERE id != ?", (self.owner,))
-        return {owner: (beat, _is_gone(place, pid)) for owner, beat, place, pid in rows.fetchall()}
+    def others(self) -> dict[str, tuple[int, float, bool]]:
+        """Give the beat and the lease of each other owner, and whether it is certain that its process is gone."""
+        rows = self._connection.execute("SELECT id, beat, lease, place, pid FROM owners WHERE id != ?", (self.owner,))
+        return {owner: (beat, lease, _is_gone(place, pid)) for owner, beat, lease, place, pid in rows.fetchall()}
 
     def bury(self, owner: str) -> None:
         """Free what an owner that is dead has held."""

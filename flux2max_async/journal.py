@@ -83,9 +83,8 @@ class SqliteJournal:
     Args:
         path: The file. It is made, with its folder, if it isn't there; beside it, SQLite keeps two files of its own
             while it is in use.
-        lease: Seconds after which another process takes over what a process holds that gives no sign of life. One that
-            is known to have ended, on this machine, needn't be waited for. Of no matter for one process alone; the same
-            for all that share the file.
+        lease: Seconds without a sign of life after which others take over what this process holds. One that has ended
+            on the same machine needn't be waited for.
         busy_timeout: Seconds to wait while another program has the file locked.
 
     Raises:

@@ -81,7 +81,7 @@ def rewrite(path: Path, statement: str, *arguments: object) -> None:
 
 def someone_elsewhere(path: Path, owner: str = "them") -> None:
     """Let somebody hold the journal from another machine's process, of whom nothing but a beat is known."""
-    rewrite(path, "INSERT INTO owners VALUES (?, 1, 'elsewhere', 1)", owner)
+    rewrite(path, "INSERT INTO owners VALUES (?, 1, 0.4, 'elsewhere', 1)", owner)
 
 
 def gone_process() -> int:
@@ -309,7 +309,7 @@ async def test_whoever_gives_no_sign_of_life_is_dead(tmp_path: Path) -> None:
             await one.begin(intent(key))
         await one.record(submitted())
         await one.record(completed("done"))
-    journal = SqliteJournal(path, lease=0.4)
+    journal = SqliteJournal(path, lease=0.4)  # for how often it looks
     someone_elsewhere(path)
     rewrite(path, "UPDATE entries SET owner = 'them'")
     await journal.open(left.set_result)
@@ -341,7 +341,7 @@ async def test_a_process_that_is_gone_need_not_be_waited_for(journal: SqliteJour
     await journal.record(submitted())
     with closing(sqlite3.connect(journal.path)) as connection:
         ((place,),) = connection.execute("SELECT place FROM owners").fetchall()
-    rewrite(journal.path, "INSERT INTO owners VALUES ('them', 1, ?, ?)", place, os.getpid())
+    rewrite(journal.path, "INSERT INTO owners VALUES ('them', 1, 60, ?, ?)", place, os.getpid())
     rewrite(journal.path, "UPDATE entries SET owner = 'them'")
     held = await journal.find("k")
     assert held is not None

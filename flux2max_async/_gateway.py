@@ -125,7 +125,7 @@ class Gateway:
         while True:
             started = self.now()
             try:
-                return await self._submit_once(call, request, intent, deadline - started), started, deadline
+                return await self._submit_once(call, request, intent, deadline), started, deadline
             except FluxError as error:
                 if is_uncertain(error):
                     raise SubmissionUncertainError(
@@ -203,14 +203,14 @@ class Gateway:
         self._changed.set()
 
     async def _submit_once(
-        self, call: Call, request: GenerationRequest, intent: Intent | None, within: float
+        self, call: Call, request: GenerationRequest, intent: Intent | None, deadline: float
     ) -> TaskSnapshot:
         probe = self._pace.submit_started()
         self._on_the_wire += 1
         try:
             if intent is not None:
                 await intent.declare()
-            reply = await self._transport.exchange(call, within=within)
+            reply = await self._transport.exchange(call, within=deadline - self.now())
             snapshot = read_submit(reply.without(request.webhook_secret))
         except RateLimitedError as error:
             self._stats.rate_limited += 1

@@ -68,8 +68,8 @@ class Page:
     terms: Terms = Terms()
     entry: JournalEntry | None = None
     """The request's newest entry; the one that is to be made, until it is."""
-    resumed: bool = attrs.field(default=False, init=False)
-    """Whether an earlier session has begun it."""
+    interrupted: bool = attrs.field(default=False, init=False)
+    """Whether an earlier session has begun it and ended before it was done with it."""
     _content: Content | None = attrs.field(default=None, init=False)
     _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
     """Of this session's budget."""
@@ -149,7 +149,7 @@ class Page:
                 continue
             if found.state is EntryState.SUBMITTED and found.task_id is not None:
                 if await journal.adopt(found):
-                    self.entry, self.resumed = attrs.evolve(found, holder=Holder.US), True
+                    self.entry, self.interrupted = attrs.evolve(found, holder=Holder.US), found.owner is not None
                     return found.task_id
                 continue
             if (known := await self._settled(found)) is not None:
@@ -287,7 +287,7 @@ class Page:
                 raise await self._uncertain(found)
 
     def _replayed(self, entry: JournalEntry) -> Outcome:
-        self.entry, self.resumed = entry, True
+        self.entry, self.interrupted = entry, entry.owner is not None
         if self._content is not None and entry.cost is not None:
             self.books.ledger.saw(self._content.megapixels, entry.cost)
         return outcome_of(entry, self.request)

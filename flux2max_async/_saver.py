@@ -59,6 +59,8 @@ class Saver:
         try:
             stem = self._stem(outcome)
             for image in outcome.images:
+                if page is not None and page.interrupted:
+                    await anyio.to_thread.run_sync(_sweep, self.folder, _mark(image))
                 there = await anyio.to_thread.run_sync(self._whole, files[image.index : image.index + 1])
                 saved.append(there or await self._save(image, stem, outcome, files, page))
         except FluxError as failure:
@@ -78,10 +80,7 @@ class Saver:
     async def _save(
         self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], page: Page | None
     ) -> Path:
-        mark = hashlib.sha256(f"{image.task_id} {image.index}".encode(errors="replace")).hexdigest()[:16]
-        if page is not None and page.resumed:
-            await anyio.to_thread.run_sync(_sweep, self.folder, mark)
-        part = self.folder / f".{mark}.{secrets.token_hex(4)}.part"
+        part = self.folder / f".{_mark(image)}.{secrets.token_hex(4)}.part"
         await self.fetch(image, part, self.folder / stem)
         try:
             with told_apart(self.folder / stem):
@@ -103,7 +102,7 @@ class Saver:
                 continue
             if page is not None:
                 # First the name, then the file: whatever is found under the name later is this picture.
-                files[index:] = [SavedFile(target.absolute(), size)]
+                files[index : index + 1] = [SavedFile(target.absolute(), size)]
                 await page.saving(tuple(files))
             if await anyio.to_thread.run_sync(_link, part, target):
                 return target
@@ -128,6 +127,11 @@ def file_name(text: str) -> str:
     if name.partition(".")[0].strip().lower() in _RESERVED:
         name = f"_{name}"
     return name or "picture"
+
+
+def _mark(image: GeneratedImage) -> str:
+    """Mark the parts of a picture, so that those that are left behind can be told from those of others."""
+    return hashlib.sha256(f"{image.task_id} {image.index}".encode(errors="replace")).hexdigest()[:16]
 
 
 def _try_out(folder: Path) -> None:

@@ -33,7 +33,7 @@ def environment() -> Iterator[dict[str, str]]:
 def test_all_examples_are_run() -> None:
     """No example of the README is of a kind that no test runs."""
     assert len(SCRIPTS) + 2 == len(EXAMPLES)
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 6
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_all_examples_are_run() -> None:
             "completed=3",
             id="many pictures",
         ),
-        pytest.param(SCRIPTS[2], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"),
-        pytest.param(SCRIPTS[3], {}, "0.07 dollars", id="one task"),
-        pytest.param(SCRIPTS[4], {}, "half of the tasks take up to", id="kept schedule"),
+        pytest.param(SCRIPTS[3], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"),
+        pytest.param(SCRIPTS[4], {}, "0.07 dollars", id="one task"),
+        pytest.param(SCRIPTS[5], {}, "half of the tasks take up to", id="kept schedule"),
     ],
 )
 def test_a_script(
@@ -66,6 +66,29 @@ def test_a_script(
     assert (result.returncode, result.stderr) == (0, "")
     assert said in result.stdout
     assert sizes == pictures
+
+
+def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) -> None:
+    """The example with a journal goes on where it was killed, and a third run finds all done and pays nothing."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPTS[2]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment) as first:
+        while not (tmp_path / "herbarium").is_dir() or not list((tmp_path / "herbarium").glob("*.jpeg")):
+            time.sleep(0.01)
+        first.kill()
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        for _ in range(2)
+    ]
+    pictures = list((tmp_path / "herbarium").iterdir())
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+
+    assert [(run.returncode, run.stderr) for run in runs] == [(0, "")] * 2
+    assert len(pictures) == 12
+    assert "submitted=0" in runs[1].stdout
+    assert "replayed=12" in runs[1].stdout
+    assert runs[1].stdout.count(" completed 0.07") == 12
 
 
 def test_the_web_backend(environment: dict[str, str], tmp_path: Path) -> None:

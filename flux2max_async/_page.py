@@ -266,7 +266,7 @@ class Page:
             self._problem = None
         except JournalError as error:
             self._problem = error
-            log.error("task %s goes on, but isn't in the journal as it is: %s", entry.task_id, error)  # noqa: TRY400 - its text says all
+            log.error("%s goes on, but isn't in the journal as it is: %s", _named(entry), error)  # noqa: TRY400 - its text says all
 
     def _settle(self, cost: Decimal) -> None:
         """Replace what this session has set aside by what it cost."""
@@ -331,6 +331,10 @@ class Page:
     def _secrets(self) -> tuple[str, ...]:
         secret = self.request and self.request.webhook_secret
         return (*self.books.secrets, secret) if secret else self.books.secrets
+
+
+def _named(entry: JournalEntry) -> str:
+    return f"request {entry.key}" if entry.task_id is None else f"task {entry.task_id}"
 
 
 def _state_after(outcome: Outcome) -> EntryState:

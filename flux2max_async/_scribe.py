@@ -101,12 +101,9 @@ class Scribe:
     def _run(self) -> None:
         try:
             tables = Tables(self._path, self._lease, self._patience)
-        except JournalError as error:
-            self._tell((self.opened, error, None), (self.ended, None, None))
-            return
-        except Exception as error:  # noqa: BLE001 - the thread's end must be told
-            self._tell((self.opened, JournalError(f"the journal can't be opened: {error!r}"), None))
-            self._tell((self.ended, None, None))
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for it
+            failure = error if isinstance(error, JournalError) else journal_error(self._path, error)
+            self._tell((self.opened, failure, None), (self.ended, None, None))
             return
         try:
             self._tell((self.opened, None, tables.empty))

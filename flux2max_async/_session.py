@@ -137,15 +137,9 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        journal = self._books.journal
-        if journal is not None:
-            await journal.open(self._inherit)
-        try:
-            self._transport.open(self._max_in_flight)
-        except BaseException:
-            if journal is not None:
-                await journal.close()
-            raise
+        if self._books.journal is not None:
+            await self._books.journal.open(self._inherit)
+        self._transport.open(self._max_in_flight)
         self._stats.in_flight = 0
         gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
         self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)

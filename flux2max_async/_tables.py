@@ -323,10 +323,9 @@ def _patiently(work: Callable[[], object], patience: float) -> None:
 @functools.cache
 def _here() -> str:
     """Name what process numbers are unique in: this machine, or this container of it."""
-    try:
+    namespace = ""
+    with contextlib.suppress(OSError):
         namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
     return f"{socket.gethostname()} {namespace}"
 
 
@@ -335,11 +334,10 @@ def _is_gone(place: str, pid: int) -> bool:
     if place != _here() or sys.platform == "win32":  # there, asking would be killing
         return False
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # it is somebody else's, and alive
+            os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
-        return False  # it is somebody else's
     return False
 
 

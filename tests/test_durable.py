@@ -537,6 +537,29 @@ async def test_what_a_dying_process_leaves_is_followed_to_its_end(quick: Emulato
 
 
 @in_real_time
+async def test_what_nobody_asks_for_is_followed_too(quick: Emulator, tmp_path: Path) -> None:
+    """The end of what a dead process has left is in the journal before anybody asks; and who asks meanwhile shares it."""
+    async with on(quick, tmp_path) as dying:
+        tasks = [await dying.submit("cat"), await dying.submit("dog")]
+    quick.script("poll", *[Fault.SERVER_ERROR] * 2)  # so that it takes a little longer
+    async with on(quick, tmp_path) as session:
+        rewrite(tmp_path, "INSERT INTO owners VALUES ('them', 1, 0.4, 'elsewhere', 1)")
+        rewrite(tmp_path, "UPDATE entries SET owner = 'them'")
+        asked = asyncio.ensure_future(session.generate("dog"))
+        async with asyncio.timeout(10):
+            while session.stats.polls < 2:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+            done = await session.generate("cat")
+            await asked
+
+    assert done.task_id == tasks[0].id
+    assert not done.replayed
+    assert done.request is not None
+    assert quick.calls["submit"] == 2
+    assert {entry.state for entry in await entries(tmp_path)} == {EntryState.COMPLETED}
+
+
+@in_real_time
 async def test_a_wait_for_another_process_can_be_cancelled(quick: Emulator, tmp_path: Path) -> None:
     """Who waits for what somebody else follows can leave, and so can a stream and a session."""
     async with on(quick, tmp_path) as session:

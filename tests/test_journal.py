@@ -45,7 +45,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 async def journal(tmp_path: Path) -> AsyncIterator[SqliteJournal]:
-    async with SqliteJournal(tmp_path / "run.db") as opened:
+    async with SqliteJournal(tmp_path / "run.db", lease=4.0) as opened:
         yield opened
 
 
@@ -481,6 +481,8 @@ async def test_a_place_where_nothing_can_be_written_is_told_when_it_is_opened() 
         await SqliteJournal("/proc/run.db").open()
     with pytest.raises(JournalError, match=r"/dev/null/x/run.db"):
         await SqliteJournal("/dev/null/x/run.db").open()
+    with pytest.raises(JournalError, match=r"can.t be used: .*null"):
+        await SqliteJournal("a\0b").open()
 
 
 async def test_what_is_not_there_cannot_be_listed(tmp_path: Path) -> None:
@@ -526,6 +528,18 @@ async def test_several_make_the_file_at_once(tmp_path: Path) -> None:
 
     assert all(begun)
     assert len([entry async for entry in journals[0].entries()]) == 8
+
+
+async def test_what_breaks_while_it_is_in_use_is_told(journal: SqliteJournal, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that somebody spoils under a running session is an error of each call, and of nothing else."""
+    rewrite(journal.path, "ALTER TABLE entries RENAME TO something")
+    rewrite(journal.path, "DROP TABLE owners")
+    with pytest.raises(JournalError, match="no such table"):
+        await journal.begin(intent())
+    await asyncio.sleep(1.2)  # a sign of life is due
+    await journal.close()
+
+    assert "no such table" in caplog.text
 
 
 @pytest.fixture

@@ -119,8 +119,9 @@ class Page:
         Raises:
             InvalidRequestError: It doesn't.
         """
-        if other is not None and other.entry is not None:
-            self._check_content(other.entry)
+        assert other is not None
+        assert other.entry is not None
+        self._check_content(other.entry)
 
     async def look_up(self, waits: Callable[[str | None], None]) -> Outcome | str | None:
         """Look for what became of the request before; waits while another process follows it.

@@ -107,10 +107,10 @@ class Poller:
     """From the submit, or from the attach, to giving up."""
     request: GenerationRequest | None
     """What is to be drawn, or was; None for a task known by its id alone."""
+    places: asyncio.Semaphore
+    """Where one has to be free before a submit; it is taken until the end."""
     task_id: str | None = None
     """Given for a task that was submitted elsewhere."""
-    places: asyncio.Semaphore | None = None
-    """Where one has to be free before a submit; it is taken until the end."""
     page: Page | None = None
     """What the books say of the request, where they are kept."""
     desk: dict[str, "Poller"] = attrs.field(factory=dict[str, "Poller"])
@@ -275,10 +275,9 @@ class Poller:
 
     async def _submit(self) -> None:
         assert self.request is not None
-        if self.places is not None:
-            async with self._patience.waiting():
-                await self.places.acquire()
-                self._placed = True
+        async with self._patience.waiting():
+            await self.places.acquire()
+            self._placed = True
         snapshot, self._started, self._deadline = await self.gateway.submit(
             self.request, seconds=self.seconds, patience=self._patience, intent=self.page
         )
@@ -406,7 +405,7 @@ class Poller:
             log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
 
     def _give_place_back(self) -> None:
-        if self._placed and self.places is not None:
+        if self._placed:
             self._placed = False
             self.places.release()
 

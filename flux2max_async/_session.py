@@ -397,7 +397,7 @@ class FluxSession:
         page: Page | None = None,
     ) -> Poller:
         return Poller(
-            supervisor.gateway, self._schedule, self._deadline, request, task_id, supervisor.places, page,
+            supervisor.gateway, self._schedule, self._deadline, request, supervisor.places, task_id, page,
             supervisor.desk,
         )  # fmt: skip
 

@@ -357,6 +357,26 @@ async def test_a_process_that_is_gone_need_not_be_waited_for(journal: SqliteJour
     assert free.holder is not Holder.OTHER
 
 
+async def test_who_is_gone_before_a_journal_is_opened_holds_nothing(tmp_path: Path) -> None:
+    """After a crash, a program that is started again finds what it left free at once."""
+    path = tmp_path / "run.db"
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent())
+        await journal.record(submitted())
+        with closing(sqlite3.connect(path)) as connection:
+            ((place,),) = connection.execute("SELECT place FROM owners").fetchall()
+    rewrite(path, "INSERT INTO owners VALUES ('them', 1, 60, ?, ?)", place, gone_process())
+    rewrite(path, "UPDATE entries SET owner = 'them'")
+    async with SqliteJournal(path) as journal:
+        found = await journal.find("k")
+        with closing(sqlite3.connect(path)) as connection:
+            ((owners,),) = connection.execute("SELECT count(*) FROM owners").fetchall()
+
+    assert found is not None
+    assert (found.state, found.holder) == (EntryState.SUBMITTED, None)
+    assert owners == 1
+
+
 async def test_a_sleeper_who_was_taken_for_dead_is_alive_again(tmp_path: Path) -> None:
     """A process that was stopped for longer than its lease goes on, and the others see it again."""
     async with SqliteJournal(tmp_path / "run.db", lease=0.2) as journal:

@@ -455,6 +455,56 @@ async def test_an_end_is_delivered_even_when_the_session_closes_while_it_is_writ
     assert done.ok
 
 
+async def test_a_picture_that_ends_while_the_session_closes_is_delivered_unsaved(
+    gateway: Emulator, tmp_path: Path
+) -> None:
+    """A stream that saves doesn't lose an outcome for which there is no time left."""
+    ending = asyncio.Event()
+
+    class Slow(VirtualJournal):
+        async def record(self, entry: JournalEntry, /) -> None:
+            await super().record(entry)
+            if entry.state is EntryState.COMPLETED:
+                ending.set()
+                await asyncio.sleep(1000)
+
+    async with FluxSession(gateway.api_key, base_url=gateway.url, journal=Slow(tmp_path / "run.db")) as session:
+        stream = session.stream(["cat"], save_to=tmp_path / "pictures")
+        waiting = asyncio.ensure_future(anext(stream))
+        await ending.wait()
+    done = await waiting
+
+    assert isinstance(done, Completed)
+    assert isinstance(done.save_error, SessionClosedError)
+    assert done.saved == ()
+
+
+async def test_who_is_overtaken_while_adopting_looks_again(gateway: Emulator, tmp_path: Path) -> None:
+    """A task that somebody else takes over in the same moment is not followed twice, and nothing that comes late is."""
+    told: list[Callable[[list[JournalEntry]], None]] = []
+
+    class Raced(VirtualJournal):
+        lost = 0
+
+        async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
+            told.append(left)
+            await super().open(left)
+
+        async def adopt(self, entry: JournalEntry, /) -> bool:
+            self.lost += 1
+            return self.lost > 2 and await super().adopt(entry)
+
+    journal = Raced(tmp_path / "run.db")
+    async with FluxSession(gateway.api_key, base_url=gateway.url, journal=journal) as session:
+        task = await session.submit("cat")
+    async with session:
+        done = await session.generate("cat")
+    told[-1](await entries(tmp_path))
+
+    assert (done.task_id, journal.lost) == (task.id, 3)
+    assert session.stats.in_flight == 0
+
+
 # ---------------------------------------------------------------------- what is never written
 
 

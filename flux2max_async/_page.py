@@ -69,7 +69,7 @@ class Page:
     entry: JournalEntry | None = None
     """The request's newest entry; the one that is to be made, until it is."""
     interrupted: bool = attrs.field(default=False, init=False)
-    """Whether an earlier session has begun it and ended before it was done with it."""
+    """Whether another session has ended while it was saving the pictures."""
     _content: Content | None = attrs.field(default=None, init=False)
     _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
     """Of this session's budget."""
@@ -148,11 +148,14 @@ class Page:
                 waits(found.task_id)
                 await journal.changed(found)
                 continue
-            if found.state is EntryState.SUBMITTED and found.task_id is not None:
-                if await journal.adopt(found):
-                    self.entry, self.interrupted = attrs.evolve(found, holder=Holder.US), found.owner is not None
+            if self._is_orphan(found):
+                if not await journal.adopt(found):
+                    continue
+                found = attrs.evolve(found, holder=Holder.US)
+                if found.state is EntryState.SUBMITTED:
+                    self.entry = found
                     return found.task_id
-                continue
+                self.interrupted = True
             if (known := await self._settled(found)) is not None:
                 return known
             self.entry = attrs.evolve(asked, attempt=found.attempt + 1)
@@ -288,7 +291,7 @@ class Page:
                 raise await self._uncertain(found)
 
     def _replayed(self, entry: JournalEntry) -> Outcome:
-        self.entry, self.interrupted = entry, entry.owner is not None
+        self.entry = entry
         if self._content is not None and entry.cost is not None:
             self.books.ledger.saw(self._content.megapixels, entry.cost)
         return outcome_of(entry, self.request)
@@ -306,6 +309,12 @@ class Page:
     def _is_enough(self, entry: JournalEntry) -> bool:
         """Tell whether an entry can be used while somebody else still holds it: only its pictures are missing."""
         return entry.state is EntryState.COMPLETED and not self.terms.to_be_saved
+
+    def _is_orphan(self, entry: JournalEntry) -> bool:
+        """Tell whether something is left to be done that nobody does: following a task, or saving its pictures."""
+        if entry.state is EntryState.COMPLETED:
+            return self.terms.to_be_saved and entry.holder is None and entry.owner is not None
+        return entry.state is EntryState.SUBMITTED and entry.task_id is not None
 
     def _check_content(self, found: JournalEntry) -> None:
         assert self.entry is not None

@@ -153,10 +153,10 @@ class Tables:
         return written == 1
 
     def adopt(self, entry: JournalEntry) -> bool:
-        """Take over a task that nobody follows; tells whether it was still free."""
+        """Take over a task that nobody follows, or saves; tells whether it was still free."""
         adopted: int = self._connection.execute(
-            "UPDATE entries SET owner = ? WHERE key = ? AND attempt = ? AND state = 'submitted' AND owner IS ?",
-            (self.owner, entry.key, entry.attempt, entry.owner),
+            "UPDATE entries SET owner = ? WHERE key = ? AND attempt = ? AND state = ? AND owner IS ?",
+            (self.owner, entry.key, entry.attempt, entry.state, entry.owner),
         ).rowcount
         return adopted == 1
 

@@ -57,7 +57,7 @@ class Journal(Protocol):
         ...
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Take over a task that nobody follows; False where somebody else was faster."""
+        """Take over a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
         ...
 
     async def record(self, entry: JournalEntry, /) -> None:
@@ -158,7 +158,7 @@ class SqliteJournal:
         return begun
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Take over a task that nobody follows; False where somebody else was faster."""
+        """Take over a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
         adopted: bool = await self._ask(lambda tables: tables.adopt(entry))
         return adopted
 

@@ -39,7 +39,7 @@ async def stream(url: str, key: str, folder: Path, count: int, places: int) -> l
         key,
         base_url=url,
         max_in_flight=places,
-        schedule=FixedSchedule(0.1),
+        schedule=FixedSchedule(0.05),
         journal=SqliteJournal(folder / "run.db"),
     ) as session:
         return [outcome async for outcome in session.stream(requests(count), save_to=folder / "pictures")]

@@ -826,7 +826,7 @@ def test_a_file_that_breaks_is_refused() -> None:
     assert isinstance(error.__cause__, OSError)
 
 
-@pytest.mark.parametrize("source", [7, 1.5, object(), None, ["https://pictures.example/a.png"], Path], ids=repr)
+@pytest.mark.parametrize("source", [7, 1.5, object(), None, ["https://pictures.example/a.png"], Path])
 def test_what_is_no_source_is_refused(source: object) -> None:
     """What is neither URL, path, bytes nor file is refused by its type, with what would be right."""
     error = refusal(source)

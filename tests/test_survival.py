@@ -30,11 +30,11 @@ def test_a_batch_survives_fifty_kills(tmp_path: Path) -> None:
     chance = random.Random(4)
     count, report = 200, tmp_path / "report.json"
     killed = 0
-    with running_gateway(seconds=0.4, spread=0.2, seed=4) as gateway, Nursery() as nursery:
+    with running_gateway(seconds=0.3, spread=0.2, seed=4) as gateway, Nursery() as nursery:
         arguments = (gateway.url, gateway.api_key, tmp_path, count, 8, report)
         while killed < KILLS:
             process = nursery.start(*arguments)
-            time.sleep(chance.uniform(0.02, 0.4))
+            time.sleep(chance.uniform(0.02, 0.3))
             killed += kill(process)
         report.unlink(missing_ok=True)
         wait_for(nursery.start(*arguments), 60)
@@ -62,9 +62,9 @@ def test_four_processes_share_a_journal(tmp_path: Path) -> None:
     """Four processes with the same 400 requests pay for each once; one is killed, and the others end what it began."""
     count = 400
     reports = [tmp_path / f"report {number}.json" for number in range(4)]
-    with running_gateway(seconds=0.4, spread=0.2, seed=5) as gateway, Nursery() as nursery:
+    with running_gateway(seconds=0.2, spread=0.2, seed=5) as gateway, Nursery() as nursery:
         processes = [nursery.start(gateway.url, gateway.api_key, tmp_path, count, 6, report) for report in reports]
-        time.sleep(2.5)
+        time.sleep(1.5)
         killed = kill(processes[0])
         for process in processes[1:]:
             wait_for(process, 90)

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import secrets
+import stat
 import unicodedata
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -161,7 +162,14 @@ def _ending(part: Path, outcome: Completed) -> str:
 
 def _is_free_for(target: Path, part: Path) -> bool:
     """Tell whether nothing else is under a name: nothing at all, or the same picture."""
+    return not os.path.lexists(target) or _is_same(target, part)
+
+
+def _is_same(target: Path, part: Path) -> bool:
+    """Tell whether a name is that of the same picture."""
     try:
+        if not stat.S_ISREG(target.stat().st_mode):
+            return False  # opening a pipe would wait for ever
         with target.open("rb") as there, part.open("rb") as new:
             if os.fstat(there.fileno()).st_size != os.fstat(new.fileno()).st_size:
                 return False
@@ -169,21 +177,17 @@ def _is_free_for(target: Path, part: Path) -> bool:
                 if there.read(1 << 20) != piece:
                     return False
             return True
-    except FileNotFoundError:
-        return True
-    except IsADirectoryError:
-        return False
+    except OSError:
+        return False  # a link to nothing, or not ours to read
 
 
 def _link(part: Path, target: Path) -> bool:
     """Give a file its name unless the name is taken; tells whether the file is there now."""
     try:
         target.hardlink_to(part)
-    except FileExistsError:
-        return _is_free_for(target, part)
     except OSError:
+        if os.path.lexists(target):
+            return _is_same(target, part)
         # This file system has no links.
-        if target.exists():
-            return _is_free_for(target, part)
         part.replace(target)
     return True

@@ -59,11 +59,12 @@ class Saver:
         error: FluxError | None = None
         try:
             stem = self._stem(outcome)
-            for image in outcome.images:
-                if page is not None and page.interrupted:
-                    await anyio.to_thread.run_sync(_sweep, self.folder, _mark(image))
-                there = await anyio.to_thread.run_sync(self._whole, files[image.index : image.index + 1])
-                saved.append(there or await self._save(image, stem, outcome, files, page))
+            with told_apart(self.folder / stem):
+                for image in outcome.images:
+                    if page is not None and page.interrupted:
+                        await anyio.to_thread.run_sync(_sweep, self.folder, _mark(image))
+                    there = await anyio.to_thread.run_sync(self._whole, files[image.index : image.index + 1])
+                    saved.append(there or await self._save(image, stem, outcome, files, page))
         except FluxError as failure:
             error = failure
         if page is not None:
@@ -84,8 +85,7 @@ class Saver:
         part = self.folder / f".{_mark(image)}.{secrets.token_hex(4)}.part"
         await self.fetch(image, part, self.folder / stem)
         try:
-            with told_apart(self.folder / stem):
-                return await self._publish(part, stem, outcome, image.index, files, page)
+            return await self._publish(part, stem, outcome, image.index, files, page)
         finally:
             part.unlink(missing_ok=True)
 

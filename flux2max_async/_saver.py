@@ -25,7 +25,7 @@ Fetch = Callable[[GeneratedImage, Path, Path], Awaitable[None]]
 _LONGEST = 120
 """Bytes of a name: file systems allow 143 or 255, and a number and an ending are still to come."""
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+_RESERVED = {"con", "prn", "aux", "nul", *(port + number for port in ("com", "lpt") for number in "123456789¹²³")}
 _ENDINGS = {".jpeg", ".jpg", ".png", ".webp"}
 
 

@@ -29,8 +29,9 @@ class Ledger:
         guess = self._guess(megapixels)
         if self._dearest is None:
             return guess
-        larger = guess / self._dearest_guess if guess > self._dearest_guess > 0 else Decimal(1)
-        return self._dearest * larger
+        if not guess > self._dearest_guess > 0:
+            return self._dearest
+        return self._dearest * guess / self._dearest_guess
 
     def saw(self, megapixels: int, cost: Decimal) -> None:
         """Learn what a task cost."""

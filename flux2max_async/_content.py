@@ -94,9 +94,11 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
             return struct.unpack_from("<HH", data, 6)
         if data.startswith(b"RIFF"):
             return _webp_dimensions(data)
-        return _jpeg_dimensions(data)
+        if data.startswith(b"\xff\xd8"):
+            return _jpeg_dimensions(data)
     except (struct.error, IndexError):
-        return None
+        pass  # it ends too soon
+    return None
 
 
 def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
@@ -109,7 +111,8 @@ def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
             (bits,) = struct.unpack_from("<I", data, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         case b"VP8X":
-            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+            low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
+            return low_width + (high_width << 16) + 1, low_height + (high_height << 16) + 1
         case _:
             return None
 

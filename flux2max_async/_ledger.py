@@ -34,8 +34,8 @@ class Ledger:
         return self._dearest * guess / self._dearest_guess
 
     def saw(self, megapixels: int, cost: Decimal) -> None:
-        """Learn what a task cost."""
-        if self._dearest is None or cost > self._dearest:
+        """Learn what a task cost; one that was free says nothing of what others will cost."""
+        if cost > (self._dearest or 0):
             self._dearest, self._dearest_guess = cost, self._guess(megapixels)
 
     def reserve(self, price: Decimal) -> None:

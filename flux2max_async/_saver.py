@@ -115,8 +115,9 @@ class Saver:
             return file_name(key or outcome.task_id)
         try:
             return file_name(self.name(outcome))
-        except Exception as error:
-            raise DownloadError(f"no name for the picture: {error!r}") from error
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            # Not as the cause: one with an errno would be taken for what the disk says.
+            raise DownloadError(f"no name for the picture: {error!r}")  # noqa: B904
 
 
 def file_name(text: str) -> str:

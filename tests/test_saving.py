@@ -1,6 +1,7 @@
 """Streams that save: each picture as its task ends, under a name of its own, never over another one, and never twice."""
 
 import asyncio
+import errno
 import io
 import itertools
 import os
@@ -373,17 +374,26 @@ async def test_a_name_that_is_no_text_is_told(scripted: ScriptedGateway, tmp_pat
     assert downloads(scripted) == []
 
 
-async def test_a_name_that_cannot_be_found_is_told(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """What `name` raises is the cause of its outcome's save_error, and the stream goes on."""
-    serve(scripted, RED, BLUE)
-    names_of = {"t2": "two"}
-    first, second = await run(
-        session_on(scripted), "1", "2", save_to=tmp_path, name=lambda outcome: names_of[outcome.task_id]
-    )
+@pytest.mark.parametrize("problem", [KeyError("t1"), PermissionError(errno.EACCES, "not your list of names")])
+async def test_a_name_that_cannot_be_found_is_told(
+    scripted: ScriptedGateway, tmp_path: Path, problem: Exception
+) -> None:
+    """What `name` raises is told by its outcome's save_error, and whatever it is, the stream goes on."""
+
+    def name(outcome: Completed) -> str:
+        if outcome.task_id == "t1":
+            raise problem
+        return outcome.task_id
+
+    pictures = [RED + bytes([number]) for number in range(5)]
+    serve(scripted, *pictures)
+    session = session_on(scripted, max_in_flight=1)
+    first, *rest = await run(session, *"12345", save_to=tmp_path, name=name)
 
     assert isinstance(first.save_error, DownloadError)
-    assert isinstance(first.save_error.__cause__, KeyError)
-    assert second.saved == (tmp_path / "two.jpeg",)
+    assert repr(problem) in str(first.save_error)
+    assert first.save_error.__context__ is problem
+    assert [outcome.saved[0].read_bytes() for outcome in rest] == pictures[1:]
 
 
 @pytest.mark.parametrize(

@@ -195,5 +195,6 @@ def _iso(moment: datetime | None) -> str | None:
 
 
 def to_json(value: Any) -> str:
-    """Write JSON values down in one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Write JSON values down in one line, half characters as the escapes that they are in JSON."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace").decode()

@@ -71,8 +71,8 @@ class Page:
     interrupted: bool = attrs.field(default=False, init=False)
     """Whether another session has ended while it was saving the pictures."""
     _content: Content | None = attrs.field(default=None, init=False)
-    _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
-    """Of this session's budget."""
+    _reserved: Decimal | None = attrs.field(default=None, init=False)
+    """Of this session's budget; None while nothing is."""
     _problem: JournalError | None = attrs.field(default=None, init=False)
     """Why the newest facts are not in the journal."""
 
@@ -220,18 +220,18 @@ class Page:
         Returns:
             The outcome, with the reason if it couldn't be written down.
         """
-        if self._content is not None and cost is not None:
+        if self._content is not None and cost is not None and isinstance(outcome, Completed):
             self.books.ledger.saw(self._content.megapixels, cost)
         state = _state_after(outcome)
         match state:
             case EntryState.COMPLETED:
-                outlay = None if cost is None else cost
+                outlay = cost
             case EntryState.FAILED | EntryState.REFUSED:
                 outlay = cost or Decimal(0)
             case _:
                 outlay = None  # nobody knows: what was set aside stays so
-        if outlay is not None or state is EntryState.COMPLETED:
-            self._settle(self._reserved if outlay is None else outlay)
+        if outlay is not None:
+            self._settle(outlay)
         entry = self.entry
         if entry is None or entry.holder is not Holder.US:
             return outcome
@@ -274,9 +274,9 @@ class Page:
 
     def _settle(self, cost: Decimal) -> None:
         """Replace what this session has set aside by what it cost."""
-        if self._reserved:
+        if self._reserved is not None:
             self.books.ledger.settle(self._reserved, cost)
-            self._reserved = Decimal(0)
+            self._reserved = None
 
     async def _settled(self, found: JournalEntry) -> Outcome | None:
         """Give what stands for good; None where it is to be submitted once more."""
@@ -292,7 +292,7 @@ class Page:
 
     def _replayed(self, entry: JournalEntry) -> Outcome:
         self.entry = entry
-        if self._content is not None and entry.cost is not None:
+        if self._content is not None and entry.cost is not None and entry.state is EntryState.COMPLETED:
             self.books.ledger.saw(self._content.megapixels, entry.cost)
         return outcome_of(entry, self.request)
 

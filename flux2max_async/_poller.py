@@ -263,6 +263,8 @@ class Poller:
             self.leader = None
             return None
         self.task_id = outcome.task_id
+        if self.page is not None and leader.page is not None:
+            self.page.entry = leader.page.entry
         return attrs.evolve(outcome, request=self.request)
 
     async def _resume(self, page: Page, task_id: str) -> Outcome:

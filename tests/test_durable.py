@@ -346,6 +346,31 @@ async def test_a_session_that_closes_ends_all_who_share(reopen: Open) -> None:
     assert {type(result) for result in results} == {SessionClosedError}
 
 
+async def test_what_a_follower_saves_is_remembered(reopen: Open, gateway: Emulator, tmp_path: Path) -> None:
+    """A stream that shares its request with somebody else saves the picture once, and the next run knows of it."""
+    async with reopen() as session:
+        leader = asyncio.ensure_future(session.generate("cat"))
+        await asyncio.sleep(1)
+        (saved,) = [
+            outcome.unwrap().saved
+            async for outcome in session.stream([GenerationRequest("cat")], save_to=tmp_path / "pictures")
+        ]
+        await leader
+    (again,) = await run(reopen(), "cat", save_to=tmp_path / "pictures")
+
+    assert again.unwrap().saved == saved != ()
+    assert gateway.calls["download"] == gateway.calls["submit"] == 1
+
+
+async def test_half_a_character_in_a_prompt_is_no_matter(reopen: Open, gateway: Emulator) -> None:
+    """A prompt that can be sent can be written down."""
+    first = await run(reopen(), "a \ud800 cat")
+    second = await run(reopen(), "a \ud800 cat")
+
+    assert ends(first) == ends(second) == {"completed": 1}
+    assert gateway.calls["submit"] == 1
+
+
 # ---------------------------------------------------------------------- a journal that fails
 
 

@@ -668,3 +668,23 @@ async def test_a_picture_that_cannot_be_read_costs_nothing(opened: Open, gateway
         await session.generate("a cat")
 
     assert gateway.calls["submit"] == 1
+
+
+async def test_a_guess_of_nothing_still_counts_what_is_spent(opened: Open) -> None:
+    """With a guess that is too low by all, the first tasks get through, and their cost counts against the budget."""
+    async with opened(budget="0.10", price_guess=0, max_in_flight=1) as session:
+        await session.generate("cat 0")
+        with pytest.raises(BudgetExceededError, match=r"\$0.07 are spent"):
+            await session.generate("cat 1")
+
+
+async def test_what_a_failed_task_costs_is_no_price(scripted: ScriptedGateway) -> None:
+    """A failure for a cent doesn't make pictures cheap."""
+    failure = running(status="failed", error={"code": "x", "message": "no"}, usage={"cost": "0.01"})
+    scripted.polls = deque([answer(200, failure), answer(200, completed())])
+    async with session_on(scripted, budget="0.10") as session:
+        with pytest.raises(TaskFailedError):
+            await session.generate("cat 0")
+        await session.generate("cat 1")
+        with pytest.raises(BudgetExceededError, match=r"for about \$0.07: \$0.08 are spent"):
+            await session.generate("cat 2")

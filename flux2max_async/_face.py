@@ -24,8 +24,8 @@ from flux2max_async._errors import (
     TaskNotFoundError,
     TransportError,
 )
+from flux2max_async._handle import GenerationTask
 from flux2max_async._learned import LearnedSchedule
-from flux2max_async._poller import GenerationTask
 from flux2max_async._request import GenerationRequest, ImageSource, InputImage, OutputFormat
 from flux2max_async._schedule import ExponentialSchedule, FixedSchedule, PollPlan, PollSchedule
 from flux2max_async._session import FluxSession

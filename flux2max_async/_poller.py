@@ -1,9 +1,9 @@
-"""The poller coroutine: one per task, from its submit to its end; and the handle by which callers see it."""
+"""The poller coroutine: one per task, from its submit to its end."""
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import attrs
@@ -23,73 +23,6 @@ log = logging.getLogger("flux2max_async")
 _UNREADABLE_IN_A_ROW = 5
 _JITTER, _MOST_JITTER = 0.1, 0.25
 _LAST_LOOK = 1.0
-
-
-class GenerationTask:
-    """A submitted task. It belongs to the session, which polls it to its end, waited for or not.
-
-    Awaiting it gives `Completed`, or raises. Many can await it; cancelling a wait cancels only that wait.
-    """
-
-    __slots__ = ("_poller",)
-
-    def __init__(self, poller: "Poller") -> None:
-        self._poller = poller
-
-    @property
-    def id(self) -> str:
-        """The service's id for the task; `session.attach(id)` finds it again from anywhere."""
-        return self._poller.task_id or ""
-
-    @property
-    def request(self) -> GenerationRequest | None:
-        """What was asked for; None for a task attached by its id alone."""
-        return self._poller.request
-
-    @property
-    def snapshot(self) -> TaskSnapshot | None:
-        """What the newest answer said; None until there is one."""
-        return (self._poller.leader or self._poller).snapshot
-
-    async def outcome(self) -> Outcome:
-        """Wait for the end; a task that failed is a `Failed`, not an exception."""
-        return await asyncio.shield(self._poller.ended)
-
-    def updates(self) -> AsyncIterator[TaskSnapshot]:
-        """Iterate over the newest snapshot, then each new status or progress; ends with the task."""
-        return self._poller.updates()
-
-    def __await__(self) -> Generator[Any, None, Completed]:
-        return self._completed().__await__()
-
-    async def _completed(self) -> Completed:
-        return (await self.outcome()).unwrap()
-
-    def __repr__(self) -> str:
-        status = self.snapshot.status if self.snapshot else "not seen yet"
-        return f"<GenerationTask {self.id!r} {status}>"
-
-
-class Credit:
-    """How many requests a stream may still pull before another outcome is delivered; below nothing, it is in debt."""
-
-    __slots__ = ("_amount", "_given")
-
-    def __init__(self, amount: int) -> None:
-        self._amount = amount
-        self._given = asyncio.Event()
-
-    async def take(self) -> None:
-        """Wait for one."""
-        while self._amount < 1:
-            self._given.clear()
-            await self._given.wait()
-        self._amount -= 1
-
-    def give(self, amount: int = 1) -> None:
-        """Give some, or take what has been given."""
-        self._amount += amount
-        self._given.set()
 
 
 def _future() -> "asyncio.Future[Any]":
@@ -116,8 +49,8 @@ class Poller:
     desk: dict[str, "Poller"] = attrs.field(factory=dict[str, "Poller"])
     """The pollers of a session by the keys of their requests: the same request is followed once."""
 
-    credit: Credit | None = attrs.field(default=None, init=False)
-    """Of the stream that asks; lent to the next request while another process follows this one."""
+    lend: Callable[[int], None] | None = attrs.field(default=None, init=False)
+    """Lends the place in a stream to the next request while another process follows this one, and takes it back."""
     leader: "Poller | None" = attrs.field(default=None, init=False)
     """Who follows the same request already."""
     snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
@@ -327,9 +260,9 @@ class Poller:
         self._lend(back=False)
 
     def _lend(self, *, back: bool) -> None:
-        if self.credit is not None and self._lent is back:
+        if self.lend is not None and self._lent is back:
             self._lent = not back
-            self.credit.give(-1 if back else 1)
+            self.lend(-1 if back else 1)
 
     def _name(self, task_id: str) -> None:
         self.task_id = task_id

@@ -27,10 +27,11 @@ from flux2max_async._errors import (
     SessionClosedError,
 )
 from flux2max_async._gateway import Gateway
+from flux2max_async._handle import GenerationTask
 from flux2max_async._learned import LearnedSchedule
 from flux2max_async._ledger import Ledger
 from flux2max_async._page import Books, Page, Terms
-from flux2max_async._poller import GenerationTask, Poller
+from flux2max_async._poller import Poller
 from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._saver import Saver
 from flux2max_async._schedule import PollSchedule

@@ -10,7 +10,8 @@ from typing import Any, Self
 import attrs
 
 from flux2max_async._errors import FluxError, SessionClosedError
-from flux2max_async._poller import Credit, GenerationTask, Poller
+from flux2max_async._handle import GenerationTask
+from flux2max_async._poller import Poller
 from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._retry import dooms_the_rest, stops_saving
 from flux2max_async._saver import Saver
@@ -74,7 +75,7 @@ class _Feed:
         self._spawn = spawn
         self._saver = saver
         self._pull = _puller(requests)
-        self._credit = Credit(ahead)
+        self._credit = _Credit(ahead)
         """One for each request that may be pulled before another outcome is delivered."""
         self._ready: deque[tuple[Outcome, Poller | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
@@ -149,7 +150,7 @@ class _Feed:
                 except FluxError as error:
                     self._refuse(request, error)
                 else:
-                    poller.credit = self._credit
+                    poller.lend = self._credit.give
                     self.undelivered[poller] = None
                     poller.when_ended(self._arrived)
                 request = None
@@ -211,6 +212,28 @@ class _Feed:
         if self._news is not None:
             self._news.set()
             self._news = None
+
+
+class _Credit:
+    """How many requests a stream may still pull before another outcome is delivered; below nothing, it is in debt."""
+
+    __slots__ = ("_amount", "_given")
+
+    def __init__(self, amount: int) -> None:
+        self._amount = amount
+        self._given = asyncio.Event()
+
+    async def take(self) -> None:
+        """Wait for one."""
+        while self._amount < 1:
+            self._given.clear()
+            await self._given.wait()
+        self._amount -= 1
+
+    def give(self, amount: int = 1) -> None:
+        """Give some, or take what has been given."""
+        self._amount += amount
+        self._given.set()
 
 
 def _ends_the_stream(error: FluxError) -> bool:

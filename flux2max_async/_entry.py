@@ -196,5 +196,7 @@ def _iso(moment: datetime | None) -> str | None:
 
 def to_json(value: Any) -> str:
     """Write JSON values down in one line, half characters as the escapes that they are in JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode(errors="backslashreplace").decode()
+    return _encoder.encode(value).encode(errors="backslashreplace").decode()
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -81,15 +81,19 @@ class Scribe:
         # A daemon: a session that was never closed must not keep the program from ending.
         threading.Thread(target=self._run, name=f"journal {path.name}", daemon=True).start()
 
-    def send(self, errand: Errand) -> None:
+    def ask(
+        self, work: Callable[[Tables], Any], *, writes: bool = True, durable: bool = False
+    ) -> "asyncio.Future[Any]":
         """Give an errand; its answer comes in the event loop."""
-        self._errands.put(errand)
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._errands.put(Errand(work, answer, writes, durable))
+        return answer
 
     def watch(self, entry: JournalEntry) -> "asyncio.Future[None]":
         """Give what is resolved once an entry is not as it was, or nobody holds it any more."""
         changed: asyncio.Future[None] = self._loop.create_future()
         watch = (entry, changed)
-        self.send(Errand(lambda _: self._watched.append(watch), self._loop.create_future(), writes=False))
+        self.ask(lambda _: self._watched.append(watch), writes=False)
         return changed
 
     def dismiss(self) -> None:

@@ -7,7 +7,6 @@
 Run twice, this pays once.
 """
 
-import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -201,11 +200,7 @@ class SqliteJournal:
     # ------------------------------------------------------------------ behind
 
     async def _ask(self, work: "Callable[[Tables], Any]", *, writes: bool = True, durable: bool = False) -> Any:
-        from flux2max_async._scribe import Errand  # noqa: PLC0415 - as above
-
-        answer = asyncio.get_running_loop().create_future()
-        self._open_scribe().send(Errand(work, answer, writes, durable))
-        return await answer
+        return await self._open_scribe().ask(work, writes=writes, durable=durable)
 
     def _open_scribe(self) -> "Scribe":
         if self._scribe is None:

@@ -41,6 +41,8 @@ class Errand:
     writes: bool = True
     durable: bool = False
     """Whether it has to be on the disk before it is answered."""
+    lone: bool = False
+    """Whether it is a single statement, which needs no transaction around it."""
 
 
 @attrs.define(eq=False)
@@ -82,11 +84,11 @@ class Scribe:
         threading.Thread(target=self._run, name=f"journal {path.name}", daemon=True).start()
 
     def ask(
-        self, work: Callable[[Tables], Any], *, writes: bool = True, durable: bool = False
+        self, work: Callable[[Tables], Any], *, writes: bool = True, durable: bool = False, lone: bool = False
     ) -> "asyncio.Future[Any]":
         """Give an errand; its answer comes in the event loop."""
         answer: asyncio.Future[Any] = self._loop.create_future()
-        self._errands.put(Errand(work, answer, writes, durable))
+        self._errands.put(Errand(work, answer, writes, durable, lone))
         return answer
 
     def watch(self, entry: JournalEntry) -> "asyncio.Future[None]":
@@ -151,7 +153,10 @@ class Scribe:
         durable = any(errand.durable for errand in errands)
         writes = any(errand.writes for errand in errands)
         try:
-            with tables.transaction(durable=durable) if writes else contextlib.nullcontext():
+            lone = len(errands) == 1 and errands[0].lone
+            if lone:
+                tables.wait_for_disk(durable=durable)
+            with tables.transaction(durable=durable) if writes and not lone else contextlib.nullcontext():
                 answers.extend(self._one(tables, errand) for errand in errands)
         except sqlite3.Error as error:
             failure = journal_error(self._path, error)

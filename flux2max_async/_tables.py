@@ -40,6 +40,10 @@ _SCHEMA = (
     id TEXT PRIMARY KEY, beat INTEGER NOT NULL, lease REAL NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL)""",
     "CREATE TABLE totals (outlay INTEGER NOT NULL)",
     "INSERT INTO totals VALUES (0)",
+    """CREATE TRIGGER made AFTER INSERT ON entries
+    BEGIN UPDATE totals SET outlay = outlay + new.outlay; END""",
+    """CREATE TRIGGER told AFTER UPDATE OF outlay ON entries WHEN new.outlay != old.outlay
+    BEGIN UPDATE totals SET outlay = outlay + new.outlay - old.outlay; END""",
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
@@ -106,13 +110,17 @@ class Tables:
 
     # ------------------------------------------------------------------ transactions
 
+    def wait_for_disk(self, *, durable: bool) -> None:
+        """Say whether what follows is to be on the disk before it counts as done; a statement alone is done whole."""
+        if durable != self._durable:
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
     @contextlib.contextmanager
     def transaction(self, *, durable: bool) -> Generator[None]:
         """Do all inside or nothing; what is durable has reached the disk in the end, and so has all before it."""
+        self.wait_for_disk(durable=durable)
         do = self._connection.execute
-        if durable != self._durable:
-            do(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._durable = durable
         do("BEGIN IMMEDIATE")
         try:
             yield
@@ -135,21 +143,17 @@ class Tables:
         Raises:
             BudgetExceededError: Its outlay, on top of all that is there, would pass the limit.
         """
-        do = self._connection.execute
         if limit is not None:
             check_budget(limit, Decimal(self._value("SELECT outlay FROM totals")) / _NANO, entry.outlay)
-        outlay = _nano(entry.outlay)
-        written = do(
+        written: int = self._connection.execute(
             "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
             " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
             " created = excluded.created, ended = NULL, request = excluded.request, result = '{}'"
             " WHERE state = 'refused'",
-            (entry.key, entry.attempt, entry.content, self.owner, outlay, _epoch(entry.created_at),
+            (entry.key, entry.attempt, entry.content, self.owner, _nano(entry.outlay), _epoch(entry.created_at),
              to_json(dict(entry.request))),
         ).rowcount  # fmt: skip
-        if written:
-            do("UPDATE totals SET outlay = outlay + ?", (outlay,))
         return written == 1
 
     def adopt(self, entry: JournalEntry) -> bool:
@@ -162,23 +166,14 @@ class Tables:
 
     def record(self, entry: JournalEntry) -> None:
         """Write down what is new; an end that stands there stays."""
-        do = self._connection.execute
-        where = (entry.key, entry.attempt, entry.state)
-        free = f"key = ? AND attempt = ? AND (state NOT IN {_ENDED} OR ? IN {_ENDED})"
-        before = do(f"SELECT outlay FROM entries WHERE {free}", where).fetchone()
-        if before is None:
-            return
-        outlay = _nano(entry.outlay)
-        do(
+        self._connection.execute(
             "UPDATE entries SET state = ?, owner = ?, task_id = ?, cost = ?, outlay = ?, submitted = ?, ended = ?,"
-            f" result = ?, files = ? WHERE {free}",
+            f" result = ?, files = ? WHERE key = ? AND attempt = ? AND (state NOT IN {_ENDED} OR ? IN {_ENDED})",
             (entry.state, self.owner if entry.holder is Holder.US else None, entry.task_id,
-             None if entry.cost is None else str(entry.cost), outlay, _epoch(entry.submitted_at),
+             None if entry.cost is None else str(entry.cost), _nano(entry.outlay), _epoch(entry.submitted_at),
              _epoch(entry.ended_at), to_json(dict(entry.result)),
-             to_json([[str(file.path), file.size] for file in entry.files]), *where),
+             to_json([[str(file.path), file.size] for file in entry.files]), entry.key, entry.attempt, entry.state),
         )  # fmt: skip
-        if outlay != before[0]:
-            do("UPDATE totals SET outlay = outlay + ?", (outlay - before[0],))
 
     def is_as(self, entry: JournalEntry) -> bool:
         """Tell whether nothing has happened to an entry, nor to who holds it."""

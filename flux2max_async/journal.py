@@ -149,7 +149,7 @@ class SqliteJournal:
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
         """Write an intent durably; False where its attempt has been made by somebody else."""
-        begun: bool = await self._ask(lambda tables: tables.begin(entry, limit), durable=True)
+        begun: bool = await self._ask(lambda tables: tables.begin(entry, limit), durable=True, lone=limit is None)
         if self._begun is not None:
             self._begun.add(entry.key)
             if not begun or len(self._begun) > _FEW:
@@ -158,12 +158,12 @@ class SqliteJournal:
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
         """Take over a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
-        adopted: bool = await self._ask(lambda tables: tables.adopt(entry))
+        adopted: bool = await self._ask(lambda tables: tables.adopt(entry), lone=True)
         return adopted
 
     async def record(self, entry: JournalEntry, /) -> None:
         """Write down what is new about an entry."""
-        await self._ask(lambda tables: tables.record(entry))
+        await self._ask(lambda tables: tables.record(entry), lone=True)
 
     async def changed(self, entry: JournalEntry, /) -> None:
         """Wait until an entry that is held elsewhere has changed, or whoever held it is gone."""
@@ -199,8 +199,10 @@ class SqliteJournal:
 
     # ------------------------------------------------------------------ behind
 
-    async def _ask(self, work: "Callable[[Tables], Any]", *, writes: bool = True, durable: bool = False) -> Any:
-        return await self._open_scribe().ask(work, writes=writes, durable=durable)
+    async def _ask(
+        self, work: "Callable[[Tables], Any]", *, writes: bool = True, durable: bool = False, lone: bool = False
+    ) -> Any:
+        return await self._open_scribe().ask(work, writes=writes, durable=durable, lone=lone)
 
     def _open_scribe(self) -> "Scribe":
         if self._scribe is None:

@@ -35,6 +35,8 @@ async def download(transport: Transport, url: str, part: Path, target: Path) -> 
         ResultExpiredError: The url is not valid any more.
         DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
     """
+    if not url:
+        raise ResultExpiredError("the picture's url was too long to be kept")
     if not is_web_url(url):
         raise DownloadError(f"can't download: the picture's url is no http(s) URL: {url[:80]!r}")
     with told_apart(target):

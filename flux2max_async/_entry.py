@@ -1,5 +1,6 @@
 """What a journal holds of a request: one entry for each time that it was to be paid for, and its outcome as JSON."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -131,12 +132,15 @@ def result_of(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, A
         told = {name: value for name, value in told.items() if value is not None}
         found = {**common, "error": {"kind": type(error).__name__, "message": error.message, **told}}
     else:
-        images = [{"url": image.url, "type": image.type, "extra": dict(image.extra)} for image in outcome.images]
+        images = [
+            {"url": image.url if len(image.url) <= _LONGEST else "", "type": image.type, "extra": dict(image.extra)}
+            for image in outcome.images
+        ]
         found = {**common, "images": images, "metadata": dict(outcome.metadata)}
         if outcome.usage is not None:
             cost, discount, extra = outcome.usage.cost, outcome.usage.discount, dict(outcome.usage.extra)
             found["usage"] = {"cost": _text(cost), "discount": _text(discount), "extra": extra}
-    return dict(_kept(found, secrets))
+    return dict(kept(found, secrets))
 
 
 def outcome_of(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
@@ -167,17 +171,20 @@ def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:
     return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, told.get("code"))
 
 
-def _kept(value: Any, secrets: tuple[str, ...]) -> Any:
+def kept(value: Any, secrets: tuple[str, ...]) -> Any:
     """Copy JSON values without secrets, and without texts that are long enough to be pictures."""
     match value:
         case str():
             for secret in secrets:
                 value = value.replace(secret, "***")
-            return value if len(value) <= _LONGEST else f"{value[:100]}… ({len(value)} characters)"
+            if len(value) <= _LONGEST:
+                return value
+            fingerprint = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
+            return f"sha256:{fingerprint} ({len(value)} characters)"
         case Mapping():
-            return {_kept(str(name), secrets): _kept(entry, secrets) for name, entry in value.items()}
+            return {kept(str(name), secrets): kept(entry, secrets) for name, entry in value.items()}
         case list() | tuple():
-            return [_kept(entry, secrets) for entry in value]
+            return [kept(entry, secrets) for entry in value]
         case _:
             return value
 

@@ -1,5 +1,6 @@
 """One request's page in the books: whether it was asked for before, what it may cost, and what became of it."""
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import anyio.to_thread
 import attrs
 
 from flux2max_async._content import Content, content_of, is_local
-from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, outcome_of, result_of
+from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, kept, outcome_of, result_of
 from flux2max_async._errors import (
     FluxError,
     InvalidRequestError,
@@ -52,6 +53,8 @@ class Books:
     whole_journal: bool
     """Whether the budget is that of all that is in the journal, or only of this session."""
     secrets: tuple[str, ...] = attrs.field(repr=False)
+    errands: set["asyncio.Task[None]"] = attrs.field(factory=set["asyncio.Task[None]"])
+    """What is still being written down though nobody waits for it."""
 
     @property
     def needed(self) -> bool:
@@ -73,7 +76,7 @@ class Page:
     _content: Content | None = attrs.field(default=None, init=False)
     _reserved: Decimal | None = attrs.field(default=None, init=False)
     """Of this session's budget; None while nothing is."""
-    _problem: JournalError | None = attrs.field(default=None, init=False)
+    problem: JournalError | None = attrs.field(default=None, init=False)
     """Why the newest facts are not in the journal."""
 
     @property
@@ -110,7 +113,7 @@ class Page:
             self.entry = JournalEntry(
                 key=self._checked_key(request.key) or self._derived_key(content),
                 content=content.fingerprint,
-                request=content.description,
+                request={**kept(content.description, self._secrets()), "prompt": request.prompt},
             )
 
     def check_same(self, other: "Page | None") -> None:
@@ -149,7 +152,7 @@ class Page:
                 await journal.changed(found)
                 continue
             if self._is_orphan(found):
-                if not await journal.adopt(found):
+                if not await self._adopt(journal, found):
                     continue
                 found = attrs.evolve(found, holder=Holder.US)
                 if found.state is EntryState.SUBMITTED:
@@ -184,12 +187,10 @@ class Page:
         )
         try:
             begun = await books.journal.begin(entry, limit=ledger.budget if books.whole_journal else None)
-        except FluxError:
+        except BaseException as error:
             self._settle(Decimal(0))
-            raise
-        except BaseException:
-            # Cancelled: the intent may be written, but nothing was sent.
-            await self._record(attrs.evolve(entry, state=EntryState.REFUSED, holder=None, outlay=Decimal(0)))
+            if not isinstance(error, FluxError):  # cancelled: the intent may be written, but nothing was sent
+                self._send_after(attrs.evolve(entry, state=EntryState.REFUSED, holder=None, outlay=Decimal(0)))
             raise
         if not begun:
             self._settle(Decimal(0))
@@ -226,10 +227,12 @@ class Page:
         match state:
             case EntryState.COMPLETED:
                 outlay = cost
+            case EntryState.FAILED if isinstance(outcome, Failed) and isinstance(outcome.error, TaskNotFoundError):
+                outlay = None
             case EntryState.FAILED | EntryState.REFUSED:
                 outlay = cost or Decimal(0)
             case _:
-                outlay = None  # nobody knows: what was set aside stays so
+                outlay = None  # as above, nobody knows: what was set aside stays so
         if outlay is not None:
             self._settle(outlay)
         entry = self.entry
@@ -248,7 +251,7 @@ class Page:
                 result=result_of(outcome, secrets=self._secrets()) if ended else {},
             )
         )
-        return outcome if self._problem is None else attrs.evolve(outcome, journal_error=self._problem)
+        return outcome if self.problem is None else attrs.evolve(outcome, journal_error=self.problem)
 
     async def saving(self, files: tuple[SavedFile, ...]) -> None:
         """Whole pictures are about to get these names."""
@@ -267,10 +270,24 @@ class Page:
         self.entry = entry
         try:
             await self.books.journal.record(entry)
-            self._problem = None
-        except JournalError as error:
-            self._problem = error
+            self.problem = None
+        except Exception as error:  # noqa: BLE001 - whatever a journal does, what is paid for goes on
+            self.problem = error if isinstance(error, JournalError) else JournalError(f"the journal broke: {error!r}")
             log.error("%s goes on, but isn't in the journal as it is: %s", _named(entry), error)  # noqa: TRY400 - its text says all
+
+    def _send_after(self, entry: JournalEntry) -> None:
+        """Have something written after what was cut off, without waiting for it."""
+        task = asyncio.ensure_future(self._record(entry))
+        self.books.errands.add(task)
+        task.add_done_callback(self.books.errands.discard)
+
+    async def _adopt(self, journal: Journal, entry: JournalEntry) -> bool:
+        try:
+            return await journal.adopt(entry)
+        except asyncio.CancelledError:
+            # It may be ours now, and nobody would follow it.
+            self._send_after(attrs.evolve(entry, holder=None))
+            raise
 
     def _settle(self, cost: Decimal) -> None:
         """Replace what this session has set aside by what it cost."""

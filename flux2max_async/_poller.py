@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError, SessionClosedError
+from flux2max_async._errors import DeadlineExceededError, FluxError, JournalError, ProtocolError, SessionClosedError
 from flux2max_async._gateway import Gateway, Patience
 from flux2max_async._learned import LearnedSchedule
 from flux2max_async._page import OvertakenError, Page
@@ -21,6 +21,7 @@ from flux2max_async._wire import Call, poll_call
 log = logging.getLogger("flux2max_async")
 
 _UNREADABLE_IN_A_ROW = 5
+_OVERTAKEN_IN_A_ROW = 20
 _JITTER, _MOST_JITTER = 0.1, 0.25
 _LAST_LOOK = 1.0
 
@@ -160,7 +161,8 @@ class Poller:
         """Submit only what was never submitted before, by anybody."""
         async with self._patience.waiting():
             await page.identify()
-        while True:
+        overtaken = 0
+        while overtaken < _OVERTAKEN_IN_A_ROW:
             leader = self if page.key is None else self.desk.setdefault(page.key, self)
             if leader is not self:
                 page.check_same(leader.page)
@@ -181,23 +183,30 @@ class Poller:
                 await self._submit()
             except OvertakenError:
                 self._give_place_back()
+                overtaken += 1
             else:
                 return await self._look()
+        raise JournalError(f"the journal says neither that {page.key!r} can be begun, nor what became of it")
 
     async def _share(self, leader: "Poller") -> Outcome | None:
-        """Wait for the end that somebody else brings; None where he only gave up before there was a task."""
+        """Wait for the end that somebody else brings; None where it is of no use to others."""
         async with self._patience.waiting():
             self.leader = leader
             await asyncio.shield(leader.answered)
             if leader.task_id is not None:
                 self._name(leader.task_id)
             outcome = await asyncio.shield(leader.ended)
-        if isinstance(outcome, Failed) and isinstance(outcome.error, SessionClosedError):
+        assert self.page is not None
+        assert leader.page is not None
+        if isinstance(outcome, Failed) and (
+            outcome.task_id is None
+            or isinstance(outcome.error, SessionClosedError)
+            or (outcome.replayed and self.page.terms.retry_failed)
+        ):
             self.leader = None
             return None
+        self.page.entry = leader.page.entry
         self.task_id = outcome.task_id
-        if self.page is not None and leader.page is not None:
-            self.page.entry = leader.page.entry
         return attrs.evolve(outcome, request=self.request)
 
     async def _resume(self, page: Page, task_id: str) -> Outcome:

@@ -69,6 +69,7 @@ class Saver:
             error = failure
         if page is not None:
             await page.saved()
+            outcome = attrs.evolve(outcome, journal_error=page.problem or outcome.journal_error)
         return attrs.evolve(outcome, saved=tuple(saved), save_error=error)
 
     def _whole(self, known: list[SavedFile]) -> Path | None:
@@ -189,6 +190,19 @@ def _link(part: Path, target: Path) -> bool:
     except OSError:
         if os.path.lexists(target):
             return _is_same(target, part)
-        # This file system has no links.
+        return _move(part, target)
+    return True
+
+
+def _move(part: Path, target: Path) -> bool:
+    """Do what `_link` does where the file system has no links: an empty file holds the name until then."""
+    try:
+        target.touch(exist_ok=False)
+    except FileExistsError:
+        return _is_same(target, part)
+    try:
         part.replace(target)
+    except BaseException:
+        target.unlink()
+        raise
     return True

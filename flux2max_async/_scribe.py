@@ -74,7 +74,11 @@ class Scribe:
         self._watched: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
         self._others: dict[str, _Other] = {}
         self._next_beat = 0.0
+        self._looked = 0.0
+        """When we last saw who else is alive."""
         self._unsynced = False
+        self.undisturbed = True
+        """Whether nobody else has written anything since the file was opened."""
         self.transactions = 0
         """Those that waited for the disk."""
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -114,26 +118,36 @@ class Scribe:
         try:
             self._tell((self.opened, None, tables.empty))
             self._serve(tables)
-        except RuntimeError:
-            log.warning("journal %s: the event loop ended before its session was closed", self._path)
         finally:
             tables.close()
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # the event loop may have ended first
                 self._tell((self.ended, None, None))
 
     def _serve(self, tables: Tables) -> None:
         others_have_written = tables.others_have_written()
-        self._look_around(tables)
         dismissed = False
         while not dismissed:
-            errands = self._fetch()
-            dismissed = None in errands
-            if work := [errand for errand in errands if errand is not None]:
-                self._do(tables, work)
-            if time.monotonic() >= self._next_beat:
-                self._look_around(tables)
-            if self._watched and others_have_written():
-                self._look_after_watched(tables)
+            try:
+                dismissed = self._take_a_turn(tables, others_have_written)
+            except Exception:
+                if self._loop.is_closed():
+                    log.warning("journal %s: the event loop ended before its session was closed", self._path)
+                    return
+                # Whatever it was, errands are still to be run: without this thread, everybody would wait for ever.
+                log.exception("journal %s", self._path)
+
+    def _take_a_turn(self, tables: Tables, others_have_written: Callable[[], bool]) -> bool:
+        """Do what there is to be done now; tells whether that was all."""
+        if time.monotonic() >= self._next_beat:
+            self._look_around(tables)
+            if others_have_written():
+                self.undisturbed = False
+        errands = self._fetch()
+        if work := [errand for errand in errands if errand is not None]:
+            self._do(tables, work)
+        if self._watched and others_have_written():
+            self._look_after_watched(tables)
+        return None in errands
 
     def _fetch(self) -> list[Errand | None]:
         if self._loop.is_closed():
@@ -201,10 +215,12 @@ class Scribe:
 
     def _inheritance(self, tables: Tables, now: float) -> list[JournalEntry]:
         """Take over from those who were seen alive and are not any more."""
-        seen = tables.others()
-        for owner, (beat, lease, gone) in seen.items():
+        # Where we were kept from looking, they may have been kept from beating.
+        late = now - self._looked > self._lease / 2
+        self._looked = now
+        for owner, (beat, lease, gone) in tables.others().items():
             known = self._others.get(owner)
-            if known is None or known.beat != beat:
+            if known is None or known.beat != beat or late:
                 known = self._others[owner] = _Other(beat, now)
             if gone or now - known.since > lease:
                 tables.bury(owner)
@@ -219,10 +235,17 @@ class Scribe:
         changed: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
         for entry, future in self._watched:
             if not future.done():
-                (waiting if tables.is_as(entry) else changed).append((entry, future))
+                (waiting if self._is_as(tables, entry) else changed).append((entry, future))
         self._watched = waiting
         if changed:
             self._tell(*((future, None, None) for _, future in changed))
+
+    def _is_as(self, tables: Tables, entry: JournalEntry) -> bool:
+        try:
+            return tables.is_as(entry)
+        except Exception as error:  # noqa: BLE001 - who waits for it will ask again, and be told
+            log.warning("%s", journal_error(self._path, error))
+            return False
 
     def _tell(self, *answers: tuple["asyncio.Future[Any]", FluxError | None, Any]) -> None:
         self._loop.call_soon_threadsafe(_answer, answers)

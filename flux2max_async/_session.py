@@ -252,7 +252,8 @@ class FluxSession:
         yielded at once, what is a task is followed, and only the rest is submitted. A list with repeats stays one.
 
         Args:
-            requests: Prompts or requests, from anything that can be iterated over; it may be endless.
+            requests: Prompts or requests, from anything that can be iterated over; it may be endless. (With a journal,
+                an endless source had better give keys: what has none is counted, which takes memory.)
             save_to: A folder into which the pictures are saved as soon as their tasks end; `Completed.saved` names the
                 files, or `save_error` tells why there are none. No other picture is ever replaced, and what is there
                 already according to the journal is not fetched again.
@@ -364,10 +365,12 @@ class FluxSession:
 
     async def _close(self, supervisor: Supervisor) -> None:
         await supervisor.close()
-        if self._books.journal is not None:
-            await self._books.journal.close()
-        await self._transport.close()
-        self._supervisor = None
+        try:
+            if self._books.journal is not None:
+                await self._books.journal.close()
+        finally:
+            await self._transport.close()
+            self._supervisor = None
 
     async def _start(self, request: GenerationRequest, terms: Terms) -> Poller:
         self._running()

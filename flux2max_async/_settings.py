@@ -56,14 +56,16 @@ def checked_base_url(base_url: str | None) -> str:
     return url.rstrip("/")
 
 
-def checked_seconds(name: str, seconds: float) -> float:
-    """Give a duration that is more than nothing.
+def checked_seconds(name: str, seconds: float, *, most: float = math.inf) -> float:
+    """Give a duration that is more than nothing, and no more than the most.
 
     Raises:
         ConfigurationError: It is not.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")
+    if seconds > most:
+        raise ConfigurationError(f"{name} must be at most {most:g} seconds, not {seconds!r}")
     return seconds
 
 

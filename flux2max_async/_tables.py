@@ -52,7 +52,15 @@ _COLUMNS = """
     e.request, e.result, e.files, o.id, o.place, o.pid
 """
 _FROM = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
-_ENDED = "('completed', 'failed')"
+_MAY_REPLACE = """
+    owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN ('completed', 'failed'))
+    OR owner IS NULL AND state = :state
+    OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
+    OR state = 'submitted' AND :state IN ('completed', 'failed')
+    OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
+"""
+"""Who holds an entry may say anything of it, but an end stays an end. Others may know more of it than is written: an
+id, an end, or that nobody can know. And what nobody holds may be told again, with pictures that were saved since."""
 
 
 class Tables:
@@ -143,9 +151,13 @@ class Tables:
         Raises:
             BudgetExceededError: Its outlay, on top of all that is there, would pass the limit.
         """
+        do = self._connection.execute
         if limit is not None:
+            taken = "SELECT 1 FROM entries WHERE key = ? AND attempt = ? AND state != 'refused'"
+            if do(taken, (entry.key, entry.attempt)).fetchone():
+                return False
             check_budget(limit, Decimal(self._value("SELECT outlay FROM totals")) / _NANO, entry.outlay)
-        written: int = self._connection.execute(
+        written: int = do(
             "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
             " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
@@ -165,15 +177,27 @@ class Tables:
         return adopted == 1
 
     def record(self, entry: JournalEntry) -> None:
-        """Write down what is new; an end that stands there stays."""
+        """Write down what is new, as far as it is ours to say; nothing that is known is forgotten."""
         self._connection.execute(
-            "UPDATE entries SET state = ?, owner = ?, task_id = ?, cost = ?, outlay = ?, submitted = ?, ended = ?,"
-            f" result = ?, files = ? WHERE key = ? AND attempt = ? AND (state NOT IN {_ENDED} OR ? IN {_ENDED})",
-            (entry.state, self.owner if entry.holder is Holder.US else None, entry.task_id,
-             None if entry.cost is None else str(entry.cost), _nano(entry.outlay), _epoch(entry.submitted_at),
-             _epoch(entry.ended_at), to_json(dict(entry.result)),
-             to_json([[str(file.path), file.size] for file in entry.files]), entry.key, entry.attempt, entry.state),
-        )  # fmt: skip
+            "UPDATE entries SET state = :state, owner = :owner, task_id = coalesce(:task_id, task_id),"
+            " cost = coalesce(:cost, cost), outlay = :outlay, submitted = coalesce(:submitted, submitted),"
+            " ended = :ended, result = :result, files = CASE :files WHEN '[]' THEN files ELSE :files END"
+            f" WHERE key = :key AND attempt = :attempt AND ({_MAY_REPLACE})",
+            {
+                "state": entry.state,
+                "owner": self.owner if entry.holder is Holder.US else None,
+                "task_id": entry.task_id,
+                "cost": None if entry.cost is None else str(entry.cost),
+                "outlay": _nano(entry.outlay),
+                "submitted": _epoch(entry.submitted_at),
+                "ended": _epoch(entry.ended_at),
+                "result": to_json(dict(entry.result)),
+                "files": to_json([[str(file.path), file.size] for file in entry.files]),
+                "key": entry.key,
+                "attempt": entry.attempt,
+                "us": self.owner,
+            },
+        )
 
     def is_as(self, entry: JournalEntry) -> bool:
         """Tell whether nothing has happened to an entry, nor to who holds it."""
@@ -276,6 +300,18 @@ def _check(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
             raise JournalError(f"{path} is not a journal; it was left as it is")
+    try:
+        _look_inside(path)
+    except sqlite3.OperationalError as error:
+        if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
+            raise
+        # A process was killed while it made the file. What it left is rolled back by whoever may write.
+        with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master")
+        _look_inside(path)
+
+
+def _look_inside(path: Path) -> None:
     with contextlib.closing(_connect_to_read(path)) as connection:
         _check_marks(connection, path)
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

@@ -32,11 +32,17 @@ __all__ = ["EntryState", "Holder", "Journal", "JournalEntry", "SavedFile", "Sqli
 class Journal(Protocol):
     """What a session tells its journal, and what it asks. An entry is a value: what is new is told as a new entry.
 
-    All methods raise JournalError where the journal can't be read or written.
+    All methods raise JournalError where the journal can't be read or written. An entry is held by the session that has
+    begun or adopted it, until that records it with a `holder` of None, closes the journal, or dies.
     """
 
     async def open(self, left: Callable[[list[JournalEntry]], None], /) -> None:
-        """Begin a session; `left` is to be called with the tasks that another process, now dead, has left behind."""
+        """Begin a session.
+
+        Args:
+            left: To be called, in the event loop, with the tasks that a dying process has left behind, once the journal
+                has given them to this session.
+        """
         ...
 
     async def close(self) -> None:
@@ -44,11 +50,13 @@ class Journal(Protocol):
         ...
 
     async def find(self, key: str, /) -> JournalEntry | None:
-        """Give the newest entry of a key; what others have begun a moment ago may be missed."""
+        """Give the newest entry of a key, its `holder` as seen from here; what others write just now may be missed."""
         ...
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
-        """Write an intent so that a power cut can't undo it; False where its attempt has been made by somebody else.
+        """Write an intent so that a power cut can't undo it, and hold it.
+
+        False where that attempt of that key is there already, unless it is REFUSED: then it is begun anew.
 
         Raises:
             BudgetExceededError: The entry's outlay, on top of all that is in the journal, would pass the limit.
@@ -56,11 +64,11 @@ class Journal(Protocol):
         ...
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Take over a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
+        """Hold a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
         ...
 
     async def record(self, entry: JournalEntry, /) -> None:
-        """Write down what is new about an entry. It stays held by us only where it says so."""
+        """Write down what is new. Whoever doesn't hold the entry can only add what isn't known yet: an id, an end."""
         ...
 
     async def changed(self, entry: JournalEntry, /) -> None:
@@ -87,13 +95,13 @@ class SqliteJournal:
         busy_timeout: Seconds to wait while another program has the file locked.
 
     Raises:
-        ConfigurationError: A time that is not more than 0 seconds.
+        ConfigurationError: A time that is not more than 0 seconds, or more than an hour.
     """
 
     def __init__(self, path: str | PathLike[str], *, lease: float = 12.0, busy_timeout: float = 10.0) -> None:
         self.path: Path = Path(path)
-        self._lease = checked_seconds("lease", lease)
-        self._busy_timeout = checked_seconds("busy_timeout", busy_timeout)
+        self._lease = checked_seconds("lease", lease, most=_LONGEST)
+        self._busy_timeout = checked_seconds("busy_timeout", busy_timeout, most=_LONGEST)
         self._scribe: Scribe | None = None
         self._begun: set[str] | None = None
         """Where the file was empty, the only keys that we can know of; None where asking is the only way."""
@@ -141,8 +149,8 @@ class SqliteJournal:
 
     async def find(self, key: str, /) -> JournalEntry | None:
         """Give the newest entry of a key; only `begin()` is sure to see what others have begun a moment ago."""
-        if self._begun is not None and key not in self._begun:
-            self._open_scribe()
+        undisturbed = self._open_scribe().undisturbed
+        if self._begun is not None and undisturbed and key not in self._begun:
             return None
         found: JournalEntry | None = await self._ask(lambda tables: tables.find(key), writes=False)
         return found
@@ -210,6 +218,7 @@ class SqliteJournal:
         return self._scribe
 
 
+_LONGEST = 3600.0
 _PAGE = 500
 _FEW = 10_000
 """Keys that are remembered to spare a fresh batch its questions."""

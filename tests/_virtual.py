@@ -105,6 +105,6 @@ class VirtualJournal(SqliteJournal):
         with _standing_still():
             await super().close()
 
-    async def _ask(self, work: Any, *, writes: bool = True, durable: bool = False) -> Any:
+    async def _ask(self, work: Any, **how: bool) -> Any:
         with _standing_still():
-            return await super()._ask(work, writes=writes, durable=durable)
+            return await super()._ask(work, **how)

@@ -1,6 +1,7 @@
 """Sessions with a journal: what was asked for before is not paid for again, whatever ended the first session."""
 
 import asyncio
+import base64
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from PIL import Image
 
 from flux2max_async import (
     AuthenticationError,
+    BudgetExceededError,
     Completed,
     DeadlineExceededError,
     Failed,
@@ -530,7 +532,154 @@ async def test_who_is_overtaken_while_adopting_looks_again(gateway: Emulator, tm
     assert session.stats.in_flight == 0
 
 
+async def test_a_journal_that_breaks_in_its_own_way_costs_no_task(gateway: Emulator, tmp_path: Path) -> None:
+    """Whatever a journal raises, what is paid for is followed; and a journal that fails to close leaves nothing open."""
+
+    class Broken(VirtualJournal):
+        async def record(self, entry: JournalEntry, /) -> None:
+            raise KeyError(entry.key)
+
+        async def close(self) -> None:
+            await super().close()
+            raise JournalError("can't be closed")
+
+    session = FluxSession(gateway.api_key, base_url=gateway.url, journal=Broken(tmp_path / "run.db"))
+    await session.__aenter__()
+    done = await session.generate("cat")
+    for _ in range(2):
+        with pytest.raises(JournalError, match="can't be closed"):
+            await session.aclose()
+        await session.__aenter__()
+    with pytest.raises(JournalError):
+        await session.aclose()
+
+    assert "the journal broke: KeyError" in str(done.journal_error)
+
+
+async def test_a_journal_that_contradicts_itself_is_told(gateway: Emulator, tmp_path: Path) -> None:
+    """One that knows nothing of a request and won't have it begun is an error, not an endless loop."""
+
+    class Contrary(VirtualJournal):
+        async def begin(self, entry: JournalEntry, /, **limits: Any) -> bool:
+            return False
+
+    journal = Contrary(tmp_path / "run.db")
+    async with FluxSession(gateway.api_key, base_url=gateway.url, journal=journal) as session:
+        with pytest.raises(JournalError, match="the journal says neither that 'c' can be begun"):
+            await session.generate("cat", key="c")
+
+    assert gateway.calls["submit"] == 0
+
+
+async def test_who_leaves_while_adopting_leaves_the_task_to_others(
+    reopen: Open, gateway: Emulator, tmp_path: Path
+) -> None:
+    """A web client that goes away in that moment doesn't make its task nobody's."""
+    adopted = asyncio.Event()
+
+    class Slow(VirtualJournal):
+        async def adopt(self, entry: JournalEntry, /) -> bool:
+            taken = await super().adopt(entry)
+            adopted.set()
+            await asyncio.sleep(1000)
+            return taken
+
+    async with reopen() as session:
+        task = await session.submit("cat")
+    async with reopen(journal=Slow(tmp_path / "run.db")) as session:
+        leaving = asyncio.ensure_future(session.generate("cat"))
+        await adopted.wait()
+        leaving.cancel()
+        async with reopen() as other:
+            done = await other.generate("cat")
+
+    assert done.task_id == task.id
+
+
+async def test_pictures_whose_saving_cannot_be_written_down_are_told(gateway: Emulator, tmp_path: Path) -> None:
+    """A saved picture of which the journal doesn't know is in its folder, and the outcome says so."""
+
+    class Failing(VirtualJournal):
+        async def record(self, entry: JournalEntry, /) -> None:
+            if entry.files:
+                raise JournalError("the disk is full")
+            await super().record(entry)
+
+    session = FluxSession(gateway.api_key, base_url=gateway.url, journal=Failing(tmp_path / "run.db"))
+    (done,) = await run(session, "cat", save_to=tmp_path / "pictures")
+
+    assert len(done.unwrap().saved) == 1
+    assert isinstance(done.journal_error, JournalError)
+
+
+# ---------------------------------------------------------------------- sharing
+
+
+async def test_a_follower_has_its_own_terms(reopen: Open, gateway: Emulator) -> None:
+    """What ends a request for one who asks isn't always the end for another who asks for the same at the same time."""
+    gateway.script("submit", None, Fault.RESET_AFTER)
+    await run(reopen(), "dog [fail]", "cat")
+    async with reopen() as session:
+        results = await asyncio.gather(
+            session.generate("dog [fail]"),
+            session.generate("dog [fail]", retry_failed=True),
+            session.generate("cat"),
+            session.generate("cat", resubmit_uncertain=True),
+            return_exceptions=True,
+        )
+
+    assert [type(result) for result in results] == [
+        TaskFailedError, TaskFailedError, SubmissionUncertainError, Completed,
+    ]  # fmt: skip
+    assert gateway.accepted == {"dog [fail]": 2, "cat": 2}
+
+
+async def test_a_paid_task_that_is_forgotten_still_counts(reopen: Open, gateway: Emulator, tmp_path: Path) -> None:
+    """A task that the service doesn't know any more was paid for all the same, as far as anybody knows."""
+    async with reopen(budget="0.10") as session:
+        await session.submit("cat")
+    gateway.tasks.clear()
+    rewrite(tmp_path, "UPDATE entries SET submitted = submitted - 3600")
+    await run(reopen(budget="0.10"), "cat")
+    async with reopen(budget="0.10") as session:
+        with pytest.raises(BudgetExceededError):
+            await session.generate("dog")
+
+    assert [entry.outlay for entry in await entries(tmp_path)] == [Decimal("0.07")]
+
+
 # ---------------------------------------------------------------------- what is never written
+
+
+async def test_a_very_long_url_is_asked_for_anew(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A url that is too long to be kept is got by one poll when its picture is to be saved."""
+    long = f"{scripted.url}/0.jpeg?{'x' * 5000}"
+    scripted.polls.clear()
+    scripted.polls.append(answer(200, completed(url=long)))
+    scripted.downloads.clear()
+    scripted.downloads.append(answer(200, b"\xff\xd8\xff"))
+
+    def session() -> FluxSession:
+        return FluxSession(scripted.api_key, base_url=scripted.url, journal=VirtualJournal(tmp_path / "run.db"))
+
+    await run(session(), "cat")
+    (again,) = await run(session(), "cat", save_to=tmp_path / "pictures")
+
+    assert again.unwrap().save_error is None
+    assert len(again.unwrap().saved) == 1
+
+
+async def test_long_texts_among_the_parameters_are_known_by_their_fingerprint(
+    reopen: Open, gateway: Emulator, tmp_path: Path
+) -> None:
+    """A picture that is passed through as a parameter of the service's own isn't in the file, but tells requests apart."""
+    masks = [base64.b64encode(bytes([number]) * 6000).decode() for number in range(2)]
+    await run(reopen(), *(GenerationRequest("cat", extra={"mask": mask}) for mask in masks))
+    data = (tmp_path / "run.db").read_bytes()
+
+    assert gateway.accepted["cat"] == 2
+    assert not any(mask[:64].encode() in data for mask in masks)
+    assert b"(8000 characters)" in data
 
 
 async def test_neither_key_nor_secret_nor_picture_is_in_the_file(scripted: ScriptedGateway, tmp_path: Path) -> None:

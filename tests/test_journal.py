@@ -173,6 +173,39 @@ async def test_an_end_stands(journal: SqliteJournal) -> None:
         await journal.begin(intent("b"), limit=Decimal("0.1"))
 
 
+async def test_only_who_holds_an_entry_may_take_something_back(tmp_path: Path) -> None:
+    """Somebody else can add an id or an end that isn't known yet; he can't undo anything, nor lose an id or a picture."""
+    path = tmp_path / "run.db"
+    await made(path)
+    async with SqliteJournal(path) as one, SqliteJournal(path) as two:
+        await one.begin(intent())
+        await one.record(submitted())
+        await two.record(attrs.evolve(intent(), state=EntryState.REFUSED, holder=None, outlay=Decimal(0)))
+        await two.record(attrs.evolve(submitted(), holder=None))
+        before = await one.find("k")
+        await two.record(completed())
+        await one.record(attrs.evolve(completed(), files=(), task_id=None))
+        await one.record(submitted())
+        after = await two.find("k")
+        await one.begin(intent("b"))
+        await two.record(attrs.evolve(intent("b"), state=EntryState.UNCERTAIN, holder=None))
+        held = await one.find("b")
+
+    assert before is not None
+    assert (before.state, before.holder, before.outlay) == (EntryState.SUBMITTED, Holder.US, Decimal("0.07"))
+    assert after is not None
+    assert (after.state, after.task_id, after.files) == (EntryState.COMPLETED, "t-k", completed().files)
+    assert held is not None
+    assert held.state is EntryState.INTENT
+
+
+async def test_what_is_begun_already_is_told_before_the_money_is_counted(journal: SqliteJournal) -> None:
+    """A limit that is used up by the request itself doesn't hide that somebody has begun it."""
+    await journal.begin(intent())
+
+    assert not await journal.begin(intent(), limit=Decimal("0.07"))
+
+
 async def test_a_limit_counts_what_all_have_begun(journal: SqliteJournal) -> None:
     """An intent that would pass the limit isn't written; what bought nothing doesn't count."""
     limit = Decimal("0.14")
@@ -377,6 +410,27 @@ async def test_who_is_gone_before_a_journal_is_opened_holds_nothing(tmp_path: Pa
     assert owners == 1
 
 
+async def test_nobody_dies_of_a_lock(tmp_path: Path) -> None:
+    """When another program locks the file for longer than the lease, those who couldn't show that they live are not dead."""
+    path = tmp_path / "run.db"
+    async with (
+        SqliteJournal(path, lease=0.4, busy_timeout=5) as one,
+        SqliteJournal(path, lease=0.4, busy_timeout=5) as two,
+    ):
+        await one.begin(intent())
+        await one.record(submitted())
+        await asyncio.sleep(0.3)
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=5)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await asyncio.sleep(1)
+            other.execute("COMMIT")
+        await asyncio.sleep(0.3)
+        await two.begin(intent("b"))
+        found = await two.find("k")
+
+    assert found is None or found.holder is Holder.OTHER
+
+
 async def test_a_sleeper_who_was_taken_for_dead_is_alive_again(tmp_path: Path) -> None:
     """A process that was stopped for longer than its lease goes on, and the others see it again."""
     async with SqliteJournal(tmp_path / "run.db", lease=0.2) as journal:
@@ -428,9 +482,11 @@ async def test_a_journal_serves_one_session_at_a_time(journal: SqliteJournal) ->
 
 @pytest.mark.parametrize("setting", ["lease", "busy_timeout"])
 def test_senseless_times_are_refused(setting: str, tmp_path: Path) -> None:
-    """A time of nothing is an error that names the setting."""
+    """A time of nothing, or without an end, is an error that names the setting."""
     with pytest.raises(ConfigurationError, match=f"{setting} must be more than 0 seconds"):
         SqliteJournal(tmp_path / "run.db", **{setting: 0.0})
+    with pytest.raises(ConfigurationError, match=f"{setting} must be at most 3600 seconds, not inf"):
+        SqliteJournal(tmp_path / "run.db", **{setting: float("inf")})
 
 
 # ---------------------------------------------------------------------- what it refuses
@@ -484,6 +540,25 @@ async def test_what_is_no_journal_is_refused_and_left_untouched(
     assert "left as it is" in str(caught.value)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
+
+
+async def test_a_file_whose_making_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    """A kill in the middle of the making leaves SQLite's own notes on how to undo it, which is done."""
+    path = tmp_path / "run.db"
+    with closing(sqlite3.connect(tmp_path / "begun.db", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE first (a)")
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO first SELECT randomblob(3000) FROM (WITH RECURSIVE n(i) AS "
+                           "(SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 50) SELECT i FROM n)")  # fmt: skip
+        connection.execute("DROP TABLE first")
+        for ending in ("", "-journal"):
+            path.with_name(f"run.db{ending}").write_bytes((tmp_path / f"begun.db{ending}").read_bytes())
+        connection.execute("ROLLBACK")
+    with pytest.raises(JournalError, match="is a database, but not a journal"):
+        await SqliteJournal(path).open()
+
+    assert not path.with_name("run.db-journal").exists()
 
 
 async def test_an_empty_file_becomes_a_journal(tmp_path: Path) -> None:
@@ -552,7 +627,15 @@ async def test_several_make_the_file_at_once(tmp_path: Path) -> None:
 
 async def test_what_breaks_while_it_is_in_use_is_told(journal: SqliteJournal, caplog: pytest.LogCaptureFixture) -> None:
     """A file that somebody spoils under a running session is an error of each call, and of nothing else."""
-    rewrite(journal.path, "ALTER TABLE entries RENAME TO something")
+    async with SqliteJournal(journal.path) as other:
+        await other.begin(intent("k"))
+        await journal.begin(intent("k"))
+        held = await journal.find("k")
+        assert held is not None
+        waiting = asyncio.ensure_future(journal.changed(held))
+        rewrite(journal.path, "ALTER TABLE entries RENAME TO something")
+        async with asyncio.timeout(2):
+            await waiting
     rewrite(journal.path, "DROP TABLE owners")
     with pytest.raises(JournalError, match="no such table"):
         await journal.begin(intent())

@@ -34,7 +34,7 @@ from flux2max_async import (
     ResultExpiredError,
     SessionClosedError,
 )
-from flux2max_async._saver import _link, file_name
+from flux2max_async._saver import _link, _move, file_name
 from flux2max_async.emulator import Emulator
 
 small_disk = test_save.small_disk
@@ -334,11 +334,19 @@ async def test_a_name_that_is_taken_in_the_last_moment(
 
 
 def test_what_cannot_be_linked_is_moved(tmp_path: Path) -> None:
-    """Where the system makes no hard link, as none to a folder, the thing itself gets the name."""
-    (tmp_path / "part").mkdir()
+    """Where there are no hard links, a name that is taken stays so, and one that is free isn't taken in vain."""
+    part, there = tmp_path / "part", tmp_path / "there"
+    part.write_bytes(RED)
+    moved = _move(part, there)
+    part.write_bytes(BLUE)
+    again = _move(part, there)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="ot a directory"):
+        _link(tmp_path / "folder", tmp_path / "new")  # of a folder, there is no hard link
 
-    assert _link(tmp_path / "part", tmp_path / "there")
-    assert names(tmp_path) == ["there"]
+    assert (moved, again) == (True, False)
+    assert there.read_bytes() == RED
+    assert names(tmp_path) == ["folder", "part", "there"]
 
 
 # ---------------------------------------------------------------------- what goes wrong

@@ -73,6 +73,7 @@ def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) ->
     command = [sys.executable, "-W", "error", "-c", SCRIPTS[2]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment) as first:
         while not (tmp_path / "herbarium").is_dir() or not list((tmp_path / "herbarium").glob("*.jpeg")):
+            assert first.poll() is None
             time.sleep(0.01)
         first.kill()
     runs = [

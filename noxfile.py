@@ -15,6 +15,8 @@ nox.options.reuse_venv = "no"
 nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "bench_short", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13"]
+AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
+"""The tests wait a lot: several processes run them at once."""
 
 if shutil.which("pyenv"):
     # pyenv's shims answer only for the versions that are listed.
@@ -39,7 +41,7 @@ def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", 
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """Run the tests against what is installed, never against the checkout."""
     session.run(
-        "coverage", "run", "-m", "pytest", *arguments, *session.posargs,
+        "coverage", "run", "-m", "pytest", *AT_ONCE, *arguments, *session.posargs,
         env={"PYTHONSAFEPATH": "1", "COVERAGE_FILE": str(Path(f".coverage.{session.name}").resolve())},
     )  # fmt: skip
 
@@ -55,7 +57,7 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The tests with the oldest releases of the dependencies that are promised to do."""
     install(session, "test", options=("--resolution", "lowest-direct"))
-    session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+    session.run("pytest", *AT_ONCE, *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
 @nox.session(python=PYTHONS[-1])
@@ -103,6 +105,7 @@ def bench(session: nox.Session) -> None:
     install(session, "bench", extras="")
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
+    session.run("python", "benchmarks/journal.py", "--write")
 
 
 @nox.session(python=PYTHONS[-1])
@@ -112,3 +115,4 @@ def bench_short(session: nox.Session) -> None:
     session.install("numpy>=2", "scipy>=1.15", "seaart-sdk==0.1.4")
     session.run("python", "benchmarks/polling.py", "--short")
     session.run("python", "benchmarks/client.py", "--short")
+    session.run("python", "benchmarks/journal.py", "--short")

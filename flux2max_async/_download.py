@@ -15,6 +15,7 @@ import attrs
 from flux2max_async._errors import DownloadError, ProtocolError, ResultExpiredError, TransportError
 from flux2max_async._request import is_web_url
 from flux2max_async._retry import backoff
+from flux2max_async._task import NO_URL
 from flux2max_async._transport import Answer, Transport
 
 MAX_BYTES = 100_000_000
@@ -35,7 +36,7 @@ async def download(transport: Transport, url: str, part: Path, target: Path) -> 
         ResultExpiredError: The url is not valid any more.
         DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
     """
-    if not url:
+    if url == NO_URL:
         raise ResultExpiredError("the picture's url was too long to be kept")
     if not is_web_url(url):
         raise DownloadError(f"can't download: the picture's url is no http(s) URL: {url[:80]!r}")

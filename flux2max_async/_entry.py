@@ -19,7 +19,7 @@ from flux2max_async._errors import (
     TaskNotFoundError,
 )
 from flux2max_async._request import GenerationRequest
-from flux2max_async._task import Completed, Failed, GeneratedImage, Outcome, Usage
+from flux2max_async._task import NO_URL, Completed, Failed, GeneratedImage, Outcome, Usage
 
 _LONGEST = 4096
 """Characters of one text that is kept of what the service says freely: enough for a prompt, too few for a picture."""
@@ -133,7 +133,7 @@ def result_of(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, A
         found = {**common, "error": {"kind": type(error).__name__, "message": error.message, **told}}
     else:
         images = [
-            {"url": image.url if len(image.url) <= _LONGEST else "", "type": image.type, "extra": dict(image.extra)}
+            {"url": image.url if len(image.url) <= _LONGEST else NO_URL, "type": image.type, "extra": dict(image.extra)}
             for image in outcome.images
         ]
         found = {**common, "images": images, "metadata": dict(outcome.metadata)}

@@ -30,6 +30,10 @@ class TaskStatus(StrEnum):
 _ENDED = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
 
 
+NO_URL = "about:blank"
+"""Stands for the url of a picture that is known to exist, and has to be asked for anew."""
+
+
 @attrs.frozen
 class Usage:
     """What a task cost."""

@@ -38,10 +38,11 @@ def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", 
     session.install(f"{wheel}{extras}", *named, *options)
 
 
-def run_tests(session: nox.Session, *arguments: str) -> None:
-    """Run the tests against what is installed, never against the checkout."""
+def run_tests(session: nox.Session, *, measured: bool) -> None:
+    """Run the tests against what is installed, never against the checkout; measuring where they have been costs time."""
+    coverage = ("coverage", "run", "-m") if measured else ()
     session.run(
-        "coverage", "run", "-m", "pytest", *AT_ONCE, *arguments, *session.posargs,
+        *coverage, "pytest", *AT_ONCE, *session.posargs,
         env={"PYTHONSAFEPATH": "1", "COVERAGE_FILE": str(Path(f".coverage.{session.name}").resolve())},
     )  # fmt: skip
 
@@ -50,14 +51,14 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """The tests, on each Python."""
     install(session, "test")
-    run_tests(session)
+    run_tests(session, measured=session.python in {PYTHONS[0], PYTHONS[-1]})
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
     """The tests with the oldest releases of the dependencies that are promised to do."""
     install(session, "test", options=("--resolution", "lowest-direct"))
-    session.run("pytest", *AT_ONCE, *session.posargs, env={"PYTHONSAFEPATH": "1"})
+    run_tests(session, measured=False)
 
 
 @nox.session(python=PYTHONS[-1])
@@ -93,7 +94,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[-1])
 def coverage(session: nox.Session) -> None:
-    """That the tests on all Pythons together have been everywhere."""
+    """That the tests on the oldest and the newest Python together have been everywhere."""
     session.install("coverage[toml]>=7.10")
     session.run("coverage", "combine", "--keep")
     session.run("coverage", "report")

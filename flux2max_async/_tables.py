@@ -83,7 +83,7 @@ class Tables:
         with told_apart(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
-                _check(path)
+                _check(path, patience)
             self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None)
             try:
                 self._prepare(patience)
@@ -263,7 +263,7 @@ def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]
     Raises:
         JournalError: The file can't be read, or isn't a journal.
     """
-    with told_apart(path), contextlib.closing(_connect_to_read(path)) as connection:
+    with told_apart(path), contextlib.closing(_connect_to_read(path, _PATIENCE)) as connection:
         _check_marks(connection, path)
         rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
         return [(row[17], _entry(row, Holder.OTHER if row[14] else None)) for row in rows]
@@ -295,24 +295,24 @@ def _entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
 # ------------------------------------------------------------------ the file
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, patience: float) -> None:
     """Look at a file that is there already, without changing a byte of it."""
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
             raise JournalError(f"{path} is not a journal; it was left as it is")
     try:
-        _look_inside(path)
+        _look_inside(path, patience)
     except sqlite3.OperationalError as error:
         if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
             raise
         # A process was killed while it made the file. What it left is rolled back by whoever may write.
-        with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=patience)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")
-        _look_inside(path)
+        _look_inside(path, patience)
 
 
-def _look_inside(path: Path) -> None:
-    with contextlib.closing(_connect_to_read(path)) as connection:
+def _look_inside(path: Path, patience: float) -> None:
+    with contextlib.closing(_connect_to_read(path, patience)) as connection:
         _check_marks(connection, path)
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
@@ -332,9 +332,9 @@ def _check_marks(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _connect_to_read(path: Path) -> sqlite3.Connection:
+def _connect_to_read(path: Path, patience: float) -> sqlite3.Connection:
     return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=_PATIENCE, uri=True, isolation_level=None
+        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=patience, uri=True, isolation_level=None
     )
 
 

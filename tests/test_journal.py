@@ -609,9 +609,11 @@ async def test_a_file_that_stays_locked_cannot_be_opened(tmp_path: Path) -> None
     await made(path, 1)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(JournalError, match="locked by another program"):
-            await SqliteJournal(path, busy_timeout=0.2).open()
+        for lock in ("BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"):
+            other.execute(lock)
+            with pytest.raises(JournalError, match="locked by another program"):
+                await SqliteJournal(path, busy_timeout=0.2).open()
+            other.execute("COMMIT")
 
 
 async def test_several_make_the_file_at_once(tmp_path: Path) -> None:
@@ -643,6 +645,19 @@ async def test_what_breaks_while_it_is_in_use_is_told(journal: SqliteJournal, ca
     await journal.close()
 
     assert "no such table" in caplog.text
+
+
+async def test_whatever_is_in_the_file_the_thread_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A row that makes no sense is logged, and those who wait for other things are served."""
+    async with SqliteJournal(tmp_path / "run.db", lease=0.4) as journal:
+        with closing(sqlite3.connect(journal.path)) as connection:
+            ((place,),) = connection.execute("SELECT place FROM owners").fetchall()
+        rewrite(journal.path, "INSERT INTO owners VALUES ('them', 1, 60, ?, 'nonsense')", place)
+        await asyncio.sleep(0.3)
+        begun = await journal.begin(intent())
+
+    assert begun
+    assert "TypeError" in caplog.text
 
 
 @pytest.fixture

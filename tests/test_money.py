@@ -688,3 +688,10 @@ async def test_what_a_failed_task_costs_is_no_price(scripted: ScriptedGateway) -
         await session.generate("cat 1")
         with pytest.raises(BudgetExceededError, match=r"for about \$0.07: \$0.08 are spent"):
             await session.generate("cat 2")
+
+
+async def test_a_budget_and_a_folder_need_no_journal(opened: Open, tmp_path: Path) -> None:
+    """A stream with a budget saves its pictures with or without a journal."""
+    outcomes = await run(opened(budget=1), *cats(3), save_to=tmp_path)
+
+    assert len({path for outcome in outcomes for path in outcome.unwrap().saved}) == 3

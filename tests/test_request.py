@@ -892,3 +892,9 @@ def test_a_picture_shows_where_it_comes_from(source: Any, shown: str) -> None:
     image = InputImage(source)
 
     assert repr(image) == shown
+
+
+def test_a_picture_on_the_web_has_no_bytes_here() -> None:
+    """Only local pictures can be read."""
+    with pytest.raises(InvalidRequestError, match="is on the web, not here"):
+        InputImage("https://pictures.example/a.png").read()

@@ -39,7 +39,7 @@ def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", 
 
 
 def run_tests(session: nox.Session, *, measured: bool) -> None:
-    """Run the tests against what is installed, never against the checkout; measuring where they have been costs time."""
+    """Run the tests against what is installed, never against the checkout; measuring where they went costs time."""
     coverage = ("coverage", "run", "-m") if measured else ()
     session.run(
         *coverage, "pytest", *AT_ONCE, *session.posargs,

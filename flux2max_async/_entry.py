@@ -92,7 +92,7 @@ class JournalEntry:
         return str(self.request.get("prompt", ""))
 
     @property
-    def saved(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Path, ...]:
         """The paths of the pictures that were saved."""
         return tuple(file.path for file in self.files)
 
@@ -114,7 +114,7 @@ class JournalEntry:
             "created_at": _iso(self.created_at),
             "submitted_at": _iso(self.submitted_at),
             "ended_at": _iso(self.ended_at),
-            "saved": [str(path) for path in self.saved],
+            "paths": [str(path) for path in self.paths],
             "request": dict(self.request),
             "result": dict(self.result),
         }

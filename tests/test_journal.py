@@ -106,7 +106,7 @@ async def test_what_is_recorded_is_found_again_by_another_session(tmp_path: Path
 
     assert found == completed()
     assert found is not None
-    assert (found.prompt, found.saved, found.error) == ("a k", (Path("/pictures/a.png"),), None)
+    assert (found.prompt, found.paths, found.error) == ("a k", (Path("/pictures/a.png"),), None)
 
 
 async def test_entries_are_listed_in_order_beside_a_running_session(journal: SqliteJournal) -> None:
@@ -131,7 +131,7 @@ async def test_an_export_has_a_line_of_json_for_each_entry(journal: SqliteJourna
 
     assert target == tmp_path / "run.jsonl"
     assert (first["key"], first["state"], first["cost"]) == ("größe", "completed", "0.0725")
-    assert (first["saved"], first["ended_at"]) == (["/pictures/a.png"], "2026-01-02T03:04:05+00:00")
+    assert (first["paths"], first["ended_at"]) == (["/pictures/a.png"], "2026-01-02T03:04:05+00:00")
     assert (second["key"], second["state"], second["task_id"]) == ("b", "intent", None)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".part") == []
 

@@ -44,7 +44,7 @@ class Size:
     fsyncs: int
 
 
-FULL = Size(runs=5, steady={24: 192, 200: 1_000}, seconds=4.0, known=5_000, fsyncs=50)
+FULL = Size(runs=3, steady={24: 192, 200: 1_000}, seconds=4.0, known=5_000, fsyncs=50)
 SHORT = Size(runs=1, steady={5: 15}, seconds=0.3, known=100, fsyncs=5)
 
 

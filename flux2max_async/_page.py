@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -10,6 +9,7 @@ from decimal import Decimal
 import anyio.to_thread
 import attrs
 
+from flux2max_async._books import Books, OvertakenError, Terms
 from flux2max_async._content import Content, content_of, is_local
 from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, kept, outcome_of, result_of
 from flux2max_async._errors import (
@@ -20,46 +20,11 @@ from flux2max_async._errors import (
     TaskFailedError,
     TaskNotFoundError,
 )
-from flux2max_async._ledger import Ledger
 from flux2max_async._request import GenerationRequest
 from flux2max_async._task import Completed, Failed, Outcome
 from flux2max_async.journal import Journal
 
 log = logging.getLogger("flux2max_async")
-
-
-class OvertakenError(FluxError):
-    """Another process has begun the same request in the meantime: look again. It reaches no caller."""
-
-
-@attrs.frozen
-class Terms:
-    """How requests are to be taken that the journal knows already."""
-
-    retry_failed: bool = False
-    resubmit_uncertain: bool = False
-    to_be_saved: bool = False
-    """Whether the pictures are saved by the session, which holds the entry until that is done."""
-    occurrences: Counter[str] | None = None
-    """How often each content without a key was asked for so far in a list; without one, the same is the same."""
-
-
-@attrs.frozen
-class Books:
-    """What a session keeps books with."""
-
-    ledger: Ledger
-    journal: Journal | None
-    whole_journal: bool
-    """Whether the budget is that of all that is in the journal, or only of this session."""
-    secrets: tuple[str, ...] = attrs.field(repr=False)
-    errands: set["asyncio.Task[None]"] = attrs.field(factory=set["asyncio.Task[None]"])
-    """What is still being written down though nobody waits for it."""
-
-    @property
-    def needed(self) -> bool:
-        """Whether there is anything to be kept."""
-        return self.journal is not None or self.ledger.budget is not None
 
 
 @attrs.define(eq=False)
@@ -68,7 +33,7 @@ class Page:
 
     books: Books
     request: GenerationRequest | None
-    terms: Terms = Terms()
+    terms: Terms
     entry: JournalEntry | None = None
     """The request's newest entry; the one that is to be made, until it is."""
     interrupted: bool = attrs.field(default=False, init=False)

@@ -8,10 +8,11 @@ from typing import Any
 
 import attrs
 
+from flux2max_async._books import OvertakenError
 from flux2max_async._errors import DeadlineExceededError, FluxError, JournalError, ProtocolError, SessionClosedError
 from flux2max_async._gateway import Gateway, Patience
 from flux2max_async._learned import LearnedSchedule
-from flux2max_async._page import OvertakenError, Page
+from flux2max_async._page import Page
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._schedule import PollPlan, PollSchedule

@@ -18,9 +18,10 @@ from typing import Any
 
 import attrs
 
+from flux2max_async._dbfile import journal_error
 from flux2max_async._entry import JournalEntry
 from flux2max_async._errors import FluxError, JournalError
-from flux2max_async._tables import Tables, journal_error
+from flux2max_async._tables import Tables
 
 log = logging.getLogger("flux2max_async")
 

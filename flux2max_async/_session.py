@@ -16,6 +16,7 @@ import aiohttp
 import anyio
 import attrs
 
+from flux2max_async._books import Books, Terms
 from flux2max_async._download import download, told_apart
 from flux2max_async._entry import JournalEntry
 from flux2max_async._errors import (
@@ -30,7 +31,7 @@ from flux2max_async._gateway import Gateway
 from flux2max_async._handle import GenerationTask
 from flux2max_async._learned import LearnedSchedule
 from flux2max_async._ledger import Ledger
-from flux2max_async._page import Books, Page, Terms
+from flux2max_async._page import Page
 from flux2max_async._poller import Poller
 from flux2max_async._request import GenerationRequest, as_request
 from flux2max_async._saver import Saver

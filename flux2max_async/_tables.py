@@ -5,28 +5,30 @@ that sums are exact and made by the database itself.
 """
 
 import contextlib
-import functools
 import json
 import os
 import secrets
-import socket
 import sqlite3
-import sys
-import time
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from flux2max_async._dbfile import (
+    APPLICATION,
+    VERSION,
+    check_file,
+    check_marks,
+    connect_to_read,
+    here,
+    is_gone,
+    patiently,
+    told_apart,
+)
 from flux2max_async._entry import EntryState, Holder, JournalEntry, SavedFile, to_json
-from flux2max_async._errors import JournalError
 from flux2max_async._ledger import check_budget
 
-VERSION = 1
-_APPLICATION = 0x464C5832
-"""Marks the file as ours, for us and for `file`."""
 _PATIENCE = 10.0
 """Seconds that a reader waits while another program has the file locked."""
 _NANO = Decimal(10) ** 9
@@ -44,7 +46,7 @@ _SCHEMA = (
     BEGIN UPDATE totals SET outlay = outlay + new.outlay; END""",
     """CREATE TRIGGER told AFTER UPDATE OF outlay ON entries WHEN new.outlay != old.outlay
     BEGIN UPDATE totals SET outlay = outlay + new.outlay - old.outlay; END""",
-    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
 _COLUMNS = """
@@ -83,7 +85,7 @@ class Tables:
         with told_apart(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
-                _check(path, patience)
+                check_file(path, patience)
             self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None)
             try:
                 self._prepare(patience)
@@ -95,14 +97,14 @@ class Tables:
     def _prepare(self, patience: float) -> None:
         do = self._connection.execute
         # Several processes may make the file at once; switching to WAL then is refused without waiting.
-        _patiently(lambda: do("PRAGMA journal_mode = WAL"), patience)
+        patiently(lambda: do("PRAGMA journal_mode = WAL"), patience)
         do("PRAGMA synchronous = FULL")
         do("PRAGMA fullfsync = 1")  # macOS: through the drive's own cache
         with self.transaction(durable=True):
             if not self._value("SELECT count(*) FROM sqlite_master"):
                 for statement in _SCHEMA:
                     do(statement)
-            _check_marks(self._connection, self._path)
+            check_marks(self._connection, self._path)
             for owner, (_, _, gone) in self.others().items():
                 if gone:
                     self.bury(owner)
@@ -213,12 +215,12 @@ class Tables:
         do = self._connection.execute
         if not do("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
             # Somebody took us for dead, while this machine slept.
-            do("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, _here(), os.getpid()))
+            do("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, here(), os.getpid()))
 
     def others(self) -> dict[str, tuple[int, float, bool]]:
         """Give the beat and the lease of each other owner, and whether it is certain that its process is gone."""
         rows = self._connection.execute("SELECT id, beat, lease, place, pid FROM owners WHERE id != ?", (self.owner,))
-        return {owner: (beat, lease, _is_gone(place, pid)) for owner, beat, lease, place, pid in rows.fetchall()}
+        return {owner: (beat, lease, is_gone(place, pid)) for owner, beat, lease, place, pid in rows.fetchall()}
 
     def bury(self, owner: str) -> None:
         """Free what an owner that is dead has held."""
@@ -249,7 +251,7 @@ class Tables:
         holder = None
         if owner == self.owner:
             holder = Holder.US
-        elif alive is not None and not _is_gone(place, pid):
+        elif alive is not None and not is_gone(place, pid):
             holder = Holder.OTHER
         return _entry(row, holder)
 
@@ -263,8 +265,8 @@ def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]
     Raises:
         JournalError: The file can't be read, or isn't a journal.
     """
-    with told_apart(path), contextlib.closing(_connect_to_read(path, _PATIENCE)) as connection:
-        _check_marks(connection, path)
+    with told_apart(path), contextlib.closing(connect_to_read(path, _PATIENCE)) as connection:
+        check_marks(connection, path)
         rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
         return [(row[17], _entry(row, Holder.OTHER if row[14] else None)) for row in rows]
 
@@ -292,86 +294,6 @@ def _entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
     )
 
 
-# ------------------------------------------------------------------ the file
-
-
-def _check(path: Path, patience: float) -> None:
-    """Look at a file that is there already, without changing a byte of it."""
-    with path.open("rb") as file:
-        if file.read(16) != b"SQLite format 3\0":
-            raise JournalError(f"{path} is not a journal; it was left as it is")
-    try:
-        _look_inside(path, patience)
-    except sqlite3.OperationalError as error:
-        if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
-            raise
-        # A process was killed while it made the file. What it left is rolled back by whoever may write.
-        with contextlib.closing(sqlite3.connect(path, timeout=patience)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master")
-        _look_inside(path, patience)
-
-
-def _look_inside(path: Path, patience: float) -> None:
-    with contextlib.closing(_connect_to_read(path, patience)) as connection:
-        _check_marks(connection, path)
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise JournalError(f"the journal {path} is damaged ({found}); it was left as it is")
-
-
-def _check_marks(connection: sqlite3.Connection, path: Path) -> None:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if application != _APPLICATION and tables:
-        raise JournalError(f"{path} is a database, but not a journal; it was left as it is")
-    if version > VERSION:
-        raise JournalError(
-            f"the journal {path} was written by a newer version (schema {version}, known up to {VERSION}): update "
-            "flux2max_async; it was left as it is"
-        )
-
-
-def _connect_to_read(path: Path, patience: float) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=patience, uri=True, isolation_level=None
-    )
-
-
-def _patiently(work: Callable[[], object], patience: float) -> None:
-    until = time.monotonic() + patience
-    while True:
-        try:
-            work()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(0.02)
-        else:
-            return
-
-
-@functools.cache
-def _here() -> str:
-    """Name what process numbers are unique in: this machine, or this container of it."""
-    namespace = ""
-    with contextlib.suppress(OSError):
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    return f"{socket.gethostname()} {namespace}"
-
-
-def _is_gone(place: str, pid: int) -> bool:
-    """Tell whether it is certain that a process has ended."""
-    if place != _here() or sys.platform == "win32":  # there, asking would be killing
-        return False
-    try:
-        with contextlib.suppress(PermissionError):  # it is somebody else's, and alive
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 def _nano(dollars: Decimal) -> int:
     return min(int((dollars * _NANO).to_integral_value(ROUND_CEILING)), _MOST)
 
@@ -382,36 +304,3 @@ def _epoch(moment: datetime | None) -> float | None:
 
 def _moment(epoch: float | None) -> datetime | None:
     return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
-
-
-@contextlib.contextmanager
-def told_apart(path: Path) -> Generator[None]:
-    """Say in our words what is wrong with the file.
-
-    Raises:
-        JournalError: Something is.
-    """
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise journal_error(path, error) from error
-
-
-def journal_error(path: Path, error: Exception) -> JournalError:
-    """Say in our words what is wrong with the file."""
-    name = str(getattr(error, "sqlite_errorname", ""))
-    for begin, reason in _REASONS:
-        if name.startswith(begin):
-            return JournalError(f"the journal {path} {reason} ({error})")
-    return JournalError(f"the journal {path} can't be used: {getattr(error, 'strerror', None) or error}")
-
-
-_REASONS = (
-    ("SQLITE_FULL", "can't be written: its disk is full"),
-    ("SQLITE_READONLY", "can't be written: it is read-only"),
-    ("SQLITE_CANTOPEN", "can't be opened"),
-    ("SQLITE_BUSY", "is locked by another program"),
-    ("SQLITE_CORRUPT", "is damaged; it was left as it is"),
-    ("SQLITE_NOTADB", "is damaged; it was left as it is"),
-    ("SQLITE_IOERR", "can't be read or written: its disk fails"),
-)

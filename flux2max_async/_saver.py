@@ -118,7 +118,7 @@ class Saver:
             return file_name(self.name(outcome))
         except Exception as error:  # noqa: BLE001 - it is the caller's
             # Not as the cause: one with an errno would be taken for what the disk says.
-            raise DownloadError(f"no name for the picture: {error!r}")  # noqa: B904
+            raise DownloadError(f"no name for the picture: {error!r}")  # noqa: B904 - see above
 
 
 def file_name(text: str) -> str:

@@ -121,8 +121,10 @@ class Scribe:
             self._serve(tables)
         finally:
             tables.close()
+            # Whoever still waits for a change asks again, and hears that the journal isn't open.
+            unanswered = [(future, None, None) for _, future in self._watched]
             with contextlib.suppress(RuntimeError):  # the event loop may have ended first
-                self._tell((self.ended, None, None))
+                self._tell(*unanswered, (self.ended, None, None))
 
     def _serve(self, tables: Tables) -> None:
         others_have_written = tables.others_have_written()
@@ -146,9 +148,11 @@ class Scribe:
         errands = self._fetch()
         if work := [errand for errand in errands if errand is not None]:
             self._do(tables, work)
+        if None in errands:
+            return True
         if self._watched and others_have_written():
             self._look_after_watched(tables)
-        return None in errands
+        return False
 
     def _fetch(self) -> list[Errand | None]:
         if self._loop.is_closed():

@@ -333,6 +333,23 @@ async def test_a_change_made_elsewhere_is_noticed_within_a_second(tmp_path: Path
     assert not done
 
 
+async def test_closing_ends_a_wait_for_a_change(tmp_path: Path) -> None:
+    """Who waits for somebody else's entry isn't left waiting by a journal that is closed."""
+    path = tmp_path / "run.db"
+    await made(path)
+    async with SqliteJournal(path) as one:
+        async with SqliteJournal(path) as two:
+            await one.begin(intent())
+            held = await two.find("k")
+            assert held is not None
+            waiting = asyncio.ensure_future(two.changed(held))
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(1):
+            await waiting
+
+    assert held.holder is Holder.OTHER
+
+
 async def test_whoever_gives_no_sign_of_life_is_dead(tmp_path: Path) -> None:
     """Tasks of somebody who beats no more are taken over and told; a submit of his that has no id is uncertain."""
     path = tmp_path / "run.db"

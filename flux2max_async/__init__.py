@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from flux2max_async._version import __version__
 
 if TYPE_CHECKING:
+    from flux2max_async import journal as journal
+    from flux2max_async import webhooks as webhooks
     from flux2max_async._face import *
 
 __all__ = [
@@ -62,11 +64,16 @@ __all__ = [
     "TaskStatus",
     "TransportError",
     "Usage",
+    "WebhookInbox",
+    "WebhookSignatureError",
     "__version__",
 ]
+_ROOMS = ("journal", "webhooks")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     face = import_module("flux2max_async._face")

@@ -1,10 +1,13 @@
 """Saving a picture: streamed beside its target, resumed when cut, whole or not at all."""
 
+import asyncio
 import contextlib
+import math
 import os
 import random
 import re
-from collections.abc import Generator, Mapping
+import secrets
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -12,15 +15,65 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from flux2max_async._errors import DownloadError, ProtocolError, ResultExpiredError, TransportError
+from flux2max_async._errors import DownloadError, FluxError, ProtocolError, ResultExpiredError, TransportError
 from flux2max_async._request import is_web_url
 from flux2max_async._retry import backoff
-from flux2max_async._task import NO_URL
+from flux2max_async._task import NO_URL, GeneratedImage, TaskSnapshot
 from flux2max_async._transport import Answer, Transport
 
 MAX_BYTES = 100_000_000
 _FAILURES_IN_A_ROW = 5
 _BUFFER = 1_000_000
+
+
+class Downloads:
+    """Saves pictures of tasks.
+
+    Args:
+        transport: Makes the calls.
+        seconds: How long a download may take.
+        look: Looks at a task, for a fresh url where one has expired.
+    """
+
+    def __init__(self, transport: Transport, seconds: float, look: Callable[[str], Awaitable[TaskSnapshot]]) -> None:
+        self._transport = transport
+        self._seconds = seconds
+        self._look = look
+
+    async def save(self, image: GeneratedImage, target: Path) -> Path:
+        """Download a picture; the target is replaced in the moment when the new one is whole."""
+        with told_apart(target):
+            part = target.with_name(f".{secrets.token_hex(8)}.part")
+        await self.fetch(image, part, target)
+        try:
+            with told_apart(target):
+                await anyio.to_thread.run_sync(part.replace, target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    async def fetch(self, image: GeneratedImage, part: Path, target: Path) -> None:
+        """Download a picture into a file that is there in the end only if it is whole."""
+        try:
+            async with asyncio.timeout(None if self._seconds == math.inf else self._seconds):
+                try:
+                    await download(self._transport, image.url, part, target)
+                except ResultExpiredError:
+                    await download(self._transport, await self._fresh_url(image), part, target)
+        except TimeoutError as error:
+            raise DownloadError(f"the download has not ended within {self._seconds:g} s") from error
+        except DownloadError as error:
+            error.task_id = image.task_id
+            raise
+
+    async def _fresh_url(self, image: GeneratedImage) -> str:
+        try:
+            snapshot = await self._look(image.task_id)
+            return snapshot.images[image.index].url
+        except (FluxError, IndexError) as error:
+            raise ResultExpiredError(
+                f"the picture's url has expired, and task {image.task_id} gives no fresh one: {error}"
+            ) from error
 
 
 async def download(transport: Transport, url: str, part: Path, target: Path) -> None:

@@ -19,7 +19,16 @@ from flux2max_async._errors import (
     TaskNotFoundError,
 )
 from flux2max_async._request import GenerationRequest
-from flux2max_async._task import NO_URL, Completed, Failed, GeneratedImage, Outcome, Usage
+from flux2max_async._task import (
+    NO_URL,
+    Completed,
+    Failed,
+    GeneratedImage,
+    Outcome,
+    TaskSnapshot,
+    TaskStatus,
+    Usage,
+)
 
 _LONGEST = 4096
 """Characters of one text that is kept of what the service says freely: enough for a prompt, too few for a picture."""
@@ -159,6 +168,17 @@ def outcome_of(entry: JournalEntry, request: GenerationRequest | None) -> Outcom
     if told := result.get("usage"):
         usage = Usage(_decimal(told["cost"]), _decimal(told["discount"]), told["extra"])
     return Completed(task_id, request, images, usage, result["metadata"], elapsed, polls, replayed=True)
+
+
+def snapshot_of(entry: JournalEntry) -> TaskSnapshot:
+    """Say what is written of an end as the service would have said it."""
+    outcome = outcome_of(entry, None)
+    if isinstance(outcome, Completed):
+        return TaskSnapshot(
+            outcome.task_id, TaskStatus.COMPLETED, None, outcome.images, outcome.usage, metadata=outcome.metadata
+        )
+    assert isinstance(outcome.error, TaskFailedError)
+    return TaskSnapshot(entry.task_id or "", TaskStatus.FAILED, error=outcome.error)
 
 
 def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:

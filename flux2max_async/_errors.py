@@ -20,6 +20,7 @@
      ├── SubmissionUncertainError   the submit went out, its answer was lost: it may cost money
      ├── BudgetExceededError        the budget doesn't allow another picture; nothing was sent
      ├── JournalError               the journal can't be read or written
+     ├── WebhookSignatureError      a delivery wasn't signed with the webhook's secret, or is too old
      └── DownloadError              a picture could not be saved
           └── ResultExpiredError         its url has expired, and no fresh one is to be had
 
@@ -152,6 +153,10 @@ class BudgetExceededError(FluxError):
 
 class JournalError(FluxError):
     """The journal can't be opened, read or written: its disk, another program, or what is in the file."""
+
+
+class WebhookSignatureError(FluxError):
+    """A delivery to a webhook isn't the service's: its signature is missing, malformed or wrong, or it is too old."""
 
 
 class DownloadError(FluxError):

@@ -23,8 +23,10 @@ from flux2max_async._errors import (
     TaskFailedError,
     TaskNotFoundError,
     TransportError,
+    WebhookSignatureError,
 )
 from flux2max_async._handle import GenerationTask
+from flux2max_async._inbox import WebhookInbox
 from flux2max_async._learned import LearnedSchedule
 from flux2max_async._request import GenerationRequest, ImageSource, InputImage, OutputFormat
 from flux2max_async._schedule import ExponentialSchedule, FixedSchedule, PollPlan, PollSchedule
@@ -81,5 +83,7 @@ __all__ = [
     "TaskStatus",
     "TransportError",
     "Usage",
+    "WebhookInbox",
+    "WebhookSignatureError",
     "__version__",
 ]

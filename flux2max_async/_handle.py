@@ -33,7 +33,7 @@ class GenerationTask:
     @property
     def snapshot(self) -> TaskSnapshot | None:
         """What the newest answer said; None until there is one."""
-        return (self._poller.leader or self._poller).snapshot
+        return self._poller.snapshot
 
     async def outcome(self) -> Outcome:
         """Wait for the end; a task that failed is a `Failed`, not an exception."""

@@ -188,33 +188,14 @@ class Page:
         """
         if self._content is not None and cost is not None and isinstance(outcome, Completed):
             self.books.ledger.saw(self._content.megapixels, cost)
-        state = _state_after(outcome)
-        match state:
-            case EntryState.COMPLETED:
-                outlay = cost
-            case EntryState.FAILED if isinstance(outcome, Failed) and isinstance(outcome.error, TaskNotFoundError):
-                outlay = None
-            case EntryState.FAILED | EntryState.REFUSED:
-                outlay = cost or Decimal(0)
-            case _:
-                outlay = None  # as above, nobody knows: what was set aside stays so
-        if outlay is not None:
+        if (outlay := _outlay_after(outcome, cost)) is not None:
             self._settle(outlay)
         entry = self.entry
         if entry is None or entry.holder is not Holder.US:
             return outcome
-        ended = state is not EntryState.SUBMITTED
-        holds = state is EntryState.COMPLETED and self.terms.to_be_saved
+        to_be_saved = isinstance(outcome, Completed) and self.terms.to_be_saved
         await self._record(
-            attrs.evolve(
-                entry,
-                state=state,
-                holder=Holder.US if holds else None,
-                cost=cost,
-                outlay=entry.outlay if outlay is None else outlay,
-                ended_at=datetime.now(UTC) if ended else None,
-                result=result_of(outcome, secrets=self._secrets()) if ended else {},
-            )
+            ended(entry, outcome, cost, holder=Holder.US if to_be_saved else None, secrets=self._secrets())
         )
         return outcome if self.problem is None else attrs.evolve(outcome, journal_error=self.problem)
 
@@ -323,6 +304,30 @@ class Page:
     def _secrets(self) -> tuple[str, ...]:
         secret = self.request and self.request.webhook_secret
         return (*self.books.secrets, secret) if secret else self.books.secrets
+
+
+def ended(
+    entry: JournalEntry, outcome: Outcome, cost: Decimal | None, *, holder: Holder | None, secrets: tuple[str, ...]
+) -> JournalEntry:
+    """Give the entry of a request that has come to an outcome, as far as that is an end."""
+    state, outlay = _state_after(outcome), _outlay_after(outcome, cost)
+    common = attrs.evolve(
+        entry, state=state, holder=holder, cost=cost, outlay=entry.outlay if outlay is None else outlay
+    )
+    if state is EntryState.SUBMITTED:
+        return attrs.evolve(common, ended_at=None, result={})
+    return attrs.evolve(common, ended_at=datetime.now(UTC), result=result_of(outcome, secrets=secrets))
+
+
+def _outlay_after(outcome: Outcome, cost: Decimal | None) -> Decimal | None:
+    """Tell what it has cost; None where nobody knows, and what was set aside stays so."""
+    match outcome:
+        case Completed() | Failed(error=TaskNotFoundError()):
+            return cost
+        case _ if _state_after(outcome) in {EntryState.FAILED, EntryState.REFUSED}:
+            return cost or Decimal(0)
+        case _:
+            return None
 
 
 def _named(entry: JournalEntry) -> str:

@@ -47,11 +47,16 @@ class Reply:
         return attrs.evolve(self, secrets=(*self.secrets, secret)) if secret else self
 
     def masked(self, text: str) -> str:
-        """Give a text of this reply without the secrets, however they are escaped in it."""
-        for secret in self.secrets:
-            for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):
-                text = text.replace(form, "***")
-        return text
+        """Give a text of this reply without the secrets."""
+        return masked(text, self.secrets)
+
+
+def masked(text: str, secrets: tuple[str, ...]) -> str:
+    """Give a text without the secrets, however they are escaped in it."""
+    for secret in secrets:
+        for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):
+            text = text.replace(form, "***")
+    return text
 
 
 def response_error(reply: Reply) -> ResponseError:

@@ -62,14 +62,24 @@ class Scribe:
         path: The journal's file.
         lease: Seconds without a sign of life after which the others may take us for dead.
         patience: Seconds to wait while another program has the file locked.
-        left: Called in the event loop with the tasks that another process has left behind.
+        news: Called in the event loop with the tasks that another process has left behind, ...
+        listening: ... and, if this is true, soon with those of which another process was told the end.
     """
 
-    def __init__(self, path: Path, lease: float, patience: float, left: Callable[[list[JournalEntry]], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lease: float,
+        patience: float,
+        news: Callable[[list[JournalEntry]], None],
+        *,
+        listening: bool,
+    ) -> None:
         self._path = path
         self._lease = lease
         self._patience = patience
-        self._left = left
+        self._news = news
+        self._listening = listening
         self._loop = asyncio.get_running_loop()
         self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._watched: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
@@ -141,24 +151,27 @@ class Scribe:
 
     def _take_a_turn(self, tables: Tables, others_have_written: Callable[[], bool]) -> bool:
         """Do what there is to be done now; tells whether that was all."""
+        news = False
         if time.monotonic() >= self._next_beat:
             self._look_around(tables)
-            if others_have_written():
-                self.undisturbed = False
+            news = others_have_written()
+            self.undisturbed = self.undisturbed and not news
         errands = self._fetch()
         if work := [errand for errand in errands if errand is not None]:
             self._do(tables, work)
         if None in errands:
             return True
-        if self._watched and others_have_written():
+        if (self._watched or self._listening) and (others_have_written() or news):
             self._look_after_watched(tables)
+            if self._listening:
+                self._tell_news(tables.told())
         return False
 
     def _fetch(self) -> list[Errand | None]:
         if self._loop.is_closed():
             raise RuntimeError
         wait = self._next_beat - time.monotonic()
-        if self._watched:
+        if self._watched or self._listening:
             wait = min(wait, _LOOK)
         errands: list[Errand | None] = []
         with contextlib.suppress(queue.Empty):
@@ -214,8 +227,7 @@ class Scribe:
         except sqlite3.Error as error:
             log.warning("%s", journal_error(self._path, error))
         else:
-            if left:
-                self._loop.call_soon_threadsafe(self._left, left)
+            self._tell_news(left)
             self._look_after_watched(tables)
 
     def _inheritance(self, tables: Tables, now: float) -> list[JournalEntry]:
@@ -251,6 +263,10 @@ class Scribe:
         except Exception as error:  # noqa: BLE001 - who waits for it will ask again, and be told
             log.warning("%s", journal_error(self._path, error))
             return False
+
+    def _tell_news(self, entries: list[JournalEntry]) -> None:
+        if entries:
+            self._loop.call_soon_threadsafe(self._news, entries)
 
     def _tell(self, *answers: tuple["asyncio.Future[Any]", FluxError | None, Any]) -> None:
         self._loop.call_soon_threadsafe(_answer, answers)

@@ -3,10 +3,10 @@
 import asyncio
 import math
 import platform
-import secrets
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from decimal import Decimal
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -17,20 +17,19 @@ import anyio
 import attrs
 
 from flux2max_async._books import Books, Terms
-from flux2max_async._download import download, told_apart
-from flux2max_async._entry import JournalEntry
+from flux2max_async._download import Downloads
+from flux2max_async._entry import EntryState, JournalEntry, snapshot_of
 from flux2max_async._errors import (
     ConfigurationError,
-    DownloadError,
-    FluxError,
     InvalidRequestError,
-    ResultExpiredError,
     SessionClosedError,
 )
 from flux2max_async._gateway import Gateway
 from flux2max_async._handle import GenerationTask
+from flux2max_async._inbox import WebhookInbox
 from flux2max_async._learned import LearnedSchedule
 from flux2max_async._ledger import Ledger
+from flux2max_async._lookout import Lookout
 from flux2max_async._page import Page
 from flux2max_async._poller import Poller
 from flux2max_async._request import GenerationRequest, as_request
@@ -39,6 +38,7 @@ from flux2max_async._schedule import PollSchedule
 from flux2max_async._settings import (
     checked_base_url,
     checked_dollars,
+    checked_drain,
     checked_key,
     checked_places,
     checked_rate,
@@ -81,6 +81,8 @@ class FluxSession:
             reached, and for a while after each 429.
         request_timeout: Seconds for one HTTP exchange, the answer's last byte included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
+        webhooks: Takes in the service's webhooks, where your server passes them on; polls then become rare.
+        drain: Seconds that closing gives submitted tasks to end before they are left, as servers do at their shutdown.
         journal: Where intents, task ids and ends are kept, so that what is asked for again isn't paid for again: a
             `SqliteJournal`. The session opens and closes it.
         budget: US dollars. A submit whose probable cost, on top of what is spent and set aside, would pass it, is a
@@ -105,6 +107,8 @@ class FluxSession:
         max_polls_per_second: float | None = 20.0,
         request_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
+        webhooks: WebhookInbox | None = None,
+        drain: float = 0.0,
         journal: Journal | None = None,
         budget: Decimal | float | str | None = None,
         price_guess: Decimal | float | str | None = None,
@@ -119,7 +123,10 @@ class FluxSession:
             user_agent=_USER_AGENT,
             timeout=checked_seconds("request_timeout", request_timeout),
             http=http_session,
+            secrets=webhooks.secrets if webhooks else (),
         )
+        self._webhooks = webhooks
+        self._drain = checked_drain(drain)
         if budget_scope not in {None, "session", "journal"} or (budget_scope == "journal" and journal is None):
             raise ConfigurationError(
                 f"budget_scope must be 'session', or 'journal' where there is one, not {budget_scope!r}"
@@ -132,6 +139,7 @@ class FluxSession:
         )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
+        self._downloads = Downloads(self._transport, self._deadline, self.fetch)
         self._supervisor: Supervisor | None = None
 
     # ------------------------------------------------------------------ lifetime
@@ -139,8 +147,16 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        if self._books.journal is not None:
-            await self._books.journal.open(self._inherit)
+        if self._webhooks is not None:
+            self._webhooks.open(
+                self._books.journal, secrets=self._books.secrets, spawn=partial(self._spawn, until_drain=True)
+            )
+        try:
+            if self._books.journal is not None:
+                await self._books.journal.open(self._hear, listening=self._webhooks is not None)
+        except BaseException:
+            self._stop_listening()
+            raise
         self._transport.open(self._max_in_flight)
         self._stats.in_flight = 0
         gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
@@ -152,20 +168,27 @@ class FluxSession:
     ) -> None:
         await self.aclose()
 
-    async def aclose(self) -> None:
-        """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm."""
+    async def aclose(self, *, drain: float | None = None) -> None:
+        """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm.
+
+        Args:
+            drain: Seconds that submitted tasks get to end first, while nothing more is submitted; by default, the
+                session's own.
+        """
+        seconds = self._drain if drain is None else checked_drain(drain)
         supervisor = self._supervisor
         if supervisor is None or supervisor.loop.is_closed():
             self._supervisor = None
+            self._stop_listening()
             return
         if supervisor.closing is None:
-            supervisor.closing = asyncio.create_task(self._close(supervisor))
+            supervisor.closing = asyncio.create_task(self._close(supervisor, seconds))
         try:
             await asyncio.shield(supervisor.closing)
         except asyncio.CancelledError:
             if anyio.current_effective_deadline() > -math.inf:
                 raise
-            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds at most.
+            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds, after draining.
             with anyio.CancelScope(shield=True):
                 await asyncio.shield(supervisor.closing)
             raise
@@ -274,7 +297,7 @@ class FluxSession:
             start=lambda request: self._start(request, terms),
             spawn=self._spawn,
             ahead=self._max_in_flight,
-            saver=None if save_to is None else Saver(Path(save_to), name, self._fetch),
+            saver=None if save_to is None else Saver(Path(save_to), name, self._downloads.fetch),
         )
 
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
@@ -317,7 +340,7 @@ class FluxSession:
             ResultExpiredError: The url has expired, and so has the fresh one, if there was any.
             DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
         """
-        return await self._running().host(self._save(image, Path(path)))
+        return await self._running().host(self._downloads.save(image, Path(path)))
 
     @property
     def stats(self) -> SessionStats:
@@ -330,42 +353,11 @@ class FluxSession:
 
     # ------------------------------------------------------------------ behind the face
 
-    async def _save(self, image: GeneratedImage, target: Path) -> Path:
-        with told_apart(target):
-            part = target.with_name(f".{secrets.token_hex(8)}.part")
-        await self._fetch(image, part, target)
-        try:
-            with told_apart(target):
-                await anyio.to_thread.run_sync(part.replace, target)
-        finally:
-            part.unlink(missing_ok=True)
-        return target
-
-    async def _fetch(self, image: GeneratedImage, part: Path, target: Path) -> None:
-        """Download a picture into a file that is there in the end only if it is whole."""
-        try:
-            async with asyncio.timeout(None if self._deadline == math.inf else self._deadline):
-                try:
-                    await download(self._transport, image.url, part, target)
-                except ResultExpiredError:
-                    await download(self._transport, await self._fresh_url(image), part, target)
-        except TimeoutError as error:
-            raise DownloadError(f"the download has not ended within {self._deadline:g} s") from error
-        except DownloadError as error:
-            error.task_id = image.task_id
-            raise
-
-    async def _fresh_url(self, image: GeneratedImage) -> str:
-        try:
-            snapshot = await self.fetch(image.task_id)
-            return snapshot.images[image.index].url
-        except (FluxError, IndexError) as error:
-            raise ResultExpiredError(
-                f"the picture's url has expired, and task {image.task_id} gives no fresh one: {error}"
-            ) from error
-
-    async def _close(self, supervisor: Supervisor) -> None:
+    async def _close(self, supervisor: Supervisor, drain: float) -> None:
+        if drain > 0:
+            await supervisor.drain(drain)
         await supervisor.close()
+        self._stop_listening()
         try:
             if self._books.journal is not None:
                 await self._books.journal.close()
@@ -373,26 +365,36 @@ class FluxSession:
             await self._transport.close()
             self._supervisor = None
 
+    def _stop_listening(self) -> None:
+        if self._webhooks is not None:
+            self._webhooks.close()
+
     async def _start(self, request: GenerationRequest, terms: Terms) -> Poller:
-        self._running()
+        self._submitting()
         # Who is cancelled already stops here; and a source that never waits leaves the event loop room.
         await asyncio.sleep(0)
-        supervisor = self._running()
+        supervisor = self._submitting()
         page = Page(self._books, request, terms) if self._books.needed else None
         poller = self._poller(supervisor, request, page=page)
         supervisor.follow(poller)
         return poller
 
-    def _inherit(self, entries: list[JournalEntry]) -> None:
-        """Follow what a process that is gone has left behind, so that it ends in the journal whoever asks for it."""
-        if self._supervisor is None or self._supervisor.closing:
+    def _hear(self, entries: list[JournalEntry]) -> None:
+        """Hear from the journal what other processes have done."""
+        if self._supervisor is None or self._supervisor.drained:
             return
         for entry in entries:
-            if entry.key not in self._supervisor.desk:
-                page = Page(self._books, None, Terms(), entry)
-                poller = self._poller(self._supervisor, None, entry.task_id, page)
-                self._supervisor.desk[entry.key] = poller
-                self._supervisor.follow(poller)
+            if entry.state is not EntryState.SUBMITTED:
+                if self._webhooks is not None and entry.task_id is not None:
+                    self._webhooks.tell(snapshot_of(entry))
+            elif entry.key not in self._supervisor.desk and not self._supervisor.closing:
+                self._inherit(self._supervisor, entry)
+
+    def _inherit(self, supervisor: Supervisor, entry: JournalEntry) -> None:
+        """Follow what a process that is gone has left behind, so that it ends in the journal whoever asks for it."""
+        poller = self._poller(supervisor, None, entry.task_id, Page(self._books, None, Terms(), entry))
+        supervisor.desk[entry.key] = poller
+        supervisor.follow(poller)
 
     def _poller(
         self,
@@ -401,22 +403,28 @@ class FluxSession:
         task_id: str | None = None,
         page: Page | None = None,
     ) -> Poller:
-        return Poller(
-            supervisor.gateway, self._schedule, self._deadline, request, supervisor.places, task_id, page,
-            supervisor.desk,
-        )  # fmt: skip
+        mail = self._webhooks.mail if self._webhooks else None
+        hooked = self._webhooks.asked(request) if self._webhooks and request and task_id is None else None
+        lookout = Lookout(supervisor.gateway, self._schedule, self._deadline, request, mail)
+        return Poller(supervisor.gateway, lookout, request, supervisor.places, task_id, page, supervisor.desk, hooked)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _spawn(self, work: Coroutine[Any, Any, None], *, until_drain: bool = False) -> "asyncio.Task[None]":
         try:
-            return self._running().spawn(work)
+            return self._running().spawn(work, until_drain=until_drain)
         except SessionClosedError:
             work.close()
             raise
 
-    def _running(self) -> "Supervisor":
-        if self._supervisor is None or self._supervisor.closing:
+    def _running(self) -> Supervisor:
+        if self._supervisor is None or self._supervisor.drained:
             raise closed_error()
         return self._supervisor
+
+    def _submitting(self) -> Supervisor:
+        supervisor = self._running()
+        if supervisor.closing:
+            raise closed_error()
+        return supervisor
 
 
 async def _waited_for(poller: Poller, future: "asyncio.Future[T]") -> T:

@@ -69,6 +69,17 @@ def checked_seconds(name: str, seconds: float, *, most: float = math.inf) -> flo
     return seconds
 
 
+def checked_drain(seconds: float) -> float:
+    """Give how long closing waits for submitted tasks.
+
+    Raises:
+        ConfigurationError: It is no number of seconds.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ConfigurationError(f"drain must be 0 seconds or more, not {seconds!r}")
+    return seconds
+
+
 def checked_rate(name: str, rate: float | None) -> float:
     """Give a rate that is more than nothing; None is no limit.
 

@@ -18,6 +18,8 @@ class SessionStats:
     """Requests that came to nothing, for whatever reason."""
     replayed: int = 0
     """How many of the completed and failed ones came from the journal."""
+    webhooks: int = 0
+    """How many tasks ended by a webhook, before a poll had seen it."""
     polls: int = 0
     retries: int = 0
     """Calls made again after a failure."""

@@ -5,7 +5,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import attrs
 
@@ -25,8 +25,14 @@ _UNANSWERED = 5.0
 
 Start = Callable[[GenerationRequest], Awaitable[Poller]]
 """Waits for a place, then submits and follows in the background."""
-Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
-"""Runs something in the background, as long as the session is open."""
+
+
+class Spawn(Protocol):
+    """Runs something in the background, as long as the session is open."""
+
+    def __call__(self, work: Coroutine[Any, Any, None], *, until_drain: bool = False) -> "asyncio.Task[None]":
+        """Give the task that runs it; until_drain tells that it might never end by itself."""
+        ...
 
 
 class OutcomeStream(AsyncIterator[Outcome]):
@@ -90,7 +96,7 @@ class _Feed:
 
     async def next(self) -> Outcome:
         if self._producer is None and not self._dry:
-            self._producer = self._spawn(self._produce())
+            self._producer = self._spawn(self._produce(), until_drain=True)
         while not self._closed:
             if self._ready:
                 outcome, poller = self._ready.popleft()

@@ -9,7 +9,7 @@ from flux2max_async._errors import SessionClosedError
 from flux2max_async._gateway import Gateway
 from flux2max_async._poller import Poller
 from flux2max_async._stats import SessionStats
-from flux2max_async._task import Completed, Outcome, TaskSnapshot
+from flux2max_async._task import Completed, Outcome
 
 log = logging.getLogger("flux2max_async")
 
@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 _LAST_ANSWERS = 2.0
 """Seconds that closing waits for the answers to submits on the wire: without its id, a paid task is lost."""
+
+_BREATH = 0.05
+"""Seconds for whoever has waited for a task to begin saving its pictures."""
 
 
 class Supervisor:
@@ -33,16 +36,25 @@ class Supervisor:
         self.desk: dict[str, Poller] = {}
         """The pollers by the keys of their requests, where there is a journal."""
         self.closing: asyncio.Task[None] | None = None
-        """What closes the session, once it is being closed."""
+        """What closes the session, once it is being closed: then nothing more is submitted."""
+        self.drained = False
+        """Whether nothing at all may be begun any more."""
         self._stats = stats
         self._pollers: set[Poller] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._endless: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        """Run something until it ends or the session does."""
+    def spawn(self, work: Coroutine[Any, Any, T], *, until_drain: bool = False) -> "asyncio.Task[T]":
+        """Run something until it ends or the session does.
+
+        Args:
+            work: What to run.
+            until_drain: Whether it ends where draining begins, because it might never end by itself.
+        """
         task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for tasks in (self._tasks, self._endless) if until_drain else (self._tasks,):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         return task
 
     def follow(self, poller: Poller) -> None:
@@ -50,7 +62,7 @@ class Supervisor:
 
         def ended(poller: Poller, outcome: Outcome) -> None:
             self._pollers.discard(poller)
-            self._count(poller.snapshot, outcome)
+            self._count(poller, outcome)
 
         self._pollers.add(poller)
         poller.when_ended(ended)
@@ -71,8 +83,23 @@ class Supervisor:
                 raise closed_error() from None
             raise
 
+    async def drain(self, seconds: float) -> None:
+        """Submit nothing more, and give what is submitted so long to end, and to be saved."""
+        for poller in list(self._pollers):
+            poller.withdraw(closed_error())
+        for task in list(self._endless):
+            task.cancel()
+        until = self.loop.time() + seconds
+        while (left := until - self.loop.time()) > 0:
+            if self._tasks:
+                await asyncio.wait(list(self._tasks), timeout=left)
+            await asyncio.sleep(min(_BREATH, left))
+            if not self._tasks:
+                return
+
     async def close(self) -> None:
         """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""
+        self.drained = True
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
         # Without its id, a paid task is lost: give what is on the wire a moment.
@@ -92,12 +119,14 @@ class Supervisor:
             ids = ", ".join(poller.task_id or "(a submit without an answer)" for poller in unfinished)
             log.warning("session closed; unfinished tasks: %s", ids)
 
-    def _count(self, snapshot: TaskSnapshot | None, outcome: Outcome) -> None:
+    def _count(self, poller: Poller, outcome: Outcome) -> None:
         if isinstance(outcome, Completed):
             self._stats.completed += 1
         else:
             self._stats.failed += 1
         self._stats.replayed += outcome.replayed
+        self._stats.webhooks += poller.lookout.told
+        snapshot = poller.lookout.snapshot
         if snapshot and snapshot.usage and snapshot.usage.cost:
             self._stats.spent += snapshot.usage.cost
 

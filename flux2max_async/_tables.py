@@ -49,6 +49,10 @@ _SCHEMA = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS tasks ON entries (task_id) WHERE task_id IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS held ON entries (owner) WHERE owner IS NOT NULL",
+)
 _COLUMNS = """
     e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
     e.request, e.result, e.files, o.id, o.place, o.pid
@@ -105,6 +109,8 @@ class Tables:
                 for statement in _SCHEMA:
                     do(statement)
             check_marks(self._connection, self._path)
+            for statement in _INDEXES:
+                do(statement)
             for owner, (_, _, gone) in self.others().items():
                 if gone:
                     self.bury(owner)
@@ -147,6 +153,18 @@ class Tables:
         row = self._connection.execute(f"{_FROM} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
         return row and self._entry(row)
 
+    def find_task(self, task_id: str) -> JournalEntry | None:
+        """Give the entry of a task."""
+        row = self._connection.execute(f"{_FROM} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)).fetchone()
+        return row and self._entry(row)
+
+    def told(self) -> list[JournalEntry]:
+        """Give those entries held here that have ended: what isn't our own doing, somebody else was told."""
+        rows = self._connection.execute(
+            f"{_FROM} WHERE e.owner = ? AND e.state IN ('completed', 'failed')", (self.owner,)
+        )
+        return [self._entry(row) for row in rows.fetchall()]
+
     def begin(self, entry: JournalEntry, limit: Decimal | None) -> bool:
         """Write an intent, unless its attempt has been made already; tells whether it was written.
 
@@ -181,13 +199,15 @@ class Tables:
     def record(self, entry: JournalEntry) -> None:
         """Write down what is new, as far as it is ours to say; nothing that is known is forgotten."""
         self._connection.execute(
-            "UPDATE entries SET state = :state, owner = :owner, task_id = coalesce(:task_id, task_id),"
-            " cost = coalesce(:cost, cost), outlay = :outlay, submitted = coalesce(:submitted, submitted),"
-            " ended = :ended, result = :result, files = CASE :files WHEN '[]' THEN files ELSE :files END"
+            "UPDATE entries SET state = :state, owner = CASE WHEN :elsewhere THEN owner ELSE :owner END,"
+            " task_id = coalesce(:task_id, task_id), cost = coalesce(:cost, cost), outlay = :outlay,"
+            " submitted = coalesce(:submitted, submitted), ended = :ended, result = :result,"
+            " files = CASE :files WHEN '[]' THEN files ELSE :files END"
             f" WHERE key = :key AND attempt = :attempt AND ({_MAY_REPLACE})",
             {
                 "state": entry.state,
                 "owner": self.owner if entry.holder is Holder.US else None,
+                "elsewhere": entry.holder is Holder.OTHER,
                 "task_id": entry.task_id,
                 "cost": None if entry.cost is None else str(entry.cost),
                 "outlay": _nano(entry.outlay),

@@ -39,10 +39,18 @@ class Transport:
         user_agent: How we introduce ourselves.
         timeout: Seconds for one exchange, from waiting for a connection to the last byte of the answer.
         http: A borrowed aiohttp session; it is never closed here.
+        secrets: What the service might echo beside the key, and no error may repeat.
     """
 
     def __init__(
-        self, api_key: str, base_url: str, *, user_agent: str, timeout: float, http: aiohttp.ClientSession | None
+        self,
+        api_key: str,
+        base_url: str,
+        *,
+        user_agent: str,
+        timeout: float,
+        http: aiohttp.ClientSession | None,
+        secrets: tuple[str, ...] = (),
     ) -> None:
         self._base_url = base_url
         self._host = urlsplit(base_url).hostname
@@ -53,7 +61,7 @@ class Transport:
             "Accept-Encoding": "identity",  # an answer is small, and some borrowed sessions don't unpack
             "Authorization": f"Bearer {api_key}",
         }
-        self.secrets: tuple[str, ...] = (api_key,)
+        self.secrets: tuple[str, ...] = (api_key, *secrets)
         self._timeout = timeout
         self._borrowed = http is not None
         self._calls = http

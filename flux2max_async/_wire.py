@@ -18,7 +18,7 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from flux2max_async._errors import ContentModeratedError, InvalidRequestError, ProtocolError, TaskFailedError
-from flux2max_async._reply import Reply, finite, json_object, problem, response_error
+from flux2max_async._reply import Reply, finite, json_object, masked, problem, response_error
 from flux2max_async._request import IMAGE_PARAMETERS, GenerationRequest
 from flux2max_async._task import GeneratedImage, TaskSnapshot, TaskStatus, Usage
 
@@ -90,7 +90,7 @@ def read_submit(reply: Reply) -> TaskSnapshot:
         case _:
             raise ProtocolError("the answer to the submit holds neither a task id nor an error")
     try:
-        return _snapshot(task_id, body, reply)
+        return snapshot_of(task_id, body, raw=body, secrets=reply.secrets)
     except ProtocolError:
         return TaskSnapshot(task_id, TaskStatus.IN_PROGRESS, raw=body)
 
@@ -107,7 +107,7 @@ def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
     body = json_object(reply)
     if not isinstance(body.get("status"), str) and problem(body) is not None:
         raise response_error(reply)
-    return _snapshot(task_id, body, reply)
+    return snapshot_of(task_id, body, raw=body, secrets=reply.secrets)
 
 
 # ------------------------------------------------------------------ the task object
@@ -139,7 +139,20 @@ class _Task:
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
 
-def _snapshot(task_id: str, body: dict[str, Any], reply: Reply) -> TaskSnapshot:
+def snapshot_of(
+    task_id: str, body: Mapping[str, Any], *, raw: Mapping[str, Any], secrets: tuple[str, ...]
+) -> TaskSnapshot:
+    """Read the task object.
+
+    Args:
+        task_id: What the task is called.
+        body: The object.
+        raw: What came, if that isn't the object itself.
+        secrets: What the service may have echoed, and no error may repeat.
+
+    Raises:
+        ProtocolError: It can't be read, or says that the task is completed and holds no output.
+    """
     try:
         task = _converter.structure(body, _Task)
     except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as fault:
@@ -157,9 +170,9 @@ def _snapshot(task_id: str, body: dict[str, Any], reply: Reply) -> TaskSnapshot:
             raise ProtocolError(f"task {task_id} is said to be completed, but holds no output")
         status = TaskStatus.FAILED
         code, message = problem(body) or (None, "the service gave no reason")
-        error = _task_error(task_id, code and reply.masked(code), reply.masked(message))
+        error = _task_error(task_id, code and masked(code, secrets), masked(message, secrets))
     return TaskSnapshot(
-        task_id, status, task.progress, images, task.usage, task.created_at, error, task.metadata, raw=body
+        task_id, status, task.progress, images, task.usage, task.created_at, error, task.metadata, raw=raw
     )
 
 
@@ -196,7 +209,8 @@ def _decimal(value: object, _: object = None) -> Decimal | None:
     return number if number.is_finite() and abs(number.adjusted()) < 50 else None
 
 
-def _moment(value: object, _: object = None) -> datetime | None:
+def moment(value: object, _: object = None) -> datetime | None:
+    """Read a moment: seconds since the epoch [C], or ISO 8601 [D], which counts as UTC where it doesn't say."""
     try:
         seconds = finite(value)
         if seconds is not None:
@@ -238,7 +252,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(str, _string)
     converter.register_structure_hook(float | None, _progress)
     converter.register_structure_hook(Decimal | None, _decimal)
-    converter.register_structure_hook(datetime | None, _moment)
+    converter.register_structure_hook(datetime | None, moment)
     converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _object)
     usage = _null_is_missing(Usage, converter)
     # A bill that can't be read must not cost us the picture.

@@ -36,12 +36,14 @@ class Journal(Protocol):
     begun or adopted it, until that records it with a `holder` of None, closes the journal, or dies.
     """
 
-    async def open(self, left: Callable[[list[JournalEntry]], None], /) -> None:
+    async def open(self, news: Callable[[list[JournalEntry]], None], /, *, listening: bool = False) -> None:
         """Begin a session.
 
         Args:
-            left: To be called, in the event loop, with the tasks that a dying process has left behind, once the journal
-                has given them to this session.
+            news: To be called, in the event loop, with the tasks that a dying process has left behind, once the journal
+                has given them to this session; and with ends of this session's tasks that others have recorded.
+            listening: Whether there may be such ends, because other processes receive webhooks: then they are to be
+                noticed within a second.
         """
         ...
 
@@ -51,6 +53,10 @@ class Journal(Protocol):
 
     async def find(self, key: str, /) -> JournalEntry | None:
         """Give the newest entry of a key, its `holder` as seen from here; what others write just now may be missed."""
+        ...
+
+    async def find_task(self, task_id: str, /) -> JournalEntry | None:
+        """Give the entry of a task."""
         ...
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
@@ -68,7 +74,10 @@ class Journal(Protocol):
         ...
 
     async def record(self, entry: JournalEntry, /) -> None:
-        """Write down what is new. Whoever doesn't hold the entry can only add what isn't known yet: an id, an end."""
+        """Write down what is new. Whoever doesn't hold the entry can only add what isn't known yet: an id, an end.
+
+        With a `holder` of OTHER, whoever holds it goes on holding it.
+        """
         ...
 
     async def changed(self, entry: JournalEntry, /) -> None:
@@ -109,8 +118,14 @@ class SqliteJournal:
     def __repr__(self) -> str:
         return f"SqliteJournal({str(self.path)!r})"
 
-    async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
-        """Open the file, or make it; `left` hears of tasks that a dying process leaves behind.
+    async def open(
+        self, news: Callable[[list[JournalEntry]], None] = lambda _: None, /, *, listening: bool = False
+    ) -> None:
+        """Open the file, or make it.
+
+        Args:
+            news: Hears of tasks that a dying process leaves behind, and of ends that others have recorded.
+            listening: Whether to look for such ends all the time, four times a second.
 
         Raises:
             JournalError: It can't be opened, isn't a journal, is damaged, or was written by a newer version.
@@ -121,7 +136,7 @@ class SqliteJournal:
             raise JournalError(
                 f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
             )
-        self._scribe = scribe = Scribe(self.path, self._lease, self._busy_timeout, left)
+        self._scribe = scribe = Scribe(self.path, self._lease, self._busy_timeout, news, listening=listening)
         try:
             self._begun = set() if await scribe.opened else None
         except BaseException:
@@ -153,6 +168,11 @@ class SqliteJournal:
         if self._begun is not None and undisturbed and key not in self._begun:
             return None
         found: JournalEntry | None = await self._ask(lambda tables: tables.find(key), writes=False)
+        return found
+
+    async def find_task(self, task_id: str, /) -> JournalEntry | None:
+        """Give the entry of a task."""
+        found: JournalEntry | None = await self._ask(lambda tables: tables.find_task(task_id), writes=False)
         return found
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:

@@ -97,9 +97,11 @@ def _standing_still() -> contextlib.AbstractContextManager[None]:
 class VirtualJournal(SqliteJournal):
     """A journal whose thread virtual time waits for."""
 
-    async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
+    async def open(
+        self, news: Callable[[list[JournalEntry]], None] = lambda _: None, /, *, listening: bool = False
+    ) -> None:
         with _standing_still():
-            await super().open(left)
+            await super().open(news, listening=listening)
 
     async def close(self) -> None:
         with _standing_still():

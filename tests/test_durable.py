@@ -513,9 +513,11 @@ async def test_who_is_overtaken_while_adopting_looks_again(gateway: Emulator, tm
     class Raced(VirtualJournal):
         lost = 0
 
-        async def open(self, left: Callable[[list[JournalEntry]], None] = lambda _: None, /) -> None:
-            told.append(left)
-            await super().open(left)
+        async def open(
+            self, news: Callable[[list[JournalEntry]], None] = lambda _: None, /, *, listening: bool = False
+        ) -> None:
+            told.append(news)
+            await super().open(news, listening=listening)
 
         async def adopt(self, entry: JournalEntry, /) -> bool:
             self.lost += 1

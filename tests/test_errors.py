@@ -35,6 +35,7 @@ from flux2max_async import (
     TaskFailedError,
     TaskNotFoundError,
     TransportError,
+    WebhookSignatureError,
     _errors,
     _face,
 )
@@ -60,6 +61,7 @@ PARENTS: dict[type[FluxError], tuple[type[Exception], ...]] = {
     SubmissionUncertainError: (FluxError,),
     BudgetExceededError: (FluxError,),
     JournalError: (FluxError,),
+    WebhookSignatureError: (FluxError,),
     DownloadError: (FluxError,),
     ResultExpiredError: (DownloadError,),
 }
@@ -138,6 +140,8 @@ PUBLIC = {
     "TaskStatus",
     "TransportError",
     "Usage",
+    "WebhookInbox",
+    "WebhookSignatureError",
     "__version__",
 }
 

@@ -1,0 +1,92 @@
+"""Who waits for which webhook, and how far webhooks can be relied on. No I/O.
+
+A poll is worth its price where it notices an end sooner. Where a webhook is expected, it does so only if the webhook
+is lost or late: so its price is divided by the share of ends that were noticed by a poll first. That share is learned
+from the newest ends and reacts within a few of them, in both directions.
+"""
+
+import math
+from collections import OrderedDict
+from typing import Protocol
+
+import attrs
+
+from flux2max_async._task import TaskSnapshot
+
+_FIRST_GUESS = 1 / 16
+_PACE = 0.2
+"""How much one end changes what was learned before."""
+_DEAREST = 6
+"""The power of two that polls become dearer by, at most: as safety, they never cease."""
+_KEPT = 1_000
+_SMALL = 16_384
+"""Bytes of a delivery that may be kept; a finished task takes about one thousand."""
+
+
+class Listener(Protocol):
+    """Somebody who follows a task."""
+
+    def hear(self, snapshot: TaskSnapshot | None) -> None:
+        """A webhook tells of the task; None where what it tells can't be read."""
+
+    async def until_over(self) -> None:
+        """Wait until the end has been dealt with."""
+
+
+@attrs.define(eq=False)
+class Mail:
+    """The webhooks of one address."""
+
+    _listeners: dict[str, list[Listener]] = attrs.field(factory=dict[str, list[Listener]], init=False)
+    _early: OrderedDict[str, TaskSnapshot] = attrs.field(factory=OrderedDict[str, TaskSnapshot], init=False)
+    """What nobody has waited for yet: a webhook may be faster than the answer to its submit."""
+    _late: float = attrs.field(default=_FIRST_GUESS, init=False)
+    """The share of the newest ends that a poll has noticed first."""
+
+    @property
+    def dearness(self) -> float:
+        """How many times as dear as usual a poll is where a webhook is expected; in whole powers of two."""
+        return 2.0 ** min(round(-math.log2(self._late)), _DEAREST)
+
+    def noticed(self, *, told: bool) -> None:
+        """An end for which a webhook was expected has been noticed: the webhook told it, or a poll was faster."""
+        self._late += ((not told) - self._late) * _PACE
+
+    def expect(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
+        """Listen for what is delivered about a task; gives what has come already."""
+        self._listeners.setdefault(task_id, []).append(listener)
+        return self._early.pop(task_id, None)
+
+    def forget(self, task_id: str, listener: Listener) -> None:
+        """Stop listening: the task has ended, or isn't followed any more."""
+        listeners = self._listeners.get(task_id, [])
+        if listener in listeners:
+            listeners.remove(listener)
+            if not listeners:
+                del self._listeners[task_id]
+
+    def listeners(self, task_id: str) -> tuple[Listener, ...]:
+        """Give who follows a task."""
+        return tuple(self._listeners.get(task_id, ()))
+
+    def keep(self, snapshot: TaskSnapshot, size: int) -> bool:
+        """Keep an end that nobody waits for yet, for a while; tells whether it is kept.
+
+        Args:
+            snapshot: What was delivered.
+            size: The bytes of the delivery.
+        """
+        if size > _SMALL or not snapshot.status.ended:
+            return False
+        self._early[snapshot.task_id] = snapshot
+        if len(self._early) > _KEPT:
+            self._early.popitem(last=False)
+        return True
+
+    def keeps(self, snapshot: TaskSnapshot) -> bool:
+        """Tell whether it is still kept."""
+        return self._early.get(snapshot.task_id) is snapshot
+
+    def drop(self, snapshot: TaskSnapshot) -> None:
+        """Keep it no longer."""
+        self._early.pop(snapshot.task_id, None)

@@ -82,6 +82,7 @@ async def test_a_task_lives_as_the_protocol_says(gateway: Emulator) -> None:
                 ("output_format", "gif"),
                 ("webhook_url", ""),
                 ("webhook_url", "https://x.example/" + "x" * 2083),
+                ("webhook_secret", 7),
                 ("input_image", "not base64"),
                 ("input_image_8", base64.b64encode(b"no picture").decode()),
                 ("input_image_2", 7),

@@ -19,6 +19,7 @@ from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
 from flux2max_async.emulator._pictures import draw
+from flux2max_async.emulator._postman import Delivery, Postman, Webhooks
 from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Refusal, Service, read_submit
 
 Effect = Callable[[], Awaitable[web.StreamResponse]]
@@ -41,6 +42,7 @@ class Emulator:
         faults: The share of submits and polls that meet each `Fault`.
         url_lifetime: Seconds of the service that a result's url is valid.
         balance: US dollars that the account holds; None for plenty.
+        webhooks: How finished tasks are posted to where their submits ask for; None for `Webhooks()`.
         pictures: False serves every result as the same tiny picture, for measurements.
         api_key: The only key that is let in; one is made where none is given.
         port: Where to listen; 0 takes any free port.
@@ -59,6 +61,7 @@ class Emulator:
         faults: Mapping[Fault, float] | None = None,
         url_lifetime: float = 600.0,
         balance: Decimal | None = None,
+        webhooks: Webhooks | None = None,
         pictures: bool = True,
         api_key: str | None = None,
         port: int = 0,
@@ -66,6 +69,7 @@ class Emulator:
         self._service = Service(
             seconds, spread, time_scale, max_in_flight, failing, moderated, faults or {}, url_lifetime, balance, seed
         )
+        self._postman = Postman(webhooks or Webhooks(), self._service, self._link)
         self.api_key: str = api_key or f"emulated-{secrets.token_hex(12)}"
         self._pictures = pictures
         self._port = port
@@ -87,13 +91,18 @@ class Emulator:
 
     @property
     def calls(self) -> Counter[str]:
-        """How many calls came in, per endpoint: "submit", "poll" and "download"."""
+        """How many calls came in, per endpoint: "submit", "poll" and "download"; and how many went out: "webhook"."""
         return self._service.calls
 
     @property
     def tasks(self) -> dict[str, EmulatedTask]:
         """The tasks by their id, in order of submission."""
         return self._service.tasks
+
+    @property
+    def deliveries(self) -> list[Delivery]:
+        """The attempts to post finished tasks that are over, in the order in which they were."""
+        return self._postman.deliveries
 
     @property
     def balance(self) -> Decimal | None:
@@ -128,9 +137,14 @@ class Emulator:
     ) -> None:
         self._closing.set()
         assert self._runner is not None
-        # Must not be cut short, or the port stays taken.
-        with anyio.move_on_after(5, shield=True):
-            await self._runner.cleanup()
+        try:
+            # Must not be cut short, or the port stays taken.
+            with anyio.move_on_after(5, shield=True):
+                await self._runner.cleanup()
+        finally:
+            # When nothing is accepted any more, or more would be expected.
+            with anyio.move_on_after(5, shield=True):
+                await self._postman.close()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -156,6 +170,7 @@ class Emulator:
             large = (request.content_length or 0) > _SMALL_BODY
             ask = await anyio.to_thread.run_sync(read_submit, body) if large else read_submit(body)
             task = self._service.accept(ask, now=_now(), epoch=time.time())
+            self._postman.expect(task)
             return self._json(self._service.describe(task, "", _now()))
 
         return await self._answer(request, "submit", effect)
@@ -165,9 +180,7 @@ class Emulator:
             now = _now()
             task = self._service.find(request.match_info["id"], now)
             task.polls += 1
-            expires = now + self._service.url_lifetime / self._service.time_scale
-            url = f"{self.url}/results/{task.id}.{task.output_format}?expires={expires!r}"
-            return self._json(self._service.describe(task, url, now))
+            return self._json(self._service.describe(task, self._link(task, now), now))
 
         return await self._answer(request, "poll", effect)
 
@@ -227,6 +240,11 @@ class Emulator:
 
     def _json(self, body: dict[str, Any]) -> web.Response:
         return web.json_response(body, headers={"X-Request-Id": secrets.token_hex(8)})
+
+    def _link(self, task: EmulatedTask, now: float) -> str:
+        """Give the url of a task's result, which is valid from now on for a while."""
+        expires = now + self._service.url_lifetime / self._service.time_scale
+        return f"{self.url}/results/{task.id}.{task.output_format}?expires={expires!r}"
 
     async def _picture(self, task: EmulatedTask) -> bytes:
         if not self._pictures:

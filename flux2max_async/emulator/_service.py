@@ -64,6 +64,8 @@ class EmulatedTask:
     fate: Literal["completed", "failed", "moderated"] = "completed"
     visible: float = 0.0
     """The moment from which polls find it."""
+    webhook_url: str | None = None
+    webhook_secret: str | None = attrs.field(default=None, repr=False)
     polls: int = 0
 
 
@@ -162,6 +164,8 @@ class Service:
             ends=now + duration / self.time_scale,
             fate="moderated" if moderated else "failed" if failing else "completed",
             visible=now + 2 / self.time_scale if hidden else now,
+            webhook_url=params.get("webhook_url"),
+            webhook_secret=params.get("webhook_secret"),
         )
         self.tasks[task.id] = task
         self._running.add(task.id)
@@ -288,6 +292,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, str) and 1 <= len(value) <= 2083,
         "must be a URL of 1 to 2083 characters",
     ),
+    "webhook_secret": (lambda value: isinstance(value, str), "must be text"),
 }
 """Whether a value is right, and what would be [S]."""
 

@@ -177,8 +177,10 @@ def snapshot_of(entry: JournalEntry) -> TaskSnapshot:
         return TaskSnapshot(
             outcome.task_id, TaskStatus.COMPLETED, None, outcome.images, outcome.usage, metadata=outcome.metadata
         )
-    assert isinstance(outcome.error, TaskFailedError)
-    return TaskSnapshot(entry.task_id or "", TaskStatus.FAILED, error=outcome.error)
+    error, task_id = outcome.error, entry.task_id or ""
+    if not isinstance(error, TaskFailedError):
+        error = TaskFailedError(error.message, task_id)
+    return TaskSnapshot(task_id, TaskStatus.FAILED, error=error)
 
 
 def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:

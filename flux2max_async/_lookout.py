@@ -123,11 +123,17 @@ class Lookout:
             self._exchange.reschedule(0.0)
         self._wake()
 
+    def rely_on_polls(self) -> None:
+        """No webhook can be expected any more: servers that shut down stop listening first."""
+        if self._hooked:
+            self._hooked = False
+            self._wake()
+
     async def updates(self) -> AsyncIterator[TaskSnapshot]:
         """Give the newest snapshot, then each that says something new, until the end."""
         said = None
         self._watchers += 1
-        if self._watchers == 1:
+        if self._watchers == 1 and self._hooked:
             self._wake()  # of progress only polls tell, whatever brings the end
         try:
             while True:
@@ -164,7 +170,7 @@ class Lookout:
         assert snapshot is not None
         if self.learning:
             plan.finish(elapsed if self.told else self._running_until, elapsed, completed=snapshot.error is None)
-        if self._hooked and self.mail is not None:
+        if self._hooked and self.mail is not None and (self.told or self.polls):
             self.mail.noticed(told=self.told)
         return snapshot
 

@@ -147,6 +147,8 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
+        if self._supervisor is not None:
+            self._stop_listening()  # the event loop has ended before the session was left
         if self._webhooks is not None:
             self._webhooks.open(
                 self._books.journal, secrets=self._books.secrets, spawn=partial(self._spawn, until_drain=True)
@@ -385,7 +387,7 @@ class FluxSession:
             return
         for entry in entries:
             if entry.state is not EntryState.SUBMITTED:
-                if self._webhooks is not None and entry.task_id is not None:
+                if self._webhooks is not None and self._webhooks.mail.listeners(entry.task_id or ""):
                     self._webhooks.tell(snapshot_of(entry))
             elif entry.key not in self._supervisor.desk and not self._supervisor.closing:
                 self._inherit(self._supervisor, entry)

@@ -87,6 +87,7 @@ class Supervisor:
         """Submit nothing more, and give what is submitted so long to end, and to be saved."""
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
+            poller.lookout.rely_on_polls()
         for task in list(self._endless):
             task.cancel()
         until = self.loop.time() + seconds

@@ -1,0 +1,762 @@
+"""Sessions with webhooks: whichever of webhook and poll is faster brings the end, and nothing is lost where one fails."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+import pytest
+from _hooked import SECRET, Door, door, signed
+from _scripted import ScriptedGateway, answer, completed, hang, running
+from _virtual import VirtualJournal
+
+from flux2max_async import (
+    Completed,
+    ConfigurationError,
+    ContentModeratedError,
+    DeadlineExceededError,
+    Failed,
+    FixedSchedule,
+    FluxSession,
+    GenerationRequest,
+    JournalError,
+    LearnedSchedule,
+    ProtocolError,
+    SessionClosedError,
+    SqliteJournal,
+    TaskFailedError,
+    TaskNotFoundError,
+    WebhookInbox,
+    WebhookSignatureError,
+)
+from flux2max_async.emulator import Emulator, Webhooks
+from flux2max_async.journal import EntryState, JournalEntry
+
+SELDOM = FixedSchedule(1000.0)
+in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+@pytest.fixture
+async def at() -> AsyncIterator[Door]:
+    async with door() as it:
+        yield it
+
+
+def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **settings: Any) -> FluxSession:
+    settings = {"schedule": SELDOM, "deadline": 100_000.0, **settings}
+    return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
+
+
+async def deliver(inbox: WebhookInbox, told: object) -> None:
+    await inbox.deliver(*signed(told))
+
+
+# ---------------------------------------------------------------------- who is faster
+
+
+@pytest.mark.parametrize("shape", ["task", "maker"])
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [("a cat", None), ("a cat [fail]", TaskFailedError), ("a cat [moderate]", ContentModeratedError)],
+)
+async def test_a_webhook_brings_the_end(at: Door, shape: Any, prompt: str, error: type[Exception] | None) -> None:
+    """A verified delivery of either shape ends the wait at once, and not one poll is made."""
+    async with (
+        Emulator(seconds=8.0, spread=0.0, seed=1, pictures=False, webhooks=Webhooks(shape=shape)) as gateway,
+        session_on(gateway, at.inbox) as session,
+    ):
+        started = anyio.current_time()
+        outcome = await (await session.submit(prompt)).outcome()
+        took = anyio.current_time() - started
+        stats = session.stats
+
+    assert (type(outcome.error) if isinstance(outcome, Failed) else None) is error
+    assert outcome.elapsed == pytest.approx(8.0, abs=0.1)
+    assert took == pytest.approx(8.0, abs=0.1)
+    assert (outcome.polls, stats.polls, stats.webhooks) == (0, 0, 1)
+    assert [delivery.status for delivery in gateway.deliveries] == [200]
+
+
+async def test_a_poll_on_the_wire_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+    """A webhook doesn't wait for the answer to a poll that hangs."""
+    scripted.polls = deque([hang])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.5)) as session:
+        task = await session.submit("a cat")
+        await anyio.sleep(5.0)
+        await deliver(at.inbox, completed("t1"))
+        done = await task
+        elapsed = done.elapsed
+
+    assert elapsed == pytest.approx(5.0, abs=0.1)
+    assert done.polls == 1
+
+
+async def test_a_webhook_may_be_faster_than_the_submit(scripted: ScriptedGateway, at: Door) -> None:
+    """A delivery that comes before the submit's answer is kept, and ends the task as soon as it has its id."""
+    scripted.submits = deque([answer(200, running("t1"), after=3.0)])
+    async with session_on(scripted, at.inbox) as session:
+        wait = asyncio.ensure_future(session.generate("a cat"))
+        await anyio.sleep(1.0)
+        await deliver(at.inbox, completed("t1"))
+        done = await wait
+
+    assert done.elapsed == pytest.approx(3.0, abs=0.1)
+    assert done.polls == 0
+
+
+async def test_an_attached_task_hears_too(scripted: ScriptedGateway, at: Door) -> None:
+    """A task that was submitted elsewhere is polled as always, and ends by a webhook if that is faster."""
+    scripted.polls = deque([answer(200, running("t9"))])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
+        tasks = [session.attach("t9"), session.attach("t9")]
+        await anyio.sleep(10.5)
+        await deliver(at.inbox, completed("t9"))
+        done = [await task for task in tasks]
+
+    assert all(one.elapsed == pytest.approx(10.5, abs=0.1) for one in done)
+    assert all(one.polls > 8 for one in done)
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+async def test_each_submit_asks_for_a_webhook(scripted: ScriptedGateway, at: Door) -> None:
+    """The address and the secret go with each submit, the first of several; outcomes name the request as it was given."""
+    at.inbox = WebhookInbox(secret=["new", "old"], public_url=at.inbox.public_url)
+    request = GenerationRequest("a cat")
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
+        done = await session.generate(request)
+        await session.generate("a dog", webhook_url="https://elsewhere.example/hook", webhook_secret="theirs")
+    params = [call.params for call in scripted.of("POST")]
+
+    assert done.request is request
+    assert (params[0]["webhook_url"], params[0]["webhook_secret"]) == (at.inbox.public_url, "new")
+    assert (params[1]["webhook_url"], params[1]["webhook_secret"]) == ("https://elsewhere.example/hook", "theirs")
+
+
+async def test_a_request_with_a_webhook_of_its_own_is_polled_as_usual(gateway: Emulator, at: Door) -> None:
+    """Where no webhook of ours was asked for, none is relied on."""
+    async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0)) as session:
+        done = await session.generate("a cat", webhook_url="http://127.0.0.1:9/nobody")
+
+    assert done.polls in {8, 9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"secret": ""}, "secret"),
+        ({"secret": []}, "secret"),
+        ({"secret": ["good", ""]}, "secret"),
+        ({"secret": [1]}, "secret"),
+        ({"public_url": "ftp://app.example"}, "public_url"),
+        ({"public_url": "https://app.example/" + "x" * 2083}, "public_url"),
+        ({"max_age": 0}, "max_age"),
+    ],
+)
+def test_an_inbox_that_could_not_work_is_refused(settings: dict[str, Any], named: str) -> None:
+    """A mistake in the inbox is named before anything is sent."""
+    with pytest.raises(ConfigurationError, match=named):
+        WebhookInbox(**{"secret": SECRET, "public_url": "https://app.example/hooks", **settings})
+
+
+async def test_a_session_has_its_inbox_for_itself(gateway: Emulator, at: Door) -> None:
+    """An inbox in use can't be given to a second session, and is free again after the first; its secret isn't shown."""
+    async with session_on(gateway, at.inbox):
+        with pytest.raises(ConfigurationError, match="in use"):
+            await session_on(gateway, at.inbox).__aenter__()
+    async with session_on(gateway, at.inbox) as session:
+        done = await session.generate("a cat")
+
+    assert done.polls == 0
+    assert SECRET not in repr(at.inbox)
+
+
+def test_an_inbox_outlives_its_event_loop() -> None:
+    """A session whose loop has ended before it was left can be entered, or left, later."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    session = FluxSession("key", base_url="http://127.0.0.1:9", webhooks=inbox)
+
+    async def twice() -> None:
+        async with session:
+            pass
+
+    asyncio.run(_entered(session))
+    asyncio.run(twice())
+    asyncio.run(_entered(session))
+    asyncio.run(session.aclose())
+    asyncio.run(twice())
+
+    assert session.stats.in_flight == 0
+
+
+async def _entered(session: FluxSession) -> None:
+    await session.__aenter__()
+    await session._transport.close()
+
+
+# ---------------------------------------------------------------------- how far webhooks are relied on
+
+
+async def test_polls_stand_down_and_take_over(at: Door) -> None:
+    """While webhooks come, hardly a poll is made; when they cease, polls are as usual, and when they come again, rare."""
+    async with (
+        Emulator(seconds=8.0, spread=0.2, seed=1, pictures=False, max_in_flight=100) as gateway,
+        session_on(gateway, at.inbox, schedule=LearnedSchedule(), max_polls_per_second=None) as session,
+    ):
+        polls: list[float] = []
+        for is_open in (True, True, False, False, True, True):
+            at.open = is_open
+            before = session.stats.polls
+            async for outcome in session.stream([f"picture {number}" for number in range(48)]):
+                assert outcome.ok
+            polls.append((session.stats.polls - before) / 48)
+
+    coming, missing, again = polls[1], polls[3], polls[5]
+    assert coming < 0.5
+    assert missing > 2.0
+    assert again < 0.5
+
+
+async def test_a_schedule_that_knows_no_price_is_stretched(at: Door) -> None:
+    """A fixed interval becomes up to eight times as long while webhooks come, and is itself again while they don't."""
+    async with (
+        Emulator(seconds=40.0, spread=0.0, seed=1, pictures=False) as gateway,
+        session_on(gateway, at.inbox, schedule=FixedSchedule(1.0)) as session,
+    ):
+        for _ in range(10):
+            await session.generate("a cat")
+        trusted = (await session.generate("a cat")).polls
+        at.open = False
+        for _ in range(20):
+            await session.generate("a cat")
+        alone = (await session.generate("a cat")).polls
+
+    assert trusted in {4, 5}
+    assert alone in {39, 40, 41}
+
+
+async def test_an_address_that_nobody_reaches_costs_nothing_but_polls(gateway: Emulator) -> None:
+    """Where no webhook ever comes, polls bring every end, after the first few as soon as without an inbox."""
+    inbox = WebhookInbox(secret=SECRET, public_url="http://127.0.0.1:9/nobody")
+    async with session_on(gateway, inbox, schedule=FixedSchedule(1.0)) as session:
+        done = [await session.generate("a cat") for _ in range(20)]
+
+    assert {one.polls for one in done[-5:]} <= {8, 9}
+    assert session.stats.webhooks == 0
+    assert all(delivery.status is None for delivery in gateway.deliveries)
+
+
+async def test_progress_is_polled_for_while_somebody_watches(gateway: Emulator, at: Door) -> None:
+    """Only polls tell of progress: for a task whose updates are followed they go on, and for others they stand down."""
+    async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0)) as session:
+        for _ in range(10):
+            await session.generate("a cat")
+        watched, other = await session.submit("a cat"), await session.submit("a cat")
+        await anyio.sleep(0.5)
+        seen = [snapshot.progress async for snapshot in watched.updates()]
+        polls = (await watched).polls, (await other).polls
+
+    assert len(seen) >= 7
+    assert polls[0] >= 6
+    assert polls[1] <= 1
+
+
+async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: Door) -> None:
+    """However much webhooks are relied on, a task is looked at once more before it is given up."""
+    at.open = False
+    async with session_on(gateway, at.inbox, deadline=20.0) as session:
+        done = await session.generate("a cat")
+
+    assert done.polls == 1
+    assert done.elapsed == pytest.approx(19.0, abs=0.2)
+
+
+# ---------------------------------------------------------------------- deliveries that aren't what they should be
+
+
+async def test_the_usual_mess_does_no_harm(at: Door) -> None:
+    """Forged, doubled and dropped deliveries: each task ends once, and as it really did."""
+    webhooks = Webhooks(forged=0.5, doubled=0.5, dropped=0.3, delay=0.5)
+    async with (
+        Emulator(
+            seconds=4.0, spread=0.3, seed=1, pictures=False, failing=0.2, max_in_flight=60, webhooks=webhooks
+        ) as gateway,
+        session_on(gateway, at.inbox, schedule=LearnedSchedule(), max_in_flight=60) as session,
+    ):
+        outcomes = [outcome async for outcome in session.stream([f"picture {number}" for number in range(120)])]
+        await anyio.sleep(2.0)
+    statuses = {(delivery.forged, delivery.status) for delivery in gateway.deliveries}
+
+    assert len({outcome.task_id for outcome in outcomes}) == 120
+    assert all(outcome.ok is (gateway.tasks[outcome.task_id or ""].fate == "completed") for outcome in outcomes)
+    assert statuses == {(True, 401), (False, 200)}
+
+
+async def test_a_forged_delivery_is_refused(scripted: ScriptedGateway, at: Door) -> None:
+    """Who doesn't know the secret can't end a task."""
+    scripted.polls = deque([answer(200, running("t1"))])
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        with pytest.raises(WebhookSignatureError):
+            await at.inbox.deliver(*signed(completed("t1"), "another secret"))
+        snapshot = task.snapshot
+
+    assert snapshot is not None
+    assert not snapshot.status.ended
+
+
+async def test_an_old_secret_is_valid_while_it_is_being_replaced(scripted: ScriptedGateway, at: Door) -> None:
+    """Several secrets verify; the key and the secrets that a service echoes are in no error."""
+    inbox = WebhookInbox(secret=["new secret", "old secret"], public_url=at.inbox.public_url)
+    said = f"no: new secret, old secret, {scripted.api_key}"
+    async with session_on(scripted, inbox) as session:
+        task = await session.submit("a cat")
+        told = {"id": "t1", "status": "failed", "error": {"code": "x", "message": said}}
+        await inbox.deliver(*signed(told, "old secret"))
+        outcome = await task.outcome()
+
+    assert isinstance(outcome, Failed)
+    assert outcome.error.message == "no: ***, ***, ***"
+
+
+@pytest.mark.parametrize(
+    "told", [{"id": "t1", "status": "completed", "output": []}, {"id": "t1"}, {"id": "t1", "status": 7}]
+)
+async def test_an_unreadable_delivery_is_a_reason_to_look(scripted: ScriptedGateway, at: Door, told: object) -> None:
+    """Something has happened to the task, so it is looked at at once."""
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        await anyio.sleep(2.0)
+        with pytest.raises(ProtocolError):
+            await deliver(at.inbox, told)
+        done = await task
+
+    assert done.elapsed == pytest.approx(2.0, abs=0.1)
+    assert done.polls == 1
+
+
+async def test_an_unreadable_delivery_about_nobody_is_refused(gateway: Emulator, at: Door) -> None:
+    """What names no task that is followed here is refused, and that is all."""
+    async with session_on(gateway, at.inbox) as session:
+        for told in ({}, {"id": "somebody's"}, b"\xff\xfe{}"):
+            with pytest.raises(ProtocolError):
+                await deliver(at.inbox, told)
+        polls = session.stats.polls
+
+    assert polls == 0
+
+
+async def test_the_first_end_stands(scripted: ScriptedGateway, at: Door) -> None:
+    """What contradicts an end later is ignored: a delivery after a poll, a poll after a delivery, a second delivery."""
+    failed = {"id": "t1", "status": "failed", "error": {"code": "x", "message": "no"}}
+    scripted.polls = deque([answer(200, completed("t1")), answer(200, failed, after=2.0)])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.5)) as session:
+        by_poll = await session.submit("a cat", webhook_url="https://elsewhere.example/hook")
+        first = await by_poll.outcome()
+        await deliver(at.inbox, failed)
+        by_delivery = await session.submit("a dog", webhook_url="https://elsewhere.example/hook")
+        await anyio.sleep(1.0)
+        await deliver(at.inbox, completed("t1"))
+        await deliver(at.inbox, failed)
+        second = await by_delivery.outcome()
+        await anyio.sleep(5.0)
+
+    assert isinstance(first, Completed)
+    # The end that was kept for an id that nobody followed any more was for the task of that id.
+    assert isinstance(second, Failed)
+
+
+async def test_a_delivery_beats_the_answer_to_a_poll(scripted: ScriptedGateway, at: Door) -> None:
+    """A poll that was under way and says something else comes too late."""
+    scripted.polls = deque([answer(404, {"error": "no such task"}, after=1.0)])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.5)) as session:
+        task = await session.submit("a cat")
+        await anyio.sleep(2.5)  # in the middle of the poll, whose interval is stretched to 2 s
+        await deliver(at.inbox, completed("t1"))
+        await deliver(at.inbox, {"id": "t1", "status": "failed", "error": "no"})
+        outcome = await task.outcome()
+
+    assert isinstance(outcome, Completed)
+
+
+async def test_progress_doesnt_go_back(scripted: ScriptedGateway, at: Door) -> None:
+    """A delivery may tell of progress; one that was overtaken is ignored."""
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        seen: list[float | None] = []
+        for progress in (0.5, 0.3, None, 0.7):
+            await deliver(at.inbox, running("t1", progress=progress))
+            seen.append(task.snapshot.progress if task.snapshot else None)
+        await deliver(at.inbox, running("unknown", progress=0.5))
+
+    assert seen == [0.5, 0.5, 0.5, 0.7]
+
+
+async def test_a_delivery_for_somebody_else_is_kept_for_a_while(scripted: ScriptedGateway, at: Door) -> None:
+    """What nobody here waits for is taken, and forgotten when there is too much of it, or if it is too large to keep."""
+    scripted.polls = deque([answer(200, running("ours"))])
+    async with session_on(scripted, at.inbox) as session:
+        await deliver(at.inbox, completed("first"))
+        for number in range(1000):
+            await deliver(at.inbox, completed(f"theirs-{number}"))
+        await deliver(at.inbox, completed("large", metadata={"much": "x" * 20_000}))
+        tasks = {name: session.attach(name) for name in ("first", "large", "theirs-0", "theirs-999")}
+        await anyio.sleep(0.5)
+        ended = {name for name, task in tasks.items() if task.snapshot and task.snapshot.status.ended}
+
+    assert ended == {"theirs-0", "theirs-999"}
+
+
+async def test_a_thousand_deliveries_at_once(at: Door) -> None:
+    """A thousand tasks that end in the same moment are all told by their webhooks, over real sockets."""
+    async with (
+        Emulator(seconds=8.0, spread=0.0, seed=1, pictures=False, max_in_flight=1000) as gateway,
+        session_on(gateway, at.inbox, max_in_flight=1000, max_polls_per_second=None) as session,
+    ):
+        outcomes = [outcome async for outcome in session.stream(f"picture {number}" for number in range(1000))]
+        stats = session.stats
+
+    assert all(isinstance(outcome, Completed) for outcome in outcomes)
+    assert (stats.webhooks, stats.polls) == (1000, 0)
+
+
+# ---------------------------------------------------------------------- lifetimes
+
+
+async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: Door) -> None:
+    """Before a session is entered and after it is left, a delivery is to come again, and then it is welcome."""
+    with pytest.raises(SessionClosedError):
+        await deliver(at.inbox, completed("t1"))
+    async with session_on(gateway, at.inbox):
+        await deliver(at.inbox, completed("t1"))
+    with pytest.raises(SessionClosedError):
+        await deliver(at.inbox, completed("t1"))
+
+
+async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing with drain submits nothing more and waits for what is submitted, and for its pictures to be saved."""
+    session = session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0)
+    async with session:
+        task = await session.submit("a cat")
+        await anyio.sleep(1.0)
+        at.open = False  # a server that shuts down stops listening first
+        closing = asyncio.ensure_future(session.aclose())
+        await anyio.sleep(0.1)
+        with pytest.raises(SessionClosedError):
+            await session.submit("a dog")
+        done = await task
+        refreshed = await session.fetch(done.task_id)
+        await closing
+
+    assert gateway.accepted == {"a cat": 1}
+    assert refreshed.images
+    assert done.elapsed < 9.5
+    assert "unfinished" not in caplog.text
+
+
+async def test_draining_has_its_limit(gateway: Emulator, caplog: pytest.LogCaptureFixture) -> None:
+    """What doesn't end within drain is left as it is without: its id in the outcome, and in one log line."""
+    session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0), drain=100.0)
+    async with session:
+        task = await session.submit("a cat")
+        started = anyio.current_time()
+        await session.aclose(drain=3.0)
+        took = anyio.current_time() - started
+    outcome = await task.outcome()
+
+    assert took == pytest.approx(3.0, abs=0.1)
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, SessionClosedError)
+    assert outcome.task_id == task.id
+    assert f"session closed; unfinished tasks: {task.id}" in caplog.text
+
+
+async def test_draining_delivers_a_stream(gateway: Emulator, tmp_path: Path) -> None:
+    """A stream whose session drains yields all that is submitted, saved, and then says that it was closed."""
+    session = FluxSession(
+        gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0), drain=20.0, max_in_flight=3
+    )
+    outcomes: list[Any] = []
+
+    async def consume() -> None:
+        async for outcome in session.stream([f"picture {number}" for number in range(9)], save_to=tmp_path / "out"):
+            outcomes.append(outcome)
+
+    async with session:
+        consumer = asyncio.ensure_future(consume())
+        await anyio.sleep(2.0)
+    with pytest.raises(SessionClosedError):
+        await consumer
+
+    assert gateway.calls["submit"] == 3
+    assert sum(outcome.ok for outcome in outcomes) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+async def test_draining_waits_for_nothing_else(gateway: Emulator, at: Door, tmp_path: Path) -> None:
+    """A stream that nobody reads, and a delivery that nobody claims, don't hold up a shutdown."""
+    journal = VirtualJournal(tmp_path / "run.db")
+    async with session_on(gateway, at.inbox, drain=60.0, journal=journal, max_in_flight=1) as session:
+        stream = session.stream([f"picture {number}" for number in range(9)])
+        await anext(stream)
+        await deliver(at.inbox, completed("nobody's"))
+        started = anyio.current_time()
+        await session.aclose()
+        took = anyio.current_time() - started
+
+    assert took < 10.0
+
+
+@pytest.mark.parametrize("drain", [-1.0, float("nan"), float("inf"), "20", True])
+async def test_drain_is_a_number_of_seconds(gateway: Emulator, drain: Any) -> None:
+    """Anything else is named, in the constructor and in aclose()."""
+    with pytest.raises(ConfigurationError, match="drain"):
+        FluxSession(gateway.api_key, drain=drain)
+    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+        with pytest.raises(ConfigurationError, match="drain"):
+            await session.aclose(drain=drain)
+
+
+# ---------------------------------------------------------------------- with a journal
+
+
+async def entry_of(journal: SqliteJournal) -> JournalEntry:
+    (entry,) = [entry async for entry in journal.entries()]
+    return entry
+
+
+@pytest.mark.parametrize("status", ["completed", "failed"])
+async def test_the_end_is_recorded_before_the_answer(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path, status: str
+) -> None:
+    """When a delivery is answered with 200, the journal knows the end."""
+    told = completed("t1") if status == "completed" else {"id": "t1", "status": "Error", "error": "x", "message": "no"}
+    journal = VirtualJournal(tmp_path / "run.db")
+    async with session_on(scripted, at.inbox, journal=journal) as session:
+        task = await session.submit("a cat")
+        await deliver(at.inbox, told)
+        entry = await entry_of(journal)
+        outcome = await task.outcome()
+        await deliver(at.inbox, told)  # comes twice
+
+    assert entry.state == status
+    assert entry.holder is None
+    assert entry.outlay == entry.cost if status == "completed" else entry.outlay == 0
+    assert outcome.ok is (status == "completed")
+
+
+async def test_a_cost_that_a_delivery_doesnt_name_stays_set_aside(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """The maker's own payload names no cost: the budget goes on counting what the picture will probably cost."""
+    journal = VirtualJournal(tmp_path / "run.db")
+    async with session_on(scripted, at.inbox, journal=journal, price_guess="0.10") as session:
+        task = await session.submit("a cat")
+        await deliver(at.inbox, {"id": "t1", "status": "Ready", "result": {"sample": "https://p.example/1.jpeg"}})
+        done = await task
+        entry = await entry_of(journal)
+
+    assert done.usage is None
+    assert (entry.cost, str(entry.outlay)) == (None, "0.1")
+
+
+class Failing(VirtualJournal):
+    """A journal whose disk fails while it is told to."""
+
+    fails = False
+
+    async def record(self, entry: JournalEntry, /) -> None:
+        if self.fails:
+            raise JournalError("the disk is full")
+        await super().record(entry)
+
+
+async def test_an_end_that_isnt_recorded_is_asked_for_again(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """A delivery whose end can't be written down is put off, and what comes again later heals the journal."""
+    journal = Failing(tmp_path / "run.db")
+    async with session_on(scripted, at.inbox, journal=journal) as session:
+        task = await session.submit("a cat")
+        journal.fails = True
+        with pytest.raises(JournalError, match="disk is full"):
+            await deliver(at.inbox, completed("t1"))
+        done = await task
+        journal.fails = False
+        await deliver(at.inbox, completed("t1"))
+        entry = await entry_of(journal)
+
+    assert isinstance(done.journal_error, JournalError)
+    assert (entry.state, entry.holder) == (EntryState.COMPLETED, None)
+
+
+async def test_a_delivery_that_nobody_waits_for_is_found_by_the_next_run(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """The process that submitted the task is gone: the end is recorded all the same, and replayed when asked for."""
+    async with session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        await session.submit("a cat")
+    async with session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        await deliver(at.inbox, completed("t1"))
+        done = await session.generate("a cat")
+
+    assert done.replayed
+    assert done.images[0].url == "https://pictures.example/0.jpeg"
+    assert scripted.of("GET") == []
+
+
+async def test_a_delivery_in_the_middle_of_closing_is_put_off_or_recorded(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """Whatever moment closing comes in, a delivery that is answered with 200 is in the journal."""
+    for turns in range(12):
+        folder = tmp_path / str(turns)
+        journal = VirtualJournal(folder / "run.db")
+        async with session_on(scripted, at.inbox, journal=journal) as session:
+            await session.submit("a cat")
+            delivery = asyncio.ensure_future(deliver(at.inbox, completed("t1")))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await asyncio.wait([delivery])
+        entry = await entry_of(journal)
+
+        assert entry.state is EntryState.COMPLETED or isinstance(
+            delivery.exception(), (SessionClosedError, JournalError)
+        )
+
+
+# ---------------------------------------------------------------------- several processes, as far as a journal can tell
+
+
+@in_real_time
+@pytest.mark.parametrize("status", ["completed", "failed"])
+async def test_a_delivery_to_another_process_reaches_the_owner(
+    scripted: ScriptedGateway, tmp_path: Path, status: str
+) -> None:
+    """With a shared journal, whoever follows the task knows its end within a second, and hasn't polled."""
+    told = completed("t1") if status == "completed" else {"id": "t1", "status": "failed", "error": "no"}
+    url = "https://app.example/hooks"
+    ours, theirs = (WebhookInbox(secret=SECRET, public_url=url) for _ in range(2))
+    path = tmp_path / "run.db"
+    async with (
+        session_on(scripted, ours, journal=SqliteJournal(path)) as owner,
+        session_on(scripted, theirs, journal=SqliteJournal(path)) as other,
+    ):
+        task = await owner.submit("a cat")
+        waiting = asyncio.ensure_future(other.submit("a cat"))
+        await asyncio.sleep(0.1)
+        await deliver(theirs, told)
+        started = anyio.current_time()
+        outcome = await task.outcome()
+        took = anyio.current_time() - started
+        same = await (await waiting).outcome()
+        stats = owner.stats
+
+    assert took < 1.0
+    assert outcome.ok is same.ok is (status == "completed")
+    assert (stats.webhooks, stats.polls) == (1, 0)
+    assert len(scripted.of("POST")) == 1
+    assert scripted.of("GET") == []
+
+
+@in_real_time
+async def test_a_delivery_to_another_process_may_come_before_the_id(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A delivery that overtakes the submit's answer, at another process, is recorded when the journal knows the task."""
+    scripted.submits = deque([answer(200, running("t1"), after=0.6)])
+    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
+    path = tmp_path / "run.db"
+    async with (
+        session_on(scripted, ours, journal=SqliteJournal(path)) as owner,
+        session_on(scripted, theirs, journal=SqliteJournal(path)),
+    ):
+        wait = asyncio.ensure_future(owner.generate("a cat"))
+        await asyncio.sleep(0.1)
+        await deliver(theirs, completed("t1"))
+        done = await wait
+
+    assert done.elapsed < 3.0
+    assert done.polls == 0
+
+
+async def test_an_early_delivery_is_looked_for_no_longer_than_it_is_kept(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An id that no journal ever knows is asked for a minute; an id that is claimed here, until then; errors are logged."""
+
+    class Counting(VirtualJournal):
+        asked = 0
+
+        async def find_task(self, task_id: str, /) -> JournalEntry | None:
+            self.asked += 1
+            if self.asked == 3:
+                raise JournalError("the disk sleeps")
+            return await super().find_task(task_id)
+
+    journal = Counting(tmp_path / "run.db")
+    async with session_on(scripted, at.inbox, journal=journal) as session:
+        await deliver(at.inbox, completed("nobody's"))
+        await anyio.sleep(100.0)
+        asked = journal.asked
+        await deliver(at.inbox, completed("claimed"))
+        await session.attach("claimed")
+        await anyio.sleep(100.0)
+        more = journal.asked - asked
+
+    assert asked == 9
+    assert more == 1
+    assert "the disk sleeps" in caplog.text
+
+
+async def test_an_end_that_others_found_otherwise_is_an_end(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """Another process may have recorded any failure for a task of ours: it ends, with what is written."""
+    heard: list[Any] = []
+
+    class Overheard(VirtualJournal):
+        async def open(self, news: Any = lambda _: None, /, *, listening: bool = False) -> None:
+            heard.append(news)
+            await super().open(news, listening=listening)
+
+    journal = Overheard(tmp_path / "run.db")
+    async with session_on(scripted, at.inbox, journal=journal) as session:
+        task = await session.submit("a cat")
+        entry = await entry_of(journal)
+        told = {"error": {"kind": TaskNotFoundError.__name__, "message": "gone"}}
+        heard[0]([attrs.evolve(entry, state=EntryState.FAILED, result=told)])
+        outcome = await task.outcome()
+        heard[0]([attrs.evolve(entry, state=EntryState.FAILED, result=told)])
+    heard[0]([entry])
+
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, TaskFailedError)
+    assert outcome.error.message == "gone"
+
+
+async def test_a_journal_that_cant_be_opened_leaves_the_inbox_free(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path
+) -> None:
+    """A session that fails to open gives its inbox back."""
+    (tmp_path / "run.db").write_text("not a journal, but a letter")
+    with pytest.raises(JournalError):
+        await session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")).__aenter__()
+    async with session_on(scripted, at.inbox) as session:
+        assert session.stats.in_flight == 0
+
+
+async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: Door) -> None:
+    """A webhook in the very moment of the deadline is either taken or too late, and one that comes later is kept."""
+    scripted.polls = deque([answer(200, running("t1"))])
+    async with session_on(scripted, at.inbox, deadline=10.0) as session:
+        task = await session.submit("a cat")
+        outcome = await task.outcome()
+        await deliver(at.inbox, completed("t1"))
+        later = await session.attach("t1")
+
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, DeadlineExceededError)
+    assert later.polls == 0

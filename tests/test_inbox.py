@@ -29,11 +29,14 @@ from flux2max_async import (
     SqliteJournal,
     TaskFailedError,
     TaskNotFoundError,
+    TaskSnapshot,
     WebhookInbox,
     WebhookSignatureError,
 )
+from flux2max_async._mail import Mail
 from flux2max_async.emulator import Emulator, Webhooks
 from flux2max_async.journal import EntryState, JournalEntry
+from flux2max_async.webhooks import parse
 
 SELDOM = FixedSchedule(1000.0)
 in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -760,3 +763,74 @@ async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: Door) -> 
     assert isinstance(outcome, Failed)
     assert isinstance(outcome.error, DeadlineExceededError)
     assert later.polls == 0
+
+
+async def test_a_pause_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+    """A webhook ends the wait of a task whose poll waits because the service has asked everybody to."""
+    scripted.polls = deque([answer(429, {}, [("Retry-After", "60")])])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.1)) as session:
+        task = await session.submit("a cat")
+        await anyio.sleep(10.0)
+        await deliver(at.inbox, completed("t1"))
+        done = await task
+
+    assert done.elapsed == pytest.approx(10.0, abs=0.2)
+    assert done.polls == 1
+
+
+async def test_a_wait_for_the_budget_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+    """A webhook ends the wait of a task whose poll waits until the budget of polls allows it."""
+    scripted.submits = deque([answer(200, running(f"t{number}")) for number in range(3)])
+    scripted.polls = deque([answer(200, running("t0"))])
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.1), max_polls_per_second=0.01) as session:
+        tasks = [await session.submit(f"picture {number}") for number in range(3)]
+        await anyio.sleep(10.0)
+        for number in range(3):
+            await deliver(at.inbox, completed(f"t{number}"))
+        done = [await task for task in tasks]
+
+    assert all(one.elapsed == pytest.approx(10.0, abs=0.2) for one in done)
+    assert len(scripted.of("GET")) <= 1
+
+
+async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(scripted: ScriptedGateway, at: Door) -> None:
+    """A poll that is answered in the same turn of the event loop as a delivery comes too late."""
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        lookout = task._poller.lookout
+        lookout.hear(parse(signed(completed("t1"))[0]))
+        lookout.see(parse(signed({"id": "t1", "status": "failed", "error": "no"})[0]))
+        outcome = await task.outcome()
+
+    assert outcome.ok
+
+
+async def test_draining_nothing_takes_no_time(gateway: Emulator) -> None:
+    """A session in which nothing is in flight closes at once, however long it might drain."""
+    async with FluxSession(gateway.api_key, base_url=gateway.url, drain=100.0) as session:
+        await session.generate("a cat")
+        started = anyio.current_time()
+        await session.aclose()
+        took = anyio.current_time() - started
+
+    assert took < 1.0
+
+
+def test_who_has_never_listened_can_be_forgotten() -> None:
+    """Forgetting a listener that is unknown, or one of several, does no harm to the others."""
+    mail, (one, two) = Mail(), (Deaf(), Deaf())
+    mail.expect("t1", one)
+    mail.expect("t1", two)
+    mail.forget("t1", one)
+    mail.forget("t1", one)
+    mail.forget("t2", one)
+
+    assert mail.listeners("t1") == (two,)
+
+
+class Deaf:
+    def hear(self, snapshot: TaskSnapshot | None) -> None:
+        raise AssertionError
+
+    async def until_over(self) -> None:
+        raise AssertionError

@@ -728,7 +728,7 @@ async def test_an_end_that_others_found_otherwise_is_an_end(
     journal = Overheard(tmp_path / "run.db")
     async with session_on(scripted, at.inbox, journal=journal) as session:
         task = await session.submit("a cat")
-        entry = await entry_of(journal)
+        entry = attrs.evolve(await entry_of(journal), task_id="t1")
         told = {"error": {"kind": TaskNotFoundError.__name__, "message": "gone"}}
         heard[0]([attrs.evolve(entry, state=EntryState.FAILED, result=told)])
         outcome = await task.outcome()

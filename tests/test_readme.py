@@ -92,26 +92,35 @@ def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) ->
     assert runs[1].stdout.count(" completed 0.07") == 12
 
 
-def test_the_web_backend(environment: dict[str, str], tmp_path: Path) -> None:
-    """The FastAPI example serves pictures under a real server, and says 422 where it should."""
+def test_the_web_backend(tmp_path: Path) -> None:
+    """The FastAPI example serves pictures under a real server, by webhooks alone, and says 422 where it should."""
     (tmp_path / "app.py").write_text(WEB, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", str(port)]
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            status, body = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat")
-            refused, why = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
-            moderated, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
-        finally:
-            server.terminate()
-            _, log = server.communicate(timeout=20)
+    with Emulator(seconds=0.5, spread=0.0, seed=1) as gateway:
+        environment = {
+            **os.environ,
+            "FLUX2MAX_API_KEY": gateway.api_key,
+            "FLUX2MAX_BASE_URL": gateway.url,
+            "PUBLIC_URL": f"http://127.0.0.1:{port}",
+            "WEBHOOK_SECRET": "a secret",
+        }
+        with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
+            try:
+                status, body = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat")
+                refused, why = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
+                moderated, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
+            finally:
+                server.terminate()
+                _, log = server.communicate(timeout=20)
 
     assert status == 200
-    assert environment["FLUX2MAX_BASE_URL"] in body
+    assert gateway.url in body
     assert (refused, "prompt" in why) == (422, True)
     assert moderated == 422
+    assert [delivery.status for delivery in gateway.deliveries] == [200, 200]
     assert "Application shutdown complete" in log
     assert "Traceback" not in log
 

@@ -55,9 +55,8 @@ app.mount("/hooks", inbox.asgi)
 @app.exception_handler(FluxError)
 async def refuse(_: Request, error: FluxError) -> JSONResponse:
     """Answer where there is no task, or its picture can't be fetched."""
-    return JSONResponse(
-        {"detail": reason(error)}, 422 if isinstance(error, InvalidRequestError | ContentModeratedError) else 503
-    )
+    status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError) else 503
+    return JSONResponse({"detail": reason(error)}, status)
 
 
 @app.get("/")

@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "no"
-nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "bench_short", "coverage"]
+nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "browser", "bench_short", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
@@ -58,7 +58,8 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The tests with the oldest releases of the dependencies that are promised to do, but for those of processes."""
     install(session, "test", options=("--resolution", "lowest-direct"))
-    run_tests(session, "--ignore=tests/test_survival.py", "--ignore=tests/test_readme.py", measured=False)
+    of_processes = ("tests/test_survival.py", "tests/test_readme.py", "tests/test_examples.py")
+    run_tests(session, *(f"--ignore={path}" for path in of_processes), measured=False)
 
 
 @nox.session(python=PYTHONS[-1])
@@ -73,10 +74,20 @@ def compatibility(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[-1])
+def browser(session: nox.Session) -> None:
+    """The examples' page, in the browser that is installed here."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not any(shutil.which(name) for name in names):
+        session.skip(f"no Chromium is installed: none of {', '.join(names)} is on the PATH")
+    install(session, "test", "browser")
+    session.run("pytest", "-o", "addopts=-p no:asyncio", "tests/browser", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+
+
+@nox.session(python=PYTHONS[-1])
 def types(session: nox.Session) -> None:
     """The types, by two checkers, and that all that is public has them."""
-    install(session, "test", "types")
-    session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks")
+    install(session, "test", "browser", "types")
+    session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks", "examples")
     # Named, or the checker would take a .venv in the project's folder for the one to look into.
     python = str(Path(session.bin) / "python")
     session.run("basedpyright", "--pythonpath", python)

@@ -1,7 +1,7 @@
 """The handle by which callers see a task."""
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 from flux2max_async._poller import Poller
@@ -39,8 +39,12 @@ class GenerationTask:
         """Wait for the end; a task that failed is a `Failed`, not an exception."""
         return await asyncio.shield(self._poller.ended)
 
-    def updates(self) -> AsyncIterator[TaskSnapshot]:
-        """Iterate over the newest snapshot, then each new status or progress; ends with the task."""
+    def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
+        """Iterate over the newest snapshot, then each new status or progress; ends with the task.
+
+        The last one says how it ended. Close the generator, or cancel whoever iterates, when nobody watches any more:
+        until then a task is polled for its progress, however reliable webhooks are.
+        """
         return self._poller.updates()
 
     def __await__(self) -> Generator[Any, None, Completed]:

@@ -48,7 +48,7 @@ class WebhookInbox:
 
         inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url="https://app.example/hooks/flux")
         app.router.add_post("/hooks/flux", inbox.aiohttp_handler)   # aiohttp.web
-        app.add_route("/hooks/flux", inbox.asgi)                    # FastAPI, Starlette
+        app.mount("/hooks", inbox.asgi)                             # FastAPI, Starlette: above the path, not at it
         async with FluxSession(webhooks=inbox) as session: ...
 
     The session asks for a webhook with each submit whose request names none of its own. A delivery whose signature is
@@ -87,7 +87,10 @@ class WebhookInbox:
             raise ConfigurationError(error.message.replace("webhook_url", "public_url")) from error
         self.public_url: str = public_url
         self.asgi: AsgiApp = AsgiApp(self.deliver)
-        """An ASGI application, for `app.add_route(path, inbox.asgi)` or `app.mount()`; it answers on any path."""
+        """An ASGI application that answers on any path.
+
+        Mount it above the path of `public_url`: at the very path of a mount, Starlette redirects to one with a slash.
+        """
         self.mail: Mail = Mail()
         """Who waits for what; the session's."""
         self._header = header

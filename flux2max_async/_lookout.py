@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import attrs
@@ -58,6 +58,8 @@ class Lookout:
     _task_id: str | None = attrs.field(default=None, init=False)
     _over: bool = attrs.field(default=False, init=False)
     """Whether nothing more will be seen."""
+    _until: float = attrs.field(default=math.inf, init=False)
+    """The moment at which the session closes, once that is known."""
     _running_until: float = attrs.field(default=0.0, init=False)
     """Seconds from the submit to the newest poll that saw the task running."""
     _missed: int = attrs.field(default=0, init=False)
@@ -123,13 +125,13 @@ class Lookout:
             self._exchange.reschedule(0.0)
         self._wake()
 
-    def rely_on_polls(self) -> None:
-        """No webhook can be expected any more: servers that shut down stop listening first."""
-        if self._hooked:
-            self._hooked = False
-            self._wake()
+    def hurry(self, until: float) -> None:
+        """The session closes at a moment: look once more before, and expect no webhook, for servers close first."""
+        self._until = until
+        self._hooked = False
+        self._wake()
 
-    async def updates(self) -> AsyncIterator[TaskSnapshot]:
+    async def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
         """Give the newest snapshot, then each that says something new, until the end."""
         said = None
         self._watchers += 1
@@ -187,7 +189,7 @@ class Lookout:
         delay = self._planned(plan, self.elapsed, self.snapshot.progress)
         delay += min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
-        last = self.deadline - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
+        last = min(self.deadline, self._until) - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
         return last if 0.01 < last < delay else delay
 
     def _planned(self, plan: PollPlan, elapsed: float, progress: float | None) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import attrs
@@ -67,7 +67,7 @@ class Poller:
         """What the service has said of the task last."""
         return (self.leader or self).lookout.snapshot
 
-    def updates(self) -> AsyncIterator[TaskSnapshot]:
+    def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
         """Give the newest snapshot, then each that says something new, until the end."""
         return (self.leader or self).lookout.updates()
 

@@ -85,12 +85,12 @@ class Supervisor:
 
     async def drain(self, seconds: float) -> None:
         """Submit nothing more, and give what is submitted so long to end, and to be saved."""
+        until = self.loop.time() + seconds
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
-            poller.lookout.rely_on_polls()
+            poller.lookout.hurry(until)
         for task in list(self._endless):
             task.cancel()
-        until = self.loop.time() + seconds
         while (left := until - self.loop.time()) > 0:
             if self._tasks:
                 await asyncio.wait(list(self._tasks), timeout=left)

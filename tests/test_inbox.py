@@ -461,6 +461,19 @@ async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, ca
     assert "unfinished" not in caplog.text
 
 
+async def test_draining_ends_with_a_last_look(gateway: Emulator, at: Door) -> None:
+    """A task that would be looked at too late is looked at before its session closes."""
+    async with session_on(gateway, at.inbox) as session:
+        task = await session.submit("a cat")
+        at.open = False
+        await session.aclose(drain=20.0)
+        outcome = await task.outcome()
+
+    assert outcome.ok
+    assert outcome.polls == 1
+    assert outcome.elapsed == pytest.approx(19.0, abs=0.2)
+
+
 async def test_draining_has_its_limit(gateway: Emulator, caplog: pytest.LogCaptureFixture) -> None:
     """What doesn't end within drain is left as it is without: its id in the outcome, and in one log line."""
     session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0), drain=100.0)

@@ -17,6 +17,8 @@ nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "br
 PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
 """The tests wait a lot: several processes run them at once."""
+OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples")]
+"""Leaves out the tests that start programs, which takes half a minute: they needn't be run everywhere."""
 
 if shutil.which("pyenv"):
     # pyenv's shims answer only for the versions that are listed.
@@ -49,17 +51,17 @@ def run_tests(session: nox.Session, *options: str, measured: bool) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The tests, on each Python."""
+    """The tests, on each Python; all of them, and measured, on the oldest and the newest."""
     install(session, "test")
-    run_tests(session, measured=session.python in {PYTHONS[0], PYTHONS[-1]})
+    whole = session.python in {PYTHONS[0], PYTHONS[-1]}
+    run_tests(session, *([] if whole else OF_PROCESSES), measured=whole)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
     """The tests with the oldest releases of the dependencies that are promised to do, but for those of processes."""
     install(session, "test", options=("--resolution", "lowest-direct"))
-    of_processes = ("tests/test_survival.py", "tests/test_readme.py", "tests/test_examples.py")
-    run_tests(session, *(f"--ignore={path}" for path in of_processes), measured=False)
+    run_tests(session, *OF_PROCESSES, measured=False)
 
 
 @nox.session(python=PYTHONS[-1])

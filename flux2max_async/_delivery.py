@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flux2max_async._errors import InvalidRequestError, ProtocolError, WebhookSignatureError
+from flux2max_async._reply import problem
 from flux2max_async._task import TaskSnapshot
 from flux2max_async._wire import moment, snapshot_of
 
@@ -46,9 +47,11 @@ def verify(
 
     Raises:
         WebhookSignatureError: The signature is missing, malformed or wrong, or the delivery is too old.
-        InvalidRequestError: The body isn't given as bytes, or a secret isn't text.
+        InvalidRequestError: The body isn't given as bytes, a secret isn't text, or `now` has no time zone.
     """
     body = _raw(body)
+    if now is not None and now.tzinfo is None:
+        raise InvalidRequestError("now must be timezone-aware", "now")
     expected = [hmac.new(key, body, hashlib.sha256).hexdigest() for key in _keys(secret)]
     given = [value for name, value in headers.items() if name.lower() == header.lower()]
     if not given:
@@ -129,6 +132,10 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     except ProtocolError as error:
         error.task_id = task_id
         raise
+    except RecursionError as fault:
+        too_deep = ProtocolError(f"task {task_id}: the delivery is nested too deeply")
+        too_deep.task_id = task_id
+        raise too_deep from fault
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -163,6 +170,8 @@ def _task_object(told: dict[str, Any]) -> dict[str, Any]:
         task["output"] = [{"content": [{**about, "type": "image", "url": result["sample"]}]}]
     if isinstance(status, str) and (ours := _STATUSES.get(status.strip().lower())):
         task["status"] = ours
-        if ours == "failed" and not told.get("error"):
-            task["error"] = {"code": status, "message": told.get("message") or status}
+        # A status that says more than the error does, as that of moderation may, becomes its code.
+        if ours == "failed" and (not told.get("error") or "moderated" in status.lower()):
+            _, message = problem(told) or (None, status)
+            task["error"] = {"code": status, "message": message}
     return task

@@ -67,22 +67,29 @@ async def aiohttp_answer(deliver: Deliver, request: "web.Request") -> "web.Respo
     """Answer one request to an aiohttp server."""
     from aiohttp import web  # noqa: PLC0415 - servers of other kinds do without it
 
-    status = await _answer(deliver, request.method, request.headers, request.content.iter_any())
+    try:
+        status = await _answer(deliver, request.method, request.headers, _aiohttp_body(request))
+    except ConnectionError:
+        status = 400  # if anybody is there to read it
     return web.Response(status=status, text=_WORDS[status], headers=_headers(status))
 
 
 async def _answer(deliver: Deliver, method: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> int:
-    """Take in a delivery, and give the status to answer with."""
+    """Take in a delivery, and give the status to answer with.
+
+    Raises:
+        ConnectionError: The body breaks off.
+    """
     if method != "POST":
         return 405
-    try:
-        content = bytearray()
-        if _length(headers) > MAX_BODY:
+    if _length(headers) > MAX_BODY:
+        return 413
+    content = bytearray()
+    async for piece in body:
+        content += piece
+        if len(content) > MAX_BODY:
             return 413
-        async for piece in body:
-            content += piece
-            if len(content) > MAX_BODY:
-                return 413
+    try:
         await deliver(bytes(content), headers)
     except WebhookSignatureError as error:
         log.warning("webhook refused: %s", error)
@@ -93,8 +100,6 @@ async def _answer(deliver: Deliver, method: str, headers: Mapping[str, str], bod
     except (SessionClosedError, JournalError) as error:
         log.warning("webhook put off: %s", error)
         return 503
-    except ConnectionError:
-        raise
     except Exception:
         log.exception("webhook")
         return 500
@@ -103,7 +108,20 @@ async def _answer(deliver: Deliver, method: str, headers: Mapping[str, str], bod
 
 def _length(headers: Mapping[str, str]) -> int:
     declared = next((value for name, value in headers.items() if name.lower() == "content-length"), "")
-    return int(declared) if declared.isascii() and declared.isdigit() else 0
+    # A number may be too long for int(), and be refused nevertheless.
+    return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
+
+
+async def _aiohttp_body(request: "web.Request") -> AsyncIterator[bytes]:
+    try:
+        if request.content.at_eof():
+            yield await request.read()  # a middleware may have read it, and the request has kept it
+        async for piece in request.content.iter_any():
+            yield piece
+    except Exception as error:
+        # The sender has gone in the middle of it, or it isn't what its headers announce: of what kind the error is
+        # depends on aiohttp's parser.
+        raise ConnectionResetError from error
 
 
 async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncIterator[bytes]:

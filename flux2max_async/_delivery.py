@@ -64,14 +64,16 @@ def verify(
         raise WebhookSignatureError("the signature is wrong: another secret, or not the bytes that were signed")
     sent = None if max_age is None else _sent_at(body)
     if max_age is not None and sent is not None and ((now or datetime.now(UTC)) - sent).total_seconds() > max_age:
-        raise WebhookSignatureError(f"the delivery was sent more than {max_age:g} s ago: it may be a replayed one")
+        raise WebhookSignatureError(
+            f"the delivery was sent more than {max_age:g} s ago: it is a replayed one, or this machine's clock is wrong"
+        )
 
 
 _SIGNATURE = re.compile(r"(?:sha256=)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
 
 
 def _keys(secret: str | Iterable[str]) -> list[bytes]:
-    secrets = [secret] if isinstance(secret, str) else list(secret)
+    secrets = [secret] if isinstance(secret, str) or not isinstance(secret, Iterable) else list(secret)
     if not all(isinstance(one, str) for one in secrets):
         raise InvalidRequestError("secret must be text, or several texts", "secret")
     return [one.encode(errors="surrogatepass") for one in secrets if one]
@@ -138,6 +140,11 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
         raise too_deep from fault
 
 
+def is_not_found(snapshot: TaskSnapshot) -> bool:
+    """Tell whether a delivery says that there is no such task, which whoever sends it can't well know."""
+    return snapshot.error is not None and str(snapshot.raw.get("status")).strip().lower() == _NOT_FOUND
+
+
 def _object(body: bytes) -> dict[str, Any]:
     told: object = None
     try:
@@ -151,13 +158,14 @@ def _object(body: bytes) -> dict[str, Any]:
     return told
 
 
+_NOT_FOUND = "task not found"
 # [B] The maker's statuses, in the gateway's words.
 _STATUSES = {
     "ready": "completed",
     "error": "failed",
     "request moderated": "failed",
     "content moderated": "failed",
-    "task not found": "failed",
+    _NOT_FOUND: "failed",
 }
 
 

@@ -33,6 +33,9 @@ from flux2max_async._task import (
 _LONGEST = 4096
 """Characters of one text that is kept of what the service says freely: enough for a prompt, too few for a picture."""
 
+_DEEPEST = 100
+"""Levels of JSON that are kept of it."""
+
 
 class EntryState(StrEnum):
     """How far a request has come."""
@@ -177,10 +180,8 @@ def snapshot_of(entry: JournalEntry) -> TaskSnapshot:
         return TaskSnapshot(
             outcome.task_id, TaskStatus.COMPLETED, None, outcome.images, outcome.usage, metadata=outcome.metadata
         )
-    error, task_id = outcome.error, entry.task_id or ""
-    if not isinstance(error, TaskFailedError):
-        error = TaskFailedError(error.message, task_id)
-    return TaskSnapshot(task_id, TaskStatus.FAILED, error=error)
+    assert isinstance(outcome.error, TaskFailedError)
+    return TaskSnapshot(entry.task_id or "", TaskStatus.FAILED, error=outcome.error)
 
 
 def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:
@@ -193,8 +194,8 @@ def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:
     return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, told.get("code"))
 
 
-def kept(value: Any, secrets: tuple[str, ...]) -> Any:
-    """Copy JSON values without secrets, and without texts that are long enough to be pictures."""
+def kept(value: Any, secrets: tuple[str, ...], depth: int = _DEEPEST) -> Any:
+    """Copy JSON values without secrets, without texts that are long enough to be pictures, and not all too deep."""
     match value:
         case str():
             for secret in secrets:
@@ -203,10 +204,12 @@ def kept(value: Any, secrets: tuple[str, ...]) -> Any:
                 return value
             fingerprint = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
             return f"sha256:{fingerprint} ({len(value)} characters)"
+        case Mapping() | list() | tuple() if depth == 0:
+            return "(nested too deeply)"
         case Mapping():
-            return {kept(str(name), secrets): kept(entry, secrets) for name, entry in value.items()}
+            return {kept(str(name), secrets): kept(entry, secrets, depth - 1) for name, entry in value.items()}
         case list() | tuple():
-            return [kept(entry, secrets) for entry in value]
+            return [kept(entry, secrets, depth - 1) for entry in value]
         case _:
             return value
 

@@ -60,6 +60,10 @@ class Lookout:
     """Whether nothing more will be seen."""
     _until: float = attrs.field(default=math.inf, init=False)
     """The moment at which the session closes, once that is known."""
+    _looked: float = attrs.field(default=0.0, init=False)
+    """The moment of the last look, or of the first plan."""
+    _interval: float | None = attrs.field(default=None, init=False)
+    """Seconds from the last look to the next as planned, where webhooks aren't expected."""
     _running_until: float = attrs.field(default=0.0, init=False)
     """Seconds from the submit to the newest poll that saw the task running."""
     _missed: int = attrs.field(default=0, init=False)
@@ -123,12 +127,12 @@ class Lookout:
         self.told = self._has_ended()
         if self.told and self._exchange is not None:
             self._exchange.reschedule(0.0)
-        self._wake()
+        if self.told or self._hurry:
+            self._wake()
 
     def hurry(self, until: float) -> None:
-        """The session closes at a moment: look once more before, and expect no webhook, for servers close first."""
+        """The session closes at a moment: look once more before."""
         self._until = until
-        self._hooked = False
         self._wake()
 
     async def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
@@ -151,7 +155,7 @@ class Lookout:
             self._watchers -= 1
 
     async def until_over(self) -> None:
-        """Wait until nothing more will be seen: the end is known, and recorded."""
+        """Wait until nothing more will be seen: the end is recorded if need be, or the task is followed no more."""
         while not self._over:
             await self._next_news()
 
@@ -163,6 +167,7 @@ class Lookout:
         """
         call = poll_call(task_id)
         plan = self.schedule.begin(self.request)
+        self._looked = self.gateway.now()
         while not self._has_ended():
             if await self._sleep(self._delay(plan), task_id) and await self._pause(task_id):
                 wait = self.gateway.book_poll()
@@ -183,23 +188,31 @@ class Lookout:
             self._hurry = False
             return 0.0
         if self._missed:
-            return backoff(self._missed, random.random())
+            return self._from_last_look(backoff(self._missed, random.random()))
         if self.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
-        delay = self._planned(plan, self.elapsed, self.snapshot.progress)
+        delay = self._planned(plan, self.snapshot.progress)
         delay += min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
         last = min(self.deadline, self._until) - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
+        delay = self._from_last_look(delay)
         return last if 0.01 < last < delay else delay
 
-    def _planned(self, plan: PollPlan, elapsed: float, progress: float | None) -> float:
+    def _planned(self, plan: PollPlan, progress: float | None) -> float:
         """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
         dearness = self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
+        elapsed = self._looked - self.started
         if isinstance(self.schedule, LearnedSchedule):
             self.schedule.dearness = self.gateway.dearness() * dearness
             return plan.next_delay(elapsed, progress)
+        if self._interval is None:  # it is asked for once after each look
+            self._interval = plan.next_delay(elapsed, progress)
         # At a constant rate of ending, the best interval grows as the root of the price.
-        return plan.next_delay(elapsed, progress) * math.sqrt(dearness)
+        return self._interval * math.sqrt(dearness)
+
+    def _from_last_look(self, delay: float) -> float:
+        """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""
+        return max(0.0, self._looked + delay - self.gateway.now())
 
     async def _pause(self, task_id: str) -> bool:
         """Wait as long as the service has asked everybody to; False where something has cut it short."""
@@ -251,6 +264,8 @@ class Lookout:
             log.debug("task %s: poll %d: %s, progress %s", task_id, self.polls, snapshot.status, snapshot.progress)
         finally:
             self._exchange = None
+            self._looked = self.gateway.now()
+            self._interval = None
 
     def _miss(self, error: Exception, task_id: str) -> None:
         """Take note of a look that brought nothing; raises where another one would be pointless."""

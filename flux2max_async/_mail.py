@@ -7,7 +7,7 @@ from the newest ends and reacts within a few of them, in both directions.
 
 import math
 from collections import OrderedDict
-from typing import Protocol
+from typing import Protocol, Self
 
 import attrs
 
@@ -19,7 +19,7 @@ _PACE = 0.2
 _DEAREST = 6
 """The power of two that polls become dearer by, at most: as safety, they never cease."""
 _KEPT = 1_000
-_SMALL = 16_384
+_SMALL = 8_192
 """Bytes of a delivery that may be kept; a finished task takes about one thousand."""
 
 
@@ -30,27 +30,36 @@ class Listener(Protocol):
         """A webhook tells of the task; None where what it tells can't be read."""
 
     async def until_over(self) -> None:
-        """Wait until the end has been dealt with."""
+        """Wait until the end has been dealt with, or can't be any more."""
 
 
 @attrs.define(eq=False)
 class Mail:
     """The webhooks of one address."""
 
+    _late: float = _FIRST_GUESS
+    """The share of the newest ends that a poll has noticed first."""
     _listeners: dict[str, list[Listener]] = attrs.field(factory=dict[str, list[Listener]], init=False)
     _early: OrderedDict[str, TaskSnapshot] = attrs.field(factory=OrderedDict[str, TaskSnapshot], init=False)
     """What nobody has waited for yet: a webhook may be faster than the answer to its submit."""
-    _late: float = attrs.field(default=_FIRST_GUESS, init=False)
-    """The share of the newest ends that a poll has noticed first."""
+    deaf: bool = attrs.field(default=False, init=False)
+    """Whether nothing more will come in: servers that shut down stop listening before their sessions are closed."""
+
+    def afresh(self) -> Self:
+        """Begin anew, with what was learned of the webhooks."""
+        return type(self)(self._late)
 
     @property
     def dearness(self) -> float:
         """How many times as dear as usual a poll is where a webhook is expected; in whole powers of two."""
+        if self.deaf:
+            return 1.0
         return 2.0 ** min(round(-math.log2(self._late)), _DEAREST)
 
     def noticed(self, *, told: bool) -> None:
         """An end for which a webhook was expected has been noticed: the webhook told it, or a poll was faster."""
-        self._late += ((not told) - self._late) * _PACE
+        if not self.deaf:
+            self._late += ((not told) - self._late) * _PACE
 
     def expect(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
         """Listen for what is delivered about a task; gives what has come already."""
@@ -76,7 +85,7 @@ class Mail:
             snapshot: What was delivered.
             size: The bytes of the delivery.
         """
-        if size > _SMALL or not snapshot.status.ended:
+        if size > _SMALL:
             return False
         self._early[snapshot.task_id] = snapshot
         if len(self._early) > _KEPT:

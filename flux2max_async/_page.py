@@ -186,6 +186,8 @@ class Page:
         Returns:
             The outcome, with the reason if it couldn't be written down.
         """
+        if (known := await self._known_elsewhere(outcome)) is not None:
+            outcome, cost = known, None if self.entry is None else self.entry.cost
         if self._content is not None and cost is not None and isinstance(outcome, Completed):
             self.books.ledger.saw(self._content.megapixels, cost)
         if (outlay := _outlay_after(outcome, cost)) is not None:
@@ -198,6 +200,22 @@ class Page:
             ended(entry, outcome, cost, holder=Holder.US if to_be_saved else None, secrets=self._secrets())
         )
         return outcome if self.problem is None else attrs.evolve(outcome, journal_error=self.problem)
+
+    async def _known_elsewhere(self, outcome: Outcome) -> Outcome | None:
+        """Give the end of a task that isn't followed here any more, where another process was told of it just now."""
+        journal, entry = self.books.journal, self.entry
+        if journal is None or entry is None or entry.holder is not Holder.US or _state_after(outcome) in _ENDS:
+            return None
+        try:
+            found = await journal.find(entry.key)
+        except JournalError:
+            return None
+        if found is None or found.attempt != entry.attempt or found.state not in _ENDS:
+            return None
+        self.entry = found
+        return attrs.evolve(
+            outcome_of(found, self.request), elapsed=outcome.elapsed, polls=outcome.polls, replayed=False
+        )
 
     async def saving(self, files: tuple[SavedFile, ...]) -> None:
         """Whole pictures are about to get these names."""
@@ -317,6 +335,9 @@ def ended(
     if state is EntryState.SUBMITTED:
         return attrs.evolve(common, ended_at=None, result={})
     return attrs.evolve(common, ended_at=datetime.now(UTC), result=result_of(outcome, secrets=secrets))
+
+
+_ENDS = frozenset((EntryState.COMPLETED, EntryState.FAILED))
 
 
 def _outlay_after(outcome: Outcome, cost: Decimal | None) -> Decimal | None:

@@ -160,9 +160,9 @@ class Poller:
         async with self._patience.waiting():
             self.leader = leader
             await asyncio.shield(leader.answered)
-            if leader.task_id is not None:
-                self._name(leader.task_id)
-            outcome = await asyncio.shield(leader.ended)
+        if leader.task_id is not None:
+            self._name(leader.task_id)
+        outcome = await asyncio.shield(leader.ended)
         assert self.page is not None
         assert leader.page is not None
         if isinstance(outcome, Failed) and (

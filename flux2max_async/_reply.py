@@ -115,7 +115,7 @@ def problem(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """Find the code and message of an error, in any of the shapes seen; None where there is no error."""
     for nested in (body.get("error"), body.get("status")):
         if isinstance(nested, dict) and nested:
-            return _code(nested.get("code")), (_message(nested) or json.dumps(nested))[:_LONGEST]
+            return _code(nested.get("code")), (_message(nested) or _dumped(nested))[:_LONGEST]
     error, message = body.get("error"), _message(body)
     if isinstance(error, str) and error:
         return (error, message) if message else (_code(body.get("code")), error)
@@ -125,8 +125,15 @@ def problem(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
 def _message(body: Mapping[str, Any]) -> str | None:
     for name in ("message", "error_message", "detail"):  # [S], [C], [B]
         if said := body.get(name):
-            return said if isinstance(said, str) else json.dumps(said)
+            return said if isinstance(said, str) else _dumped(said)
     return None
+
+
+def _dumped(value: object) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "(nested too deeply)"
 
 
 def _code(value: object) -> str | None:

@@ -6,7 +6,6 @@ import platform
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from decimal import Decimal
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -117,15 +116,17 @@ class FluxSession:
         self._max_in_flight = checked_places(max_in_flight)
         self._deadline = math.inf if deadline is None else checked_seconds("deadline", deadline)
         self._polls_per_second = checked_rate("max_polls_per_second", max_polls_per_second)
+        if webhooks is not None and not isinstance(webhooks, WebhookInbox):
+            raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
+        self._office = webhooks.office if webhooks else None
         self._transport = Transport(
             checked_key(api_key),
             checked_base_url(base_url),
             user_agent=_USER_AGENT,
             timeout=checked_seconds("request_timeout", request_timeout),
             http=http_session,
-            secrets=webhooks.secrets if webhooks else (),
+            secrets=self._office.secrets if self._office else (),
         )
-        self._webhooks = webhooks
         self._drain = checked_drain(drain)
         if budget_scope not in {None, "session", "journal"} or (budget_scope == "journal" and journal is None):
             raise ConfigurationError(
@@ -149,13 +150,11 @@ class FluxSession:
             raise SessionClosedError("the session is open already: enter it once, and share it")
         if self._supervisor is not None:
             self._stop_listening()  # the event loop has ended before the session was left
-        if self._webhooks is not None:
-            self._webhooks.open(
-                self._books.journal, secrets=self._books.secrets, spawn=partial(self._spawn, until_drain=True)
-            )
+        if self._office is not None:
+            self._office.open(self._books.journal, secrets=self._books.secrets, spawn=self._spawn_until_drain)
         try:
             if self._books.journal is not None:
-                await self._books.journal.open(self._hear, listening=self._webhooks is not None)
+                await self._books.journal.open(self._hear, listening=self._office is not None)
         except BaseException:
             self._stop_listening()
             raise
@@ -174,8 +173,8 @@ class FluxSession:
         """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm.
 
         Args:
-            drain: Seconds that submitted tasks get to end first, while nothing more is submitted; by default, the
-                session's own.
+            drain: Seconds that submitted tasks get to end first, and the pictures of a `stream(save_to=...)` to be
+                saved, while nothing more is submitted; by default, the session's own. A second call may shorten it.
         """
         seconds = self._drain if drain is None else checked_drain(drain)
         supervisor = self._supervisor
@@ -185,6 +184,8 @@ class FluxSession:
             return
         if supervisor.closing is None:
             supervisor.closing = asyncio.create_task(self._close(supervisor, seconds))
+        else:
+            supervisor.hasten(seconds)
         try:
             await asyncio.shield(supervisor.closing)
         except asyncio.CancelledError:
@@ -356,6 +357,8 @@ class FluxSession:
     # ------------------------------------------------------------------ behind the face
 
     async def _close(self, supervisor: Supervisor, drain: float) -> None:
+        if self._office is not None:
+            self._office.mail.deaf = True
         if drain > 0:
             await supervisor.drain(drain)
         await supervisor.close()
@@ -368,8 +371,8 @@ class FluxSession:
             self._supervisor = None
 
     def _stop_listening(self) -> None:
-        if self._webhooks is not None:
-            self._webhooks.close()
+        if self._office is not None:
+            self._office.close()
 
     async def _start(self, request: GenerationRequest, terms: Terms) -> Poller:
         self._submitting()
@@ -387,8 +390,8 @@ class FluxSession:
             return
         for entry in entries:
             if entry.state is not EntryState.SUBMITTED:
-                if self._webhooks is not None and self._webhooks.mail.listeners(entry.task_id or ""):
-                    self._webhooks.tell(snapshot_of(entry))
+                if self._office is not None and self._office.mail.listeners(entry.task_id or ""):
+                    self._office.tell(snapshot_of(entry))
             elif entry.key not in self._supervisor.desk and not self._supervisor.closing:
                 self._inherit(self._supervisor, entry)
 
@@ -405,8 +408,8 @@ class FluxSession:
         task_id: str | None = None,
         page: Page | None = None,
     ) -> Poller:
-        mail = self._webhooks.mail if self._webhooks else None
-        hooked = self._webhooks.asked(request) if self._webhooks and request and task_id is None else None
+        mail = self._office.mail if self._office else None
+        hooked = self._office.asked(request) if self._office and request and task_id is None else None
         lookout = Lookout(supervisor.gateway, self._schedule, self._deadline, request, mail)
         return Poller(supervisor.gateway, lookout, request, supervisor.places, task_id, page, supervisor.desk, hooked)
 
@@ -416,6 +419,9 @@ class FluxSession:
         except SessionClosedError:
             work.close()
             raise
+
+    def _spawn_until_drain(self, work: Coroutine[Any, Any, None]) -> None:
+        self._spawn(work, until_drain=True)
 
     def _running(self) -> Supervisor:
         if self._supervisor is None or self._supervisor.drained:

@@ -1,7 +1,9 @@
 """The supervisor: under it run the pollers of a session, from its entering to its leaving."""
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -39,6 +41,7 @@ class Supervisor:
         """What closes the session, once it is being closed: then nothing more is submitted."""
         self.drained = False
         """Whether nothing at all may be begun any more."""
+        self._draining: asyncio.Timeout | None = None
         self._stats = stats
         self._pollers: set[Poller] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -85,18 +88,24 @@ class Supervisor:
 
     async def drain(self, seconds: float) -> None:
         """Submit nothing more, and give what is submitted so long to end, and to be saved."""
-        until = self.loop.time() + seconds
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
-            poller.lookout.hurry(until)
+            poller.lookout.hurry(self.loop.time() + seconds)
         for task in list(self._endless):
             task.cancel()
-        while (left := until - self.loop.time()) > 0:
-            if self._tasks:
-                await asyncio.wait(list(self._tasks), timeout=left)
-            await asyncio.sleep(min(_BREATH, left))
-            if not self._tasks:
-                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds) as self._draining:
+                await asyncio.sleep(_BREATH)
+                while tasks := self._tasks - self._endless:
+                    await asyncio.wait(tasks)
+                    await asyncio.sleep(_BREATH)
+        self._draining = None
+
+    def hasten(self, seconds: float) -> None:
+        """Drain no longer than so many seconds from now."""
+        until = self.loop.time() + seconds
+        if self._draining is not None and until < (self._draining.when() or math.inf):
+            self._draining.reschedule(until)
 
     async def close(self) -> None:
         """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""

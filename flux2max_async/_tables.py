@@ -59,8 +59,8 @@ _COLUMNS = """
 """
 _FROM = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
 _MAY_REPLACE = """
-    owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN ('completed', 'failed'))
-    OR owner IS NULL AND state = :state
+    owner = :us AND (state NOT IN ('completed', 'failed') OR :state = state)
+    OR owner IS NULL AND state = :state AND NOT :elsewhere
     OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
     OR state = 'submitted' AND :state IN ('completed', 'failed')
     OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
@@ -198,7 +198,7 @@ class Tables:
 
     def record(self, entry: JournalEntry) -> None:
         """Write down what is new, as far as it is ours to say; nothing that is known is forgotten."""
-        self._connection.execute(
+        written = self._connection.execute(
             "UPDATE entries SET state = :state, owner = CASE WHEN :elsewhere THEN owner ELSE :owner END,"
             " task_id = coalesce(:task_id, task_id), cost = coalesce(:cost, cost), outlay = :outlay,"
             " submitted = coalesce(:submitted, submitted), ended = :ended, result = :result,"
@@ -219,7 +219,13 @@ class Tables:
                 "attempt": entry.attempt,
                 "us": self.owner,
             },
-        )
+        ).rowcount
+        if not written and entry.holder is None:
+            # Others knew more of it than we, who are done with it all the same.
+            self._connection.execute(
+                "UPDATE entries SET owner = NULL WHERE key = ? AND attempt = ? AND owner = ?",
+                (entry.key, entry.attempt, self.owner),
+            )
 
     def is_as(self, entry: JournalEntry) -> bool:
         """Tell whether nothing has happened to an entry, nor to who holds it."""

@@ -90,6 +90,7 @@ FACTS: dict[type[FluxError], dict[str, object]] = {
     SubmissionUncertainError: {},
     BudgetExceededError: {},
     JournalError: {},
+    WebhookSignatureError: {},
     DownloadError: {},
     ResultExpiredError: {},
 }

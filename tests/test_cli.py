@@ -458,7 +458,7 @@ def test_what_the_service_says_stays_in_its_line(flux2max: Command, script: Scri
 
 def test_a_task_lives_on_a_terminal(on_terminal: Command, service: Callable[..., Emulator]) -> None:
     """On a terminal one line shows the task's status and progress, and is gone at the end."""
-    gateway = service(seconds=0.8)
+    gateway = service(seconds=2.0)
     gateway.script("poll", Fault.SERVER_ERROR)
     run = on_terminal("generate", "a cat", "-o", "cat.jpeg")
     lines = lines_of(run.out)

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from flux2max_async import (
     ConfigurationError,
     ContentModeratedError,
     DeadlineExceededError,
+    ExponentialSchedule,
     Failed,
     FixedSchedule,
     FluxSession,
     GenerationRequest,
     JournalError,
     LearnedSchedule,
+    PollSchedule,
     ProtocolError,
     SessionClosedError,
     SqliteJournal,
@@ -154,6 +157,8 @@ async def test_a_request_with_a_webhook_of_its_own_is_polled_as_usual(gateway: E
         ({"secret": []}, "secret"),
         ({"secret": ["good", ""]}, "secret"),
         ({"secret": [1]}, "secret"),
+        ({"secret": None}, "secret"),
+        ({"public_url": None}, "public_url"),
         ({"public_url": "ftp://app.example"}, "public_url"),
         ({"public_url": "https://app.example/" + "x" * 2083}, "public_url"),
         ({"max_age": 0}, "max_age"),
@@ -265,6 +270,23 @@ async def test_progress_is_polled_for_while_somebody_watches(gateway: Emulator, 
     assert len(seen) >= 7
     assert polls[0] >= 6
     assert polls[1] <= 1
+
+
+@pytest.mark.parametrize("schedule", [FixedSchedule(1.0), ExponentialSchedule(1.0, factor=1.5), LearnedSchedule()])
+async def test_who_peeks_doesnt_put_polls_off(gateway: Emulator, at: Door, schedule: PollSchedule) -> None:
+    """A page that asks for the newest snapshot again and again, and progress that is delivered, delay no look."""
+    at.open = False
+    async with session_on(gateway, at.inbox, schedule=schedule) as session:
+        task = await session.submit("a cat")
+        for tick in range(200):
+            async with aclosing(task.updates()) as updates:
+                await anext(updates)
+            if tick % 5 == 0 and task.snapshot and not task.snapshot.status.ended:
+                await deliver(at.inbox, running(task.id, progress=(task.snapshot.progress or 0) + 1e-4))
+            await anyio.sleep(0.1)
+        polls = (await task).polls
+
+    assert polls >= 1
 
 
 async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: Door) -> None:
@@ -426,6 +448,45 @@ async def test_a_thousand_deliveries_at_once(at: Door) -> None:
     assert (stats.webhooks, stats.polls) == (1000, 0)
 
 
+async def test_a_task_that_is_said_not_to_exist_is_looked_at(scripted: ScriptedGateway, at: Door) -> None:
+    """Who delivers that there is no such task can't know: the service is asked at once."""
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        await deliver(at.inbox, {"id": "t1", "status": "Task not found"})
+        done = await task
+        await deliver(at.inbox, {"id": "t2", "status": "Task not found"})
+
+    assert done.polls == 1
+    assert done.elapsed < 0.5
+
+
+@pytest.mark.parametrize("how", ["delivery", "poll"])
+async def test_whatever_is_nested_deeply_does_no_harm(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path, how: str
+) -> None:
+    """Metadata of hundreds of levels reach the caller, and the journal as far as it can hold them."""
+    deep: Any = "the bottom"
+    for _ in range(700):
+        deep = {"more": [deep]}
+    told = completed("t1", metadata={"deep": deep})
+    scripted.polls = deque([answer(200, told)])
+    journal = VirtualJournal(tmp_path / "run.db")
+    schedule = SELDOM if how == "delivery" else FixedSchedule(0.5)
+    async with session_on(scripted, at.inbox, journal=journal, schedule=schedule) as session:
+        task = await session.submit("a cat")
+        if how == "delivery":
+            try:
+                await deliver(at.inbox, told)
+            except ProtocolError:  # on some Pythons, so deep a JSON can't even be read
+                pytest.skip("this Python reads no JSON so deep")
+        done = await task
+        entry = await entry_of(journal)
+
+    assert done.journal_error is None
+    assert entry.state is EntryState.COMPLETED
+    assert "nested too deeply" in str(entry.result["metadata"])
+
+
 # ---------------------------------------------------------------------- lifetimes
 
 
@@ -458,6 +519,90 @@ async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, ca
     assert refreshed.images
     assert done.elapsed < 9.5
     assert "unfinished" not in caplog.text
+
+
+async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at: Door) -> None:
+    """A submit that is answered while its session drains is polled as usual, however well webhooks have worked."""
+    async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
+        for number in range(10):
+            scripted.submits = deque([answer(200, running(f"warm{number}"))])
+            warm = await session.submit("a cat")
+            await deliver(at.inbox, completed(f"warm{number}"))
+            await warm
+        scripted.submits = deque([answer(200, running("t1"), after=2.0)])
+        scripted.polls = deque([answer(200, running("t1"))] * 3 + [answer(200, completed("t1"))])
+        waiting = asyncio.ensure_future(session.generate("a dog"))
+        await anyio.sleep(1.0)
+        await session.aclose(drain=20.0)
+        done = await waiting
+
+    assert done.elapsed < 7.0
+    assert done.polls == 4
+
+
+async def test_who_shares_a_task_is_drained_with_it(gateway: Emulator, at: Door, tmp_path: Path) -> None:
+    """Two who ask for the same, where that is one task, both get it."""
+    journal = VirtualJournal(tmp_path / "run.db")
+    async with session_on(gateway, at.inbox, journal=journal, schedule=FixedSchedule(1.0)) as session:
+        both = [asyncio.ensure_future(session.generate("a cat")) for _ in range(2)]
+        await anyio.sleep(2.0)
+        await session.aclose(drain=20.0)
+        done = [await one for one in both]
+
+    assert done[0].task_id == done[1].task_id
+    assert gateway.accepted == {"a cat": 1}
+
+
+async def test_an_unknown_delivery_while_draining_is_put_off(gateway: Emulator, at: Door) -> None:
+    """What a session that closes can't use is for another process, at the sender's next attempt."""
+    async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0) as session:
+        await session.submit("a cat")
+        closing = asyncio.ensure_future(session.aclose())
+        await anyio.sleep(1.0)
+        with pytest.raises(SessionClosedError):
+            await deliver(at.inbox, completed("nobody's"))
+        started = anyio.current_time()
+        await closing
+        took = anyio.current_time() - started
+
+    assert took < 9.0
+
+
+async def test_a_second_close_shortens_the_first(gateway: Emulator) -> None:
+    """Who can't wait any longer says so, and a longer wait than is granted already isn't."""
+    async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as session:
+        task = await session.submit("a cat")
+        started = anyio.current_time()
+        closing = asyncio.ensure_future(session.aclose(drain=6.0))
+        await anyio.sleep(1.0)
+        longer = asyncio.ensure_future(session.aclose(drain=100.0))
+        await anyio.sleep(1.0)
+        await session.aclose(drain=1.0)
+        took = anyio.current_time() - started
+        await asyncio.gather(closing, longer)
+        outcome = await task.outcome()
+
+    assert took == pytest.approx(3.0, abs=0.1)
+    assert not outcome.ok
+
+
+async def test_an_inbox_must_be_one(gateway: Emulator) -> None:
+    """The address alone is no inbox."""
+    with pytest.raises(ConfigurationError, match="WebhookInbox"):
+        FluxSession(gateway.api_key, webhooks="https://app.example/hooks")  # type: ignore[arg-type]
+
+
+@in_real_time
+async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGateway, at: Door) -> None:
+    """A server whose handlers run in threads of their own delivers as well, and hears what is wrong."""
+    async with session_on(scripted, at.inbox) as session:
+        task = await session.submit("a cat")
+        await asyncio.to_thread(asyncio.run, deliver(at.inbox, completed("t1")))
+        done = await task
+        with pytest.raises(ProtocolError):
+            await asyncio.to_thread(asyncio.run, deliver(at.inbox, {"id": "t1"}))
+
+    assert done.polls == 0
 
 
 async def test_draining_ends_with_a_last_look(gateway: Emulator, at: Door) -> None:
@@ -676,6 +821,79 @@ async def test_a_delivery_to_another_process_reaches_the_owner(
     assert (stats.webhooks, stats.polls) == (1, 0)
     assert len(scripted.of("POST")) == 1
     assert scripted.of("GET") == []
+
+
+@in_real_time
+async def test_an_end_told_to_another_process_is_not_given_up(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Where the deadline comes right after another process was told the end, the end counts, and all can save it."""
+    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
+    path = tmp_path / "run.db"
+    scripted.polls = deque([hang])
+    async with (
+        session_on(scripted, ours, journal=Blind(path), deadline=0.5) as owner,
+        session_on(scripted, theirs, journal=SqliteJournal(path)),
+    ):
+        task = await owner.submit("a cat")
+        await asyncio.sleep(0.1)
+        await deliver(theirs, completed("t1"))
+        outcome = await task.outcome()
+        entry = await entry_of(SqliteJournal(path))
+
+    assert isinstance(outcome, Completed)
+    assert not outcome.replayed
+    assert (entry.state, entry.owner) == (EntryState.COMPLETED, None)
+
+
+class Blind(SqliteJournal):
+    """A journal that tells no news."""
+
+    async def open(self, news: Any = lambda _: None, /, *, listening: bool = False) -> None:
+        await super().open(lambda _: None)
+
+
+@in_real_time
+async def test_a_journal_that_fails_in_the_end_changes_no_outcome(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Where nobody can say whether others know the end, the deadline stands; so it does where they know of none."""
+
+    class Unreadable(Blind):
+        fails = False
+
+        async def find(self, key: str, /) -> JournalEntry | None:
+            if self.fails:
+                raise JournalError("the disk sleeps")
+            return await super().find(key)
+
+    scripted.polls = deque([hang])
+    journal = Unreadable(tmp_path / "run.db")
+    outcomes: list[Any] = []
+    for fails in (False, True):
+        inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+        async with session_on(scripted, inbox, journal=journal, deadline=0.2) as session:
+            task = await session.submit("a cat")
+            journal.fails = fails
+            outcomes.append(await task.outcome())
+            journal.fails = False
+
+    assert all(isinstance(outcome.error, DeadlineExceededError) for outcome in outcomes)
+
+
+@in_real_time
+async def test_the_first_end_stands_in_the_journal(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """What the owner of a task sees after another process has recorded its end replaces nothing, and holds nothing up."""
+    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
+    path = tmp_path / "run.db"
+    scripted.polls = deque([answer(200, {"id": "t1", "status": "failed", "error": "no"}, after=0.3)])
+    async with (
+        session_on(scripted, ours, journal=Blind(path), schedule=FixedSchedule(0.05)) as owner,
+        session_on(scripted, theirs, journal=SqliteJournal(path)),
+    ):
+        task = await owner.submit("a cat")
+        await asyncio.sleep(0.2)
+        await deliver(theirs, completed("t1"))
+        await task.outcome()
+        entry = await entry_of(SqliteJournal(path))
+
+    assert (entry.state, entry.owner, str(entry.outlay)) == (EntryState.COMPLETED, None, "0.07")
 
 
 @in_real_time

@@ -70,11 +70,11 @@ class Size:
 
 
 FULL = Size(
-    tasks=1_000, left_out=300, places=200, seconds=4.0, late=1.0, stopped=2_400, reaction=5.0, burst=1_000, runs=2,
+    tasks=1_100, left_out=500, places=200, seconds=4.0, late=1.0, stopped=2_400, reaction=5.0, burst=1_000, runs=2,
     clients=2,
 )  # fmt: skip
 SHORT = Size(
-    tasks=30, left_out=5, places=10, seconds=0.3, late=0.1, stopped=40, reaction=0.2, burst=20, runs=1,
+    tasks=30, left_out=10, places=10, seconds=0.3, late=0.1, stopped=40, reaction=0.2, burst=20, runs=1,
     clients=6, price=0.002,
 )  # fmt: skip
 
@@ -284,6 +284,8 @@ class Run:
     """What one client has found."""
 
     got: list[Got]
+    first: list[Got]
+    """Those that were submitted before anything had been learned; they are not among `got`."""
     lost: list[str]
     """What is wrong, in words."""
     cpu: float
@@ -314,12 +316,13 @@ def beside(size: Size) -> tuple[str, list[str]]:
             f"{len(brought) / max(len(got), 1):.0%}", *by_webhook, _ms(statistics.mean(delays)), _ms(_late(delays)),
             f"{statistics.mean(one.polls for one in got):.2f}", f"{cpu[way]:.2f}", f"{cpu[way] / cpu['polling']:.2f}",
             f"{spread[0]:.2f} to {spread[-1]:.2f}",
+            _ms(statistics.mean(one.delay for run in runs[way] for one in run.first)),
         ])  # fmt: skip
     sent = [one.sent - one.ended for run in runs["on time"] for one in run.got if one.sent is not None]
     text = blocks(
         f"{size.places} tasks in flight, all the time: {size.tasks:,} tasks, lognormal, median {size.seconds:g} s, "
         f"sigma {SIGMA}, of which the first {size.left_out} are left out, while the schedule learns. The same tasks "
-        f"for each client, {size.clients} clients at the same time, each {size.runs} times: all their tasks count "
+        f"for each client, {size.clients} clients at the same time, {size.runs} runs of each: all their tasks count "
         "together, and of the CPU times the median. The schedule that learns, no limit to its polls "
         "(`max_polls_per_second=None`), or the limit would hide what polls cost. A delivery that fails isn't tried "
         "again. Reaction: from the sender's start of a delivery, before it connects, to the return of the caller's "
@@ -330,6 +333,7 @@ def beside(size: Size) -> tuple[str, list[str]]:
             [
                 "", "lost", "ended by a webhook", "reaction, median ms", "95th percentile ms", "delay, mean ms",
                 "95th percentile ms", "polls per task", "CPU time, ms per task", "by polling's", "runs with",
+                f"of the first {size.places}: delay, mean ms",
             ],
             rows,
         ),
@@ -414,7 +418,8 @@ def _steady(way: str, tasks: int, size: Size) -> Run:
     if len(ends) != tasks:
         lost.append(f"{way}: {tasks - len(ends)} of {tasks} tasks were never submitted")
     kept = [one for one in got.values() if one.number >= size.left_out]
-    return Run(kept, lost, found["cpu"], found["began"], found["whole"], books["cpu"] / found["seconds"])
+    first = [one for one in got.values() if one.number < size.places]
+    return Run(kept, first, lost, found["cpu"], found["began"], found["whole"], books["cpu"] / found["seconds"])
 
 
 def _late(values: list[float]) -> float:

@@ -71,7 +71,7 @@ class Size:
 
 FULL = Size(
     tasks=1_100, left_out=500, places=200, seconds=4.0, late=1.0, stopped=2_400, reaction=5.0, burst=1_000, runs=2,
-    clients=2,
+    clients=3,
 )  # fmt: skip
 SHORT = Size(
     tasks=30, left_out=10, places=10, seconds=0.3, late=0.1, stopped=40, reaction=0.2, burst=20, runs=1,
@@ -389,11 +389,9 @@ def at_once(size: Size) -> tuple[str, list[str]]:
         "`inbox.aiohttp_handler`": "handler",
         "`inbox.deliver()` alone, without a server": "deliver",
     }
-    load = str(size.burst), str(size.runs)
-    with ThreadPoolExecutor(size.clients) as pool:
-        runs = list(pool.map(lambda way: measured(__file__, "--client", "burst", way, *load), ways.values()))
     rows = []
-    for name, (found, _) in zip(ways, runs, strict=True):
+    for name, way in ways.items():
+        found, _ = measured(__file__, "--client", "burst", way, str(size.burst), str(size.runs))
         cpu, seconds = (statistics.median(one[clock] for one in found) for clock in ("cpu", "seconds"))
         rows.append([name, f"{cpu * 1e3:.2f}", f"{seconds:.2f}"])
     text = blocks(

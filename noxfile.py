@@ -120,6 +120,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
     session.run("python", "benchmarks/journal.py", "--write")
+    session.run("python", "benchmarks/webhooks.py", "--write")
 
 
 @nox.session(python=PYTHONS[-1])
@@ -130,3 +131,4 @@ def bench_short(session: nox.Session) -> None:
     session.run("python", "benchmarks/polling.py", "--short")
     session.run("python", "benchmarks/client.py", "--short")
     session.run("python", "benchmarks/journal.py", "--short")
+    session.run("python", "benchmarks/webhooks.py", "--short")

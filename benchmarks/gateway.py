@@ -1,7 +1,7 @@
 """A lean gateway in a process of its own: it answers in each measured client's own dialect, and keeps the books.
 
 How long a task takes stands in its prompt, so that it is the same for each client. The dialect is the first part of
-the path. Moments are those of CLOCK_MONOTONIC, which all processes of a machine share.
+the path. Who asks for a webhook gets one. Moments are those of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.request import urlopen
+
+from postman import Hook, Postman, hook_in
 
 TOO_MANY, UNAVAILABLE, RESET = 0.10, 0.05, 0.02
 """The shares of calls that meet each fault: 429, 503, and a reset after the call was accepted."""
@@ -86,6 +88,12 @@ def close_connections(url: str) -> None:
         answer.read()
 
 
+def end_all(url: str) -> None:
+    """Have all tasks end now."""
+    with urlopen(f"{url}/end") as answer:
+        answer.read()
+
+
 # ------------------------------------------------------------------ the service
 
 
@@ -93,6 +101,7 @@ def close_connections(url: str) -> None:
 class Task:
     id: str
     ends: float
+    hook: Hook | None
 
     @property
     def ended(self) -> bool:
@@ -111,18 +120,36 @@ class Service:
     """By the number of the picture: when each task that was created for it ends. Each task costs money."""
     connections: set[asyncio.Transport] = field(default_factory=set)
     chance: random.Random = field(default_factory=lambda: random.Random(2))
+    postman: Postman = field(default_factory=Postman)
 
     def create(self, body: bytes) -> Task:
         asked = re.search(rb"picture (\d+) for ([\d.]+) s", body)
         assert asked is not None, body
         number, ends = int(asked[1]), time.monotonic() + float(asked[2])
         self.ends[number].append(ends)
-        task = Task(f"task-{number}-{len(self.ends[number])}", ends)
+        task = Task(f"task-{number}-{len(self.ends[number])}", ends, hook_in(body))
         self.tasks[task.id] = task
+        if task.hook is not None:
+            # A timer may go off a little early.
+            asyncio.get_running_loop().call_at(task.ends + task.hook.late + 0.001, self.tell, task)
         return task
 
+    def tell(self, task: Task) -> None:
+        """Post a task that has ended to where its submit has asked for."""
+        if task.hook is not None:
+            self.postman.deliver(task.hook, lambda: _flux(self, task, ""))
+
+    def end_all(self) -> None:
+        now = time.monotonic()
+        for task in self.tasks.values():
+            if not task.ended:
+                task.ends = now
+                self.tell(task)
+
     def books(self) -> dict[str, Any]:
-        return {"calls": self.calls, "ends": self.ends}
+        """Tell what has happened, and how many seconds of CPU time that took here."""
+        answers = self.postman.answers
+        return {"calls": self.calls, "ends": self.ends, "deliveries": answers, "cpu": time.process_time()}
 
 
 # Each gives the answer to a submit, where `asked` is empty, or to a question about a task, where it is what stands
@@ -215,13 +242,8 @@ class Connection(asyncio.Protocol):
     def _answer(self, head: bytes, body: bytes) -> None:
         service, path = self._service, head.split(b" ", 2)[1].decode()
         close = re.search(rb"(?i)\r\nconnection: *close", head) is not None
-        if path == "/books":
-            self._reply(200, json.dumps(service.books()).encode(), close=True)
-            return
-        if path == "/quiet":
-            for connection in service.connections - {self._transport}:
-                connection.close()
-            self._reply(200, b"null", close=True)
+        if (told := self._manage(path)) is not None:
+            self._reply(200, told, close=True)
             return
         service.calls += 1
         fault = service.chance.random() if service.faults else 1.0
@@ -247,6 +269,20 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_at(task.ends + 0.001, self._tell, dialect, task, asked, close)
         else:
             self._tell(dialect, task, asked, close)
+
+    def _manage(self, path: str) -> bytes | None:
+        """Do what those who measure ask for; None where a client calls."""
+        match path:
+            case "/books":
+                return json.dumps(self._service.books()).encode()
+            case "/quiet":
+                for connection in self._service.connections - {self._transport}:
+                    connection.close()
+            case "/end":
+                self._service.end_all()
+            case _:
+                return None
+        return b"null"
 
     def _tell(self, dialect: Dialect, task: Task, asked: str | None, close: bool) -> None:  # noqa: FBT001 - call_at too
         self._reply(200, json.dumps(dialect(self._service, task, asked)).encode(), close=close)

@@ -60,6 +60,8 @@ class Lookout:
     """Whether nothing more will be seen."""
     _until: float = attrs.field(default=math.inf, init=False)
     """The moment at which the session closes, once that is known."""
+    _planned: bool = attrs.field(default=False, init=False)
+    """Whether it sleeps until the next look as planned, and for no other reason."""
     _looked: float = attrs.field(default=0.0, init=False)
     """The moment of the last look, or of the first plan."""
     _interval: float | None = attrs.field(default=None, init=False)
@@ -135,12 +137,17 @@ class Lookout:
         self._until = until
         self._wake()
 
+    def replan(self) -> None:
+        """A poll may have become less dear than it was when the next look was planned."""
+        if self._hooked and self._planned:
+            self._wake()
+
     async def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
         """Give the newest snapshot, then each that says something new, until the end."""
         said = None
         self._watchers += 1
-        if self._watchers == 1 and self._hooked:
-            self._wake()  # of progress only polls tell, whatever brings the end
+        if self._watchers == 1:
+            self.replan()  # of progress only polls tell, whatever brings the end
         try:
             while True:
                 snapshot = self.snapshot
@@ -169,7 +176,7 @@ class Lookout:
         plan = self.schedule.begin(self.request)
         self._looked = self.gateway.now()
         while not self._has_ended():
-            if await self._sleep(self._delay(plan), task_id) and await self._pause(task_id):
+            if await self._wait_for_look(plan, task_id) and await self._pause(task_id):
                 wait = self.gateway.book_poll()
                 if wait == 0 or (await self._sleep(wait, task_id) and await self._pause(task_id)):
                     await self._poll(call, task_id)
@@ -183,22 +190,29 @@ class Lookout:
 
     # ------------------------------------------------------------------ when
 
+    async def _wait_for_look(self, plan: PollPlan, task_id: str) -> bool:
+        self._planned = True
+        try:
+            return await self._sleep(self._delay(plan), task_id)
+        finally:
+            self._planned = False
+
     def _delay(self, plan: PollPlan) -> float:
         if self._hurry:
             self._hurry = False
             return 0.0
         if self._missed:
-            return self._from_last_look(backoff(self._missed, random.random()))
+            return self._left_of(backoff(self._missed, random.random()))
         if self.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
-        delay = self._planned(plan, self.snapshot.progress)
+        delay = self._planned_delay(plan, self.snapshot.progress)
         delay += min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1)
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
         last = min(self.deadline, self._until) - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
-        delay = self._from_last_look(delay)
+        delay = self._left_of(delay)
         return last if 0.01 < last < delay else delay
 
-    def _planned(self, plan: PollPlan, progress: float | None) -> float:
+    def _planned_delay(self, plan: PollPlan, progress: float | None) -> float:
         """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
         dearness = self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
         elapsed = self._looked - self.started
@@ -210,7 +224,7 @@ class Lookout:
         # At a constant rate of ending, the best interval grows as the root of the price.
         return self._interval * math.sqrt(dearness)
 
-    def _from_last_look(self, delay: float) -> float:
+    def _left_of(self, delay: float) -> float:
         """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""
         return max(0.0, self._looked + delay - self.gateway.now())
 

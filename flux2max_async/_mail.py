@@ -18,6 +18,8 @@ _PACE = 0.2
 """How much one end changes what was learned before."""
 _DEAREST = 6
 """The power of two that polls become dearer by, at most: as safety, they never cease."""
+_MUCH = 4.0
+"""How many times less dear polls must have become for those that are planned to be planned anew."""
 _KEPT = 1_000
 _SMALL = 8_192
 """Bytes of a delivery that may be kept; a finished task takes about one thousand."""
@@ -32,6 +34,9 @@ class Listener(Protocol):
     async def until_over(self) -> None:
         """Wait until the end has been dealt with, or can't be any more."""
 
+    def replan(self) -> None:
+        """Polls have become much less dear: one that is planned may come earlier."""
+
 
 @attrs.define(eq=False)
 class Mail:
@@ -44,6 +49,8 @@ class Mail:
     """What nobody has waited for yet: a webhook may be faster than the answer to its submit."""
     deaf: bool = attrs.field(default=False, init=False)
     """Whether nothing more will come in: servers that shut down stop listening before their sessions are closed."""
+    _relied: float = attrs.field(default=attrs.Factory(lambda self: self.dearness, takes_self=True), init=False)
+    """The dearness at which some polls may have been planned."""
 
     def afresh(self) -> Self:
         """Begin anew, with what was learned of the webhooks."""
@@ -58,8 +65,15 @@ class Mail:
 
     def noticed(self, *, told: bool) -> None:
         """An end for which a webhook was expected has been noticed: the webhook told it, or a poll was faster."""
-        if not self.deaf:
-            self._late += ((not told) - self._late) * _PACE
+        if self.deaf:
+            return
+        self._late += ((not told) - self._late) * _PACE
+        if self.dearness <= self._relied / _MUCH:
+            for listeners in self._listeners.values():
+                for listener in listeners:
+                    listener.replan()
+            self._relied = self.dearness
+        self._relied = max(self._relied, self.dearness)
 
     def expect(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
         """Listen for what is delivered about a task; gives what has come already."""

@@ -466,8 +466,8 @@ async def test_whatever_is_nested_deeply_does_no_harm(
 ) -> None:
     """Metadata of hundreds of levels reach the caller, and the journal as far as it can hold them."""
     deep: Any = "the bottom"
-    for _ in range(700):
-        deep = {"more": [deep]}
+    for _ in range(600):
+        deep = {"more": deep}
     told = completed("t1", metadata={"deep": deep})
     scripted.polls = deque([answer(200, told)])
     journal = VirtualJournal(tmp_path / "run.db")
@@ -475,10 +475,7 @@ async def test_whatever_is_nested_deeply_does_no_harm(
     async with session_on(scripted, at.inbox, journal=journal, schedule=schedule) as session:
         task = await session.submit("a cat")
         if how == "delivery":
-            try:
-                await deliver(at.inbox, told)
-            except ProtocolError:  # on some Pythons, so deep a JSON can't even be read
-                pytest.skip("this Python reads no JSON so deep")
+            await deliver(at.inbox, told)
         done = await task
         entry = await entry_of(journal)
 
@@ -1061,4 +1058,7 @@ class Deaf:
         raise AssertionError
 
     async def until_over(self) -> None:
+        raise AssertionError
+
+    def replan(self) -> None:
         raise AssertionError

@@ -134,10 +134,6 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     except ProtocolError as error:
         error.task_id = task_id
         raise
-    except RecursionError as fault:
-        too_deep = ProtocolError(f"task {task_id}: the delivery is nested too deeply")
-        too_deep.task_id = task_id
-        raise too_deep from fault
 
 
 def is_not_found(snapshot: TaskSnapshot) -> bool:

@@ -301,3 +301,11 @@ print(json.dumps([before, after, sorted(set(flux2max_async.__all__) & set(global
     assert before == []
     assert after == ["aiohttp", "anyio", "flux2max_async._session"]
     assert set(names) == PUBLIC
+
+
+def test_the_rooms_that_are_public_needn_t_be_imported() -> None:
+    """`flux2max_async.webhooks` and `flux2max_async.journal` are there as soon as the package is."""
+    script = "import flux2max_async as f; print(f.webhooks.verify.__name__, f.journal.SqliteJournal.__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.split() == ["verify", "SqliteJournal"]

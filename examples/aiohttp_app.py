@@ -33,15 +33,15 @@ PICTURES = Path("pictures")
 KEPT = 1_000
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
-# Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
-session = FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20)
+flux = web.AppKey("flux", FluxSession)
 tasks: dict[str, GenerationTask] = {}
 routes = web.RouteTableDef()
 
 
-async def opened(_: web.Application) -> AsyncIterator[None]:
+async def opened(app: web.Application) -> AsyncIterator[None]:
     """Open the one session of all visitors; what runs at the shutdown gets 20 seconds to end."""
-    async with session:
+    # Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
+    async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app[flux]:
         yield
 
 
@@ -70,7 +70,7 @@ async def create(request: web.Request) -> web.Response:
         wish = None
     if not isinstance(wish, dict):
         raise web.HTTPBadRequest(text="Send a JSON object.")
-    task = await session.submit(wish.get("prompt", ""), width=wish.get("width"), height=wish.get("height"))
+    task = await request.app[flux].submit(wish.get("prompt", ""), width=wish.get("width"), height=wish.get("height"))
     tasks[task.id] = task
     if len(tasks) > KEPT:
         del tasks[next(iter(tasks))]  # the oldest
@@ -106,14 +106,14 @@ async def picture(request: web.Request) -> web.FileResponse:
     task = known(request)
     path = PICTURES / f"{task.id}.jpeg"
     if not path.exists():  # two who ask at once both save it, which does no harm
-        await session.save((await task).images[0], path)
+        await request.app[flux].save((await task).images[0], path)
     return web.FileResponse(path)
 
 
 @routes.get("/ready")
-async def ready(_: web.Request) -> web.Response:
+async def ready(request: web.Request) -> web.Response:
     """Say that the session is open, and what it has done."""
-    stats = session.stats
+    stats = request.app[flux].stats
     names = ("in_flight", "completed", "failed", "webhooks", "polls")
     return web.json_response({name: getattr(stats, name) for name in names})
 

@@ -35,21 +35,29 @@ PICTURES = Path("pictures")
 KEPT = 1_000
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
-# Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
-session = FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20)
 tasks: dict[str, GenerationTask] = {}
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the one session of all visitors; what runs at the shutdown gets 20 seconds to end."""
-    async with session:
+    # Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
+    async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app.state.flux:
         yield
 
 
 app = FastAPI(lifespan=lifespan)
 # Above the inbox's path, not at it: from there, deliveries would be redirected to "/hooks/flux/".
 app.mount("/hooks", inbox.asgi)
+
+
+def session(request: Request) -> FluxSession:
+    """Give the one session."""
+    flux: FluxSession = request.app.state.flux
+    return flux
+
+
+Session = Annotated[FluxSession, Depends(session)]
 
 
 @app.exception_handler(FluxError)
@@ -74,9 +82,9 @@ class Wish(BaseModel):
 
 
 @app.post("/tasks", status_code=201)
-async def create(wish: Wish) -> dict[str, str]:
+async def create(wish: Wish, flux: Session) -> dict[str, str]:
     """Submit, and answer as soon as there is an id."""
-    task = await session.submit(wish.prompt, width=wish.width, height=wish.height)
+    task = await flux.submit(wish.prompt, width=wish.width, height=wish.height)
     tasks[task.id] = task
     if len(tasks) > KEPT:
         del tasks[next(iter(tasks))]  # the oldest
@@ -111,18 +119,18 @@ async def tell(task: GenerationTask) -> AsyncIterator[str]:
 
 
 @app.get("/tasks/{task_id}/picture")
-async def picture(task: Known) -> FileResponse:
+async def picture(task: Known, flux: Session) -> FileResponse:
     """Serve the picture from here: the service's url lives for minutes."""
     path = PICTURES / f"{task.id}.jpeg"
     if not path.exists():  # two who ask at once both save it, which does no harm
-        await session.save((await task).images[0], path)
+        await flux.save((await task).images[0], path)
     return FileResponse(path)
 
 
 @app.get("/ready")
-async def ready() -> dict[str, int]:
+async def ready(flux: Session) -> dict[str, int]:
     """Say that the session is open, and what it has done."""
-    stats = session.stats
+    stats = flux.stats
     return {name: getattr(stats, name) for name in ("in_flight", "completed", "failed", "webhooks", "polls")}
 
 

@@ -55,7 +55,7 @@ class Lookout:
     _hooked: bool = attrs.field(default=False, init=False)
     """Whether its submit asked for a webhook of ours."""
 
-    _task_id: str | None = attrs.field(default=None, init=False)
+    _task_id: str = attrs.field(default="", init=False)
     _over: bool = attrs.field(default=False, init=False)
     """Whether nothing more will be seen."""
     _until: float = attrs.field(default=math.inf, init=False)
@@ -100,7 +100,7 @@ class Lookout:
         self.age = age
 
     def listen(self, task_id: str) -> None:
-        """Listen for webhooks from now on, and take what has come already."""
+        """Listen for webhooks of the task from now on, and take what has come already."""
         self._task_id = task_id
         if self.mail is not None and (early := self.mail.expect(task_id, self)) is not None:
             self.hear(early)
@@ -108,7 +108,7 @@ class Lookout:
     def end(self) -> None:
         """Nothing more will be seen."""
         self._over = True
-        if self.mail is not None and self._task_id is not None:
+        if self.mail is not None:
             self.mail.forget(self._task_id, self)
         self._tell()
 
@@ -166,20 +166,20 @@ class Lookout:
         while not self._over:
             await self._next_news()
 
-    async def look(self, task_id: str) -> TaskSnapshot:
+    async def look(self) -> TaskSnapshot:
         """Look until the task has ended.
 
         Raises:
             FluxError: It is not followed to its end, and this is why.
         """
-        call = poll_call(task_id)
+        call = poll_call(self._task_id)
         plan = self.schedule.begin(self.request)
         self._looked = self.gateway.now()
         while not self._has_ended():
-            if await self._wait_for_look(plan, task_id) and await self._pause(task_id):
+            if await self._wait_for_look(plan) and await self._pause():
                 wait = self.gateway.book_poll()
-                if wait == 0 or (await self._sleep(wait, task_id) and await self._pause(task_id)):
-                    await self._poll(call, task_id)
+                if wait == 0 or (await self._sleep(wait) and await self._pause()):
+                    await self._poll(call)
         snapshot, elapsed = self.snapshot, self.elapsed
         assert snapshot is not None
         if self.learning:
@@ -190,10 +190,10 @@ class Lookout:
 
     # ------------------------------------------------------------------ when
 
-    async def _wait_for_look(self, plan: PollPlan, task_id: str) -> bool:
+    async def _wait_for_look(self, plan: PollPlan) -> bool:
         self._planned = True
         try:
-            return await self._sleep(self._delay(plan), task_id)
+            return await self._sleep(self._delay(plan))
         finally:
             self._planned = False
 
@@ -206,10 +206,9 @@ class Lookout:
         if self.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
         delay = self._planned_delay(plan, self.snapshot.progress)
-        delay += min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1)
+        delay = self._left_of(delay + min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1))
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
         last = min(self.deadline, self._until) - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
-        delay = self._left_of(delay)
         return last if 0.01 < last < delay else delay
 
     def _planned_delay(self, plan: PollPlan, progress: float | None) -> float:
@@ -228,20 +227,20 @@ class Lookout:
         """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""
         return max(0.0, self._looked + delay - self.gateway.now())
 
-    async def _pause(self, task_id: str) -> bool:
+    async def _pause(self) -> bool:
         """Wait as long as the service has asked everybody to; False where something has cut it short."""
         while (pause := self.gateway.pause(random.random())) > 0:
-            if not await self._sleep(pause, task_id):
+            if not await self._sleep(pause):
                 return False
         return True
 
-    async def _sleep(self, delay: float, task_id: str) -> bool:
+    async def _sleep(self, delay: float) -> bool:
         """Sleep, within the deadline; False where something has cut it short."""
         remaining = self.deadline - self.gateway.now()
         undisturbed = await self._rest(min(delay, max(remaining, 0.0)))
         if undisturbed and delay >= remaining:
             raise DeadlineExceededError(
-                f"task {task_id} has not ended within {self.seconds:g} s; attach() it later", task_id
+                f"task {self._task_id} has not ended within {self.seconds:g} s; attach() it later", self._task_id
             )
         return undisturbed
 
@@ -261,27 +260,31 @@ class Lookout:
 
     # ------------------------------------------------------------------ a look
 
-    async def _poll(self, call: Call, task_id: str) -> None:
+    async def _poll(self, call: Call) -> None:
         asked = self.gateway.now()
         self.polls += 1
         try:
             async with asyncio.timeout(None) as self._exchange:
-                snapshot = await self.gateway.poll(call, task_id, request=self.request, within=self.deadline - asked)
+                snapshot = await self.gateway.poll(
+                    call, self._task_id, request=self.request, within=self.deadline - asked
+                )
         except (TimeoutError, FluxError) as error:
             if not self._has_ended():  # else a webhook was faster
-                self._miss(error, task_id)
+                self._miss(error)
         else:
             self._missed = self._unreadable = 0
             if not snapshot.status.ended:
                 self._running_until = asked - self.started
             self.see(snapshot)
-            log.debug("task %s: poll %d: %s, progress %s", task_id, self.polls, snapshot.status, snapshot.progress)
+            log.debug(
+                "task %s: poll %d: %s, progress %s", self._task_id, self.polls, snapshot.status, snapshot.progress
+            )
         finally:
             self._exchange = None
             self._looked = self.gateway.now()
             self._interval = None
 
-    def _miss(self, error: Exception, task_id: str) -> None:
+    def _miss(self, error: Exception) -> None:
         """Take note of a look that brought nothing; raises where another one would be pointless."""
         if not isinstance(error, FluxError) or not may_poll_again(
             error, elapsed=None if self.age is None else self.age + self.elapsed
@@ -291,10 +294,10 @@ class Lookout:
         self._unreadable = self._unreadable + 1 if is_unreadable(error) else 0
         if self._unreadable == _UNREADABLE_IN_A_ROW:
             raise ProtocolError(
-                f"task {task_id}: {_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
+                f"task {self._task_id}: {_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
             ) from error
         self.gateway.note_retry()
-        log.warning("task %s: poll %d missed (%s)", task_id, self.polls, error)
+        log.warning("task %s: poll %d missed (%s)", self._task_id, self.polls, error)
 
     def _has_ended(self) -> bool:
         return self.snapshot is not None and self.snapshot.status.ended

@@ -206,7 +206,7 @@ class Poller:
             if self.page is not None and self.lookout.learning:
                 await self.page.submitted(self.task_id)
             _resolve(self.answered, None)
-            seen = await self.lookout.look(self.task_id)
+            seen = await self.lookout.look()
         finally:
             self.gateway.release()
         if seen.error is not None:

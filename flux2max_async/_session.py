@@ -178,7 +178,9 @@ class FluxSession:
         """
         seconds = self._drain if drain is None else checked_drain(drain)
         supervisor = self._supervisor
-        if supervisor is None or supervisor.loop.is_closed():
+        if supervisor is None:
+            return
+        if supervisor.loop.is_closed():
             self._supervisor = None
             self._stop_listening()
             return

@@ -173,8 +173,12 @@ def test_an_inbox_that_could_not_work_is_refused(settings: dict[str, Any], named
 async def test_a_session_has_its_inbox_for_itself(gateway: Emulator, at: Door) -> None:
     """An inbox in use can't be given to a second session, and is free again after the first; its secret isn't shown."""
     async with session_on(gateway, at.inbox):
+        second = session_on(gateway, at.inbox)
         with pytest.raises(ConfigurationError, match="in use"):
-            await session_on(gateway, at.inbox).__aenter__()
+            await second.__aenter__()
+        await second.aclose()
+        with pytest.raises(ConfigurationError, match="in use"):
+            await second.__aenter__()
     async with session_on(gateway, at.inbox) as session:
         done = await session.generate("a cat")
 

@@ -24,6 +24,8 @@ log = logging.getLogger("flux2max_async")
 _UNREADABLE_IN_A_ROW = 5
 _JITTER, _MOST_JITTER = 0.1, 0.25
 _LAST_LOOK = 1.0
+_SOON = 0.3
+"""Seconds that a look is not put off for: they may be mere jitter."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -58,8 +60,10 @@ class Lookout:
     _task_id: str = attrs.field(default="", init=False)
     _over: bool = attrs.field(default=False, init=False)
     """Whether nothing more will be seen."""
-    _until: float = attrs.field(default=math.inf, init=False)
-    """The moment at which the session closes, once that is known."""
+    _last_look: float = attrs.field(default=math.inf, init=False)
+    """The moment shortly before the session closes, once that is known."""
+    _progress: float | None = attrs.field(default=None, init=False)
+    """What the newest look said of it; a webhook's word has another moment."""
     _planned: bool = attrs.field(default=False, init=False)
     """Whether it sleeps until the next look as planned, and for no other reason."""
     _looked: float = attrs.field(default=0.0, init=False)
@@ -91,6 +95,7 @@ class Lookout:
         """Follow a task that has just been submitted here."""
         self.started, self.deadline, self.age = started, deadline, 0.0
         self.learning, self._hooked = True, hooked
+        self._progress = snapshot.progress
         self.see(snapshot)
 
     def take_up(self, *, age: float) -> None:
@@ -133,9 +138,12 @@ class Lookout:
             self._wake()
 
     def hurry(self, until: float) -> None:
-        """The session closes at a moment: look once more before."""
-        self._until = until
-        self._wake()
+        """The session closes at a moment, if it isn't infinitely far: look once more shortly before."""
+        if until < math.inf:
+            now = self.gateway.now()
+            self._last_look = until - min(_LAST_LOOK, (until - now) / 10)
+            if self._planned:
+                self._wake()
 
     def replan(self) -> None:
         """A poll may have become less dear than it was when the next look was planned."""
@@ -191,9 +199,14 @@ class Lookout:
     # ------------------------------------------------------------------ when
 
     async def _wait_for_look(self, plan: PollPlan) -> bool:
+        """Sleep until the next look is due; False where something has cut it short."""
         self._planned = True
         try:
-            return await self._sleep(self._delay(plan))
+            while await self._sleep(delay := self._delay(plan)):
+                # Webhooks may have come to be relied on again meanwhile: then it may wait.
+                if delay == 0 or self._missed or not self._hooked or self._delay(plan) < _SOON:
+                    return True
+            return False
         finally:
             self._planned = False
 
@@ -205,21 +218,22 @@ class Lookout:
             return self._left_of(backoff(self._missed, random.random()))
         if self.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
-        delay = self._planned_delay(plan, self.snapshot.progress)
+        delay = self._planned_delay(plan)
         delay = self._left_of(delay + min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1))
         # If the deadline comes first, a last look shortly before it may still save what is paid for.
-        last = min(self.deadline, self._until) - self.gateway.now() - min(_LAST_LOOK, self.seconds / 10)
-        return last if 0.01 < last < delay else delay
+        last = min(self.deadline - min(_LAST_LOOK, self.seconds / 10), self._last_look)
+        now = self.gateway.now()
+        return max(0.0, last - now) if self._looked < last - 0.01 and now + delay > last else delay
 
-    def _planned_delay(self, plan: PollPlan, progress: float | None) -> float:
+    def _planned_delay(self, plan: PollPlan) -> float:
         """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
         dearness = self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
         elapsed = self._looked - self.started
         if isinstance(self.schedule, LearnedSchedule):
             self.schedule.dearness = self.gateway.dearness() * dearness
-            return plan.next_delay(elapsed, progress)
+            return plan.next_delay(elapsed, self._progress)
         if self._interval is None:  # it is asked for once after each look
-            self._interval = plan.next_delay(elapsed, progress)
+            self._interval = plan.next_delay(elapsed, self._progress)
         # At a constant rate of ending, the best interval grows as the root of the price.
         return self._interval * math.sqrt(dearness)
 
@@ -275,6 +289,7 @@ class Lookout:
             self._missed = self._unreadable = 0
             if not snapshot.status.ended:
                 self._running_until = asked - self.started
+            self._progress = snapshot.progress
             self.see(snapshot)
             log.debug(
                 "task %s: poll %d: %s, progress %s", self._task_id, self.polls, snapshot.status, snapshot.progress

@@ -18,8 +18,8 @@ _PACE = 0.2
 """How much one end changes what was learned before."""
 _DEAREST = 6
 """The power of two that polls become dearer by, at most: as safety, they never cease."""
-_MUCH = 4.0
-"""How many times less dear polls must have become for those that are planned to be planned anew."""
+_MUCH, _IN_A_ROW = 4.0, 3
+"""How many times less dear polls must have become, and by how many ends in a row, for all to be planned anew."""
 _KEPT = 1_000
 _SMALL = 8_192
 """Bytes of a delivery that may be kept; a finished task takes about one thousand."""
@@ -49,6 +49,8 @@ class Mail:
     """What nobody has waited for yet: a webhook may be faster than the answer to its submit."""
     deaf: bool = attrs.field(default=False, init=False)
     """Whether nothing more will come in: servers that shut down stop listening before their sessions are closed."""
+    _polled: int = attrs.field(default=0, init=False)
+    """How many of the newest ends a poll has noticed first, in a row."""
     _relied: float = attrs.field(default=attrs.Factory(lambda self: self.dearness, takes_self=True), init=False)
     """The dearness at which some polls may have been planned."""
 
@@ -68,7 +70,8 @@ class Mail:
         if self.deaf:
             return
         self._late += ((not told) - self._late) * _PACE
-        if self.dearness <= self._relied / _MUCH:
+        self._polled = 0 if told else self._polled + 1
+        if self._polled >= _IN_A_ROW and self.dearness <= self._relied / _MUCH:
             for listeners in self._listeners.values():
                 for listener in listeners:
                     listener.replan()

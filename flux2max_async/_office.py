@@ -69,7 +69,7 @@ class Office:
         Raises:
             ConfigurationError: Another session has it open.
         """
-        if self._counter is not None:
+        if self._counter is not None and not self._counter.loop.is_closed():
             raise ConfigurationError("this inbox is in use: each session needs a WebhookInbox of its own")
         self.mail = self.mail.afresh()
         self._counter = _Counter(asyncio.get_running_loop(), journal, secrets, spawn)
@@ -100,13 +100,12 @@ class Office:
             JournalError: Its end can't be recorded.
         """
         counter = self._counter
-        if counter is None:
+        if counter is None or counter.loop.is_closed():
             raise SessionClosedError("no session is open for this delivery")
         if counter.loop is asyncio.get_running_loop():
             await self._sort(counter, body)
-        else:  # a server that runs each handler in a loop of its own
-            errand = asyncio.run_coroutine_threadsafe(self._sort(counter, body), counter.loop)
-            await asyncio.wrap_future(errand)
+        else:
+            await _elsewhere(self._sort(counter, body), counter.loop)
 
     # ------------------------------------------------------------------ behind
 
@@ -153,6 +152,21 @@ class Office:
                     return
             except JournalError as error:
                 log.warning("webhook for task %s: %s", snapshot.task_id, error)
+
+
+async def _elsewhere(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """Run something in another event loop: some servers give each handler one of its own.
+
+    Raises:
+        SessionClosedError: That loop ends before it is done.
+    """
+    try:
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise SessionClosedError("the session's event loop has ended in the middle of this delivery") from None
 
 
 async def _record(journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> bool:

@@ -204,11 +204,13 @@ class Page:
     async def _known_elsewhere(self, outcome: Outcome) -> Outcome | None:
         """Give the end of a task that isn't followed here any more, where another process was told of it just now."""
         journal, entry = self.books.journal, self.entry
-        if journal is None or entry is None or entry.holder is not Holder.US or _state_after(outcome) in _ENDS:
+        if journal is None or entry is None or entry.holder is not Holder.US:
+            return None
+        if outcome.task_id is None or _state_after(outcome) in _ENDS:
             return None
         try:
             found = await journal.find(entry.key)
-        except JournalError:
+        except Exception:  # noqa: BLE001 - as above: whatever a journal does, what is known here stands
             return None
         if found is None or found.attempt != entry.attempt or found.state not in _ENDS:
             return None

@@ -98,6 +98,8 @@ class Poller:
         try:
             outcome = await self._come_to_an_end()
         except BaseException:
+            if not self.ended.done():  # not the session has ended it, but the event loop
+                log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
             self.abandon()
             raise
         self._outcome = outcome
@@ -157,9 +159,9 @@ class Poller:
 
     async def _share(self, leader: "Poller") -> Outcome | None:
         """Wait for the end that somebody else brings; None where it is of no use to others."""
-        async with self._patience.waiting():
-            self.leader = leader
-            await asyncio.shield(leader.answered)
+        # Without patience: what withdraws this one withdraws the other too, if its submit isn't on the wire.
+        self.leader = leader
+        await asyncio.shield(leader.answered)
         if leader.task_id is not None:
             self._name(leader.task_id)
         outcome = await asyncio.shield(leader.ended)

@@ -162,6 +162,7 @@ class Scribe:
         if None in errands:
             return True
         if (self._watched or self._listening) and (others_have_written() or news):
+            self.undisturbed = False
             self._look_after_watched(tables)
             if self._listening:
                 self._tell_news(tables.told())

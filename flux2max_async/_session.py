@@ -148,8 +148,6 @@ class FluxSession:
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop.is_closed():
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        if self._supervisor is not None:
-            self._stop_listening()  # the event loop has ended before the session was left
         if self._office is not None:
             self._office.open(self._books.journal, secrets=self._books.secrets, spawn=self._spawn_until_drain)
         try:
@@ -178,22 +176,19 @@ class FluxSession:
         """
         seconds = self._drain if drain is None else checked_drain(drain)
         supervisor = self._supervisor
-        if supervisor is None:
-            return
-        if supervisor.loop.is_closed():
+        if supervisor is None or supervisor.loop.is_closed():
             self._supervisor = None
-            self._stop_listening()
             return
+        supervisor.hasten(seconds)
         if supervisor.closing is None:
-            supervisor.closing = asyncio.create_task(self._close(supervisor, seconds))
-        else:
-            supervisor.hasten(seconds)
+            supervisor.closing = asyncio.create_task(self._close(supervisor))
         try:
             await asyncio.shield(supervisor.closing)
         except asyncio.CancelledError:
             if anyio.current_effective_deadline() > -math.inf:
                 raise
-            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds, after draining.
+            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds at most.
+            supervisor.hasten(0.0)
             with anyio.CancelScope(shield=True):
                 await asyncio.shield(supervisor.closing)
             raise
@@ -358,19 +353,21 @@ class FluxSession:
 
     # ------------------------------------------------------------------ behind the face
 
-    async def _close(self, supervisor: Supervisor, drain: float) -> None:
+    async def _close(self, supervisor: Supervisor) -> None:
         if self._office is not None:
             self._office.mail.deaf = True
-        if drain > 0:
-            await supervisor.drain(drain)
-        await supervisor.close()
-        self._stop_listening()
         try:
-            if self._books.journal is not None:
-                await self._books.journal.close()
+            await supervisor.drain()
+            await supervisor.close()
         finally:
-            await self._transport.close()
-            self._supervisor = None
+            supervisor.abandon()  # where closing is cut short, as by a second Ctrl-C, the ids are left all the same
+            self._stop_listening()
+            try:
+                if self._books.journal is not None:
+                    await self._books.journal.close()
+            finally:
+                await self._transport.close()
+                self._supervisor = None
 
     def _stop_listening(self) -> None:
         if self._office is not None:

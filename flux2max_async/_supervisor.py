@@ -41,6 +41,8 @@ class Supervisor:
         """What closes the session, once it is being closed: then nothing more is submitted."""
         self.drained = False
         """Whether nothing at all may be begun any more."""
+        self._until = math.inf
+        """The moment at which draining ends, once the session is being closed."""
         self._draining: asyncio.Timeout | None = None
         self._stats = stats
         self._pollers: set[Poller] = set()
@@ -69,6 +71,7 @@ class Supervisor:
 
         self._pollers.add(poller)
         poller.when_ended(ended)
+        poller.lookout.hurry(self._until)
         self.spawn(poller.run())
 
     async def host(self, work: Coroutine[Any, Any, T]) -> T:
@@ -86,15 +89,16 @@ class Supervisor:
                 raise closed_error() from None
             raise
 
-    async def drain(self, seconds: float) -> None:
-        """Submit nothing more, and give what is submitted so long to end, and to be saved."""
+    async def drain(self) -> None:
+        """Submit nothing more, and let what is submitted end, and be saved, until the moment that `hasten` has set."""
+        if self._until <= self.loop.time():
+            return
         for poller in list(self._pollers):
             poller.withdraw(closed_error())
-            poller.lookout.hurry(self.loop.time() + seconds)
         for task in list(self._endless):
             task.cancel()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds) as self._draining:
+            async with asyncio.timeout_at(self._until) as self._draining:
                 await asyncio.sleep(_BREATH)
                 while tasks := self._tasks - self._endless:
                     await asyncio.wait(tasks)
@@ -103,9 +107,11 @@ class Supervisor:
 
     def hasten(self, seconds: float) -> None:
         """Drain no longer than so many seconds from now."""
-        until = self.loop.time() + seconds
-        if self._draining is not None and until < (self._draining.when() or math.inf):
-            self._draining.reschedule(until)
+        self._until = min(self._until, self.loop.time() + seconds)
+        for poller in self._pollers:
+            poller.lookout.hurry(self._until)
+        if self._draining is not None:
+            self._draining.reschedule(self._until)
 
     async def close(self) -> None:
         """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""
@@ -115,11 +121,12 @@ class Supervisor:
         # Without its id, a paid task is lost: give what is on the wire a moment.
         if unanswered := [poller.answered for poller in self._pollers if not poller.answered.done()]:
             await asyncio.wait(unanswered, timeout=_LAST_ANSWERS)
-        self._abandon_all()
+        self.abandon()
         if tasks := list(self._tasks):
             await asyncio.wait(tasks)
 
-    def _abandon_all(self) -> None:
+    def abandon(self) -> None:
+        """End everything at once, and leave the ids of what is unfinished."""
         unfinished = [poller for poller in self._pollers if not poller.ended.done()]
         for task in self._tasks:
             task.cancel()

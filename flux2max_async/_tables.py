@@ -59,14 +59,15 @@ _COLUMNS = """
 """
 _FROM = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
 _MAY_REPLACE = """
-    owner = :us AND (state NOT IN ('completed', 'failed') OR :state = state)
+    owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN (state, 'completed'))
     OR owner IS NULL AND state = :state AND NOT :elsewhere
     OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
     OR state = 'submitted' AND :state IN ('completed', 'failed')
     OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
 """
-"""Who holds an entry may say anything of it, but an end stays an end. Others may know more of it than is written: an
-id, an end, or that nobody can know. And what nobody holds may be told again, with pictures that were saved since."""
+"""Who holds an entry may say anything of it, but an end stays an end, and what is paid for stays completed. Others may
+know more of it than is written: an id, an end, or that nobody can know. And what nobody holds may be told again, with
+pictures that were saved since."""
 
 
 class Tables:

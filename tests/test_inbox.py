@@ -1,6 +1,7 @@
 """Sessions with webhooks: whichever of webhook and poll is faster brings the end, and nothing is lost where one fails."""
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from _scripted import ScriptedGateway, answer, completed, hang, running
 from _virtual import VirtualJournal
 
 from flux2max_async import (
+    BadRequestError,
     Completed,
     ConfigurationError,
     ContentModeratedError,
@@ -544,17 +546,22 @@ async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at
     assert done.polls == 4
 
 
-async def test_who_shares_a_task_is_drained_with_it(gateway: Emulator, at: Door, tmp_path: Path) -> None:
-    """Two who ask for the same, where that is one task, both get it."""
+@pytest.mark.parametrize("after", [0.0, 3.0])
+async def test_who_shares_a_task_is_drained_with_it(
+    scripted: ScriptedGateway, at: Door, tmp_path: Path, after: float
+) -> None:
+    """Two who ask for the same, where that is one task, both get it, even if its submit isn't answered yet."""
+    scripted.submits = deque([answer(200, running("t1"), after=after)])
+    scripted.polls = deque([answer(200, running("t1"))] * 5 + [answer(200, completed("t1"))])
     journal = VirtualJournal(tmp_path / "run.db")
-    async with session_on(gateway, at.inbox, journal=journal, schedule=FixedSchedule(1.0)) as session:
+    async with session_on(scripted, at.inbox, journal=journal, schedule=FixedSchedule(1.0)) as session:
         both = [asyncio.ensure_future(session.generate("a cat")) for _ in range(2)]
         await anyio.sleep(2.0)
         await session.aclose(drain=20.0)
         done = [await one for one in both]
 
     assert done[0].task_id == done[1].task_id
-    assert gateway.accepted == {"a cat": 1}
+    assert len(scripted.of("POST")) == 1
 
 
 async def test_an_unknown_delivery_while_draining_is_put_off(gateway: Emulator, at: Door) -> None:
@@ -588,6 +595,142 @@ async def test_a_second_close_shortens_the_first(gateway: Emulator) -> None:
 
     assert took == pytest.approx(3.0, abs=0.1)
     assert not outcome.ok
+
+
+async def test_a_short_drain_looks_too(gateway: Emulator, at: Door) -> None:
+    """However short it is, however it is shortened, and whenever a task was attached: its end is found if it is there."""
+    task_id = ""
+    found: list[bool] = []
+    for first, second in ((0.5, None), (20.0, 5.0)):
+        async with session_on(gateway, at.inbox) as session:
+            at.open = False
+            task_id = (await session.submit("a cat")).id
+            await anyio.sleep(10.0)
+            closing = asyncio.ensure_future(session.aclose(drain=first))
+            await anyio.sleep(0.2)
+            attached = session.attach(task_id)
+            if second is not None:
+                await session.aclose(drain=second)
+            await closing
+            found.append((await attached.outcome()).ok)
+            found.append(session.stats.completed == 2)
+
+    assert found == [True] * 4
+
+
+async def test_draining_keeps_the_polls_that_are_booked(gateway: Emulator) -> None:
+    """Tasks that wait for their turn in the budget of polls keep it when their session begins to drain."""
+    async with FluxSession(gateway.api_key, base_url=gateway.url, max_polls_per_second=1.0) as session:
+        ids = [(await session.submit("a cat")).id for _ in range(20)]
+    await anyio.sleep(10.0)
+    async with FluxSession(gateway.api_key, base_url=gateway.url, max_polls_per_second=1.0) as session:
+        tasks = [session.attach(task_id) for task_id in ids]
+        await anyio.sleep(5.0)
+        started = anyio.current_time()
+        await session.aclose(drain=60.0)
+        took = anyio.current_time() - started
+        ends = [(await task.outcome()).ok for task in tasks]
+
+    assert ends == [True] * 20
+    assert took < 16.0
+
+
+async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: Door) -> None:
+    """Who is woken right before the last look before the deadline makes it all the same."""
+    at.open = False
+    async with session_on(gateway, at.inbox, deadline=20.0) as session:
+        task = await session.submit("a cat")
+        lookout = task._poller.lookout
+        await anyio.sleep(lookout.deadline - 1.0 - 0.005 - anyio.current_time())
+        await anext(task.updates())
+        done = await task
+
+    assert done.polls == 1
+
+
+async def test_a_cancelled_scope_doesnt_wait_for_draining(gateway: Emulator) -> None:
+    """Whose patience with closing ends, by a scope of anyio, leaves within two seconds, and the ids are in the log."""
+    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+        task = await session.submit("a cat")
+        started = anyio.current_time()
+        with anyio.move_on_after(1.0):
+            await session.aclose(drain=60.0)
+        took = anyio.current_time() - started
+        outcome = await task.outcome()
+
+    assert took < 3.1
+    assert not outcome.ok
+
+
+def test_an_event_loop_that_ends_leaves_the_ids(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a program ends without closing its session, or in the middle of it, paid tasks are named in the log."""
+
+    async def main(session: FluxSession, drain: float | None) -> None:
+        await session.__aenter__()
+        await session.submit("a cat")
+        if drain is not None:
+            closing = asyncio.ensure_future(session.aclose(drain=drain))
+            await asyncio.sleep(0.05)
+            assert not closing.done()
+        else:
+            await session._transport.close()
+
+    with Emulator(seconds=5.0, pictures=False) as gateway:
+        for drain in (None, 20.0):
+            session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=SELDOM)
+            asyncio.run(main(session, drain))
+        ids = list(gateway.tasks)
+
+    assert len(ids) == 2
+    assert all(task_id in caplog.text for task_id in ids)
+
+
+def test_a_delivery_meets_an_event_loop_that_has_ended() -> None:
+    """A session whose loop is gone is as good as closed, for deliveries and for the next session with its inbox."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    asyncio.run(_entered(FluxSession("key", base_url="http://127.0.0.1:9", webhooks=inbox)))
+    with pytest.raises(SessionClosedError):
+        asyncio.run(deliver(inbox, completed("t1")))
+
+    async def next_one() -> None:
+        async with FluxSession("key", base_url="http://127.0.0.1:9", webhooks=inbox):
+            await deliver(inbox, completed("t1"))
+
+    asyncio.run(next_one())
+
+
+@in_real_time
+@pytest.mark.parametrize("who", ["the session's loop ends", "the handler is cancelled"])
+async def test_what_cuts_a_delivery_from_another_loop(scripted: ScriptedGateway, tmp_path: Path, who: str) -> None:
+    """A delivery whose session's loop ends in the middle of it is put off; one that is cancelled itself is cancelled."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    opened, found = threading.Event(), asyncio.Event()
+
+    class Stuck(SqliteJournal):
+        async def find_task(self, task_id: str, /) -> JournalEntry | None:
+            here.call_soon_threadsafe(found.set)
+            await asyncio.sleep(1.0 if who == "the handler is cancelled" else 0.3)
+            raise asyncio.CancelledError
+
+    async def session() -> None:
+        async with session_on(scripted, inbox, journal=Stuck(tmp_path / "run.db")):
+            opened.set()
+            await asyncio.sleep(1.5)
+
+    here = asyncio.get_running_loop()
+    thread = asyncio.ensure_future(asyncio.to_thread(asyncio.run, session()))
+    await asyncio.to_thread(opened.wait)
+    delivery = asyncio.ensure_future(deliver(inbox, completed("t1")))
+    await found.wait()
+    if who == "the handler is cancelled":
+        delivery.cancel()
+    await asyncio.wait([delivery])
+    await thread
+
+    if who == "the handler is cancelled":
+        assert delivery.cancelled()
+    else:
+        assert isinstance(delivery.exception(), SessionClosedError)
 
 
 async def test_an_inbox_must_be_one(gateway: Emulator) -> None:
@@ -879,6 +1022,50 @@ async def test_a_journal_that_fails_in_the_end_changes_no_outcome(scripted: Scri
             journal.fails = False
 
     assert all(isinstance(outcome.error, DeadlineExceededError) for outcome in outcomes)
+
+
+@in_real_time
+async def test_what_is_paid_for_stays_completed(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Where another process was told of a failure, and the owner sees a picture, the journal knows the picture."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    path = tmp_path / "run.db"
+    scripted.polls = deque([answer(200, completed("t1"), after=0.3)])
+    async with (
+        FluxSession(
+            scripted.api_key, base_url=scripted.url, journal=SqliteJournal(path), schedule=FixedSchedule(0.05)
+        ) as owner,
+        session_on(scripted, inbox, journal=SqliteJournal(path)),
+    ):
+        task = await owner.submit("a cat")
+        await asyncio.sleep(0.2)
+        await deliver(inbox, {"id": "t1", "status": "Error", "error": "x", "message": "no"})
+        await task
+        entry = await entry_of(SqliteJournal(path))
+
+    assert (entry.state, str(entry.outlay)) == (EntryState.COMPLETED, "0.07")
+
+
+@in_real_time
+async def test_a_broken_journal_changes_no_refusal(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """What the service has refused is recorded as such, without a question that could fail."""
+
+    class Broken(VirtualJournal):
+        asked = 0
+
+        async def find(self, key: str, /) -> JournalEntry | None:
+            self.asked += 1
+            if self.asked > 1:
+                raise OSError(5, "broken")
+            return await super().find(key)
+
+    scripted.submits = deque([answer(400, {"error": "no"})])
+    journal = Broken(tmp_path / "run.db")
+    async with FluxSession(scripted.api_key, base_url=scripted.url, journal=journal) as session:
+        with pytest.raises(BadRequestError):
+            await session.generate("a cat")
+        entry = await entry_of(journal)
+
+    assert entry.state is EntryState.REFUSED
 
 
 @in_real_time

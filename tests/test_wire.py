@@ -35,7 +35,7 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
-from flux2max_async._reply import Reply, response_error
+from flux2max_async._reply import Reply, problem, response_error
 from flux2max_async._wire import Call, poll_call, read_poll, read_submit, status_of, submit_call
 
 TASK = "/model/v1/generation/task/"
@@ -991,3 +991,13 @@ def check_error(error: FluxError, status: int) -> None:
         assert isinstance(error.code, str | None)
         assert error.code != ""
         assert error.retry_after is None or 0 <= error.retry_after < math.inf
+
+
+def test_an_error_nested_too_deeply_is_an_error_all_the_same() -> None:
+    """A reason that can't even be written down again is no reason to break."""
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"more": deep}
+
+    assert problem({"error": deep}) == (None, "(nested too deeply)")
+    assert problem({"error": {"code": "x", "message": [deep]}}) == ("x", "(nested too deeply)")

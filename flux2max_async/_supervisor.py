@@ -1,7 +1,6 @@
 """The supervisor: under it run the pollers of a session, from its entering to its leaving."""
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Coroutine
@@ -97,20 +96,23 @@ class Supervisor:
             poller.withdraw(closed_error())
         for task in list(self._endless):
             task.cancel()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout_at(self._until) as self._draining:
                 await asyncio.sleep(_BREATH)
                 while tasks := self._tasks - self._endless:
                     await asyncio.wait(tasks)
                     await asyncio.sleep(_BREATH)
-        self._draining = None
+        except TimeoutError:
+            pass  # the rest is left
+        finally:
+            self._draining = None
 
     def hasten(self, seconds: float) -> None:
         """Drain no longer than so many seconds from now."""
         self._until = min(self._until, self.loop.time() + seconds)
         for poller in self._pollers:
             poller.lookout.hurry(self._until)
-        if self._draining is not None:
+        if self._draining is not None and not self._draining.expired():
             self._draining.reschedule(self._until)
 
     async def close(self) -> None:

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
+from _scripted import ScriptedGateway
 from aiohttp import web
 
-from flux2max_async import WebhookInbox
+from flux2max_async import FixedSchedule, FluxSession, WebhookInbox
+from flux2max_async.emulator import Emulator
 
 SECRET = "an old lighthouse keeper's secret"
 
@@ -53,3 +55,18 @@ def signed(body: object, secret: str = SECRET) -> tuple[bytes, dict[str, str]]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     signature = hmac.new(secret.encode(), content, hashlib.sha256).hexdigest()
     return content, {"X-BFL-Signature": f"sha256={signature}"}
+
+
+SELDOM = FixedSchedule(1000.0)
+"""For tests in which webhooks are to be faster than polls."""
+
+
+def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **settings: Any) -> FluxSession:
+    """Make a session with an inbox, which hardly ever polls."""
+    settings = {"schedule": SELDOM, "deadline": 100_000.0, **settings}
+    return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
+
+
+async def deliver(inbox: WebhookInbox, told: object) -> None:
+    """Deliver what the service says."""
+    await inbox.deliver(*signed(told))

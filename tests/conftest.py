@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from _hooked import Door, door
 from _scripted import ScriptedGateway
 from _virtual import VirtualTimeLoop
 
@@ -42,3 +43,10 @@ async def scripted() -> AsyncIterator[ScriptedGateway]:
     """A gateway that answers each call as its script says, byte by byte."""
     async with ScriptedGateway() as script:
         yield script
+
+
+@pytest.fixture
+async def at() -> AsyncIterator[Door]:
+    """A server on 127.0.0.1 with an inbox."""
+    async with door() as it:
+        yield it

@@ -3,20 +3,16 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import anyio
-import attrs
 import pytest
-from _hooked import SECRET, Door, door, signed
+from _hooked import SECRET, Door, deliver, session_on, signed
 from _scripted import ScriptedGateway, answer, completed, hang, running
-from _virtual import VirtualJournal
 
 from flux2max_async import (
-    BadRequestError,
     Completed,
     ConfigurationError,
     ContentModeratedError,
@@ -26,7 +22,6 @@ from flux2max_async import (
     FixedSchedule,
     FluxSession,
     GenerationRequest,
-    JournalError,
     LearnedSchedule,
     PollSchedule,
     ProtocolError,
@@ -39,29 +34,10 @@ from flux2max_async import (
 )
 from flux2max_async._mail import Mail
 from flux2max_async.emulator import Emulator, Webhooks
-from flux2max_async.journal import EntryState, JournalEntry
+from flux2max_async.journal import JournalEntry
 from flux2max_async.webhooks import parse
 
-SELDOM = FixedSchedule(1000.0)
 in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
-
-
-@pytest.fixture
-async def at() -> AsyncIterator[Door]:
-    async with door() as it:
-        yield it
-
-
-def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **settings: Any) -> FluxSession:
-    settings = {"schedule": SELDOM, "deadline": 100_000.0, **settings}
-    return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
-
-
-async def deliver(inbox: WebhookInbox, told: object) -> None:
-    await inbox.deliver(*signed(told))
-
-
-# ---------------------------------------------------------------------- who is faster
 
 
 @pytest.mark.parametrize("shape", ["task", "maker"])
@@ -125,9 +101,6 @@ async def test_an_attached_task_hears_too(scripted: ScriptedGateway, at: Door) -
 
     assert all(one.elapsed == pytest.approx(10.5, abs=0.1) for one in done)
     assert all(one.polls > 8 for one in done)
-
-
-# ---------------------------------------------------------------------- what is asked for
 
 
 async def test_each_submit_asks_for_a_webhook(scripted: ScriptedGateway, at: Door) -> None:
@@ -209,9 +182,6 @@ def test_an_inbox_outlives_its_event_loop() -> None:
 async def _entered(session: FluxSession) -> None:
     await session.__aenter__()
     await session._transport.close()
-
-
-# ---------------------------------------------------------------------- how far webhooks are relied on
 
 
 async def test_polls_stand_down_and_take_over(at: Door) -> None:
@@ -305,9 +275,6 @@ async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: Do
 
     assert done.polls == 1
     assert done.elapsed == pytest.approx(19.0, abs=0.2)
-
-
-# ---------------------------------------------------------------------- deliveries that aren't what they should be
 
 
 async def test_the_usual_mess_does_no_harm(at: Door) -> None:
@@ -469,33 +436,6 @@ async def test_a_task_that_is_said_not_to_exist_is_looked_at(scripted: ScriptedG
     assert done.elapsed < 0.5
 
 
-@pytest.mark.parametrize("how", ["delivery", "poll"])
-async def test_whatever_is_nested_deeply_does_no_harm(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, how: str
-) -> None:
-    """Metadata of hundreds of levels reach the caller, and the journal as far as it can hold them."""
-    deep: Any = "the bottom"
-    for _ in range(600):
-        deep = {"more": deep}
-    told = completed("t1", metadata={"deep": deep})
-    scripted.polls = deque([answer(200, told)])
-    journal = VirtualJournal(tmp_path / "run.db")
-    schedule = SELDOM if how == "delivery" else FixedSchedule(0.5)
-    async with session_on(scripted, at.inbox, journal=journal, schedule=schedule) as session:
-        task = await session.submit("a cat")
-        if how == "delivery":
-            await deliver(at.inbox, told)
-        done = await task
-        entry = await entry_of(journal)
-
-    assert done.journal_error is None
-    assert entry.state is EntryState.COMPLETED
-    assert "nested too deeply" in str(entry.result["metadata"])
-
-
-# ---------------------------------------------------------------------- lifetimes
-
-
 async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: Door) -> None:
     """Before a session is entered and after it is left, a delivery is to come again, and then it is welcome."""
     with pytest.raises(SessionClosedError):
@@ -504,135 +444,6 @@ async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: Door) 
         await deliver(at.inbox, completed("t1"))
     with pytest.raises(SessionClosedError):
         await deliver(at.inbox, completed("t1"))
-
-
-async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, caplog: pytest.LogCaptureFixture) -> None:
-    """Closing with drain submits nothing more and waits for what is submitted, and for its pictures to be saved."""
-    session = session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0)
-    async with session:
-        task = await session.submit("a cat")
-        await anyio.sleep(1.0)
-        at.open = False  # a server that shuts down stops listening first
-        closing = asyncio.ensure_future(session.aclose())
-        await anyio.sleep(0.1)
-        with pytest.raises(SessionClosedError):
-            await session.submit("a dog")
-        done = await task
-        refreshed = await session.fetch(done.task_id)
-        await closing
-
-    assert gateway.accepted == {"a cat": 1}
-    assert refreshed.images
-    assert done.elapsed < 9.5
-    assert "unfinished" not in caplog.text
-
-
-async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at: Door) -> None:
-    """A submit that is answered while its session drains is polled as usual, however well webhooks have worked."""
-    async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
-        for number in range(10):
-            scripted.submits = deque([answer(200, running(f"warm{number}"))])
-            warm = await session.submit("a cat")
-            await deliver(at.inbox, completed(f"warm{number}"))
-            await warm
-        scripted.submits = deque([answer(200, running("t1"), after=2.0)])
-        scripted.polls = deque([answer(200, running("t1"))] * 3 + [answer(200, completed("t1"))])
-        waiting = asyncio.ensure_future(session.generate("a dog"))
-        await anyio.sleep(1.0)
-        await session.aclose(drain=20.0)
-        done = await waiting
-
-    assert done.elapsed < 7.0
-    assert done.polls == 4
-
-
-@pytest.mark.parametrize("after", [0.0, 3.0])
-async def test_who_shares_a_task_is_drained_with_it(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, after: float
-) -> None:
-    """Two who ask for the same, where that is one task, both get it, even if its submit isn't answered yet."""
-    scripted.submits = deque([answer(200, running("t1"), after=after)])
-    scripted.polls = deque([answer(200, running("t1"))] * 5 + [answer(200, completed("t1"))])
-    journal = VirtualJournal(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal, schedule=FixedSchedule(1.0)) as session:
-        both = [asyncio.ensure_future(session.generate("a cat")) for _ in range(2)]
-        await anyio.sleep(2.0)
-        await session.aclose(drain=20.0)
-        done = [await one for one in both]
-
-    assert done[0].task_id == done[1].task_id
-    assert len(scripted.of("POST")) == 1
-
-
-async def test_an_unknown_delivery_while_draining_is_put_off(gateway: Emulator, at: Door) -> None:
-    """What a session that closes can't use is for another process, at the sender's next attempt."""
-    async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0) as session:
-        await session.submit("a cat")
-        closing = asyncio.ensure_future(session.aclose())
-        await anyio.sleep(1.0)
-        with pytest.raises(SessionClosedError):
-            await deliver(at.inbox, completed("nobody's"))
-        started = anyio.current_time()
-        await closing
-        took = anyio.current_time() - started
-
-    assert took < 9.0
-
-
-async def test_a_second_close_shortens_the_first(gateway: Emulator) -> None:
-    """Who can't wait any longer says so, and a longer wait than is granted already isn't."""
-    async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as session:
-        task = await session.submit("a cat")
-        started = anyio.current_time()
-        closing = asyncio.ensure_future(session.aclose(drain=6.0))
-        await anyio.sleep(1.0)
-        longer = asyncio.ensure_future(session.aclose(drain=100.0))
-        await anyio.sleep(1.0)
-        await session.aclose(drain=1.0)
-        took = anyio.current_time() - started
-        await asyncio.gather(closing, longer)
-        outcome = await task.outcome()
-
-    assert took == pytest.approx(3.0, abs=0.1)
-    assert not outcome.ok
-
-
-async def test_a_short_drain_looks_too(gateway: Emulator, at: Door) -> None:
-    """However short it is, however it is shortened, and whenever a task was attached: its end is found if it is there."""
-    task_id = ""
-    found: list[bool] = []
-    for first, second in ((0.5, None), (20.0, 5.0)):
-        async with session_on(gateway, at.inbox) as session:
-            at.open = False
-            task_id = (await session.submit("a cat")).id
-            await anyio.sleep(10.0)
-            closing = asyncio.ensure_future(session.aclose(drain=first))
-            await anyio.sleep(0.2)
-            attached = session.attach(task_id)
-            if second is not None:
-                await session.aclose(drain=second)
-            await closing
-            found.append((await attached.outcome()).ok)
-            found.append(session.stats.completed == 2)
-
-    assert found == [True] * 4
-
-
-async def test_draining_keeps_the_polls_that_are_booked(gateway: Emulator) -> None:
-    """Tasks that wait for their turn in the budget of polls keep it when their session begins to drain."""
-    async with FluxSession(gateway.api_key, base_url=gateway.url, max_polls_per_second=1.0) as session:
-        ids = [(await session.submit("a cat")).id for _ in range(20)]
-    await anyio.sleep(10.0)
-    async with FluxSession(gateway.api_key, base_url=gateway.url, max_polls_per_second=1.0) as session:
-        tasks = [session.attach(task_id) for task_id in ids]
-        await anyio.sleep(5.0)
-        started = anyio.current_time()
-        await session.aclose(drain=60.0)
-        took = anyio.current_time() - started
-        ends = [(await task.outcome()).ok for task in tasks]
-
-    assert ends == [True] * 20
-    assert took < 16.0
 
 
 async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: Door) -> None:
@@ -646,43 +457,6 @@ async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: Door) 
         done = await task
 
     assert done.polls == 1
-
-
-async def test_a_cancelled_scope_doesnt_wait_for_draining(gateway: Emulator) -> None:
-    """Whose patience with closing ends, by a scope of anyio, leaves within two seconds, and the ids are in the log."""
-    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
-        task = await session.submit("a cat")
-        started = anyio.current_time()
-        with anyio.move_on_after(1.0):
-            await session.aclose(drain=60.0)
-        took = anyio.current_time() - started
-        outcome = await task.outcome()
-
-    assert took < 3.1
-    assert not outcome.ok
-
-
-def test_an_event_loop_that_ends_leaves_the_ids(caplog: pytest.LogCaptureFixture) -> None:
-    """Where a program ends without closing its session, or in the middle of it, paid tasks are named in the log."""
-
-    async def main(session: FluxSession, drain: float | None) -> None:
-        await session.__aenter__()
-        await session.submit("a cat")
-        if drain is not None:
-            closing = asyncio.ensure_future(session.aclose(drain=drain))
-            await asyncio.sleep(0.05)
-            assert not closing.done()
-        else:
-            await session._transport.close()
-
-    with Emulator(seconds=5.0, pictures=False) as gateway:
-        for drain in (None, 20.0):
-            session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=SELDOM)
-            asyncio.run(main(session, drain))
-        ids = list(gateway.tasks)
-
-    assert len(ids) == 2
-    assert all(task_id in caplog.text for task_id in ids)
 
 
 def test_a_delivery_meets_an_event_loop_that_has_ended() -> None:
@@ -752,446 +526,6 @@ async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGatew
     assert done.polls == 0
 
 
-async def test_draining_ends_with_a_last_look(gateway: Emulator, at: Door) -> None:
-    """A task that would be looked at too late is looked at before its session closes."""
-    async with session_on(gateway, at.inbox) as session:
-        task = await session.submit("a cat")
-        at.open = False
-        await session.aclose(drain=20.0)
-        outcome = await task.outcome()
-
-    assert outcome.ok
-    assert outcome.polls == 1
-    assert outcome.elapsed == pytest.approx(19.0, abs=0.2)
-
-
-async def test_draining_has_its_limit(gateway: Emulator, caplog: pytest.LogCaptureFixture) -> None:
-    """What doesn't end within drain is left as it is without: its id in the outcome, and in one log line."""
-    session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0), drain=100.0)
-    async with session:
-        task = await session.submit("a cat")
-        started = anyio.current_time()
-        await session.aclose(drain=3.0)
-        took = anyio.current_time() - started
-    outcome = await task.outcome()
-
-    assert took == pytest.approx(3.0, abs=0.1)
-    assert isinstance(outcome, Failed)
-    assert isinstance(outcome.error, SessionClosedError)
-    assert outcome.task_id == task.id
-    assert f"session closed; unfinished tasks: {task.id}" in caplog.text
-
-
-async def test_draining_delivers_a_stream(gateway: Emulator, tmp_path: Path) -> None:
-    """A stream whose session drains yields all that is submitted, saved, and then says that it was closed."""
-    session = FluxSession(
-        gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0), drain=20.0, max_in_flight=3
-    )
-    outcomes: list[Any] = []
-
-    async def consume() -> None:
-        async for outcome in session.stream([f"picture {number}" for number in range(9)], save_to=tmp_path / "out"):
-            outcomes.append(outcome)
-
-    async with session:
-        consumer = asyncio.ensure_future(consume())
-        await anyio.sleep(2.0)
-    with pytest.raises(SessionClosedError):
-        await consumer
-
-    assert gateway.calls["submit"] == 3
-    assert sum(outcome.ok for outcome in outcomes) == 3
-    assert len(list((tmp_path / "out").iterdir())) == 3
-
-
-async def test_draining_waits_for_nothing_else(gateway: Emulator, at: Door, tmp_path: Path) -> None:
-    """A stream that nobody reads, and a delivery that nobody claims, don't hold up a shutdown."""
-    journal = VirtualJournal(tmp_path / "run.db")
-    async with session_on(gateway, at.inbox, drain=60.0, journal=journal, max_in_flight=1) as session:
-        stream = session.stream([f"picture {number}" for number in range(9)])
-        await anext(stream)
-        await deliver(at.inbox, completed("nobody's"))
-        started = anyio.current_time()
-        await session.aclose()
-        took = anyio.current_time() - started
-
-    assert took < 10.0
-
-
-@pytest.mark.parametrize("drain", [-1.0, float("nan"), float("inf"), "20", True])
-async def test_drain_is_a_number_of_seconds(gateway: Emulator, drain: Any) -> None:
-    """Anything else is named, in the constructor and in aclose()."""
-    with pytest.raises(ConfigurationError, match="drain"):
-        FluxSession(gateway.api_key, drain=drain)
-    async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
-        with pytest.raises(ConfigurationError, match="drain"):
-            await session.aclose(drain=drain)
-
-
-# ---------------------------------------------------------------------- with a journal
-
-
-async def entry_of(journal: SqliteJournal) -> JournalEntry:
-    (entry,) = [entry async for entry in journal.entries()]
-    return entry
-
-
-@pytest.mark.parametrize("status", ["completed", "failed"])
-async def test_the_end_is_recorded_before_the_answer(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, status: str
-) -> None:
-    """When a delivery is answered with 200, the journal knows the end."""
-    told = completed("t1") if status == "completed" else {"id": "t1", "status": "Error", "error": "x", "message": "no"}
-    journal = VirtualJournal(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal) as session:
-        task = await session.submit("a cat")
-        await deliver(at.inbox, told)
-        entry = await entry_of(journal)
-        outcome = await task.outcome()
-        await deliver(at.inbox, told)  # comes twice
-
-    assert entry.state == status
-    assert entry.holder is None
-    assert entry.outlay == entry.cost if status == "completed" else entry.outlay == 0
-    assert outcome.ok is (status == "completed")
-
-
-async def test_a_cost_that_a_delivery_doesnt_name_stays_set_aside(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """The maker's own payload names no cost: the budget goes on counting what the picture will probably cost."""
-    journal = VirtualJournal(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal, price_guess="0.10") as session:
-        task = await session.submit("a cat")
-        await deliver(at.inbox, {"id": "t1", "status": "Ready", "result": {"sample": "https://p.example/1.jpeg"}})
-        done = await task
-        entry = await entry_of(journal)
-
-    assert done.usage is None
-    assert (entry.cost, str(entry.outlay)) == (None, "0.1")
-
-
-class Failing(VirtualJournal):
-    """A journal whose disk fails while it is told to."""
-
-    fails = False
-
-    async def record(self, entry: JournalEntry, /) -> None:
-        if self.fails:
-            raise JournalError("the disk is full")
-        await super().record(entry)
-
-
-async def test_an_end_that_isnt_recorded_is_asked_for_again(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """A delivery whose end can't be written down is put off, and what comes again later heals the journal."""
-    journal = Failing(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal) as session:
-        task = await session.submit("a cat")
-        journal.fails = True
-        with pytest.raises(JournalError, match="disk is full"):
-            await deliver(at.inbox, completed("t1"))
-        done = await task
-        journal.fails = False
-        await deliver(at.inbox, completed("t1"))
-        entry = await entry_of(journal)
-
-    assert isinstance(done.journal_error, JournalError)
-    assert (entry.state, entry.holder) == (EntryState.COMPLETED, None)
-
-
-async def test_a_delivery_that_nobody_waits_for_is_found_by_the_next_run(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """The process that submitted the task is gone: the end is recorded all the same, and replayed when asked for."""
-    async with session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")) as session:
-        await session.submit("a cat")
-    async with session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")) as session:
-        await deliver(at.inbox, completed("t1"))
-        done = await session.generate("a cat")
-
-    assert done.replayed
-    assert done.images[0].url == "https://pictures.example/0.jpeg"
-    assert scripted.of("GET") == []
-
-
-async def test_a_delivery_in_the_middle_of_closing_is_put_off_or_recorded(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """Whatever moment closing comes in, a delivery that is answered with 200 is in the journal."""
-    for turns in range(12):
-        folder = tmp_path / str(turns)
-        journal = VirtualJournal(folder / "run.db")
-        async with session_on(scripted, at.inbox, journal=journal) as session:
-            await session.submit("a cat")
-            delivery = asyncio.ensure_future(deliver(at.inbox, completed("t1")))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-        await asyncio.wait([delivery])
-        entry = await entry_of(journal)
-
-        assert entry.state is EntryState.COMPLETED or isinstance(
-            delivery.exception(), (SessionClosedError, JournalError)
-        )
-
-
-# ---------------------------------------------------------------------- several processes, as far as a journal can tell
-
-
-@in_real_time
-@pytest.mark.parametrize("status", ["completed", "failed"])
-async def test_a_delivery_to_another_process_reaches_the_owner(
-    scripted: ScriptedGateway, tmp_path: Path, status: str
-) -> None:
-    """With a shared journal, whoever follows the task knows its end within a second, and hasn't polled."""
-    told = completed("t1") if status == "completed" else {"id": "t1", "status": "failed", "error": "no"}
-    url = "https://app.example/hooks"
-    ours, theirs = (WebhookInbox(secret=SECRET, public_url=url) for _ in range(2))
-    path = tmp_path / "run.db"
-    async with (
-        session_on(scripted, ours, journal=SqliteJournal(path)) as owner,
-        session_on(scripted, theirs, journal=SqliteJournal(path)) as other,
-    ):
-        task = await owner.submit("a cat")
-        waiting = asyncio.ensure_future(other.submit("a cat"))
-        await asyncio.sleep(0.1)
-        await deliver(theirs, told)
-        started = anyio.current_time()
-        outcome = await task.outcome()
-        took = anyio.current_time() - started
-        same = await (await waiting).outcome()
-        stats = owner.stats
-
-    assert took < 1.0
-    assert outcome.ok is same.ok is (status == "completed")
-    assert (stats.webhooks, stats.polls) == (1, 0)
-    assert len(scripted.of("POST")) == 1
-    assert scripted.of("GET") == []
-
-
-@in_real_time
-async def test_an_end_told_to_another_process_is_not_given_up(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """Where the deadline comes right after another process was told the end, the end counts, and all can save it."""
-    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
-    path = tmp_path / "run.db"
-    scripted.polls = deque([hang])
-    async with (
-        session_on(scripted, ours, journal=Blind(path), deadline=0.5) as owner,
-        session_on(scripted, theirs, journal=SqliteJournal(path)),
-    ):
-        task = await owner.submit("a cat")
-        await asyncio.sleep(0.1)
-        await deliver(theirs, completed("t1"))
-        outcome = await task.outcome()
-        entry = await entry_of(SqliteJournal(path))
-
-    assert isinstance(outcome, Completed)
-    assert not outcome.replayed
-    assert (entry.state, entry.owner) == (EntryState.COMPLETED, None)
-
-
-class Blind(SqliteJournal):
-    """A journal that tells no news."""
-
-    async def open(self, news: Any = lambda _: None, /, *, listening: bool = False) -> None:
-        await super().open(lambda _: None)
-
-
-@in_real_time
-async def test_a_journal_that_fails_in_the_end_changes_no_outcome(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """Where nobody can say whether others know the end, the deadline stands; so it does where they know of none."""
-
-    class Unreadable(Blind):
-        fails = False
-
-        async def find(self, key: str, /) -> JournalEntry | None:
-            if self.fails:
-                raise JournalError("the disk sleeps")
-            return await super().find(key)
-
-    scripted.polls = deque([hang])
-    journal = Unreadable(tmp_path / "run.db")
-    outcomes: list[Any] = []
-    for fails in (False, True):
-        inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
-        async with session_on(scripted, inbox, journal=journal, deadline=0.2) as session:
-            task = await session.submit("a cat")
-            journal.fails = fails
-            outcomes.append(await task.outcome())
-            journal.fails = False
-
-    assert all(isinstance(outcome.error, DeadlineExceededError) for outcome in outcomes)
-
-
-@in_real_time
-async def test_what_is_paid_for_stays_completed(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """Where another process was told of a failure, and the owner sees a picture, the journal knows the picture."""
-    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
-    path = tmp_path / "run.db"
-    scripted.polls = deque([answer(200, completed("t1"), after=0.3)])
-    async with (
-        FluxSession(
-            scripted.api_key, base_url=scripted.url, journal=SqliteJournal(path), schedule=FixedSchedule(0.05)
-        ) as owner,
-        session_on(scripted, inbox, journal=SqliteJournal(path)),
-    ):
-        task = await owner.submit("a cat")
-        await asyncio.sleep(0.2)
-        await deliver(inbox, {"id": "t1", "status": "Error", "error": "x", "message": "no"})
-        await task
-        entry = await entry_of(SqliteJournal(path))
-
-    assert (entry.state, str(entry.outlay)) == (EntryState.COMPLETED, "0.07")
-
-
-@in_real_time
-async def test_a_broken_journal_changes_no_refusal(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """What the service has refused is recorded as such, without a question that could fail."""
-
-    class Broken(VirtualJournal):
-        asked = 0
-
-        async def find(self, key: str, /) -> JournalEntry | None:
-            self.asked += 1
-            if self.asked > 1:
-                raise OSError(5, "broken")
-            return await super().find(key)
-
-    scripted.submits = deque([answer(400, {"error": "no"})])
-    journal = Broken(tmp_path / "run.db")
-    async with FluxSession(scripted.api_key, base_url=scripted.url, journal=journal) as session:
-        with pytest.raises(BadRequestError):
-            await session.generate("a cat")
-        entry = await entry_of(journal)
-
-    assert entry.state is EntryState.REFUSED
-
-
-@in_real_time
-async def test_the_first_end_stands_in_the_journal(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """What the owner of a task sees after another process has recorded its end replaces nothing, and holds nothing up."""
-    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
-    path = tmp_path / "run.db"
-    scripted.polls = deque([answer(200, {"id": "t1", "status": "failed", "error": "no"}, after=0.3)])
-    async with (
-        session_on(scripted, ours, journal=Blind(path), schedule=FixedSchedule(0.05)) as owner,
-        session_on(scripted, theirs, journal=SqliteJournal(path)),
-    ):
-        task = await owner.submit("a cat")
-        await asyncio.sleep(0.2)
-        await deliver(theirs, completed("t1"))
-        await task.outcome()
-        entry = await entry_of(SqliteJournal(path))
-
-    assert (entry.state, entry.owner, str(entry.outlay)) == (EntryState.COMPLETED, None, "0.07")
-
-
-@in_real_time
-async def test_a_delivery_to_another_process_may_come_before_the_id(scripted: ScriptedGateway, tmp_path: Path) -> None:
-    """A delivery that overtakes the submit's answer, at another process, is recorded when the journal knows the task."""
-    scripted.submits = deque([answer(200, running("t1"), after=0.6)])
-    ours, theirs = (WebhookInbox(secret=SECRET, public_url="https://app.example/hooks") for _ in range(2))
-    path = tmp_path / "run.db"
-    async with (
-        session_on(scripted, ours, journal=SqliteJournal(path)) as owner,
-        session_on(scripted, theirs, journal=SqliteJournal(path)),
-    ):
-        wait = asyncio.ensure_future(owner.generate("a cat"))
-        await asyncio.sleep(0.1)
-        await deliver(theirs, completed("t1"))
-        done = await wait
-
-    assert done.elapsed < 3.0
-    assert done.polls == 0
-
-
-async def test_a_task_may_get_its_id_while_a_delivery_is_looked_up(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """A delivery for which the journal knows no task yet ends the one that has just become ours."""
-
-    class Slow(VirtualJournal):
-        async def find_task(self, task_id: str, /) -> JournalEntry | None:
-            found = await super().find_task(task_id)
-            await anyio.sleep(1.0)
-            return found
-
-    scripted.submits = deque([answer(200, running("t1"), after=0.5)])
-    async with session_on(scripted, at.inbox, journal=Slow(tmp_path / "run.db")) as session:
-        wait = asyncio.ensure_future(session.generate("a cat"))
-        await anyio.sleep(0.1)
-        await deliver(at.inbox, completed("t1"))
-        done = await wait
-
-    assert done.elapsed == pytest.approx(1.1, abs=0.2)
-    assert done.polls == 0
-
-
-async def test_an_early_delivery_is_looked_for_no_longer_than_it_is_kept(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An id that no journal ever knows is asked for a minute; an id that is claimed here, until then; errors are logged."""
-
-    class Counting(VirtualJournal):
-        asked = 0
-
-        async def find_task(self, task_id: str, /) -> JournalEntry | None:
-            self.asked += 1
-            if self.asked == 3:
-                raise JournalError("the disk sleeps")
-            return await super().find_task(task_id)
-
-    journal = Counting(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal) as session:
-        await deliver(at.inbox, completed("nobody's"))
-        await anyio.sleep(100.0)
-        asked = journal.asked
-        await deliver(at.inbox, completed("claimed"))
-        await session.attach("claimed")
-        await anyio.sleep(100.0)
-        more = journal.asked - asked
-
-    assert asked == 9
-    assert more == 1
-    assert "the disk sleeps" in caplog.text
-
-
-async def test_what_the_journal_tells_is_heard_once(scripted: ScriptedGateway, at: Door, tmp_path: Path) -> None:
-    """An end that another process has recorded ends the task; what is told of it afterwards does no harm."""
-    heard: list[Any] = []
-
-    class Overheard(VirtualJournal):
-        async def open(self, news: Any = lambda _: None, /, *, listening: bool = False) -> None:
-            heard.append(news)
-            await super().open(news, listening=listening)
-
-    journal = Overheard(tmp_path / "run.db")
-    async with session_on(scripted, at.inbox, journal=journal) as session:
-        task = await session.submit("a cat")
-        entry = attrs.evolve(await entry_of(journal), task_id="t1")
-        told = {"error": {"kind": TaskFailedError.__name__, "message": "gone"}}
-        heard[0]([attrs.evolve(entry, state=EntryState.FAILED, result=told)])
-        outcome = await task.outcome()
-        heard[0]([attrs.evolve(entry, state=EntryState.FAILED, result=told)])
-    heard[0]([entry])
-
-    assert isinstance(outcome, Failed)
-    assert isinstance(outcome.error, TaskFailedError)
-    assert outcome.error.message == "gone"
-
-
-async def test_a_journal_that_cant_be_opened_leaves_the_inbox_free(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
-) -> None:
-    """A session that fails to open gives its inbox back."""
-    (tmp_path / "run.db").write_text("not a journal, but a letter")
-    with pytest.raises(JournalError):
-        await session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")).__aenter__()
-    async with session_on(scripted, at.inbox) as session:
-        assert session.stats.in_flight == 0
-
-
 async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: Door) -> None:
     """A webhook in the very moment of the deadline is either taken or too late, and one that comes later is kept."""
     scripted.polls = deque([answer(200, running("t1"))])
@@ -1244,17 +578,6 @@ async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(scripted: S
         outcome = await task.outcome()
 
     assert outcome.ok
-
-
-async def test_draining_nothing_takes_no_time(gateway: Emulator) -> None:
-    """A session in which nothing is in flight closes at once, however long it might drain."""
-    async with FluxSession(gateway.api_key, base_url=gateway.url, drain=100.0) as session:
-        await session.generate("a cat")
-        started = anyio.current_time()
-        await session.aclose()
-        took = anyio.current_time() - started
-
-    assert took < 1.0
 
 
 def test_who_has_never_listened_can_be_forgotten() -> None:

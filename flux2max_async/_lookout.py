@@ -12,7 +12,7 @@ import attrs
 from flux2max_async._errors import DeadlineExceededError, FluxError, ProtocolError
 from flux2max_async._gateway import Gateway
 from flux2max_async._learned import LearnedSchedule
-from flux2max_async._mail import MUCH, Mail
+from flux2max_async._mail import Mail
 from flux2max_async._request import GenerationRequest
 from flux2max_async._retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._schedule import PollPlan, PollSchedule
@@ -64,8 +64,6 @@ class Lookout:
     """What the newest look said of it; a webhook's word has another moment."""
     _planned: bool = attrs.field(default=False, init=False)
     """Whether it sleeps until the next look as planned, and for no other reason."""
-    _dear: float = attrs.field(default=1.0, init=False)
-    """How dear a poll was when it was planned."""
     _looked: float = attrs.field(default=0.0, init=False)
     """The moment of the last look, or of the first plan."""
     _interval: float | None = attrs.field(default=None, init=False)
@@ -202,11 +200,7 @@ class Lookout:
         """Sleep until the next look is due; False where something has cut it short."""
         self._planned = True
         try:
-            while await self._sleep(delay := self._delay(plan)):
-                # Webhooks may have come back meanwhile: then it is planned anew.
-                if delay == 0 or self._missed or self._dearness() < MUCH * self._dear:
-                    return True
-            return False
+            return await self._sleep(self._delay(plan))
         finally:
             self._planned = False
 
@@ -227,7 +221,7 @@ class Lookout:
 
     def _planned_delay(self, plan: PollPlan) -> float:
         """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
-        self._dear = dearness = self._dearness()
+        dearness = self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
         elapsed = self._looked - self.started
         if isinstance(self.schedule, LearnedSchedule):
             self.schedule.dearness = self.gateway.dearness() * dearness
@@ -236,9 +230,6 @@ class Lookout:
             self._interval = plan.next_delay(elapsed, self._progress)
         # At a constant rate of ending, the best interval grows as the root of the price.
         return self._interval * math.sqrt(dearness)
-
-    def _dearness(self) -> float:
-        return self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
 
     def _left_of(self, delay: float) -> float:
         """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""

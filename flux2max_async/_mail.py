@@ -14,11 +14,11 @@ import attrs
 from flux2max_async._task import TaskSnapshot
 
 _FIRST_GUESS = 1 / 16
-_PACE = 0.2
+_PACE = 0.15
 """How much one end changes what was learned before."""
 _DEAREST = 6
 """The power of two that polls become dearer by, at most: as safety, they never cease."""
-MUCH, _IN_A_ROW = 4.0, 3
+_MUCH, _IN_A_ROW = 4.0, 3
 """How many times less dear polls must have become, and by how many ends in a row, for all to be planned anew."""
 _KEPT = 1_000
 _SMALL = 8_192
@@ -71,7 +71,7 @@ class Mail:
             return
         self._late += ((not told) - self._late) * _PACE
         self._polled = 0 if told else self._polled + 1
-        if self._polled >= _IN_A_ROW and self.dearness <= self._relied / MUCH:
+        if self._polled >= _IN_A_ROW and self.dearness <= self._relied / _MUCH:
             for listeners in self._listeners.values():
                 for listener in listeners:
                     listener.replan()

@@ -17,7 +17,7 @@ nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "br
 PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
 """The tests wait a lot: several processes run them at once."""
-OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples")]
+OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers")]
 """Leaves out the tests that start programs, which takes half a minute: they needn't be run everywhere."""
 
 if shutil.which("pyenv"):

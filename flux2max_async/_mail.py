@@ -16,8 +16,8 @@ from flux2max_async._task import TaskSnapshot
 _FIRST_GUESS = 1 / 16
 _PACE = 0.15
 """How much one end changes what was learned before."""
-_DEAREST = 6
-"""The power of two that polls become dearer by, at most: as safety, they never cease."""
+_LEAST = 1 / 64
+"""However many webhooks arrive, they aren't relied on more than this: as safety, polls never cease."""
 _MUCH, _IN_A_ROW = 4.0, 3
 """How many times less dear polls must have become, and by how many ends in a row, for all to be planned anew."""
 _KEPT = 1_000
@@ -63,13 +63,13 @@ class Mail:
         """How many times as dear as usual a poll is where a webhook is expected; in whole powers of two."""
         if self.deaf:
             return 1.0
-        return 2.0 ** min(round(-math.log2(self._late)), _DEAREST)
+        return 2.0 ** round(-math.log2(self._late))
 
     def noticed(self, *, told: bool) -> None:
         """An end for which a webhook was expected has been noticed: the webhook told it, or a poll was faster."""
         if self.deaf:
             return
-        self._late += ((not told) - self._late) * _PACE
+        self._late = max(_LEAST, self._late + ((not told) - self._late) * _PACE)
         self._polled = 0 if told else self._polled + 1
         if self._polled >= _IN_A_ROW and self.dearness <= self._relied / _MUCH:
             for listeners in self._listeners.values():

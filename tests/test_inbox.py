@@ -580,6 +580,22 @@ async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(scripted: S
     assert outcome.ok
 
 
+def test_trust_has_its_bounds() -> None:
+    """However many webhooks come, or fail to come, polls go on at a price between the usual and 64 times as much."""
+    mail = Mail()
+    for _ in range(20_000):
+        mail.noticed(told=True)
+    most = mail.dearness
+    for _ in range(20_000):
+        mail.noticed(told=False)
+    least = mail.dearness
+    for _ in range(40):
+        mail.noticed(told=True)
+    again = mail.dearness
+
+    assert (most, least, again) == (64.0, 1.0, 64.0)
+
+
 def test_who_has_never_listened_can_be_forgotten() -> None:
     """Forgetting a listener that is unknown, or one of several, does no harm to the others."""
     mail, (one, two) = Mail(), (Deaf(), Deaf())

@@ -200,7 +200,7 @@ async def test_polls_stand_down_and_take_over(at: Door) -> None:
 
     coming, missing, again = polls[1], polls[3], polls[5]
     assert coming < 0.5
-    assert missing > 2.0
+    assert missing > 1.0
     assert again < 0.5
 
 

@@ -43,9 +43,10 @@ def _look_inside(path: Path, patience: float) -> None:
 
 
 def check_marks(connection: sqlite3.Connection, path: Path) -> None:
+    # In this order: where another process makes the file just now, the marks are there as soon as the tables are.
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application != APPLICATION and tables:
         raise JournalError(f"{path} is a database, but not a journal; it was left as it is")
     if version > VERSION:

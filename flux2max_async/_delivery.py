@@ -15,7 +15,7 @@ from typing import Any
 from flux2max_async._errors import InvalidRequestError, ProtocolError, WebhookSignatureError
 from flux2max_async._reply import problem
 from flux2max_async._task import TaskSnapshot
-from flux2max_async._wire import moment, snapshot_of
+from flux2max_async._wire import moment, snapshot_of, task_id_of
 
 MAX_BODY = 1_000_000
 """Bytes of a delivery; a finished task takes about one thousand."""
@@ -122,13 +122,8 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a delivery has at most {MAX_BODY} bytes, not {len(body)}")
     told = _object(body)
-    match told.get("id"):
-        case str(task_id) if task_id:
-            pass
-        case int(number) if not isinstance(number, bool):
-            task_id = str(number)
-        case _:
-            raise ProtocolError("the delivery names no task: its id is missing")
+    if (task_id := task_id_of(told)) is None:
+        raise ProtocolError("the delivery names no task: its id is missing")
     try:
         return snapshot_of(task_id, _task_object(told), raw=told, secrets=secrets)
     except ProtocolError as error:

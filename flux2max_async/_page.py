@@ -210,7 +210,7 @@ class Page:
             return None
         try:
             found = await journal.find(entry.key)
-        except Exception:  # noqa: BLE001 - as above: whatever a journal does, what is known here stands
+        except Exception:  # noqa: BLE001 - whatever a journal does, what is known here stands
             return None
         if found is None or found.attempt != entry.attempt or found.state not in _ENDS:
             return None

@@ -79,16 +79,11 @@ def read_submit(reply: Reply) -> TaskSnapshot:
     if not 200 <= reply.status < 300:
         raise response_error(reply)
     body = json_object(reply)
-    match body.get("id"):
-        case str(task_id) if task_id:
-            pass
-        case int(number) if not isinstance(number, bool):
-            task_id = str(number)
-        case _ if problem(body) is not None:
+    if (task_id := task_id_of(body)) is None:
+        if problem(body) is not None:
             # [C] "An answer without an id is a refusal whatever its HTTP status".
             raise response_error(reply)
-        case _:
-            raise ProtocolError("the answer to the submit holds neither a task id nor an error")
+        raise ProtocolError("the answer to the submit holds neither a task id nor an error")
     try:
         return snapshot_of(task_id, body, raw=body, secrets=reply.secrets)
     except ProtocolError:
@@ -137,6 +132,17 @@ class _Task:
     output: list[_Group] = attrs.field(factory=list[_Group])
     usage: Usage | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+def task_id_of(body: Mapping[str, Any]) -> str | None:
+    """Read a task's id, which is opaque; None where there is none."""
+    match body.get("id"):
+        case str(task_id) if task_id:
+            return task_id
+        case int(number) if not isinstance(number, bool):
+            return str(number)
+        case _:
+            return None
 
 
 def snapshot_of(

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from contextlib import aclosing
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import anyio
@@ -191,14 +192,15 @@ async def test_polls_stand_down_and_take_over(at: Door) -> None:
         session_on(gateway, at.inbox, schedule=LearnedSchedule(), max_polls_per_second=None) as session,
     ):
         polls: list[float] = []
-        for is_open in (True, True, False, False, True, True):
+        for is_open in (True, True, True, False, False, True, True, True, True):
             at.open = is_open
             before = session.stats.polls
             async for outcome in session.stream([f"picture {number}" for number in range(48)]):
                 assert outcome.ok
             polls.append((session.stats.polls - before) / 48)
 
-    coming, missing, again = polls[1], polls[3], polls[5]
+    # In one run of thirty the schedule takes chance for a change of the service, and polls more for one round.
+    coming, missing, again = mean(polls[1:3]), polls[4], mean(polls[6:])
     assert coming < 0.5
     assert missing > 1.0
     assert again < 0.5

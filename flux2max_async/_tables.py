@@ -295,7 +295,9 @@ def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]
     with told_apart(path), contextlib.closing(connect_to_read(path, _PATIENCE)) as connection:
         check_marks(connection, path)
         rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
-        return [(row[17], _entry(row, Holder.OTHER if row[14] else None)) for row in rows]
+        return [
+            (row[17], _entry(row, Holder.OTHER if row[14] and not is_gone(row[15], row[16]) else None)) for row in rows
+        ]
 
 
 def _entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:

@@ -17,9 +17,13 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.3, help="how much durations differ (%(default)s)")
     parser.add_argument("--time-scale", type=float, default=1.0, help="seconds that pass in one second (%(default)s)")
     parser.add_argument("--seed", type=int, help="makes durations and faults the same in each run")
-    arguments = vars(parser.parse_args())
+    serve(Emulator(**vars(parser.parse_args())))
+
+
+def serve(gateway: Emulator) -> None:
+    """Serve until Ctrl-C, having said where."""
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(Emulator(**arguments)))
+        asyncio.run(_serve(gateway))
 
 
 async def _serve(gateway: Emulator) -> None:

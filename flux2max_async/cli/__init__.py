@@ -2,13 +2,13 @@
 
 import sys
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "PIL": "emulator"}
+_EXTRAS = {"typer": "cli", "rich": "cli", "dotenv": "cli", "jinja2": "cli", "PIL": "emulator"}
 
 
 def main() -> None:
     """Run the command that the arguments name."""
     try:
-        from flux2max_async._command import app  # noqa: PLC0415 - it needs an extra
+        from flux2max_async.cli._app import app  # noqa: PLC0415 - it needs an extra
 
         app(prog_name="flux2max")
     except ModuleNotFoundError as error:
@@ -16,7 +16,3 @@ def main() -> None:
         if package not in _EXTRAS:
             raise
         sys.exit(f"flux2max: {package} is missing: pip install 'flux2max_async[{_EXTRAS[package]}]'")
-
-
-if __name__ == "__main__":
-    main()

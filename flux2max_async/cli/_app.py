@@ -1,0 +1,406 @@
+"""The commands of `flux2max` and their options; what they do stands in the rooms beside, imported when it is done.
+
+What is asked for goes to stdout, and what is said about it to stderr.
+"""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import flux2max_async as flux
+
+if TYPE_CHECKING:
+    from flux2max_async.cli._settings import Access
+
+_FORMATS: dict[str, Literal["jpeg", "png"]] = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
+
+# Without rich's panels, help and usage errors are plain text everywhere, and come in half the time. Tracebacks with the
+# values of variables, the other thing that typer could do with rich, might show the API key.
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(*names: str, metavar: str, text: str, variable: str | None = None, **more: Any) -> Any:
+    """Describe an option, and the variable that stands for it."""
+    envvar = variable and f"FLUX2MAX_{variable}"
+    return typer.Option(*names, metavar=metavar, help=text, envvar=envvar, show_envvar=False, **more)
+
+
+# ---------------------------------------------------------------------- options of several commands
+
+Width = Annotated[int | None, _option("--width", metavar="PIXELS", text="At least 64.", variable="WIDTH")]
+Height = Annotated[int | None, _option("--height", metavar="PIXELS", text="At least 64.", variable="HEIGHT")]
+Seed = Annotated[
+    int | None, _option("--seed", metavar="NUMBER", text="The same seed gives the same picture.", variable="SEED")
+]
+Tolerance = Annotated[
+    int | None,
+    _option(
+        "--safety-tolerance", metavar="0-5", text="0 is strictest; the service's default is 2.",
+        variable="SAFETY_TOLERANCE",
+    ),
+]  # fmt: skip
+Format = Annotated[
+    Literal["jpeg", "png"] | None,
+    _option("--format", metavar="jpeg|png", text="The service's default is jpeg.", variable="FORMAT"),
+]
+Images = Annotated[
+    list[str] | None,
+    _option("--image", "-i", metavar="IMAGE", text="A reference picture, as a URL or a file; up to 8."),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", metavar="FILE", dir_okay=False, help="Where the API key is, if in no variable."),
+]
+BaseUrl = Annotated[
+    str | None, _option("--base-url", metavar="URL", text="The gateway's address.", variable="BASE_URL")
+]
+Deadline = Annotated[
+    float, _option("--deadline", metavar="SECONDS", text="How long to wait for a task.", variable="DEADLINE")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Default: flux2max-<task id>.<format>."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", help="What the service has called it.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")
+]
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if wanted:
+        typer.echo(f"flux2max {flux.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: flux2max batch prompts.txt --out pictures")
+def flux2max(
+    context: typer.Context,
+    *,
+    version: Annotated[  # noqa: ARG001 - it is its callback that answers
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Generate pictures with FLUX.2 [max].
+
+    The key is read from the variable FLUX2MAX_API_KEY, or asked for. Options have variables, too: --max-in-flight is
+    FLUX2MAX_MAX_IN_FLIGHT. All of them can stand in a file .env in the working folder.
+    """
+    if Path(".env").exists():
+        from flux2max_async.cli._settings import read_dotenv
+        from flux2max_async.cli._terminal import errors_as_lines
+
+        with errors_as_lines():
+            context.obj = read_dotenv()
+        # Options and variables come before what stands there.
+        context.default_map = {
+            name: {option.name: context.obj[option.envvar] for option in command.params if option.envvar in context.obj}
+            for name, command in context.command.commands.items()  # type: ignore[attr-defined]
+        }
+
+
+def _access(context: typer.Context, key_file: Path | None, base_url: str | None) -> "Access":
+    from flux2max_async.cli._settings import Access
+
+    return Access(context.obj or {}, base_url, key_file)
+
+
+# ---------------------------------------------------------------------- one picture
+
+
+@app.command(epilog="Example: flux2max generate 'my cat on the moon' -i cat.jpeg -o moon.png")
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    *,
+    image: Images = None,
+    width: Width = None,
+    height: Height = None,
+    seed: Seed = None,
+    output_format: Format = None,
+    safety_tolerance: Tolerance = None,
+    output: Output = None,
+    deadline: Deadline = 600.0,
+    key_file: KeyFile = None,
+    base_url: BaseUrl = None,
+    emulator: Annotated[
+        bool, typer.Option("--emulator", help="Try it out without a key: the picture is a drawing made on the spot.")
+    ] = False,
+) -> None:
+    """Generate one picture and save it.
+
+    Without --format, the ending of the output file decides. The file's path goes to stdout, everything else to stderr.
+    """
+    import asyncio
+    import logging
+
+    from flux2max_async.cli import _single as single
+    from flux2max_async.cli._sheet import picture
+    from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
+
+    with errors_as_lines(), log_to(Complaints(logging.WARNING)):
+        request = flux.GenerationRequest(
+            prompt,
+            input_images=[picture(source, Path()) for source in image or ()],
+            width=width,
+            height=height,
+            seed=seed,
+            output_format=output_format or (_FORMATS.get(output.suffix.lower()) if output else None),
+            safety_tolerance=safety_tolerance,
+        )
+        opened: single.Opened
+        if emulator:
+            from flux2max_async.emulator import Emulator
+
+            opened = single.session_on(Emulator(seconds=2.0), deadline)
+        else:
+            opened = _access(context, key_file, base_url).session(schedule=single.watched(), deadline=deadline)
+        asyncio.run(single.generate(opened, request, output))
+
+
+@app.command(epilog="Example: flux2max status 6a107b75677f6cbdcc22af58")
+def status(
+    context: typer.Context,
+    task_id: TaskId,
+    *,
+    as_json: AsJson = False,
+    key_file: KeyFile = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Look at a task once and say how it stands."""
+    import asyncio
+
+    from flux2max_async.cli import _single as single
+    from flux2max_async.cli._terminal import errors_as_lines
+
+    with errors_as_lines():
+        asyncio.run(single.status(_access(context, key_file, base_url), task_id, as_json=as_json))
+
+
+@app.command(epilog="Example: flux2max fetch 6a107b75677f6cbdcc22af58 -o moon.png")
+def fetch(
+    context: typer.Context,
+    task_id: TaskId,
+    *,
+    output: Output = None,
+    deadline: Deadline = 600.0,
+    key_file: KeyFile = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Wait for the end of a task and save its picture.
+
+    It may have been submitted here or on any other machine.
+    """
+    import asyncio
+    import logging
+
+    from flux2max_async.cli import _single as single
+    from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
+
+    with errors_as_lines(), log_to(Complaints(logging.WARNING)):
+        opened = _access(context, key_file, base_url).session(schedule=single.watched(), deadline=deadline)
+        asyncio.run(single.fetch(opened, task_id, output))
+
+
+# ---------------------------------------------------------------------- many pictures
+
+
+@app.command(epilog="Example: flux2max batch prompts.csv --width 1024 --repeat 4 --budget 20")
+def batch(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A .txt, .jsonl or .csv file, or - for standard input.")],
+    *,
+    out: Annotated[
+        Path | None,
+        _option("--out", metavar="DIR", text="Where all goes. Default: flux2max-<FILE's name>.", variable="OUT"),
+    ] = None,
+    form: Annotated[
+        Literal["txt", "jsonl", "csv"] | None,
+        typer.Option("--as", metavar="txt|jsonl|csv", help="What FILE is, where its ending doesn't tell."),
+    ] = None,
+    repeat: Annotated[
+        int, _option("--repeat", metavar="N", min=1, text="Pictures of each line, seeds counted up.", variable="REPEAT")
+    ] = 1,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For lines without one.")] = None,
+    image: Images = None,
+    width: Width = None,
+    height: Height = None,
+    seed: Seed = None,
+    output_format: Format = None,
+    safety_tolerance: Tolerance = None,
+    webhook_url: Annotated[
+        str | None,
+        _option("--webhook-url", metavar="URL", text="Where finished tasks are posted.", variable="WEBHOOK_URL"),
+    ] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter that this version doesn't know.")
+    ] = None,
+    max_in_flight: Annotated[
+        int, _option("--max-in-flight", metavar="N", text="Tasks running at once.", variable="MAX_IN_FLIGHT")
+    ] = 24,
+    budget: Annotated[
+        str | None, _option("--budget", metavar="DOLLARS", text="All runs together spend no more.", variable="BUDGET")
+    ] = None,
+    price_guess: Annotated[
+        str | None,
+        _option("--price-guess", metavar="DOLLARS", text="Of a picture, until one is paid.", variable="PRICE_GUESS"),
+    ] = None,
+    deadline: Deadline = 600.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Pay again for what has failed.")] = False,
+    resubmit_uncertain: Annotated[
+        bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already: it may be paid twice.")
+    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without the lines that are no requests.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")] = False,
+    as_json: AsJson = False,
+    key_file: KeyFile = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Generate the pictures of a file, or go on with them.
+
+    FILE holds a prompt a line (.txt), an object a line (.jsonl), or a table (.csv), whose columns are named as the
+    fields: prompt, input_images, seed, width, height, safety_tolerance, output_format, webhook_url, webhook_secret,
+    extra, key. Options hold for all lines that don't say otherwise. All lines are checked before anything is sent.
+
+    DIR holds the pictures, index.html to look at them, results.jsonl, and journal.db: with it, the same command again
+    pays for nothing twice. Ctrl-C stops submitting and waits for what is running; twice leaves at once.
+    """
+    import sys
+
+    from flux2max_async.cli._batch import Batch, do
+    from flux2max_async.cli._plan import Terms
+    from flux2max_async.cli._sheet import defaults_of
+    from flux2max_async.cli._terminal import errors_as_lines
+
+    access = _access(context, key_file, base_url)
+    with errors_as_lines(result=lambda: "the same command goes on"):
+        defaults = defaults_of(
+            extra or (),
+            prompt=prompt,
+            input_images=image,
+            width=width,
+            height=height,
+            seed=seed,
+            output_format=output_format,
+            safety_tolerance=safety_tolerance,
+            webhook_url=webhook_url,
+            # Not as an option: it would stay in the shell's history.
+            webhook_secret=access.variable("FLUX2MAX_WEBHOOK_SECRET"),
+        )
+        code = do(
+            Batch(
+                file=file,
+                form=form,
+                defaults=defaults,
+                repeat=repeat,
+                skip_bad=skip_bad,
+                out=out,
+                access=access,
+                max_in_flight=max_in_flight,
+                deadline=deadline,
+                budget=budget,
+                price_guess=price_guess,
+                terms=Terms(retry_failed, resubmit_uncertain),
+                dry_run=dry_run,
+                yes=yes,
+                as_json=as_json,
+                arguments=sys.argv[1:],
+            )
+        )
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: flux2max journal pictures")
+def journal(folder: Folder, *, as_json: AsJson = False) -> None:
+    """Tell what a batch's journal knows.
+
+    Counts, dollars, what is running, and what is uncertain.
+    """
+    from flux2max_async.cli._inside import tell_journal
+    from flux2max_async.cli._terminal import errors_as_lines
+
+    with errors_as_lines():
+        tell_journal(folder, as_json=as_json)
+
+
+@app.command(epilog="Example: flux2max gallery pictures")
+def gallery(folder: Folder) -> None:
+    """Make a batch's index.html anew, and its results.jsonl."""
+    from flux2max_async.cli._inside import make_gallery
+    from flux2max_async.cli._terminal import errors_as_lines
+
+    with errors_as_lines():
+        make_gallery(folder)
+
+
+# ---------------------------------------------------------------------- without a key
+
+
+@app.command(epilog="Example: flux2max demo --count 60 --seconds 4 --out pictures")
+def demo(
+    *,
+    count: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="How many pictures.")] = 24,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where they are saved.")] = Path(
+        "flux2max-demo"
+    ),
+    seconds: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long most tasks take.")] = 8.0,
+    failing: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="How many fail, from 0 to 1.")
+    ] = 0.0,
+) -> None:
+    """Generate many pictures at once with an emulated service.
+
+    It runs in this process and needs no key; submits, polls and downloads are as real as with the service itself.
+    """
+    from flux2max_async.cli._demo import Demo
+    from flux2max_async.emulator import Emulator
+
+    raise typer.Exit(Demo(count, out, Emulator(seconds=seconds, failing=failing)).run())
+
+
+@app.command(epilog="Example: flux2max emulate --port 8765 --fault server_error=0.1")
+def emulate(
+    *,
+    port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen; 0 takes any free port.")] = 8765,
+    seconds: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long most tasks take.")] = 8.0,
+    spread: Annotated[float, typer.Option(min=0.0, metavar="SHARE", help="How much durations differ.")] = 0.3,
+    failing: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="How many tasks fail, from 0 to 1.")
+    ] = 0.0,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SHARE", help="How many submits and polls meet a fault, as server_error."),
+    ] = None,
+    balance: Annotated[
+        Decimal | None, typer.Option(metavar="DOLLARS", parser=Decimal, help="What is in the account; else plenty.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes it all the same in each run.")] = None,
+) -> None:
+    """Serve an emulated gateway on 127.0.0.1.
+
+    It is there to try things out without a key and without a bill. What it prints can be written into the file .env of
+    another folder, and flux2max be used there.
+    """
+    from flux2max_async.cli._emulate import faults_of
+    from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.emulator import Emulator
+    from flux2max_async.emulator.__main__ import serve
+
+    with errors_as_lines():
+        faults = faults_of(fault or ())
+        serve(
+            Emulator(
+                port=port, seconds=seconds, spread=spread, failing=failing, faults=faults, balance=balance, seed=seed
+            )
+        )

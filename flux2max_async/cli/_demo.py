@@ -1,0 +1,142 @@
+"""The demo: many pictures at once by an emulated service, saved as they come, live on a terminal."""
+
+import asyncio
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import flux2max_async as flux
+from flux2max_async.cli._board import Board
+from flux2max_async.cli._terminal import complain, console, errors_as_lines, line, log_to, polls, table
+
+if TYPE_CHECKING:
+    from flux2max_async.emulator import Emulator
+
+
+@attrs.define
+class Demo:
+    """What is drawn, and how far it has come."""
+
+    count: int
+    folder: Path
+    gateway: "Emulator"
+    screen: Console = attrs.field(factory=lambda: console(sys.stdout))
+    saved: int = 0
+    failed: int = 0
+    task_seconds: float = 0.0
+    """What the saved pictures' tasks took, together."""
+
+    def run(self) -> int:
+        """Draw it all; gives the exit code."""
+        with errors_as_lines(result=self._result), log_to(logging.NullHandler()):
+            asyncio.run(self._run())
+        if self.failed:
+            complain(f"{self.failed} of {self.count} pictures failed")
+        return 1 if self.failed else 0
+
+    async def _run(self) -> None:
+        saving: set[asyncio.Task[None]] = set()
+        schedule = flux.LearnedSchedule()
+        async with (
+            self.gateway,
+            flux.FluxSession(self.gateway.api_key, base_url=self.gateway.url, schedule=schedule) as session,
+        ):
+            board = Board(self.count, session, schedule, 24, self.screen)
+            with board.shown():
+                try:
+                    async with session.stream(_requests(self.count)) as stream:
+                        async for outcome in stream:
+                            # Beside the stream, so that the next outcome needn't wait.
+                            saving.add(asyncio.create_task(self._take(outcome, session, board)))
+                finally:
+                    # What has come is saved, after Ctrl-C as well.
+                    await asyncio.gather(*saving, return_exceptions=True)
+        for task in saving:
+            task.result()  # raises where nobody reads the pipe
+        self._summarize(board)
+
+    async def _take(self, outcome: "flux.Outcome", session: "flux.FluxSession", board: Board) -> None:
+        """Save an outcome's picture, or tell why there is none."""
+        assert outcome.request is not None
+        name = str(outcome.request.key)
+        try:
+            picture = outcome.unwrap()
+            await session.save(picture.images[0], self.folder / f"{name}.jpeg")
+        except flux.FluxError as error:
+            self.failed += 1
+            board.failed += 1
+            self._print(Text.assemble(("failed", "red"), f" {name}: {line(error)}"))
+        else:
+            self.saved += 1
+            self.task_seconds += picture.elapsed
+            board.take(name, outcome)
+            if not self.screen.is_interactive:
+                self._print(Text(f"saved {name}.jpeg ({picture.elapsed:.1f} s, {polls(picture)})"))
+
+    def _result(self) -> str:
+        return f"{self.saved} of {self.count} pictures are saved in {self.folder}"
+
+    def _summarize(self, board: Board) -> None:
+        stats = board.session.stats
+        cells = {
+            "done": str(self.saved),
+            "failed": str(self.failed),
+            "wall seconds": f"{board.seconds:.1f}",
+            "seconds per task": f"{self.task_seconds / self.saved:.1f}" if self.saved else "-",
+            "polls per task": f"{stats.polls / max(stats.submitted, 1):.1f}",
+            "spent": f"${stats.spent:.2f}",
+        }
+        self.screen.print(table(cells))
+        self._print(Text(self._result()))
+
+    def _print(self, text: Text) -> None:
+        if self.screen.is_interactive:
+            self.screen.print(text, soft_wrap=True)
+        else:
+            # Where nobody reads the pipe any more, rich would raise SystemExit, which tears the event loop apart.
+            typer.echo(text.plain)
+
+
+def _requests(count: int) -> "Iterator[flux.GenerationRequest]":
+    """Give requests whose keys are their files' names."""
+    for index in range(count):
+        again, place = divmod(index, len(_PROMPTS))
+        prompt = f"{_PROMPTS[place]}, no. {again + 1}" if again else _PROMPTS[place]
+        words = re.findall(r"\w+", prompt.lower())
+        yield flux.GenerationRequest(prompt, key="-".join([f"{index + 1:0{max(2, len(str(count)))}}", *words]))
+
+
+_PROMPTS = (
+    "a lighthouse at dawn",
+    "a caravan of camels in the dunes",
+    "northern lights over a frozen lake",
+    "a cabin in an autumn forest",
+    "a sailing boat at sunset",
+    "a city on a rainy night",
+    "cherry blossoms by a quiet river",
+    "a volcano under the stars",
+    "a mountain village in the snow",
+    "mist between tall pines",
+    "fishing boats in the harbour",
+    "a storm over the ocean",
+    "a desert canyon in the evening",
+    "a full moon above the sea",
+    "a cottage in a spring garden",
+    "an island on a summer day",
+    "a neon city at dusk",
+    "wolf tracks in a winter forest",
+    "a farm on a summer morning",
+    "rivers of lava between black hills",
+    "the first frost on the hills",
+    "a yacht on a windy morning",
+    "a lonely cactus at noon",
+    "a galaxy above a sleeping town",
+)

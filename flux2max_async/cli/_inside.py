@@ -1,0 +1,73 @@
+"""What is in the folder of a batch, looked at without running it."""
+
+import asyncio
+import sys
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+
+import typer
+
+import flux2max_async as flux
+from flux2max_async._entry import EntryState, to_json
+from flux2max_async.cli._folder import Folder, is_lost
+from flux2max_async.cli._gallery import Gallery
+from flux2max_async.cli._run import write
+from flux2max_async.cli._terminal import console, line, table
+
+
+def tell_journal(path: Path, *, as_json: bool) -> None:
+    """Tell what the journal in a folder knows.
+
+    Raises:
+        FluxError: There is none, or it can't be read.
+    """
+    folder = _with_journal(path)
+    entries = asyncio.run(folder.entries())
+    if as_json:
+        for entry in entries:
+            typer.echo(to_json(entry.as_json()))
+        return
+    newest = {entry.key: entry for entry in entries}.values()
+    lost = [entry for entry in newest if is_lost(entry)]
+    running = [entry for entry in newest if entry.state in {EntryState.SUBMITTED, EntryState.INTENT}]
+    running = [entry for entry in running if entry not in lost]
+    states = Counter(entry.state for entry in newest)
+    spent = sum((entry.cost for entry in entries if entry.cost is not None), Decimal(0))
+    aside = sum((entry.outlay for entry in entries), Decimal(0)) - spent
+    cells = {
+        "requests": str(len(newest)),
+        "completed": str(states[EntryState.COMPLETED]),
+        "failed": str(states[EntryState.FAILED]),
+        **({"refused": str(states[EntryState.REFUSED])} if states[EntryState.REFUSED] else {}),
+        "running": str(len(running)),
+        "uncertain": str(len(lost)),
+        "spent": f"${spent:.2f}",
+        "set aside": f"${max(aside, Decimal(0)):.2f}",
+    }
+    console(sys.stdout).print(table(cells))
+    for entry in running:
+        typer.echo(line(f"running: {entry.task_id or 'being submitted'}  {entry.key}  ({entry.prompt[:60]})"))
+    for entry in lost:
+        when = "" if entry.created_at is None else f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC  "
+        typer.echo(line(f"uncertain: {when}{entry.key}  ({entry.prompt[:60]})"))
+
+
+def make_gallery(path: Path) -> None:
+    """Make the page and the results anew.
+
+    Raises:
+        FluxError: There is no journal, or it can't be read.
+    """
+    folder = _with_journal(path)
+    folder.gather((), asyncio.run(folder.entries()))
+    gallery = Gallery(folder.path)
+    asyncio.run(write(folder, gallery, running=False))
+    typer.echo(gallery.path)
+
+
+def _with_journal(path: Path) -> Folder:
+    folder = Folder(path)
+    if not folder.database.is_file():
+        raise flux.ConfigurationError(f"there is no {folder.database.name} in {str(path)!r}: it is no batch's folder")
+    return folder

@@ -156,7 +156,8 @@ async def _conclude(batch: Batch, settings: Settings, folder: Folder, sheet: She
     # The journal has the last word: it knows what other processes have done, too.
     entries: list[JournalEntry] = await folder.entries()
     folder.gather(sheet.lines, entries)
-    await write(folder, Gallery(folder.path), running=False)
+    if (trouble := await write(folder, Gallery(folder.path), running=False)) is not None:
+        complain(trouble)
     rows = [folder.rows[item.key] for item in sheet.lines]
     rest = plan(sheet.lines, entries, batch.terms, settings.price_guess)
     screen = console(sys.stderr if batch.as_json else sys.stdout)
@@ -166,6 +167,6 @@ async def _conclude(batch: Batch, settings: Settings, folder: Folder, sheet: She
     tell(f"{kinds['done']} of {pictures(len(rows))} are in {folder.path}; look at {folder.path / 'index.html'}")
     if (todo := advice(batch.arguments, kinds, report, rest, settings.budget)) is not None:
         tell(f"{todo.why}: {todo.command}")
-    if report.signal is not None:
-        return 128 + report.signal
-    return 0 if kinds["done"] == len(rows) else 1
+    if kinds["done"] == len(rows):
+        return 0
+    return 1 if report.signal is None else 128 + report.signal

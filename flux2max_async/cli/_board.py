@@ -40,6 +40,8 @@ class Board:
     """The moment of the start, on the clock of `time.monotonic()`."""
     done: int = attrs.field(default=0, init=False)
     failed: int = attrs.field(default=0, init=False)
+    stopping: bool = attrs.field(default=False, init=False)
+    """Whether nothing more is submitted."""
     note: str = attrs.field(default="", init=False)
     """The newest of what else there is to be said."""
     _failures: deque[str] = attrs.field(factory=lambda: deque[str](maxlen=_FAILURES), init=False)
@@ -102,7 +104,7 @@ class Board:
         """Tell how long the rest will take, by what the schedule has learned of tasks; None until it has."""
         shares = [self.schedule.percentile(percent) for percent in _DECILES]
         known = [share for share in shares if share is not None]
-        waiting, in_flight = self.waiting, self.session.stats.in_flight
+        waiting, in_flight = 0 if self.stopping else self.waiting, self.session.stats.in_flight
         if len(known) < len(shares) or not waiting + in_flight:
             return None
         # The service may allow fewer at once than we would like to have.

@@ -62,7 +62,8 @@ def make_gallery(path: Path) -> None:
     folder = _with_journal(path)
     folder.gather((), asyncio.run(folder.entries()))
     gallery = Gallery(folder.path)
-    asyncio.run(write(folder, gallery, running=False))
+    if (trouble := asyncio.run(write(folder, gallery, running=False))) is not None:
+        raise flux.FluxError(trouble)
     typer.echo(gallery.path)
 
 

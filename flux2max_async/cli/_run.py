@@ -78,7 +78,7 @@ async def run(folder: Folder, plan: Plan, settings: Settings) -> Report:
     ) as session:
         screen = console(sys.stderr)
         board = Board(len(plan.lines), session, schedule, settings.max_in_flight, screen, settings.budget, plan.spent)
-        exit_door = _ExitDoor(session)
+        exit_door = _ExitDoor(board)
         over = asyncio.Event()
         with log_to(_Notes(board)), exit_door.watched(), board.shown():
             keeping = asyncio.create_task(_keep_fresh(folder, board, over))
@@ -108,6 +108,7 @@ async def _take_all(
             row = folder.rows[str(outcome.request.key)]
             row.take(outcome)
             if not is_end(outcome):
+                board.stopping = True
                 continue
             if isinstance(outcome, flux.Completed) and not outcome.replayed:
                 report.task_seconds.append(outcome.elapsed)
@@ -116,8 +117,9 @@ async def _take_all(
                 try:
                     sys.stdout.write(json.dumps(row.as_json()) + "\n")
                     sys.stdout.flush()
-                except BrokenPipeError:
+                except OSError as error:
                     nobody_reads()
+                    complain(f"can't write to standard output: {error.strerror}; no more is submitted")
                     exit_door.leave()
     except flux.SessionClosedError:
         pass  # through the exit door
@@ -127,26 +129,28 @@ async def _take_all(
 
 async def _keep_fresh(folder: Folder, board: Board, over: asyncio.Event) -> None:
     """Write the page and the results anew while the batch runs, and say how it stands where there is no terminal."""
-    gallery = Gallery(folder.path)
+    gallery, trouble = Gallery(folder.path), None
     shown, fresh_until = -1, 0.0
     said, spoken = "", board.began
     while not over.is_set():
         now = time.monotonic()
         if shown != board.done + board.failed and now >= fresh_until:
             shown = board.done + board.failed
-            await write(folder, gallery, running=True)
+            before, trouble = trouble, await write(folder, gallery, running=True)
+            if trouble is not None and trouble != before:
+                complain(trouble)
             fresh_until = time.monotonic() + max(_FRESH, (time.monotonic() - now) / _SHARE)
         if not board.console.is_interactive and now >= spoken + _PLAIN:
-            spoken, before, said = now, said, f"{board.counts()}; {board.pace()}"
-            if said != before:
+            spoken, last, said = now, said, f"{board.counts()}; {board.pace()}"
+            if said != last:
                 tell(said)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_TICK):
                 await over.wait()
 
 
-async def write(folder: Folder, gallery: Gallery, *, running: bool) -> None:
-    """Write the results and the page; what keeps them from being written is said, and keeps nothing else."""
+async def write(folder: Folder, gallery: Gallery, *, running: bool) -> str | None:
+    """Write the results and the page; gives what has kept them from being written, which keeps nothing else."""
     rows = [attrs.evolve(row) for row in folder.rows.values()]  # the writer has a thread of its own
 
     def work() -> None:
@@ -156,15 +160,16 @@ async def write(folder: Folder, gallery: Gallery, *, running: bool) -> None:
     try:
         await anyio.to_thread.run_sync(work)
     except OSError as error:
-        complain(f"can't write {folder.results.name} and {gallery.path.name}: {error}")
+        return f"can't write {folder.results.name} and {gallery.path.name}: {error}"
+    return None
 
 
 class _ExitDoor:
     """Leaves a session: at the first signal with all that is in flight, at the second at once."""
 
-    def __init__(self, session: "flux.FluxSession") -> None:
+    def __init__(self, board: Board) -> None:
         self.signal: int | None = None
-        self._session = session
+        self._board = board
         self._leaving: list[asyncio.Task[None]] = []
 
     @contextlib.contextmanager
@@ -193,16 +198,17 @@ class _ExitDoor:
     def _hear(self, number: int) -> None:
         if self.signal is None:
             self.signal = number
-            in_flight = self._session.stats.in_flight
+            in_flight = self._board.session.stats.in_flight
             left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
-            complain(f"no more is submitted; {left}. Once more leaves at once; either way the next run goes on")
+            complain(f"no more is submitted; {left}. Again leaves at once; either way the same command goes on")
             self._close(_LONG)
         else:
             complain("leaving at once")
             self._close(0.0)
 
     def _close(self, seconds: float) -> None:
-        self._leaving.append(asyncio.create_task(self._session.aclose(drain=seconds)))
+        self._board.stopping = True
+        self._leaving.append(asyncio.create_task(self._board.session.aclose(drain=seconds)))
 
 
 class _Notes(logging.Handler):

@@ -90,7 +90,6 @@ class Gateway:
         self._pace = Pace(places)
         self._budget = PollBudget(polls_per_second)
         self._turn = asyncio.Lock()
-        self._on_the_wire = 0
         self._changed = asyncio.Event()
         self._unknown_statuses: set[str] = set()
 
@@ -206,7 +205,7 @@ class Gateway:
         self, call: Call, request: GenerationRequest, intent: Intent | None, deadline: float
     ) -> TaskSnapshot:
         probe = self._pace.submit_started()
-        self._on_the_wire += 1
+        self._stats.submitting += 1
         try:
             if intent is not None:
                 await intent.declare()
@@ -227,7 +226,7 @@ class Gateway:
             self._note_status(snapshot)
             return snapshot
         finally:
-            self._on_the_wire -= 1
+            self._stats.submitting -= 1
             self._changed.set()
 
     async def _wait_for_turn(self) -> None:
@@ -240,7 +239,7 @@ class Gateway:
                         await self._changed.wait()
 
     def _submit_delay(self) -> float:
-        if self._on_the_wire >= _LINES:
+        if self._stats.submitting >= _LINES:
             return math.inf
         return self._pace.submit_delay(self.now(), self._stats.in_flight)
 

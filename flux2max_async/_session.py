@@ -157,7 +157,7 @@ class FluxSession:
             self._stop_listening()
             raise
         self._transport.open(self._max_in_flight)
-        self._stats.in_flight = 0
+        self._stats.in_flight = self._stats.submitting = 0
         gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
         self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)
         return self

@@ -11,6 +11,8 @@ class SessionStats:
 
     submitted: int = 0
     """Submits that the service gave an id."""
+    submitting: int = 0
+    """Submits that are on the wire now: each may become a task."""
     in_flight: int = 0
     """Tasks followed now, attached ones included."""
     completed: int = 0

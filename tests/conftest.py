@@ -1,15 +1,24 @@
 """What the tests share: virtual time, an emulated gateway, and a gateway that does as it is told."""
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+from _commands import ENVIRONMENT, KEY, Command, Run
 from _hooked import Door, door
 from _scripted import ScriptedGateway
 from _virtual import VirtualTimeLoop
+from anyio.from_thread import start_blocking_portal
 
 from flux2max_async import FixedSchedule, FluxSession
+from flux2max_async.cli import main
 from flux2max_async.emulator import Emulator
 
 
@@ -50,3 +59,81 @@ async def at() -> AsyncIterator[Door]:
     """A server on 127.0.0.1 with an inbox."""
     async with door() as it:
         yield it
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Works in an empty folder, in an environment that sets nothing."""
+    for name in ("FLUX2MAX_API_KEY", "FLUX2MAX_BASE_URL", "NO_COLOR", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Emulator]]:
+    """Starts an emulated service and puts it into the environment."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> Emulator:
+            emulator = stack.enter_context(Emulator(**{"seconds": 0.1, "spread": 0.0, "api_key": KEY, **options}))
+            monkeypatch.setenv("FLUX2MAX_API_KEY", KEY)
+            monkeypatch.setenv("FLUX2MAX_BASE_URL", emulator.url)
+            return emulator
+
+        yield start
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
+    """A service that answers as it is told, in the environment."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedGateway()) as gateway:
+        monkeypatch.setenv("FLUX2MAX_API_KEY", gateway.api_key)
+        monkeypatch.setenv("FLUX2MAX_BASE_URL", gateway.url)
+        yield gateway
+
+
+@pytest.fixture
+def flux2max(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command with its output going to pipes."""
+
+    def run(*arguments: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["flux2max", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        code = exited.value.code
+        assert code is None or isinstance(code, int)
+        return Run(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(monkeypatch: pytest.MonkeyPatch, flux2max: Command) -> Command:
+    """Runs the command with both its outputs on a terminal of 80 columns."""
+    pty = pytest.importorskip("pty", reason="there are no pseudo terminals here")
+
+    def run(*arguments: str) -> Run:
+        master, slave = pty.openpty()
+        shown: list[bytes] = []
+
+        def watch() -> None:
+            with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+                while data := os.read(master, 65_536):
+                    shown.append(data)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with os.fdopen(slave, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            patch.setattr(sys, "stderr", screen)
+            done = flux2max(*arguments)
+        watcher.join()
+        os.close(master)
+        return attrs.evolve(done, out=b"".join(shown).decode())
+
+    return run

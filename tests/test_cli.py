@@ -1,151 +1,24 @@
 """The command line: what it says, saves and exits with, on a terminal and down a pipe."""
 
-import contextlib
-import os
 import re
 import signal
-import subprocess
 import sys
-import threading
 from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
+from _commands import KEY, Command, Run, finish, lines_of, python, start
 from _scripted import ScriptedGateway, answer, completed, running
-from anyio.from_thread import start_blocking_portal
 from PIL import Image
 
 from flux2max_async import __version__
-from flux2max_async.cli import main
 from flux2max_async.emulator import Emulator, Fault
 
-KEY = "key-that-nobody-may-see"
-# Many CI services set FORCE_COLOR, for a pipe as well.
-ENVIRONMENT = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", "FORCE_COLOR": "1"}
-
-
-@attrs.frozen
-class Run:
-    """What a command came to."""
-
-    code: int | None
-    out: str
-    err: str
-
-
-Command = Callable[..., Run]
-
-
-@pytest.fixture(autouse=True)
-def _an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("FLUX2MAX_API_KEY", "FLUX2MAX_BASE_URL", "NO_COLOR", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Emulator]]:
-    """Starts an emulated service and puts it into the environment."""
-    with contextlib.ExitStack() as stack:
-
-        def start(**options: Any) -> Emulator:
-            emulator = stack.enter_context(Emulator(**{"seconds": 0.1, "spread": 0.0, "api_key": KEY, **options}))
-            monkeypatch.setenv("FLUX2MAX_API_KEY", KEY)
-            monkeypatch.setenv("FLUX2MAX_BASE_URL", emulator.url)
-            return emulator
-
-        yield start
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
-    """A service that answers as it is told, in the environment."""
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedGateway()) as gateway:
-        monkeypatch.setenv("FLUX2MAX_API_KEY", gateway.api_key)
-        monkeypatch.setenv("FLUX2MAX_BASE_URL", gateway.url)
-        yield gateway
-
-
-@pytest.fixture
-def flux2max(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command with its output going to pipes."""
-
-    def run(*arguments: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["flux2max", *arguments])
-        with pytest.raises(SystemExit) as exited:
-            main()
-        code = exited.value.code
-        assert code is None or isinstance(code, int)
-        return Run(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def on_terminal(monkeypatch: pytest.MonkeyPatch, flux2max: Command) -> Command:
-    """Runs the command with both its outputs on a terminal of 80 columns."""
-    pty = pytest.importorskip("pty", reason="there are no pseudo terminals here")
-
-    def run(*arguments: str) -> Run:
-        master, slave = pty.openpty()
-        shown: list[bytes] = []
-
-        def watch() -> None:
-            with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
-                while data := os.read(master, 65_536):
-                    shown.append(data)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        with os.fdopen(slave, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", screen)
-            patch.setattr(sys, "stderr", screen)
-            done = flux2max(*arguments)
-        watcher.join()
-        os.close(master)
-        return attrs.evolve(done, out=b"".join(shown).decode())
-
-    return run
-
-
-def lines_of(shown: str) -> list[str]:
-    """Everything that ever stood on a terminal's lines, without escape codes."""
-    return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)) if line]
-
-
-def start(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start the command as a process of its own, its output going to pipes."""
-    # Who runs the tests in the background may have told all below it to ignore Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "flux2max_async.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        cwd=cwd,
-        env={**os.environ, **ENVIRONMENT, **environment},
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> Run:
-    """Read what is left of a process's output, which must be little, and wait until it has ended."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process:
-        return Run(process.wait(timeout=60), process.stdout.read(), process.stderr.read())
-
-
-def python(code: str) -> Run:
-    """Run Python code in a process of its own."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    return Run(done.returncode, done.stdout, done.stderr)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 # ---------------------------------------------------------------------- the command itself

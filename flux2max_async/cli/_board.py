@@ -79,13 +79,13 @@ class Board:
         """How many have not been submitted yet."""
         stats = self.session.stats
         ended = max(self.done + self.failed, stats.completed + stats.failed)
-        return max(0, self.total - ended - stats.in_flight)
+        return max(0, self.total - ended - stats.in_flight - stats.submitting)
 
     def counts(self) -> str:
         """Say how many there are of each kind."""
-        return (
-            f"{self.done} done, {self.failed} failed, {self.session.stats.in_flight} in flight, {self.waiting} waiting"
-        )
+        stats = self.session.stats
+        in_flight = stats.in_flight + stats.submitting
+        return f"{self.done} done, {self.failed} failed, {in_flight} in flight, {self.waiting} waiting"
 
     def pace(self) -> str:
         """Say how fast it goes, and what it costs."""

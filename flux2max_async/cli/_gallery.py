@@ -53,7 +53,11 @@ class Gallery:
     """Of pictures that have been looked at."""
     _page: Environment = attrs.field(
         factory=lambda: Environment(
-            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
         ),
         init=False,
     )

@@ -36,8 +36,8 @@ def tell_journal(path: Path, *, as_json: bool) -> None:
     spent = sum((entry.cost for entry in entries if entry.cost is not None), Decimal(0))
     aside = sum((entry.outlay for entry in entries), Decimal(0)) - spent
     cells = {
-        "requests": str(len(newest)),
-        "completed": str(states[EntryState.COMPLETED]),
+        "all": str(len(newest)),
+        "done": str(states[EntryState.COMPLETED]),
         "failed": str(states[EntryState.FAILED]),
         **({"refused": str(states[EntryState.REFUSED])} if states[EntryState.REFUSED] else {}),
         "running": str(len(running)),

@@ -198,7 +198,8 @@ class _ExitDoor:
     def _hear(self, number: int) -> None:
         if self.signal is None:
             self.signal = number
-            in_flight = self._board.session.stats.in_flight
+            stats = self._board.session.stats
+            in_flight = stats.in_flight + stats.submitting
             left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
             complain(f"no more is submitted; {left}. Again leaves at once; either way the same command goes on")
             self._close(_LONG)

@@ -4,28 +4,15 @@ A session of its own runs these: `nox -s browser`. FLUX2MAX_SCREENSHOTS names a 
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _apps import NAMES, App, running_app
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from _screen import shoot
+from playwright.sync_api import Browser, Page, expect
 
 from flux2max_async.emulator import Emulator
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# On a machine without a way out, its own errands get in the way of ours.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SIZES = {"wide": {"width": 1280, "height": 960}, "narrow": {"width": 390, "height": 844}}
 
 # What the bar shows, each time it changes.
 WATCH = """() => {
@@ -33,13 +20,6 @@ WATCH = """() => {
     window.seen = [];
     new MutationObserver(() => seen.push(bar.value)).observe(bar, {attributes: true, attributeFilter: ["value"]});
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The system's own."""
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS) as one:
-        yield one
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -71,15 +51,6 @@ def shots(app: App, tmp_path: Path) -> Path:
     """Where the screenshots go."""
     name = app.log.parent.name.rstrip("0123456789")
     return Path(os.environ.get("FLUX2MAX_SCREENSHOTS", tmp_path)) / name
-
-
-def shoot(page: Page, shots: Path, name: str) -> None:
-    """Keep what the page looks like, by day and by night, on a desk and in a hand."""
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-        for width, size in SIZES.items():
-            page.set_viewport_size({"width": size["width"], "height": size["height"]})
-            page.screenshot(path=shots / f"{name}-{scheme}-{width}.png", full_page=True)
 
 
 def test_a_prompt_becomes_a_picture(page: Page, app: App, shots: Path) -> None:

@@ -17,7 +17,7 @@ nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "br
 PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
 """The tests wait a lot: several processes run them at once."""
-OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers")]
+OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers", "signals")]
 """Leaves out the tests that start programs, which takes half a minute: they needn't be run everywhere."""
 
 if shutil.which("pyenv"):
@@ -77,7 +77,7 @@ def compatibility(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[-1])
 def browser(session: nox.Session) -> None:
-    """The examples' page, in the browser that is installed here."""
+    """The gallery and the examples' page, in the browser that is installed here."""
     names = ("chromium", "chromium-browser", "google-chrome")
     if not any(shutil.which(name) for name in names):
         session.skip(f"no Chromium is installed: none of {', '.join(names)} is on the PATH")

@@ -1,8 +1,13 @@
 """The command line: what it says, saves and exits with, on a terminal and down a pipe."""
 
+import json
+import os
 import re
 import signal
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from base64 import b64decode
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 # ---------------------------------------------------------------------- the command itself
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("demo",)])
+@pytest.mark.parametrize(
+    "command",
+    [(), *((name,) for name in ("generate", "status", "fetch", "batch", "journal", "gallery", "demo", "emulate"))],
+)
 def test_help_fits_and_shows_an_example(flux2max: Command, command: tuple[str, ...]) -> None:
     """The help of each command fits on 80 columns and ends with an example on one line."""
     run = flux2max(*command, "--help")
@@ -39,14 +47,36 @@ def test_version(flux2max: Command) -> None:
     assert flux2max("--version") == Run(0, f"flux2max {__version__}\n", "")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """Shells complete the names of commands."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "from flux2max_async.cli import main; main()"],
+        env={
+            **os.environ,
+            "_FLUX2MAX_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": "flux2max ba",
+            "COMP_CWORD": "1",
+            "_TYPER_COMPLETE_ARGS": "flux2max ba",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert "batch" in done.stdout
+    assert "gallery" not in done.stdout
+
+
 def test_help_is_cheap() -> None:
-    """Neither the HTTP client nor the emulator nor Pillow is imported before a command runs."""
+    """Neither rich, nor the HTTP client, nor the emulator nor Pillow is imported before a command runs."""
     run = python(
         "import sys\n"
         "sys.argv = ['flux2max', 'generate', '--help']\n"
         "from flux2max_async.cli import main\n"
         "try: main()\n"
-        "finally: print(sorted({'aiohttp', 'PIL', 'flux2max_async.emulator'} & {*sys.modules}))"
+        "finally: print(sorted({'aiohttp', 'PIL', 'asyncio', 'rich.console', 'flux2max_async.emulator'} & {*sys.modules}))"
     )
 
     assert run.code == 0
@@ -325,6 +355,110 @@ def test_what_the_service_says_stays_in_its_line(flux2max: Command, script: Scri
     run = flux2max("generate", "a cat")
 
     assert re.fullmatch(r"flux2max: no way: \[2J 31m \*\*\*[ -~]*\n", run.err)
+
+
+# ---------------------------------------------------------------------- a task by its id
+
+
+def test_a_task_is_looked_at(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """A task's status is told from anywhere, by its id: how far it is, what it cost, where its picture is."""
+    gateway = service(seconds=3.0)
+    flux2max("generate", "a cat", "--deadline", "0.5")
+    (task_id,) = gateway.tasks
+    running = flux2max("status", task_id)
+    fetched = flux2max("fetch", task_id, "-o", "cat.jpeg")
+    ended = flux2max("status", task_id)
+    as_json = flux2max("status", task_id, "--json")
+
+    assert re.fullmatch(r"status   in progress, \d+%\ncreated  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\n", running.out)
+    assert (fetched.code, fetched.out) == (0, "cat.jpeg\n")
+    assert re.fullmatch(r"\d\.\d s, \d+ polls?, \$0\.07\n", fetched.err)
+    with Image.open("cat.jpeg") as picture:
+        assert picture.format == "JPEG"
+    assert [line.split()[0] for line in ended.out.splitlines()] == ["status", "created", "cost", "url"]
+    assert json.loads(as_json.out)["status"] == "completed"
+    assert gateway.calls["submit"] == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("a cat [fail]", "the model gave up"), ("a cat [moderate]", "Request Moderated")]
+)
+def test_a_task_that_failed(flux2max: Command, service: Callable[..., Emulator], prompt: str, said: str) -> None:
+    """That a task has failed is an answer to a question about it, and the end of fetching its picture."""
+    gateway = service()
+    flux2max("generate", prompt)
+    (task_id,) = gateway.tasks
+    status, fetched = flux2max("status", task_id), flux2max("fetch", task_id)
+
+    assert status.code == 0
+    assert status.out.splitlines()[-1] == f"error    {said}"
+    assert (fetched.code, fetched.err) == (1, f"flux2max: {said}\n")
+
+
+@pytest.mark.parametrize("command", ["status", "fetch"])
+def test_a_task_that_nobody_knows(flux2max: Command, service: Callable[..., Emulator], command: str) -> None:
+    """An id that the service doesn't know is told as such."""
+    service()
+    run = flux2max(command, "nothing")
+
+    assert (run.code, run.out) == (1, "")
+    assert "no such task (HTTP 404" in run.err
+
+
+@pytest.mark.parametrize(("url", "name"), [("0.png?expires=7", "flux2max-t1.png"), ("picture", "flux2max-t1.jpeg")])
+def test_a_fetched_picture_is_named_after_its_task(
+    flux2max: Command, script: ScriptedGateway, url: str, name: str
+) -> None:
+    """Without a name, the url tells the ending, or it is jpeg; what the service leaves out isn't told."""
+    script.polls[0] = answer(200, completed("t1", f"{script.url}/{url}", usage=None, created_at=None))
+    script.downloads[0] = answer(200, b"picture")
+    run, status = flux2max("fetch", "t1"), flux2max("status", "t1")
+
+    assert (run.code, run.out) == (0, f"{name}\n")
+    assert Path(name).read_bytes() == b"picture"
+    assert [line.split()[0] for line in status.out.splitlines()] == ["status", "url"]
+
+
+# ---------------------------------------------------------------------- the emulator, by hand
+
+
+def test_the_emulator_by_hand(flux2max: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the emulator prints, written into `.env`, is all that a batch needs; Ctrl-C ends it without a word."""
+    process = start("emulate", "--port", "0", "--seconds", "0.1", "--balance", "0.14", "--seed", "1", cwd=tmp_path)
+    assert process.stdout is not None
+    Path(".env").write_text(process.stdout.readline() + process.stdout.readline(), encoding="utf-8")
+    Path("prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    run = flux2max("batch", "prompts.txt", "--width", "64", "--height", "64")
+    empty = flux2max("generate", "an owl")
+    process.send_signal(signal.SIGINT)
+
+    assert run.code == 0
+    assert "insufficient balance" in empty.err
+    assert finish(process) == Run(0, "", "")
+
+
+def test_an_emulator_that_misbehaves(tmp_path: Path) -> None:
+    """Faults are given by name and share."""
+    process = start("emulate", "--port", "0", "--fault", "server_error=1", cwd=tmp_path)
+    assert process.stdout is not None
+    url, key = (process.stdout.readline().strip().partition("=")[2] for _ in range(2))
+    request = urllib.request.Request(f"{url}/model/v1/generation/task/t1", headers={"Authorization": f"Bearer {key}"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    caught.value.close()
+    process.send_signal(signal.SIGINT)
+
+    assert caught.value.code == 500
+    assert finish(process).code == 0
+
+
+@pytest.mark.parametrize("fault", ["sloth=0.1", "server_error", "server_error=2", "server_error=much", ""])
+def test_faults_that_there_are_not(flux2max: Command, fault: str) -> None:
+    """What is no fault, or no share, is told with those that there are."""
+    run = flux2max("emulate", "--fault", fault)
+
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith(f"flux2max: {fault!r} must look like server_error=0.1; the faults are rate_limited, ")
 
 
 # ---------------------------------------------------------------------- on a terminal

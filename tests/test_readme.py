@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from PIL import Image
 from flux2max_async.emulator import Emulator
 
 README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 SCRIPTS = [example for example in EXAMPLES if example.rstrip().endswith("asyncio.run(main())")]
 (WEB,) = [example for example in EXAMPLES if "FastAPI" in example]
+(CONSOLE,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
 (TEST,) = [example for example in EXAMPLES if "def test_" in example]
 
 
@@ -90,6 +93,26 @@ def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) ->
     assert "submitted=0" in runs[1].stdout
     assert "replayed=12" in runs[1].stdout
     assert runs[1].stdout.count(" completed 0.07") == 12
+
+
+def test_the_console(environment: dict[str, str], tmp_path: Path) -> None:
+    """The commands of a batch do as they say: a dry run that costs nothing, four pictures, and a word about them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "flux2max"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m flux2max_async.cli "$@"\n')
+    script.chmod(0o755)
+    environment["PATH"] = os.pathsep.join([str(folder), environment["PATH"]])
+    commands = [line.removeprefix("$ ") for line in CONSOLE.splitlines()]
+    runs = [
+        subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        for command in commands
+    ]
+
+    assert [run.returncode for run in runs] == [0, 0, 0, 0]
+    assert "4 to be submitted, for about $0.28" in runs[1].stderr
+    assert len(list((tmp_path / "pictures").glob("*.jpeg"))) == 4
+    assert "$0.28" in runs[3].stdout
 
 
 def test_the_web_backend(tmp_path: Path) -> None:

@@ -275,9 +275,12 @@ async def test_a_hundred_submits_are_on_the_wire_at_once(scripted: ScriptedGatew
     async with session_on(scripted, max_in_flight=1000) as session, anyio.create_task_group() as group:
         for _ in range(150):
             group.start_soon(session.generate, "a cat")
+        await anyio.sleep(1.0)
+        stats = session.stats
     moments = [call.at for call in scripted.of("POST")]
 
     assert [moment - moments[0] for moment in moments] == pytest.approx([0.0] * 100 + [2.0] * 50, abs=0.1)
+    assert (stats.submitting, stats.in_flight, session.stats.submitting) == (100, 0, 0)
 
 
 async def test_an_answer_that_has_already_ended_needs_no_poll(scripted: ScriptedGateway) -> None:

@@ -48,7 +48,7 @@ def test_a_line_separator_within_a_prompt_begins_no_line() -> None:
     assert [line.request.prompt for line in sheet.lines] == ["a cat\u2028asleep"]
 
 
-FULL = {
+FULL: dict[str, Any] = {
     "prompt": "a cat",
     "input_images": ["https://pictures.example/1.png", "small.png"],
     "seed": 7,

@@ -152,6 +152,7 @@ def test_a_signal_before_anything_is_in_flight(batch: Callable[..., Batch], serv
     gateway = service(max_in_flight=0)
     run = batch(sheet_of(2), *SMALL)
     until(lambda: gateway.calls["submit"])
+    time.sleep(0.3)  # a refusal is a pause of a second at least
     run.process.send_signal(signal.SIGINT)
     run.wait_for("no more is submitted; nothing is in flight")
 

@@ -131,7 +131,7 @@ async def _keep_fresh(folder: Folder, board: Board, over: asyncio.Event) -> None
     """Write the page and the results anew while the batch runs, and say how it stands where there is no terminal."""
     gallery, trouble = Gallery(folder.path), None
     shown, fresh_until = -1, 0.0
-    said, spoken = "", board.began
+    spoken = board.began
     while not over.is_set():
         now = time.monotonic()
         if shown != board.done + board.failed and now >= fresh_until:
@@ -141,9 +141,8 @@ async def _keep_fresh(folder: Folder, board: Board, over: asyncio.Event) -> None
                 complain(trouble)
             fresh_until = time.monotonic() + max(_FRESH, (time.monotonic() - now) / _SHARE)
         if not board.console.is_interactive and now >= spoken + _PLAIN:
-            spoken, last, said = now, said, f"{board.counts()}; {board.pace()}"
-            if said != last:
-                tell(said)
+            spoken = now
+            tell(f"{board.counts()}; {board.pace()}")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_TICK):
                 await over.wait()

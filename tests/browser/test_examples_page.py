@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from _apps import NAMES, App, running_app
-from _screen import shoot
+from _screen import running_browser, shoot
 from playwright.sync_api import Browser, Page, expect
 
 from flux2max_async.emulator import Emulator
@@ -20,6 +20,13 @@ WATCH = """() => {
     window.seen = [];
     new MutationObserver(() => seen.push(bar.value)).observe(bar, {attributes: true, attributeFilter: ["value"]});
 }"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's own."""
+    with running_browser() as one:
+        yield one
 
 
 @pytest.fixture(scope="module", params=NAMES)

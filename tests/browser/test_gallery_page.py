@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from _screen import shoot
+from _screen import running_browser, shoot
 from playwright.sync_api import Browser, Page, Route, expect
 
 from flux2max_async.emulator import Emulator
@@ -40,7 +40,14 @@ def wishes() -> list[dict[str, object]]:
     return lines
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's own."""
+    with running_browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a batch that has been run."""
     place = tmp_path_factory.mktemp("gallery")

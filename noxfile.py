@@ -15,8 +15,8 @@ nox.options.reuse_venv = "no"
 nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "browser", "bench_short", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-AT_ONCE = ["--numprocesses", "auto", "--dist", "worksteal"]
-"""The tests wait a lot: several processes run them at once."""
+AT_ONCE = ["--numprocesses", "4", "--dist", "worksteal"]
+"""The tests wait a lot: more processes run them at once than there may be processors."""
 OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers", "signals")]
 """Leaves out the tests that start programs, which takes half a minute: they needn't be run everywhere."""
 

@@ -5,11 +5,12 @@ What is asked for goes to stdout, and what is said about it to stderr.
 
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 import flux2max_async as flux
+from flux2max_async.cli import _options as options
 
 if TYPE_CHECKING:
     from flux2max_async.cli._settings import Access
@@ -24,55 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _option(*names: str, metavar: str, text: str, variable: str | None = None, **more: Any) -> Any:
-    """Describe an option, and the variable that stands for it."""
-    envvar = variable and f"FLUX2MAX_{variable}"
-    return typer.Option(*names, metavar=metavar, help=text, envvar=envvar, show_envvar=False, **more)
-
-
-# ---------------------------------------------------------------------- options of several commands
-
-Width = Annotated[int | None, _option("--width", metavar="PIXELS", text="At least 64.", variable="WIDTH")]
-Height = Annotated[int | None, _option("--height", metavar="PIXELS", text="At least 64.", variable="HEIGHT")]
-Seed = Annotated[
-    int | None, _option("--seed", metavar="NUMBER", text="The same seed gives the same picture.", variable="SEED")
-]
-Tolerance = Annotated[
-    int | None,
-    _option(
-        "--safety-tolerance", metavar="0-5", text="0 is strictest; the service's default is 2.",
-        variable="SAFETY_TOLERANCE",
-    ),
-]  # fmt: skip
-Format = Annotated[
-    Literal["jpeg", "png"] | None,
-    _option("--format", metavar="jpeg|png", text="The service's default is jpeg.", variable="FORMAT"),
-]
-Images = Annotated[
-    list[str] | None,
-    _option("--image", "-i", metavar="IMAGE", text="A reference picture, as a URL or a file; up to 8."),
-]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option("--key-file", metavar="FILE", dir_okay=False, help="Where the API key is, if in no variable."),
-]
-BaseUrl = Annotated[
-    str | None, _option("--base-url", metavar="URL", text="The gateway's address.", variable="BASE_URL")
-]
-Deadline = Annotated[
-    float, _option("--deadline", metavar="SECONDS", text="How long to wait for a task.", variable="DEADLINE")
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Default: flux2max-<task id>.<format>."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", help="What the service has called it.")]
-Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")
-]
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
@@ -121,16 +73,16 @@ def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     *,
-    image: Images = None,
-    width: Width = None,
-    height: Height = None,
-    seed: Seed = None,
-    output_format: Format = None,
-    safety_tolerance: Tolerance = None,
-    output: Output = None,
-    deadline: Deadline = 600.0,
-    key_file: KeyFile = None,
-    base_url: BaseUrl = None,
+    image: options.Images = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    seed: options.Seed = None,
+    output_format: options.Format = None,
+    safety_tolerance: options.Tolerance = None,
+    output: options.Output = None,
+    deadline: options.Deadline = 600.0,
+    key_file: options.KeyFile = None,
+    base_url: options.BaseUrl = None,
     emulator: Annotated[
         bool, typer.Option("--emulator", help="Try it out without a key: the picture is a drawing made on the spot.")
     ] = False,
@@ -169,11 +121,11 @@ def generate(
 @app.command(epilog="Example: flux2max status 6a107b75677f6cbdcc22af58")
 def status(
     context: typer.Context,
-    task_id: TaskId,
+    task_id: options.TaskId,
     *,
-    as_json: AsJson = False,
-    key_file: KeyFile = None,
-    base_url: BaseUrl = None,
+    as_json: options.AsJson = False,
+    key_file: options.KeyFile = None,
+    base_url: options.BaseUrl = None,
 ) -> None:
     """Look at a task once and say how it stands."""
     import asyncio
@@ -188,12 +140,12 @@ def status(
 @app.command(epilog="Example: flux2max fetch 6a107b75677f6cbdcc22af58 -o moon.png")
 def fetch(
     context: typer.Context,
-    task_id: TaskId,
+    task_id: options.TaskId,
     *,
-    output: Output = None,
-    deadline: Deadline = 600.0,
-    key_file: KeyFile = None,
-    base_url: BaseUrl = None,
+    output: options.Output = None,
+    deadline: options.Deadline = 600.0,
+    key_file: options.KeyFile = None,
+    base_url: options.BaseUrl = None,
 ) -> None:
     """Wait for the end of a task and save its picture.
 
@@ -220,40 +172,46 @@ def batch(
     *,
     out: Annotated[
         Path | None,
-        _option("--out", metavar="DIR", text="Where all goes. Default: flux2max-<FILE's name>.", variable="OUT"),
+        options.option("--out", metavar="DIR", text="Where all goes. Default: flux2max-<FILE's name>.", variable="OUT"),
     ] = None,
     form: Annotated[
         Literal["txt", "jsonl", "csv"] | None,
         typer.Option("--as", metavar="txt|jsonl|csv", help="What FILE is, where its ending doesn't tell."),
     ] = None,
     repeat: Annotated[
-        int, _option("--repeat", metavar="N", min=1, text="Pictures of each line, seeds counted up.", variable="REPEAT")
+        int,
+        options.option(
+            "--repeat", metavar="N", min=1, text="Pictures of each line, seeds counted up.", variable="REPEAT"
+        ),
     ] = 1,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For lines without one.")] = None,
-    image: Images = None,
-    width: Width = None,
-    height: Height = None,
-    seed: Seed = None,
-    output_format: Format = None,
-    safety_tolerance: Tolerance = None,
+    image: options.Images = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    seed: options.Seed = None,
+    output_format: options.Format = None,
+    safety_tolerance: options.Tolerance = None,
     webhook_url: Annotated[
         str | None,
-        _option("--webhook-url", metavar="URL", text="Where finished tasks are posted.", variable="WEBHOOK_URL"),
+        options.option("--webhook-url", metavar="URL", text="Where finished tasks are posted.", variable="WEBHOOK_URL"),
     ] = None,
     extra: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter that this version doesn't know.")
     ] = None,
     max_in_flight: Annotated[
-        int, _option("--max-in-flight", metavar="N", text="Tasks running at once.", variable="MAX_IN_FLIGHT")
+        int, options.option("--max-in-flight", metavar="N", text="Tasks running at once.", variable="MAX_IN_FLIGHT")
     ] = 24,
     budget: Annotated[
-        str | None, _option("--budget", metavar="DOLLARS", text="All runs together spend no more.", variable="BUDGET")
+        str | None,
+        options.option("--budget", metavar="DOLLARS", text="All runs together spend no more.", variable="BUDGET"),
     ] = None,
     price_guess: Annotated[
         str | None,
-        _option("--price-guess", metavar="DOLLARS", text="Of a picture, until one is paid.", variable="PRICE_GUESS"),
+        options.option(
+            "--price-guess", metavar="DOLLARS", text="Of a picture, until one is paid.", variable="PRICE_GUESS"
+        ),
     ] = None,
-    deadline: Deadline = 600.0,
+    deadline: options.Deadline = 600.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Pay again for what has failed.")] = False,
     resubmit_uncertain: Annotated[
         bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already: it may be paid twice.")
@@ -263,9 +221,9 @@ def batch(
         bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")] = False,
-    as_json: AsJson = False,
-    key_file: KeyFile = None,
-    base_url: BaseUrl = None,
+    as_json: options.AsJson = False,
+    key_file: options.KeyFile = None,
+    base_url: options.BaseUrl = None,
 ) -> None:
     """Generate the pictures of a file, or go on with them.
 
@@ -322,7 +280,7 @@ def batch(
 
 
 @app.command(epilog="Example: flux2max journal pictures")
-def journal(folder: Folder, *, as_json: AsJson = False) -> None:
+def journal(folder: options.Folder, *, as_json: options.AsJson = False) -> None:
     """Tell what a batch's journal knows.
 
     Counts, dollars, what is running, and what is uncertain.
@@ -335,7 +293,7 @@ def journal(folder: Folder, *, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: flux2max gallery pictures")
-def gallery(folder: Folder) -> None:
+def gallery(folder: options.Folder) -> None:
     """Make a batch's index.html anew, and its results.jsonl."""
     from flux2max_async.cli._inside import make_gallery
     from flux2max_async.cli._terminal import errors_as_lines

@@ -25,8 +25,8 @@ _LONG = 7 * 86_400.0
 """Seconds that tasks in flight get after the first Ctrl-C: they end by their deadline, or by the second one."""
 _PLAIN = 10.0
 """Seconds between two lines where there is no terminal."""
-_FRESH = 3.0
-"""Seconds between two states of the page; more where making it takes long."""
+_FRESH, _STALE = 3.0, 30.0
+"""Seconds between two states of the page; the more the longer it takes to make it, within these limits."""
 _SHARE = 0.1
 """Of the time that may go into the page."""
 _TICK = 0.5
@@ -139,7 +139,7 @@ async def _keep_fresh(folder: Folder, board: Board, over: asyncio.Event) -> None
             before, trouble = trouble, await write(folder, gallery, running=True)
             if trouble is not None and trouble != before:
                 complain(trouble)
-            fresh_until = time.monotonic() + max(_FRESH, (time.monotonic() - now) / _SHARE)
+            fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
         if not board.console.is_interactive and now >= spoken + _PLAIN:
             spoken = now
             tell(f"{board.counts()}; {board.pace()}")

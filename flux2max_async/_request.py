@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,8 @@ MAX_INPUT_BYTES = 20_000_000
 _MIN_SIDE = 64
 _MAX_TOLERANCE = 5
 _MAX_URL = 2083
+_DEEPEST = 100
+"""Levels of JSON in `extra`: more could neither be copied nor be written down."""
 
 IMAGE_PARAMETERS = ("input_image", *(f"input_image_{n}" for n in range(2, MAX_INPUT_IMAGES + 1)))
 """The service's names for the reference pictures, in order."""
@@ -161,8 +164,12 @@ class InputImage:
                 raise _unfit(f"{_short(url)} is on the web, not here")
             case path:
                 try:
+                    if not stat.S_ISREG(path.stat().st_mode):
+                        raise _unfit(f"{str(path)!r} is no file")  # a pipe would be waited for, and can be read once
                     with path.open("rb") as file:
                         data = file.read(MAX_INPUT_BYTES + 1)
+                except InvalidRequestError:
+                    raise
                 except (OSError, ValueError) as error:
                     raise _unfit(f"can't read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
                 return _checked(data, f"{str(path)!r}")
@@ -243,7 +250,21 @@ def _extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
         values = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"extra must hold JSON values only: {error}", "extra") from error
+    if _is_deep(values, _DEEPEST):
+        raise InvalidRequestError(f"extra must not be nested more than {_DEEPEST} levels deep", "extra")
     return _FrozenMapping(values)
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    match value:
+        case dict() | list() if levels == 0:
+            return True
+        case dict():
+            return any(_is_deep(part, levels - 1) for part in value.values())
+        case list():
+            return any(_is_deep(part, levels - 1) for part in value)
+        case _:
+            return False
 
 
 def _is_prompt(_: Any, __: Any, value: Any) -> None:

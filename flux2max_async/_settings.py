@@ -12,6 +12,7 @@ from flux2max_async._errors import ConfigurationError
 DEFAULT_BASE_URL = "https://cloud.vtrix.ai"
 # Nearly all hosts are like this; what may be an international name is checked by a codec that takes 13 ms to load.
 _PLAIN_HOST = re.compile(r"([\w:-]{1,63}\.)*[\w:-]{1,63}", re.ASCII)
+_MOST_DOLLARS = 10**9
 KEY_VARIABLE = "FLUX2MAX_API_KEY"
 URL_VARIABLE = "FLUX2MAX_BASE_URL"
 
@@ -116,8 +117,8 @@ def checked_dollars(name: str, dollars: Decimal | float | str | None) -> Decimal
         amount = Decimal(str(dollars))
     except InvalidOperation:
         amount = Decimal("NaN")
-    if isinstance(dollars, bool) or not amount.is_finite() or amount < 0:
-        raise ConfigurationError(f"{name} must be an amount of US dollars, as in Decimal('5.00'), not {dollars!r}")
+    if isinstance(dollars, bool) or not amount.is_finite() or not 0 <= amount <= _MOST_DOLLARS:
+        raise ConfigurationError(f"{name} must be an amount of US dollars, such as 5.00, not {dollars!r}")
     return amount
 
 

@@ -294,6 +294,8 @@ def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]
     """
     with told_apart(path), contextlib.closing(connect_to_read(path, _PATIENCE)) as connection:
         check_marks(connection, path)
+        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return []  # whoever was about to make it was killed
         rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
         return [
             (row[17], _entry(row, Holder.OTHER if row[14] and not is_gone(row[15], row[16]) else None)) for row in rows

@@ -121,6 +121,36 @@ async def test_entries_are_listed_in_order_beside_a_running_session(journal: Sql
     assert repr(other) == f"SqliteJournal('{journal.path}')"
 
 
+@pytest.mark.parametrize("begun", [b"", None])
+async def test_a_file_without_tables_has_no_entries(tmp_path: Path, begun: bytes | None) -> None:
+    """A process that was killed while it made the file has left nothing to list, and nothing that is in the way."""
+    path = tmp_path / "run.db"
+    if begun is not None:
+        path.write_bytes(begun)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    before = [entry async for entry in SqliteJournal(path).entries()]
+    async with SqliteJournal(path) as journal:
+        assert await journal.begin(intent())
+    after = [entry async for entry in SqliteJournal(path).entries()]
+
+    assert (len(before), len(after)) == (0, 1)
+
+
+async def test_whoever_is_gone_holds_nothing(tmp_path: Path) -> None:
+    """An entry of a process that has ended on this machine is listed as held by nobody."""
+    path = tmp_path / "run.db"
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent())
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("UPDATE owners SET pid = ?", (2**22 + 1,))  # more than Linux gives
+            connection.commit()
+        (entry,) = [entry async for entry in journal.entries()]
+
+    assert (entry.state, entry.holder) == (EntryState.INTENT, None)
+
+
 async def test_an_export_has_a_line_of_json_for_each_entry(journal: SqliteJournal, tmp_path: Path) -> None:
     """An export can be read without this library, in any language."""
     await journal.begin(intent("größe"))

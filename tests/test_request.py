@@ -7,7 +7,9 @@ import copy
 import gc
 import io
 import json
+import os
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -447,6 +449,21 @@ def test_extra_too_deep_to_be_sent_is_refused() -> None:
     assert caught.value.field == "extra"
 
 
+@pytest.mark.parametrize(("levels", "right"), [(100, True), (101, False), (900, False), (100_000, False)])
+def test_extra_is_nested_no_deeper_than_it_can_be_kept(levels: int, right: bool) -> None:
+    """A hundred levels of JSON can be sent, copied and written down; more is refused when the request is built."""
+    value: Any = 1
+    for _ in range(levels - 1):
+        value = [value]
+    try:
+        request = GenerationRequest("a lighthouse", extra={"deep": value})
+    except InvalidRequestError as error:
+        assert (error.field, right) == ("extra", False)
+    else:
+        assert right
+        assert request.extra["deep"] == value
+
+
 # ---------------------------------------------------------------------- pictures that are taken
 
 
@@ -630,6 +647,15 @@ def test_what_is_no_picture_is_refused(
 
     assert error.field == "input_images"
     assert fault in str(error)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes with names")
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a folder can't be read."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(InvalidRequestError, match="is no file"):
+            InputImage(path).encode()
 
 
 def test_a_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -65,12 +65,11 @@ def test_a_batch(flux2max: Command, service: Service) -> None:
     assert run.code == 0
     assert run.err.splitlines() == [
         "3 pictures: 3 to be submitted, for about $0.21",
-        f"3 of 3 pictures are in flux2max-prompts; look at {Path('flux2max-prompts/index.html')}",
+        f"3 of 3 pictures in flux2max-prompts; to look at them: {Path('flux2max-prompts/index.html')}",
     ]
-    assert [cell.strip() for cell in run.out.splitlines()[1].split("┃")[1:-1]] == [
-        *("done", "failed", "time", "seconds a task", "polls a task", "spent")
-    ]
-    assert re.match(r"│ +3 │ +0 │ +0:0\d │ +\d\.\d │ +\d\.\d │ +\$0\.21 │", run.out.splitlines()[3])
+    assert [cell.strip() for cell in run.out.splitlines()[1].split("┃")[1:-1]] == ["done", "failed"]
+    assert re.match(r"│ +3 │ +0 │", run.out.splitlines()[3])
+    assert re.fullmatch(r"0:0\d, \d\.\d s and \d\.\d polls a task, \$0\.21 spent", run.out.splitlines()[5])
     assert list(told) == ["a cat", "a dog", "an owl"]
     assert told["a cat"] == {
         "key": Path(file).stem,
@@ -140,7 +139,7 @@ def test_outcomes_as_json(flux2max: Command, service: Service) -> None:
     assert run.code == 1
     assert told == results()
     assert (told["a cat"]["state"], told["a dog [fail]"]["state"]) == ("completed", "failed")
-    assert "polls a task" in run.err
+    assert "spent" in run.err
 
 
 def test_standard_input(flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +303,7 @@ def test_a_dry_run_knows_what_is_done(flux2max: Command, service: Service) -> No
         "for about $0.10; the budget leaves $0.05\n"
     )
     assert run.out.startswith("an-owl-")
-    assert fates == {"a cat": "done", "a dog [fail]": "new", "an owl": "new"}
+    assert fates == {"a cat": "done", "a dog [fail]": "again", "an owl": "new"}
 
 
 # ---------------------------------------------------------------------- what goes wrong
@@ -477,7 +476,7 @@ def test_a_page_that_cannot_be_written(flux2max: Command, service: Service) -> N
     gallery = flux2max("gallery", "flux2max-prompts")
 
     assert len(pictures()) == 1
-    assert run.err.count("flux2max: can't write results.jsonl and index.html") == 2
+    assert run.err.count("flux2max: can't write index.html: Is a directory") == 2
     assert gallery.code == 1
 
 
@@ -490,6 +489,139 @@ def test_a_journal_that_is_none(flux2max: Command, service: Service) -> None:
 
     assert run.code == 1
     assert run.err.splitlines()[-1].startswith("flux2max: the journal flux2max-prompts/journal.db is damaged")
+    assert not gateway.calls
+
+
+def test_advice_is_the_command_itself(flux2max: Command, service: Service) -> None:
+    """Whatever stands in the arguments stands in the command to go on with, and it works."""
+    service()
+    sheet = write("seed,key", "1,one", "2,two", name="my  sheet.csv")
+    options = ("--prompt", "a 'cat'\tand\n  \"mouse\"", "--out=of  it", "--budget", "0.07", "--retry-failed")
+    run = flux2max("batch", *options, *SMALL, "--", sheet)
+    lines = run.err.partition("to go on, with a budget for the other 1: flux2max ")[2]
+    again = shlex.split(lines)
+
+    assert again == ["batch", *options[:3], *SMALL, "--budget", "0.14", "--", sheet]
+    assert flux2max(*again).code == 0
+    assert len(pictures("of  it")) == 2
+
+
+def test_whoever_goes_on_pays_for_nothing_again(flux2max: Command, service: Service) -> None:
+    """The command to go on doesn't consent again to what was paid again already, and says what it does."""
+    gateway = service(max_in_flight=1)
+    sheet = write("a [fail]", "b", "c", "d")
+    flux2max("batch", sheet, *SMALL, "--budget", "0.07", "--max-in-flight", "1")
+    run = flux2max("batch", sheet, *SMALL, "--budget", "0.14", "--max-in-flight", "1", "--retry-failed")
+    again = flux2max(*advised(run))
+
+    assert "1 failed and to be paid for again" in run.err
+    assert "--retry-failed" not in advised(run)
+    assert again.code == 1
+    assert gateway.accepted == {"a [fail]": 2, "b": 1, "c": 1, "d": 1}
+
+
+def test_advice_suffices(flux2max: Command, service: Service) -> None:
+    """A budget that is advised is enough, whatever sizes are asked for; what is shown is what others of a size cost."""
+    gateway = service(max_in_flight=1)
+    sizes = [{"width": 2048, "height": 2048}, *({"width": 64, "height": 64} for _ in range(5))]
+    sheet = write(*(json.dumps({"prompt": f"{n}", **size}) for n, size in enumerate(sizes)), name="prompts.jsonl")
+    run = flux2max("batch", sheet, "--budget", "0.20", "--max-in-flight", "1")
+    dry = flux2max("batch", sheet, "--dry-run")
+    more = flux2max(*advised(run))
+
+    assert run.code == 1
+    assert dry.err.endswith("5 to be submitted, for about $0.35\n")
+    assert more.code == 0
+    assert gateway.accepted.total() == 6
+
+
+def test_what_left_the_sheet_is_not_lost(flux2max: Command, service: Service) -> None:
+    """What is paid for is fetched though its line is gone; where that can't be asked for again, it is named."""
+    gateway = service(seconds=1.5)
+    Image.new("RGB", (64, 64)).save("small.png")
+    lines = [
+        '{"prompt": "a cat", "seed": 1}',
+        '{"prompt": "a dog", "input_images": ["small.png"]}',
+        '{"prompt": "an owl"}',
+    ]
+    sheet = write(*lines, name="prompts.jsonl")
+    flux2max("batch", sheet, *SMALL, "--deadline", "0.3")
+    ids = {task.prompt: task.id for task in gateway.tasks.values()}
+    Image.new("RGB", (32, 32)).save("small.png")
+    write('{"prompt": "a lion"}', name=sheet)
+    run = flux2max("batch", sheet, *SMALL)
+    told = states()
+
+    assert run.code == 0
+    assert "3 pictures: 2 running, 1 to be submitted" in run.err
+    assert "2 of them no longer in prompts.jsonl, but paid for" in run.err
+    assert f"; to have it: flux2max fetch {ids['a dog']}" in run.err
+    assert told == {"a lion": "completed", "a cat": "completed", "an owl": "completed", "a dog": "submitted"}
+    assert len(pictures()) == 3
+    assert set(gateway.accepted.values()) == {1}
+
+
+def test_a_journal_that_is_gone(
+    on_terminal: Command, flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the results know what was paid, nothing is paid again without a yes."""
+    gateway = service()
+    sheet = write("a cat")
+    flux2max("batch", sheet, *SMALL)
+    for path in Path("flux2max-prompts").glob("journal.db*"):
+        path.unlink()
+    refused = flux2max("batch", sheet, *SMALL)
+    asked = answering(monkeypatch, on_terminal, "n")("batch", sheet, *SMALL)
+    paid = gateway.accepted["a cat"]
+    agreed = flux2max("batch", sheet, *SMALL, "--yes")
+
+    assert (refused.code, asked.code, agreed.code, paid) == (2, 1, 0, 1)
+    assert "journal.db is gone, and 1 picture that results.jsonl knows would be paid again" in refused.err
+    assert "nobody can be asked" in refused.err
+
+
+def test_a_wrong_key_is_no_fault_of_the_lines(flux2max: Command, service: Service) -> None:
+    """What a wrong key has kept from being submitted waits; nothing is said to be wrong with it."""
+    service(api_key="another")
+    flux2max("batch", write("a cat", "a dog"), *SMALL)
+
+    assert states() == {"a cat": "waiting", "a dog": "waiting"}
+    assert 'class="refused"' not in Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
+
+
+def test_settings_are_checked_before_the_plan(flux2max: Command, service: Service) -> None:
+    """A session that couldn't work is found before anybody is asked, and before a folder is made."""
+    service()
+    run = flux2max("batch", write("a cat"), "--base-url", "http://gateway.example")
+
+    assert run.code == 2
+    assert run.err.splitlines()[0].startswith("flux2max: base_url must be https")
+    assert not Path("flux2max-prompts").exists()
+
+
+def test_what_others_left_half_written(flux2max: Command, service: Service) -> None:
+    """What a killed process has left of a page is removed, once nobody can be writing it."""
+    service()
+    Path("flux2max-prompts/thumbs").mkdir(parents=True)
+    parts = [Path("flux2max-prompts", name) for name in (".flux2max-old", "thumbs/.flux2max-old", ".flux2max-new")]
+    for part in parts:
+        part.touch()
+        if "old" in part.name:
+            os.utime(part, (1.0, 1.0))
+    flux2max("batch", write("a cat"), *SMALL)
+
+    assert [part.exists() for part in parts] == [False, False, True]
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "file/pictures"])
+def test_a_folder_that_there_cannot_be(flux2max: Command, service: Service, out: str) -> None:
+    """A folder that can't be made, or can't even be named, is told in a line."""
+    gateway = service()
+    write("nothing", name="file")
+    run = flux2max("batch", write("a cat"), "--out", out)
+
+    assert run.code == 2
+    assert re.search(r"flux2max: can't (make the folder|look into) '", run.err)
     assert not gateway.calls
 
 

@@ -14,7 +14,7 @@ from flux2max_async.cli._board import Board, clock
 from flux2max_async.cli._folder import Row
 from flux2max_async.cli._gallery import Gallery
 from flux2max_async.cli._run import _Notes
-from flux2max_async.cli._terminal import console, log_to
+from flux2max_async.cli._terminal import Screen, log_to
 
 
 def text_of(folder: Path, *rows: Row, running: bool = False) -> str:
@@ -95,10 +95,10 @@ def test_what_is_not_there(tmp_path: Path, state: str, error: str | None, shown:
     """In the place of a picture that isn't there stands why, and what was asked for."""
     page = text_of(tmp_path, Row("a", "a cat", {"width": 640}, state=state, error=error), running=state == "waiting")
 
-    assert f'<p class="reason">{reason}</p>' in page
+    assert f'<p class="reason" dir="auto">{reason}</p>' in page
     assert f"<dd>{shown}</dd>" in page
     assert "640\u00d7any" in page
-    assert ("<body data-running>" in page) is (state == "waiting")
+    assert ("<body data-running=" in page) is (state == "waiting")
 
 
 def test_a_picture_in_trouble(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_picture_in_trouble(tmp_path: Path) -> None:
     row = Row("a", "a", state="completed", files=["a.png"], error="only one of two", cost=Decimal("0.07"))
     page = text_of(tmp_path, row, Row("b", "b", state="completed", cost=Decimal("0.1")))
 
-    assert '<p class="trouble">only one of two</p>' in page
+    assert '<p class="trouble" dir="auto">only one of two</p>' in page
     assert "$0.17 spent." in page
 
 
@@ -119,7 +119,7 @@ def test_nothing_yet(tmp_path: Path) -> None:
 def test_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """A warning stands on the board; an error is said aloud, too."""
     schedule = LearnedSchedule()
-    board = Board(1, FluxSession("key"), schedule, 1, console(sys.stderr))
+    board = Board(1, FluxSession("key"), schedule, 1, Screen(sys.stderr))
     log = logging.getLogger("flux2max_async")
     with log_to(_Notes(board)):
         log.warning("submit not accepted")

@@ -128,7 +128,7 @@ async def test_a_file_without_tables_has_no_entries(tmp_path: Path, begun: bytes
     if begun is not None:
         path.write_bytes(begun)
     else:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
     before = [entry async for entry in SqliteJournal(path).entries()]
     async with SqliteJournal(path) as journal:
@@ -143,7 +143,7 @@ async def test_whoever_is_gone_holds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     async with SqliteJournal(path) as journal:
         await journal.begin(intent())
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE owners SET pid = ?", (2**22 + 1,))  # more than Linux gives
             connection.commit()
         (entry,) = [entry async for entry in journal.entries()]

@@ -1,8 +1,10 @@
 """Batches that are interrupted: processes of their own, real signals, and the same command afterwards."""
 
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -161,6 +163,86 @@ def test_a_signal_before_anything_is_in_flight(batch: Callable[..., Batch], serv
     assert not gateway.tasks
 
 
+@pytest.mark.parametrize("what", ["stdout", "stderr", "both"])
+def test_signals_count_though_nobody_listens(service: Service, what: str) -> None:
+    """Whoever reads what is said may be gone: the first signal still stops it, and all that there is is saved."""
+    gateway = service(seconds=1.5)
+    process = start("batch", sheet_of(20), *SMALL, "--max-in-flight", "2", cwd=Path())
+    until(lambda: len(gateway.tasks) == 2)
+    for name in ("stdout", "stderr"):
+        if what in {name, "both"}:
+            getattr(process, name).close()
+            setattr(process, name, io.StringIO())
+    process.send_signal(signal.SIGTERM)
+    run = finish(process)
+    paid = gateway.accepted.total()
+
+    assert run.code == 128 + signal.SIGTERM
+    assert 2 <= paid < 6
+    assert states() == {"completed": paid, "waiting": 20 - paid}
+    assert "data-running" not in Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
+
+
+def test_a_reader_who_does_not_read(batch: Callable[..., Batch], service: Service) -> None:
+    """A full pipe holds up neither polls nor signals: all is paid for once, saved, and left by the second Ctrl-C."""
+    service(seconds=0.1)
+    extra = "x" * 3000
+    Path("prompts.txt").write_text("".join(f"{number} {extra}\n" for number in range(40)), encoding="utf-8")
+    run = batch("prompts.txt", *SMALL, "--json")
+    until(lambda: Path("flux2max-prompts/results.jsonl").exists() and states()["completed"] == 40)
+    busy = run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("nothing is in flight")
+    run.process.send_signal(signal.SIGINT)
+    code = run.end()
+
+    assert busy
+    assert code == 0
+    assert states() == {"completed": 40}
+    assert run.said[-1].startswith("40 of 40 pictures in ")
+
+
+@pytest.mark.parametrize("arguments", [("--dry-run",), ("--dry-run", "--json"), ("--json",), ()])
+def test_a_disk_that_is_full(service: Service, arguments: tuple[str, ...]) -> None:
+    """What can't be written to standard output is told in a line, and is no success; no picture is lost for it."""
+    gateway = service()
+    command = [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", sheet_of(2), *SMALL, *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == (1 if arguments else 0)
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert gateway.accepted.total() == (0 if "--dry-run" in arguments else 2)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_was_closed_by_who_started_it(service: Service, closed: str) -> None:
+    """A batch runs without a standard input, output or error."""
+    gateway = service()
+    command = f"{shlex.quote(sys.executable)} -W error -m flux2max_async.cli batch {sheet_of(1)} --width 64 {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0
+    assert gateway.accepted.total() == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_of_few_letters(service: Service) -> None:
+    """What a terminal can't show is written as an escape, and ends nothing."""
+    service()
+    Path("prompts.txt").write_text("ein Bär [fail]\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", "prompts.txt", *SMALL],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert b"(ein B\\xe4r [fail])" in done.stdout
+
+
 def test_a_reader_who_leaves(service: Service) -> None:
     """When nobody reads the outcomes any more, nothing more is submitted; what is in flight is saved."""
     gateway = service(seconds=1.0)
@@ -168,7 +250,7 @@ def test_a_reader_who_leaves(service: Service) -> None:
     assert process.stdout is not None
     first = json.loads(process.stdout.readline())
     process.stdout.close()
-    process.stdout = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - finish() closes it
+    process.stdout = io.StringIO()
     run = finish(process)
     paid = gateway.accepted.total()
 

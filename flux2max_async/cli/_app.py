@@ -181,7 +181,7 @@ def batch(
     repeat: Annotated[
         int,
         options.option(
-            "--repeat", metavar="N", min=1, text="Pictures of each line, seeds counted up.", variable="REPEAT"
+            "--repeat", metavar="N", min=1, text="Pictures of each line; counts seeds up.", variable="REPEAT"
         ),
     ] = 1,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For lines without one.")] = None,
@@ -220,7 +220,7 @@ def batch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Spend without being asked first.")] = False,
     as_json: options.AsJson = False,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
@@ -236,8 +236,9 @@ def batch(
     """
     import sys
 
+    from flux2max_async._books import Terms
+    from flux2max_async._settings import checked_dollars
     from flux2max_async.cli._batch import Batch, do
-    from flux2max_async.cli._plan import Terms
     from flux2max_async.cli._sheet import defaults_of
     from flux2max_async.cli._terminal import errors_as_lines
 
@@ -267,8 +268,8 @@ def batch(
                 access=access,
                 max_in_flight=max_in_flight,
                 deadline=deadline,
-                budget=budget,
-                price_guess=price_guess,
+                budget=checked_dollars("budget", budget),
+                price_guess=checked_dollars("price_guess", price_guess),
                 terms=Terms(retry_failed, resubmit_uncertain),
                 dry_run=dry_run,
                 yes=yes,

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,23 @@ import attrs
 import typer
 
 import flux2max_async as flux
-from flux2max_async._entry import JournalEntry
-from flux2max_async._settings import checked_dollars
+from flux2max_async._books import Terms
 from flux2max_async.cli._folder import Folder
-from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._plan import Plan, Terms, checked_against, plan, rounded
-from flux2max_async.cli._report import advice, summarize
-from flux2max_async.cli._run import Report, Settings, run, write
+from flux2max_async.cli._formats import READERS, guessed_form
+from flux2max_async.cli._gallery import Gallery, write_all
+from flux2max_async.cli._plan import Plan, checked_against, left_behind, plan, rounded
+from flux2max_async.cli._report import advice, kind_of, summary
+from flux2max_async.cli._run import Job, Report, run
 from flux2max_async.cli._settings import Access
-from flux2max_async.cli._sheet import FORMATS, Sheet, read_sheet
-from flux2max_async.cli._terminal import complain, console, line, pictures, tell
+from flux2max_async.cli._sheet import Line, Sheet, read_sheet
+from flux2max_async.cli._terminal import Screen, complain, line, pictures, somebody_can_be_asked, tell, tell_exactly
 
-STANDARD_INPUT = "-"
+_STANDARD_INPUT = "-"
 
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """What is asked for."""
+    """What is asked for, as the options say it."""
 
     file: str
     form: str | None
@@ -38,30 +40,14 @@ class Batch:
     access: Access
     max_in_flight: int
     deadline: float
-    budget: str | None
-    price_guess: str | None
+    budget: Decimal | None
+    price_guess: Decimal | None
     terms: Terms
     dry_run: bool
     yes: bool
     as_json: bool
     arguments: Sequence[str]
-    """Those of the command."""
-
-    def settings(self) -> Settings:
-        """Give what the run needs.
-
-        Raises:
-            ConfigurationError: An amount of money is none.
-        """
-        return Settings(
-            access=self.access,
-            max_in_flight=self.max_in_flight,
-            deadline=self.deadline,
-            budget=checked_dollars("budget", self.budget),
-            price_guess=checked_dollars("price_guess", self.price_guess),
-            terms=self.terms,
-            as_json=self.as_json,
-        )
+    """Those of the command, whose name comes first."""
 
 
 def do(batch: Batch) -> int:
@@ -70,36 +56,63 @@ def do(batch: Batch) -> int:
     Raises:
         FluxError: It couldn't be begun.
     """
-    settings = batch.settings()
-    folder = Folder(batch.out or Path(_default_out(batch.file)))
+    name = "batch" if batch.file == _STANDARD_INPUT else Path(batch.file).stem
+    folder = Folder(batch.out or Path(f"flux2max-{name}"))
     sheet = _read(batch)
     entries = asyncio.run(folder.entries())
     sheet = checked_against(sheet, entries)
     for bad in sheet.bad:
         tell(f"{batch.file}:{bad.number}: {bad.field}: {bad.reason}")
     if sheet.bad and not batch.skip_bad:
-        lines = "a line is" if len(sheet.bad) == 1 else f"{len(sheet.bad)} lines are"
-        complain(f"{lines} bad, so nothing was sent; --skip-bad goes on without what is bad")
+        count = len({bad.number for bad in sheet.bad})
+        those = "a line is" if count == 1 else f"{count} lines are"
+        complain(f"{those} bad, so nothing was sent; --skip-bad goes on without what is bad")
         return 2
     if not sheet.lines:
         complain(f"there is nothing to draw in {batch.file}")
         return 2
-    todo = plan(sheet.lines, entries, batch.terms, settings.price_guess)
+    earlier, lost = left_behind(sheet.lines, entries)
+    lines = [*sheet.lines, *earlier]
+    todo = plan(lines, entries, batch.terms, batch.price_guess)
     if batch.dry_run:
-        _show(todo, settings)
+        _show(todo, batch)
         return 0
-    batch.access.key()  # asked for before anything else, if need be
-    tell(todo.told(settings.budget))
-    if not batch.yes and todo.prices and sys.stdin.isatty() and sys.stderr.isatty():
-        typer.confirm("Go on?", abort=True, err=True)
-    _make(folder.path)
-    folder.gather(sheet.lines, entries)
-    report = asyncio.run(run(folder, todo, settings))
-    return asyncio.run(_conclude(batch, settings, folder, sheet, report))
-
-
-def _default_out(file: str) -> str:
-    return f"flux2max-{'batch' if file == STANDARD_INPUT else Path(file).stem}"
+    schedule = flux.LearnedSchedule()
+    session = batch.access.session(
+        max_in_flight=batch.max_in_flight,
+        deadline=batch.deadline,
+        budget=batch.budget,
+        price_guess=batch.price_guess,
+        schedule=schedule,
+        journal=flux.SqliteJournal(folder.database),
+    )
+    tell(todo.told(batch.budget))
+    if earlier:
+        tell(f"{len(earlier)} of them no longer in {batch.file}, but paid for")
+    for entry in lost:
+        complain(f"paid for and not in {batch.file}: {entry.key}; to have it: flux2max fetch {entry.task_id}")
+    if not _is_agreed(batch, todo, folder):
+        return 2
+    folder.make()
+    folder.gather(lines, entries)
+    report = asyncio.run(
+        run(
+            Job(
+                folder=folder,
+                plan=todo,
+                session=session,
+                schedule=schedule,
+                places=batch.max_in_flight,
+                budget=batch.budget,
+                terms=batch.terms,
+                as_json=batch.as_json,
+            )
+        )
+    )
+    code = asyncio.run(_conclude(batch, folder, lines, report))
+    if report.stuck:
+        os._exit(code)
+    return code
 
 
 def _read(batch: Batch) -> Sheet:
@@ -110,32 +123,24 @@ def _read(batch: Batch) -> Sheet:
     """
     path = Path(batch.file)
     try:
-        data = sys.stdin.buffer.read() if batch.file == STANDARD_INPUT else path.read_bytes()
+        data = sys.stdin.buffer.read() if batch.file == _STANDARD_INPUT else path.read_bytes()
     except OSError as error:
         raise flux.ConfigurationError(f"can't read {batch.file!r}: {error.strerror}") from error
-    form = batch.form
-    if form is None and batch.file == STANDARD_INPUT:
-        form = "jsonl" if data.lstrip().startswith(b"{") else "txt"
-    form = form or path.suffix.lower().removeprefix(".")
-    if form not in FORMATS:
+    form = batch.form or (
+        guessed_form(data) if batch.file == _STANDARD_INPUT else path.suffix.lower().removeprefix(".")
+    )
+    if form not in READERS:
         raise flux.ConfigurationError(f"{batch.file!r} is neither .txt nor .jsonl nor .csv: say which with --as")
-    folder = Path() if batch.file == STANDARD_INPUT else path.parent
+    folder = Path() if batch.file == _STANDARD_INPUT else path.parent
     return read_sheet(data, form, folder=folder, defaults=batch.defaults, repeat=batch.repeat)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise flux.ConfigurationError(f"can't make the folder {str(folder)!r}: {error.strerror}") from error
-
-
-def _show(todo: Plan, settings: Settings) -> None:
+def _show(todo: Plan, batch: Batch) -> None:
     """Show what would be sent."""
     for item in todo.lines:
         price = todo.prices.get(item.key)
         params = dict(item.content.description)
-        if settings.as_json:
+        if batch.as_json:
             fate = todo.fates[item.key].name.lower()
             cost = None if price is None else str(rounded(price))
             typer.echo(json.dumps({"key": item.key, "line": item.number, "fate": fate, "cost": cost, "params": params}))
@@ -143,7 +148,7 @@ def _show(todo: Plan, settings: Settings) -> None:
             prompt = params.pop("prompt")
             more = "".join(f", {name} {_short(value)}" for name, value in params.items())
             typer.echo(line(f"{item.key}: {prompt}{more}, ${rounded(price)}"))
-    tell(f"dry run: {todo.told(settings.budget)}")
+    tell(f"dry run: {todo.told(batch.budget)}")
 
 
 def _short(value: Any) -> str:
@@ -151,22 +156,48 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
-async def _conclude(batch: Batch, settings: Settings, folder: Folder, sheet: Sheet, report: Report) -> int:
+def _is_agreed(batch: Batch, todo: Plan, folder: Folder) -> bool:
+    """Ask before money is spent, where somebody sits at a terminal.
+
+    Raises:
+        Exit: Somebody has said no.
+    """
+    if batch.yes or not todo.prices:
+        return True
+    paid = folder.paid_without_journal(todo.lines)
+    if paid:
+        complain(
+            f"{folder.database} is gone, and {pictures(paid)} that {folder.results.name} knows would be paid again"
+        )
+    if somebody_can_be_asked():
+        if not typer.confirm("Go on?", err=True):
+            raise typer.Exit(1)
+        return True
+    if paid or sys.stderr.isatty():
+        complain("nobody can be asked, so nothing was sent: --yes agrees to it")
+        return False
+    return True
+
+
+async def _conclude(batch: Batch, folder: Folder, lines: Sequence[Line], report: Report) -> int:
     """Write down and say what it has come to; gives the exit code."""
     # The journal has the last word: it knows what other processes have done, too.
-    entries: list[JournalEntry] = await folder.entries()
-    folder.gather(sheet.lines, entries)
-    if (trouble := await write(folder, Gallery(folder.path), running=False)) is not None:
+    entries = await folder.entries()
+    folder.gather(lines, entries)
+    trouble = await write_all(folder, Gallery(folder.path, hurry=len(report.signals) > 1), running=False)
+    rows = [folder.rows[item.key] for item in lines]
+    rest = plan(lines, entries, Terms(), batch.price_guess)
+    Screen(sys.stderr if batch.as_json else sys.stdout).show(*summary(rows, report, rest.spent))
+    if trouble is not None:
         complain(trouble)
-    rows = [folder.rows[item.key] for item in sheet.lines]
-    rest = plan(sheet.lines, entries, batch.terms, settings.price_guess)
-    screen = console(sys.stderr if batch.as_json else sys.stdout)
-    kinds = summarize(screen, rows, report, rest.spent)
     if report.stopped is not None:
         complain(f"stopped: {report.stopped}")
-    tell(f"{kinds['done']} of {pictures(len(rows))} are in {folder.path}; look at {folder.path / 'index.html'}")
-    if (todo := advice(batch.arguments, kinds, report, rest, settings.budget)) is not None:
-        tell(f"{todo.why}: {todo.command}")
-    if kinds["done"] == len(rows):
+    done = sum(kind_of(row) == "done" for row in rows)
+    tell(f"{done} of {pictures(len(rows))} in {folder.path}; to look at them: {folder.path / 'index.html'}")
+    if (todo := advice(batch.arguments, rows, report, rest, batch.budget)) is not None:
+        why, command = todo
+        same = " (with the same standard input)" if batch.file == _STANDARD_INPUT else ""
+        tell_exactly(f"{why}{same}: {command}")
+    if done == len(rows) and trouble is None and not report.unheard:
         return 0
-    return 1 if report.signal is None else 128 + report.signal
+    return 128 + report.signals[0] if report.signals else 1

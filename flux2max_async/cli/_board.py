@@ -97,7 +97,7 @@ class Board:
             parts.append(f"{clock(left)} left")
         of = "" if self.budget is None else f" of ${self.budget:.2f}"
         parts.append(f"${self.spent_before + stats.spent:.2f}{of} spent")
-        parts.append(f"{stats.polls / max(stats.submitted, 1):.1f} polls a task")
+        parts.append(f"{polls_a_task(stats):.1f} polls a task")
         return ", ".join(parts)
 
     def seconds_left(self) -> float | None:
@@ -125,6 +125,11 @@ class Board:
             *(_row(self.note, "dim") for _ in range(bool(self.note))),
             *(_row(f"failed {failure}", "red") for failure in self._failures),
         )
+
+
+def polls_a_task(stats: "flux.SessionStats") -> float:
+    """Tell how often a task was looked at on average, of those that were followed."""
+    return stats.polls / max(1, stats.completed + stats.failed - stats.replayed + stats.in_flight)
 
 
 def clock(seconds: float) -> str:

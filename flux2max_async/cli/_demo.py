@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import attrs
 import typer
-from rich.console import Console
 from rich.text import Text
 
 import flux2max_async as flux
-from flux2max_async.cli._board import Board
-from flux2max_async.cli._terminal import complain, console, errors_as_lines, line, log_to, polls, table
+from flux2max_async.cli._board import Board, polls_a_task
+from flux2max_async.cli._terminal import Screen, complain, errors_as_lines, line, log_to, polls, table
 
 if TYPE_CHECKING:
     from flux2max_async.emulator import Emulator
@@ -28,7 +27,7 @@ class Demo:
     count: int
     folder: Path
     gateway: "Emulator"
-    screen: Console = attrs.field(factory=lambda: console(sys.stdout))
+    screen: Screen = attrs.field(factory=lambda: Screen(sys.stdout))
     saved: int = 0
     failed: int = 0
     task_seconds: float = 0.0
@@ -91,11 +90,10 @@ class Demo:
             "failed": str(self.failed),
             "wall seconds": f"{board.seconds:.1f}",
             "seconds per task": f"{self.task_seconds / self.saved:.1f}" if self.saved else "-",
-            "polls per task": f"{stats.polls / max(stats.submitted, 1):.1f}",
+            "polls per task": f"{polls_a_task(stats):.1f}",
             "spent": f"${stats.spent:.2f}",
         }
-        self.screen.print(table(cells))
-        self._print(Text(self._result()))
+        self.screen.show(table(cells), self._result())
 
     def _print(self, text: Text) -> None:
         if self.screen.is_interactive:

@@ -1,8 +1,10 @@
 """The folder of a batch: its pictures, its journal, and a row for each request, told by `results.jsonl`."""
 
 import json
+import re
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,21 @@ import attrs
 
 import flux2max_async as flux
 from flux2max_async._entry import EntryState, JournalEntry, to_json
-from flux2max_async._retry import dooms_the_rest
 from flux2max_async.cli._sheet import Line
 
 WAITING = "waiting"
 """The state of a request of which the journal knows nothing: it was never submitted. All others are the journal's."""
+_PART = ".flux2max-"
+"""How the names of files begin that are being written."""
+_ABANDONED = 60.0
+"""Seconds after which nobody can be writing one still."""
 _BOUGHT_NOTHING = (WAITING, EntryState.REFUSED.value)
 _SHOWN = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
+_NO_FAULT = (
+    *(flux.SessionClosedError, flux.AuthenticationError, flux.PermissionDeniedError, flux.InsufficientBalanceError),
+    *(flux.BudgetExceededError, flux.JournalError),
+)
+"""Why a request may not have been submitted though nothing is wrong with it."""
 _LOST = "its submit was cut off before there was an answer: a task may exist and cost money"
 
 
@@ -49,13 +59,17 @@ class Row:
     @classmethod
     def of_entry(cls, entry: JournalEntry, folder: Path) -> "Row":
         """Give the row of what a journal knows."""
-        # An intent that nobody pursues any more: whether there is a task, nobody knows.
-        state = EntryState.UNCERTAIN if is_lost(entry) else entry.state
-        row = cls(entry.key, entry.prompt, _shown(entry.request), state.value, entry.task_id, entry.cost)
-        row.seconds, row.polls = entry.result.get("elapsed"), entry.result.get("polls")
+        row = cls(entry.key, entry.prompt, _shown(entry.request), entry.state.value, entry.task_id, entry.cost)
+        if is_lost(entry):
+            row.state, row.error = EntryState.UNCERTAIN.value, _LOST
+            return row
+        kind = entry.result.get("error", {}).get("kind")
+        if entry.state is EntryState.REFUSED and (kind is None or kind in {one.__name__ for one in _NO_FAULT}):
+            row.state = WAITING
+            return row
+        row.seconds, row.polls, row.error = entry.result.get("elapsed"), entry.result.get("polls"), entry.error
         # The folder may have been moved since.
         row.files = [path.name for path in entry.paths if (folder / path.name).is_file()]
-        row.error = entry.error or (_LOST if state is EntryState.UNCERTAIN else None)
         return row
 
     @classmethod
@@ -76,9 +90,15 @@ class Row:
         else:
             self.state = state_of(outcome)
             trouble = None if isinstance(outcome.error, flux.SessionClosedError) else outcome.error
-        self.error = None if trouble is None else str(trouble)
+        # What a program could do about it, nobody can at the command line.
+        self.error = None if trouble is None else re.sub(r"; (attach\(\)|resubmit_uncertain=True).*", "", str(trouble))
         if is_end(outcome):
             self.seconds, self.polls = outcome.elapsed, outcome.polls
+
+    def runs_as(self, task_id: str) -> None:
+        """Note that it is a task."""
+        if self.state == WAITING:
+            self.state, self.task_id = EntryState.SUBMITTED.value, task_id
 
     def as_json(self) -> dict[str, Any]:
         """Give it as JSON values."""
@@ -110,8 +130,8 @@ def state_of(outcome: "flux.Failed") -> str:
             return EntryState.UNCERTAIN.value
         case _ if outcome.task_id is not None:
             return EntryState.SUBMITTED.value
-        case error if isinstance(error, flux.SessionClosedError) or dooms_the_rest(error):
-            return WAITING  # nothing is wrong with the request itself
+        case error if isinstance(error, _NO_FAULT):
+            return WAITING
         case _:
             return EntryState.REFUSED.value
 
@@ -141,13 +161,41 @@ class Folder:
         """The file with a line for each request."""
         return self.path / "results.jsonl"
 
+    def make(self) -> None:
+        """Make the folder, and remove from it what a killed process has left half-written.
+
+        Raises:
+            ConfigurationError: It can't be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for part in self.path.glob(f"**/{_PART}*"):
+                if part.stat().st_mtime < time.time() - _ABANDONED:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise flux.ConfigurationError(f"can't make the folder {str(self.path)!r}: {error.strerror}") from error
+
     async def entries(self) -> "list[JournalEntry]":
         """Give all that the journal knows, in the order of its making.
 
         Raises:
-            JournalError: It can't be read.
+            ConfigurationError: The folder can't be looked into.
+            JournalError: The journal can't be read.
         """
-        return [entry async for entry in flux.SqliteJournal(self.database).entries()] if self.database.exists() else []
+        try:
+            known = self.database.exists()
+        except OSError as error:
+            raise flux.ConfigurationError(f"can't look into {str(self.path)!r}: {error.strerror}") from error
+        return [entry async for entry in flux.SqliteJournal(self.database).entries()] if known else []
+
+    def paid_without_journal(self, lines: Iterable[Line]) -> int:
+        """Count the requests of which only `results.jsonl` knows that they were paid for: the journal is gone."""
+        keys = {line.key for line in lines}
+        return (
+            0
+            if self.database.exists()
+            else sum(told.get("key") in keys for told in self._told() if told.get("task_id"))
+        )
 
     def gather(self, lines: Iterable[Line], entries: "Iterable[JournalEntry]") -> None:
         """Make the rows anew: of what is asked for, and of what else the journal knows.
@@ -177,16 +225,26 @@ class Folder:
 
     def _read_results(self) -> list[Row]:
         rows: list[Row] = []
-        try:
-            text = self.results.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return rows
-        for line in text.split("\n"):
+        for told in self._told():
             try:
-                rows.append(Row.of_json(json.loads(line)))
+                rows.append(Row.of_json(told))
             except (ValueError, KeyError, TypeError):
                 continue  # somebody else has written it
         return rows
+
+    def _told(self) -> Iterator[dict[str, Any]]:
+        """Give the lines of `results.jsonl`, as far as they can be read."""
+        try:
+            text = self.results.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        for line in text.split("\n"):
+            try:
+                told = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(told, dict):
+                yield told
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
@@ -195,7 +253,7 @@ def write_whole(target: Path, content: str | bytes) -> None:
     Raises:
         OSError: It can't be written; what was there before is there still.
     """
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    part = target.with_name(f"{_PART}{secrets.token_hex(8)}.part")
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
         part.replace(target)

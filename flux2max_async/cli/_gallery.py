@@ -1,4 +1,4 @@
-"""The gallery: one page of all pictures of a folder to look at, with small copies of them made once. Blocking."""
+"""The gallery: one page of all pictures of a folder to look at, with small copies of them, made once."""
 
 import io
 from collections import Counter
@@ -7,15 +7,18 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
+import anyio.to_thread
 import attrs
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from flux2max_async._entry import EntryState
-from flux2max_async.cli._folder import WAITING, Row, write_whole
+from flux2max_async.cli._folder import WAITING, Folder, Row, write_whole
 
 _SIDE = 360
 """Pixels of the longer side of a small copy."""
+_PATIENCE = 120
+"""Seconds after which a page that nobody has made anew belongs to a batch that has died."""
 _ORDER = [
     *(EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED),
     *(EntryState.INTENT, EntryState.SUBMITTED, WAITING, EntryState.COMPLETED),
@@ -49,6 +52,8 @@ class Gallery:
     """The page of one folder."""
 
     folder: Path
+    hurry: bool = False
+    """Whether no more small copies are to be made now."""
     _sizes: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
     """Of pictures that have been looked at."""
     _page: Environment = attrs.field(
@@ -89,6 +94,7 @@ class Gallery:
             states=sorted(states.items(), key=lambda item: item[1], reverse=True),
             running=running,
             now=datetime.now().astimezone(),
+            patience=_PATIENCE,
         )
         write_whole(self.path, page)
 
@@ -109,6 +115,8 @@ class Gallery:
             if name not in self._sizes or not small.exists():
                 with Image.open(picture) as image:
                     size = image.size
+                    if self.hurry and not small.exists():
+                        return quote(name), size
                     if not small.exists() or small.stat().st_mtime < picture.stat().st_mtime:
                         small.parent.mkdir(exist_ok=True)
                         write_whole(small, _shrunk(image))
@@ -116,6 +124,22 @@ class Gallery:
         except Exception:  # noqa: BLE001 - whatever is wrong with one picture, the page shows all the others
             return quote(name), []
         return quote(f"thumbs/{small.name}"), self._sizes[name]
+
+
+async def write_all(folder: Folder, gallery: Gallery, *, running: bool) -> str | None:
+    """Write the results and the page, and tell what has kept them from being written: it keeps nothing else."""
+    rows = [attrs.evolve(row) for row in folder.rows.values()]  # the writer has a thread of its own
+    works = {
+        folder.results: lambda: folder.write_results(rows),
+        gallery.path: lambda: gallery.write(rows, running=running),
+    }
+    troubles: list[str] = []
+    for path, work in works.items():
+        try:
+            await anyio.to_thread.run_sync(work)
+        except OSError as error:
+            troubles.append(f"can't write {path.name}: {error.strerror}")
+    return "; ".join(troubles) or None
 
 
 def _shrunk(image: Image.Image) -> bytes:

@@ -11,9 +11,8 @@ import typer
 import flux2max_async as flux
 from flux2max_async._entry import EntryState, to_json
 from flux2max_async.cli._folder import Folder, is_lost
-from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._run import write
-from flux2max_async.cli._terminal import console, line, table
+from flux2max_async.cli._gallery import Gallery, write_all
+from flux2max_async.cli._terminal import Screen, line, table
 
 
 def tell_journal(path: Path, *, as_json: bool) -> None:
@@ -30,8 +29,8 @@ def tell_journal(path: Path, *, as_json: bool) -> None:
         return
     newest = {entry.key: entry for entry in entries}.values()
     lost = [entry for entry in newest if is_lost(entry)]
-    running = [entry for entry in newest if entry.state in {EntryState.SUBMITTED, EntryState.INTENT}]
-    running = [entry for entry in running if entry not in lost]
+    going = (EntryState.SUBMITTED, EntryState.INTENT)
+    running = [entry for entry in newest if entry.state in going and not is_lost(entry)]
     states = Counter(entry.state for entry in newest)
     spent = sum((entry.cost for entry in entries if entry.cost is not None), Decimal(0))
     aside = sum((entry.outlay for entry in entries), Decimal(0)) - spent
@@ -45,7 +44,7 @@ def tell_journal(path: Path, *, as_json: bool) -> None:
         "spent": f"${spent:.2f}",
         "set aside": f"${max(aside, Decimal(0)):.2f}",
     }
-    console(sys.stdout).print(table(cells))
+    Screen(sys.stdout).show(table(cells))
     for entry in running:
         typer.echo(line(f"running: {entry.task_id or 'being submitted'}  {entry.key}  ({entry.prompt[:60]})"))
     for entry in lost:
@@ -62,7 +61,7 @@ def make_gallery(path: Path) -> None:
     folder = _with_journal(path)
     folder.gather((), asyncio.run(folder.entries()))
     gallery = Gallery(folder.path)
-    if (trouble := asyncio.run(write(folder, gallery, running=False))) is not None:
+    if (trouble := asyncio.run(write_all(folder, gallery, running=False))) is not None:
         raise flux.FluxError(trouble)
     typer.echo(gallery.path)
 

@@ -4,16 +4,22 @@ from collections import Counter
 from collections.abc import Iterable
 from decimal import ROUND_UP, Decimal
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
 import attrs
 
+from flux2max_async._books import Terms
+from flux2max_async._content import content_of
 from flux2max_async._entry import EntryState, JournalEntry
+from flux2max_async._errors import InvalidRequestError
 from flux2max_async._ledger import Ledger
+from flux2max_async._request import GenerationRequest
 from flux2max_async.cli._folder import is_lost
-from flux2max_async.cli._sheet import BadLine, Line, Sheet
+from flux2max_async.cli._sheet import BadLine, Line, Sheet, picture
 from flux2max_async.cli._terminal import pictures
 
-CENT = Decimal("0.01")
+_CENT = Decimal("0.01")
 
 
 class Fate(Enum):
@@ -24,14 +30,11 @@ class Fate(Enum):
     FAILED = "{} failed earlier (--retry-failed pays again)"
     UNCERTAIN = "{} uncertain (--resubmit-uncertain may pay twice)"
     NEW = "{} to be submitted"
+    AGAIN = "{} failed and to be paid for again"
+    RISKED = "{} uncertain and to be submitted again, perhaps to be paid twice"
 
 
-@attrs.frozen
-class Terms:
-    """On which terms a batch takes what the journal knows already."""
-
-    retry_failed: bool = False
-    resubmit_uncertain: bool = False
+_BUYS = (Fate.NEW, Fate.AGAIN, Fate.RISKED)
 
 
 @attrs.frozen
@@ -42,7 +45,9 @@ class Plan:
     """In the order in which they are to be asked for: first what is paid for already, since urls are short-lived."""
     fates: dict[str, Fate]
     prices: dict[str, Decimal]
-    """US dollars that each of the new ones will probably cost."""
+    """US dollars that each of those that are to be submitted will probably cost."""
+    dearest: Decimal
+    """US dollars that one of them may be thought to cost while the budget is watched."""
     spent: Decimal
     """US dollars that all runs so far have cost."""
     committed: Decimal
@@ -50,17 +55,18 @@ class Plan:
 
     @property
     def cost(self) -> Decimal:
-        """US dollars that all the new ones together will probably cost."""
+        """US dollars that all of them together will probably cost."""
         return sum(self.prices.values(), Decimal(0))
 
     @property
-    def counts(self) -> Counter[Fate]:
-        """How many requests there are of each fate."""
-        return Counter(self.fates.values())
+    def needed(self) -> Decimal:
+        """A budget that certainly doesn't stop it."""
+        return rounded(self.committed + self.dearest * len(self.prices))
 
     def told(self, budget: Decimal | None) -> str:
         """Say it in one line."""
-        parts = [fate.value.format(count) for fate in Fate if (count := self.counts[fate])]
+        counts = Counter(self.fates.values())
+        parts = [fate.value.format(counts[fate]) for fate in Fate if counts[fate]]
         text = f"{pictures(len(self.lines))}: {', '.join(parts)}"
         if self.prices:
             text += f", for about ${rounded(self.cost)}"
@@ -73,16 +79,35 @@ def plan(lines: Iterable[Line], entries: Iterable[JournalEntry], terms: Terms, p
     """Find out what is to be done."""
     every = list(entries)
     newest = {entry.key: entry for entry in every}
-    ordered = sorted(lines, key=lambda line: fate_of(newest.get(line.key), terms) is Fate.NEW)
+    ordered = sorted(lines, key=lambda line: fate_of(newest.get(line.key), terms) in _BUYS)
     fates = {line.key: fate_of(newest.get(line.key), terms) for line in ordered}
-    ledger = Ledger(None, price_guess)
+    seen: dict[int, Decimal] = {}
     for line in ordered:
         entry = newest.get(line.key)
-        if entry is not None and entry.state is EntryState.COMPLETED and entry.cost is not None:
-            ledger.saw(line.content.megapixels, entry.cost)
-    prices = {line.key: ledger.price(line.content.megapixels) for line in ordered if fates[line.key] is Fate.NEW}
-    spent = sum((entry.cost for entry in every if entry.cost is not None), Decimal(0))
-    return Plan(ordered, fates, prices, spent, sum((entry.outlay for entry in every), Decimal(0)))
+        if entry is not None and entry.state is EntryState.COMPLETED and entry.cost:
+            seen[line.content.megapixels] = max(seen.get(line.content.megapixels, Decimal(0)), entry.cost)
+    prices = {
+        line.key: _price(line.content.megapixels, seen, price_guess) for line in ordered if fates[line.key] in _BUYS
+    }
+    return Plan(
+        ordered,
+        fates,
+        prices,
+        max([*seen.values(), *prices.values()], default=Decimal(0)),
+        sum((entry.cost for entry in every if entry.cost is not None), Decimal(0)),
+        sum((entry.outlay for entry in every), Decimal(0)),
+    )
+
+
+def _price(megapixels: int, seen: dict[int, Decimal], price_guess: Decimal | None) -> Decimal:
+    """Give what a picture will probably cost: what others of its size did, or what the guess makes of other sizes."""
+    if megapixels in seen:
+        return seen[megapixels]
+    guess = Ledger(None, price_guess).price
+    return max(
+        (cost * guess(megapixels) / guess(size) for size, cost in seen.items() if guess(size)),
+        default=guess(megapixels),
+    )
 
 
 def fate_of(entry: JournalEntry | None, terms: Terms) -> Fate:
@@ -90,12 +115,12 @@ def fate_of(entry: JournalEntry | None, terms: Terms) -> Fate:
     if entry is None or entry.state is EntryState.REFUSED:
         return Fate.NEW
     if is_lost(entry):
-        return Fate.NEW if terms.resubmit_uncertain else Fate.UNCERTAIN
+        return Fate.RISKED if terms.resubmit_uncertain else Fate.UNCERTAIN
     match entry.state:
         case EntryState.COMPLETED:
             return Fate.DONE
         case EntryState.FAILED:
-            return Fate.NEW if terms.retry_failed else Fate.FAILED
+            return Fate.AGAIN if terms.retry_failed else Fate.FAILED
         case _:
             return Fate.FOLLOWED
 
@@ -115,6 +140,37 @@ def checked_against(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
     return Sheet(lines, sorted(bad, key=lambda one: one.number))
 
 
+def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
+    """Find what is paid for and not there, and stands in the sheet no more.
+
+    Returns:
+        Those that can be asked for again by what the journal knows of them, and the others.
+    """
+    newest = {entry.key: entry for entry in entries}
+    for line in lines:
+        newest.pop(line.key, None)
+    found: list[Line] = []
+    others: list[JournalEntry] = []
+    for entry in newest.values():
+        if entry.state is EntryState.SUBMITTED or (entry.state is EntryState.COMPLETED and not entry.files):
+            again = _line_of(entry)
+            if again is not None and again.content.fingerprint == entry.content:
+                found.append(again)
+            else:
+                others.append(entry)
+    return found, others
+
+
+def _line_of(entry: JournalEntry) -> Line | None:
+    params: dict[str, Any] = dict(entry.request)
+    try:
+        images = [picture(source, Path()) for source in params.pop("input_images", ())]
+        request = GenerationRequest(**params, input_images=images, key=entry.key)
+        return Line(0, request, content_of(request))
+    except (InvalidRequestError, TypeError):
+        return None  # a picture is gone, say, or was given as bytes
+
+
 def rounded(dollars: Decimal) -> Decimal:
     """Round an amount up to whole cents."""
-    return dollars.quantize(CENT, ROUND_UP)
+    return dollars.quantize(_CENT, ROUND_UP)

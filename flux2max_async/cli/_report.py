@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-import attrs
-from rich.console import Console
+from rich.console import RenderableType
 
 import flux2max_async as flux
 from flux2max_async._entry import EntryState
 from flux2max_async.cli._board import clock
 from flux2max_async.cli._folder import WAITING, Row
-from flux2max_async.cli._plan import Plan, rounded
+from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._run import Report
 from flux2max_async.cli._terminal import line, table
 
 _WRONG = ("unsaved", EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED)
+_RARE = ("uncertain", "refused", "unsaved", "running", "waiting")
 
 
 def kind_of(row: Row) -> str:
@@ -31,27 +31,19 @@ def kind_of(row: Row) -> str:
             return state
 
 
-def summarize(screen: Console, rows: Sequence[Row], report: Report, spent: Decimal) -> Counter[str]:
-    """Show what a run has come to; gives how many requests there are of each kind."""
-    kinds = Counter(kind_of(row) for row in rows)
-    cells = {
-        **{kind: str(kinds[kind]) for kind in ("done", "failed")},
-        **{kind: str(kinds[kind]) for kind in ("uncertain", "refused", "unsaved", "running", "waiting") if kinds[kind]},
-        "time": clock(report.seconds),
-        "seconds a task": f"{sum(report.task_seconds) / len(report.task_seconds):.1f}" if report.task_seconds else "-",
-        "polls a task": f"{report.stats.polls / max(report.stats.submitted, 1):.1f}",
-        "spent": f"${spent:.2f}",
-    }
-    screen.print(table(cells))
-    for row, count in _reasons(rows):
-        screen.print(
-            f"{count} {kind_of(row)}: {line(row.error)}, as {row.key} ({line(row.prompt)[:60]})",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-    return kinds
+def summary(rows: Sequence[Row], report: Report, spent: Decimal) -> list[RenderableType]:
+    """Tell what a run has come to."""
+    kinds = Counter(map(kind_of, rows))
+    counts = {kind: str(kinds[kind]) for kind in ("done", "failed", *_RARE) if kinds[kind] or kind not in _RARE}
+    facts = [clock(report.seconds), f"${spent:.2f} spent"]
+    if report.task_seconds:
+        facts.insert(
+            1, f"{sum(report.task_seconds) / len(report.task_seconds):.1f} s and {report.polls:.1f} polls a task"
+        )
+    return [table(counts), ", ".join(facts), *_reasons(rows)]
 
 
-def _reasons(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+def _reasons(rows: Iterable[Row]) -> list[str]:
     """Group what went wrong by its reason, the most frequent first; each with one example."""
     examples: dict[tuple[str, str], Row] = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -61,57 +53,57 @@ def _reasons(rows: Iterable[Row]) -> list[tuple[Row, int]]:
             reason = re.sub(r"\b[0-9a-f]{8,}\b|\d+", "#", (row.error or "").replace(row.task_id or "\0", "#"))
             examples.setdefault((kind, reason), row)
             counts[kind, reason] += 1
-    return [(examples[reason], count) for reason, count in counts.most_common()]
-
-
-@attrs.frozen
-class Advice:
-    """What to do next."""
-
-    why: str
-    command: str
+    return [
+        f"{count} {kind}: {line(row.error)}, as {line(row.key)} ({line(row.prompt)[:60]})"
+        for (kind, reason), count in counts.most_common()
+        for row in (examples[kind, reason],)
+    ]
 
 
 def advice(
-    arguments: Sequence[str], kinds: Counter[str], report: Report, rest: Plan, budget: Decimal | None
-) -> Advice | None:
-    """Give the command to go on with; None where there is nothing left to do.
+    arguments: Sequence[str], rows: Sequence[Row], report: Report, rest: Plan, budget: Decimal | None
+) -> tuple[str, str] | None:
+    """Say what the next command is for, and give it; None where there is nothing left to do.
 
     Args:
-        arguments: Those of the command that has just ended.
-        kinds: How many requests there are of each kind.
+        arguments: Those of the command that has just ended, whose name comes first.
+        rows: How all requests stand.
         report: What the run has come to.
         rest: What the next run would do.
         budget: What has limited it.
     """
-    command = ["flux2max", *arguments]
-    left = kinds["running"] + kinds[WAITING] + kinds["unsaved"] + kinds["refused"]
+    kinds = Counter(map(kind_of, rows))
+    left = kinds["running"] + kinds[WAITING] + kinds["unsaved"]
+    # Whoever goes on doesn't pay again, or twice, for what this run has just paid for again.
+    consents = ("--retry-failed", "--resubmit-uncertain")
+    if left and budget is not None and isinstance(report.stopped, flux.BudgetExceededError):
+        return f"to go on, with a budget for the other {left}", _command(
+            arguments, without=(*consents, "--budget"), add=("--budget", str(rest.needed))
+        )
     if left:
-        if budget is not None and isinstance(report.stopped, flux.BudgetExceededError):
-            needed = rounded(rest.committed + rest.cost)
-            return Advice(f"to go on, with a budget for the other {left}", shlex.join(_with_budget(command, needed)))
-        return Advice("to go on", shlex.join(command))
-    flags: list[str] = []
+        return "to go on", _command(arguments, without=consents)
     whys: list[str] = []
+    flags: list[str] = []
+    if kinds["refused"]:
+        whys.append(f"submit the {kinds['refused']} refused again, once that is mended")
     if kinds["failed"]:
         flags.append("--retry-failed")
         whys.append(f"pay again for the {kinds['failed']} that failed")
     if kinds["uncertain"]:
         flags.append("--resubmit-uncertain")
         whys.append(f"submit the {kinds['uncertain']} uncertain again, and perhaps pay twice")
-    if not flags:
-        return None
-    added = [flag for flag in flags if flag not in command]
-    return Advice(f"to {' and '.join(whys)}", shlex.join([*command, *added]))
+    return (f"to {' and '.join(whys)}", _command(arguments, without=consents, add=flags)) if whys else None
 
 
-def _with_budget(command: list[str], budget: Decimal) -> list[str]:
-    """Replace the budget in a command, or add one: it may come from elsewhere."""
+def _command(arguments: Sequence[str], *, without: Sequence[str], add: Sequence[str] = ()) -> str:
+    """Write a command as it would have to be typed, with other options."""
+    name, *rest = arguments
+    end = rest.index("--") if "--" in rest else len(rest)  # what follows it is no option
     kept: list[str] = []
-    words = iter(command)
+    words = iter(rest[:end])
     for word in words:
-        if word == "--budget":
+        if word == "--budget" and word in without:
             next(words, None)
-        elif not word.startswith("--budget="):
+        elif word.partition("=")[0] not in without:
             kept.append(word)
-    return [*kept, "--budget", str(budget)]
+    return shlex.join(["flux2max", name, *kept, *add, *rest[end:]])

@@ -1,4 +1,4 @@
-"""A batch: its requests submitted, its outcomes taken down and shown, stopped by a signal and gone on with later."""
+"""A batch that runs: its outcomes taken down and shown, its page kept fresh, and a way out by signals."""
 
 import asyncio
 import contextlib
@@ -10,16 +10,15 @@ import time
 from collections.abc import Generator
 from decimal import Decimal
 
-import anyio.to_thread
 import attrs
 
 import flux2max_async as flux
+from flux2max_async._books import Terms
 from flux2max_async.cli._board import Board
 from flux2max_async.cli._folder import Folder, is_end
-from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._plan import Plan, Terms
-from flux2max_async.cli._settings import Access
-from flux2max_async.cli._terminal import complain, console, line, log_to, nobody_reads, pictures, tell
+from flux2max_async.cli._gallery import Gallery, write_all
+from flux2max_async.cli._plan import Plan
+from flux2max_async.cli._terminal import Outlet, Screen, complain, line, log_to, pictures, tell
 
 _LONG = 7 * 86_400.0
 """Seconds that tasks in flight get after the first Ctrl-C: they end by their deadline, or by the second one."""
@@ -33,14 +32,15 @@ _TICK = 0.5
 
 
 @attrs.frozen(kw_only=True)
-class Settings:
-    """How a batch is to be run."""
+class Job:
+    """What is to be run."""
 
-    access: Access
-    max_in_flight: int
-    deadline: float
+    folder: Folder
+    plan: Plan
+    session: "flux.FluxSession"
+    schedule: "flux.LearnedSchedule"
+    places: int
     budget: Decimal | None
-    price_guess: Decimal | None
     terms: Terms
     as_json: bool
 
@@ -52,56 +52,64 @@ class Report:
     seconds: float = 0.0
     """That it took."""
     task_seconds: list[float] = attrs.field(factory=list[float])
-    """That each completed task took, of those that ended in this run."""
-    stats: "flux.SessionStats" = attrs.field(factory=flux.SessionStats)
+    """That each task took that ended in this run with pictures."""
+    task_polls: int = 0
+    """What those were polled, together."""
     stopped: "flux.FluxError | None" = None
     """What has stopped it before its end."""
-    signal: int | None = None
-    """The signal that has stopped it."""
+    signals: list[int] = attrs.field(factory=list[int])
+    """The signals that have come."""
+    unheard: bool = False
+    """Whether outcomes couldn't be written to stdout."""
+    stuck: bool = False
+    """Whether somebody who doesn't read holds stdout, so that the process can't end by itself."""
+
+    @property
+    def polls(self) -> float:
+        """How often a task was looked at on average."""
+        return self.task_polls / max(1, len(self.task_seconds))
 
 
-async def run(folder: Folder, plan: Plan, settings: Settings) -> Report:
+async def run(job: Job) -> Report:
     """Run a batch, or go on with it.
 
     Raises:
         FluxError: It couldn't be begun.
     """
-    schedule = flux.LearnedSchedule()
     report = Report()
-    async with settings.access.session(
-        max_in_flight=settings.max_in_flight,
-        deadline=settings.deadline,
-        budget=settings.budget,
-        price_guess=settings.price_guess,
-        schedule=schedule,
-        journal=flux.SqliteJournal(folder.database),
-    ) as session:
-        screen = console(sys.stderr)
-        board = Board(len(plan.lines), session, schedule, settings.max_in_flight, screen, settings.budget, plan.spent)
-        exit_door = _ExitDoor(board)
-        over = asyncio.Event()
-        with log_to(_Notes(board)), exit_door.watched(), board.shown():
-            keeping = asyncio.create_task(_keep_fresh(folder, board, over))
+    async with job.session as session:
+        stream = session.stream(
+            [line.request for line in job.plan.lines],
+            save_to=job.folder.path,
+            retry_failed=job.terms.retry_failed,
+            resubmit_uncertain=job.terms.resubmit_uncertain,
+        )
+        screen = Screen(sys.stderr)
+        board = Board(len(job.plan.lines), session, job.schedule, job.places, screen, job.budget, job.plan.spent)
+        page = _Page(job.folder, stream, board)
+        way_out = _WayOut(board, page, report)
+        outlet = Outlet(way_out.unheard) if job.as_json else None
+        with log_to(_Notes(board)), way_out.watched(), board.shown():
+            keeping = asyncio.create_task(page.keep_fresh())
             try:
-                await _take_all(folder, plan, settings, exit_door, board, report)
+                await _take_all(stream, job.folder, board, report, outlet)
             finally:
-                over.set()
+                if outlet is not None:
+                    outlet.put(None)
+                    while outlet.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - for a thread
+                        await asyncio.sleep(0.02)
+                    report.stuck = outlet.is_busy
+                page.over.set()
                 await keeping
-                await exit_door.closed()
-                report.stats, report.seconds, report.signal = session.stats, board.seconds, exit_door.signal
+                await way_out.closed()
+                report.seconds = board.seconds
     return report
 
 
 async def _take_all(
-    folder: Folder, plan: Plan, settings: Settings, exit_door: "_ExitDoor", board: Board, report: Report
+    stream: "flux.OutcomeStream", folder: Folder, board: Board, report: Report, outlet: Outlet | None
 ) -> None:
     """Take each outcome as it comes."""
-    stream = board.session.stream(
-        [line.request for line in plan.lines],
-        save_to=folder.path,
-        retry_failed=settings.terms.retry_failed,
-        resubmit_uncertain=settings.terms.resubmit_uncertain,
-    )
     try:
         async for outcome in stream:
             assert outcome.request is not None
@@ -112,63 +120,61 @@ async def _take_all(
                 continue
             if isinstance(outcome, flux.Completed) and not outcome.replayed:
                 report.task_seconds.append(outcome.elapsed)
+                report.task_polls += outcome.polls
             board.take(row.key, outcome)
-            if settings.as_json:
-                try:
-                    sys.stdout.write(json.dumps(row.as_json()) + "\n")
-                    sys.stdout.flush()
-                except OSError as error:
-                    nobody_reads()
-                    complain(f"can't write to standard output: {error.strerror}; no more is submitted")
-                    exit_door.leave()
+            if outlet is not None:
+                outlet.put(json.dumps(row.as_json()))
     except flux.SessionClosedError:
-        pass  # through the exit door
+        pass  # by the way out
     except flux.FluxError as error:
         report.stopped = error
 
 
-async def _keep_fresh(folder: Folder, board: Board, over: asyncio.Event) -> None:
-    """Write the page and the results anew while the batch runs, and say how it stands where there is no terminal."""
-    gallery, trouble = Gallery(folder.path), None
-    shown, fresh_until = -1, 0.0
-    spoken = board.began
-    while not over.is_set():
-        now = time.monotonic()
-        if shown != board.done + board.failed and now >= fresh_until:
-            shown = board.done + board.failed
-            before, trouble = trouble, await write(folder, gallery, running=True)
-            if trouble is not None and trouble != before:
-                complain(trouble)
-            fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
-        if not board.console.is_interactive and now >= spoken + _PLAIN:
-            spoken = now
-            tell(f"{board.counts()}; {board.pace()}")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TICK):
-                await over.wait()
+@attrs.define
+class _Page:
+    """The page and the results of a batch that runs."""
+
+    folder: Folder
+    stream: "flux.OutcomeStream"
+    board: Board
+    over: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
+    gallery: Gallery = attrs.field(init=False, default=attrs.Factory(lambda self: Gallery(self.folder.path), True))  # noqa: FBT003
+
+    async def keep_fresh(self) -> None:
+        """Write them anew until it is over, and say how it stands where there is no terminal."""
+        trouble: str | None = None
+        shown, written, fresh_until = -1, 0.0, 0.0
+        spoken = self.board.began
+        while not self.over.is_set():
+            now = time.monotonic()
+            stand = self.board.done + self.board.failed
+            if now >= fresh_until and (shown != stand or now >= written + _STALE):
+                shown, written = stand, now
+                self._mark_what_runs()
+                before, trouble = trouble, await write_all(self.folder, self.gallery, running=True)
+                if trouble is not None and trouble != before:
+                    complain(trouble)
+                fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
+            if not self.board.console.is_interactive and now >= spoken + _PLAIN:
+                spoken = now
+                tell(f"{self.board.counts()}; {self.board.pace()}")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TICK):
+                    await self.over.wait()
+
+    def _mark_what_runs(self) -> None:
+        for task in self.stream.unfinished:
+            assert task.request is not None
+            self.folder.rows[str(task.request.key)].runs_as(task.id)
 
 
-async def write(folder: Folder, gallery: Gallery, *, running: bool) -> str | None:
-    """Write the results and the page; gives what has kept them from being written, which keeps nothing else."""
-    rows = [attrs.evolve(row) for row in folder.rows.values()]  # the writer has a thread of its own
-
-    def work() -> None:
-        folder.write_results(rows)
-        gallery.write(rows, running=running)
-
-    try:
-        await anyio.to_thread.run_sync(work)
-    except OSError as error:
-        return f"can't write {folder.results.name} and {gallery.path.name}: {error}"
-    return None
-
-
-class _ExitDoor:
+class _WayOut:
     """Leaves a session: at the first signal with all that is in flight, at the second at once."""
 
-    def __init__(self, board: Board) -> None:
-        self.signal: int | None = None
+    def __init__(self, board: Board, page: _Page, report: Report) -> None:
         self._board = board
+        self._page = page
+        self._report = report
         self._leaving: list[asyncio.Task[None]] = []
 
     @contextlib.contextmanager
@@ -186,25 +192,28 @@ class _ExitDoor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def leave(self) -> None:
-        """Submit nothing more."""
+    def unheard(self, error: Exception) -> None:
+        """Nobody reads the outcomes any more: submit nothing more."""
+        self._report.unheard = True
         self._close(_LONG)
+        complain(f"can't write to standard output: {getattr(error, 'strerror', None) or error}; no more is submitted")
 
     async def closed(self) -> None:
         """Wait until all that was begun to leave has ended."""
         await asyncio.gather(*self._leaving)
 
     def _hear(self, number: int) -> None:
-        if self.signal is None:
-            self.signal = number
+        self._report.signals.append(number)
+        if len(self._report.signals) == 1:
             stats = self._board.session.stats
             in_flight = stats.in_flight + stats.submitting
-            left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
-            complain(f"no more is submitted; {left}. Again leaves at once; either way the same command goes on")
             self._close(_LONG)
+            left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
+            complain(f"no more is submitted; {left} (again to leave at once)")
         else:
-            complain("leaving at once")
+            self._page.gallery.hurry = True
             self._close(0.0)
+            complain("leaving at once")
 
     def _close(self, seconds: float) -> None:
         self._board.stopping = True

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,14 @@ import typer
 
 import flux2max_async as flux
 from flux2max_async._settings import KEY_VARIABLE, URL_VARIABLE
-from flux2max_async.cli._terminal import Complaints, line, log_to, tell
+from flux2max_async.cli._terminal import Complaints, complain, line, log_to, somebody_can_be_asked, tell
 
 PREFIX = "FLUX2MAX_"
 _KEPT_IN = ".env"
 
 
 def read_dotenv() -> dict[str, str]:
-    """Read our variables from the file `.env` in the working folder; there may be none.
-
-    Raises:
-        ConfigurationError: It can't be read.
-    """
+    """Read our variables from the file `.env` in the working folder; there may be none."""
     path = Path(_KEPT_IN)
     if not path.is_file():
         return {}
@@ -32,10 +26,10 @@ def read_dotenv() -> dict[str, str]:
 
     try:
         with log_to(Complaints(logging.WARNING), "dotenv"):  # which names the lines that it can't read
-            values = dotenv.dotenv_values(path, interpolate=False)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise flux.ConfigurationError(f"can't read {_KEPT_IN}: {reason}") from error
+            values = dotenv.dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # it may be somebody else's: what is missing will be told
+        complain(f"can't read {_KEPT_IN}: {getattr(error, 'strerror', None) or 'it is no text'}")
+        return {}
     return {name: value for name, value in values.items() if name.startswith(PREFIX) and value}
 
 
@@ -63,8 +57,8 @@ class Access:
             self._key = self._found_key()
         return self._key
 
-    def session(self, **settings: Any) -> "AbstractAsyncContextManager[flux.FluxSession]":
-        """Make a session.
+    def session(self, **settings: Any) -> "flux.FluxSession":
+        """Make a session, which is still to be entered.
 
         Raises:
             ConfigurationError: There is no key, or something is wrong with the settings.
@@ -80,7 +74,7 @@ class Access:
             return self._key_in(self.key_file)
         if key := self.variable(KEY_VARIABLE):
             return key
-        if sys.stdin.isatty() and sys.stderr.isatty():
+        if somebody_can_be_asked():
             return str(typer.prompt("API key", hide_input=True, err=True))
         raise flux.ConfigurationError(
             f"no API key: set {KEY_VARIABLE}, in the environment or in {_KEPT_IN}, or name a file with --key-file"
@@ -89,7 +83,7 @@ class Access:
     @staticmethod
     def _key_in(file: Path) -> str:
         try:
-            key = file.read_text(encoding="utf-8").strip()
+            key = file.read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise flux.ConfigurationError(f"can't read the key file {str(file)!r}: {reason}") from error

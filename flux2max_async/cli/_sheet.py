@@ -1,30 +1,24 @@
 """A file of requests: text, JSON Lines or CSV becomes requests, and each line that can't is told with its reason."""
 
-import csv
-import difflib
-import io
+import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from flux2max_async._content import Content, content_of
-from flux2max_async._errors import InvalidRequestError
+from flux2max_async._errors import ConfigurationError, InvalidRequestError
 from flux2max_async._request import GenerationRequest
+from flux2max_async.cli._formats import FIELDS, READERS, Fields, unknown
 
-FORMATS = ("txt", "jsonl", "csv")
-FIELDS = tuple(field.name for field in attrs.fields(GenerationRequest))
-_NUMBERS = ("seed", "width", "height", "safety_tolerance")
 _STEM = 60
 """Bytes of a prompt that go into the name of its picture."""
 _MARK = 8
 """Characters of the fingerprint of what is asked for, which make the name that of nothing else."""
-_LONGEST_CELL = 300_000_000
-"""Characters: eight pictures of 20 MB as data: URIs."""
 
 
 @attrs.frozen
@@ -60,11 +54,6 @@ class Sheet:
     bad: list[BadLine]
 
 
-Fields = dict[str, Any]
-Raw = Iterator[tuple[int, Fields | InvalidRequestError]]
-"""The lines as they stand in the file: fields by name, or why there are none."""
-
-
 def read_sheet(
     data: bytes, form: str, *, folder: Path, defaults: Mapping[str, Any] | None = None, repeat: int = 1
 ) -> Sheet:
@@ -76,20 +65,33 @@ def read_sheet(
         folder: What the paths of pictures are relative to.
         defaults: Fields for all lines that don't say otherwise.
         repeat: How many pictures to make of each line. Their seeds are counted up, from the line's own or from 0.
+
+    Raises:
+        ConfigurationError: All of it is in another encoding.
     """
-    read: Callable[[str], Raw] = {"txt": _text, "jsonl": _json_lines, "csv": _csv}[form]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigurationError("the file is UTF-16: save it as UTF-8")
     names = _Names()
     lines: list[Line] = []
     bad: list[BadLine] = []
-    for number, fields in read(data.decode("utf-8-sig", errors="surrogateescape")):
+    for number, fields in READERS[form](data.decode("utf-8-sig", errors="surrogateescape")):
         try:
             if isinstance(fields, InvalidRequestError):
                 raise fields
-            asked = _request({**(defaults or {}), **fields}, folder)
-            lines += [names.named(number, again, index) for index, again in enumerate(_repeated(asked, repeat))]
+            asked = _request(_with_defaults(fields, defaults or {}), folder)
+            lines += [names.named(number, *again) for again in _repeated(asked, repeat)]
         except InvalidRequestError as error:
             bad.append(BadLine(number, error.field, error.message))
+        except RecursionError:
+            bad.append(BadLine(number, "line", "the line is nested too deeply"))
     return Sheet(lines, bad)
+
+
+def _with_defaults(fields: Fields, defaults: Mapping[str, Any]) -> Fields:
+    every = {**defaults, **fields}
+    if "webhook_url" not in every and "webhook_secret" not in fields:
+        every.pop("webhook_secret", None)  # nobody would sign anything with it
+    return every
 
 
 def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
@@ -114,6 +116,8 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
             more[name] = json.loads(value)
         except ValueError:
             more[name] = value
+        except RecursionError as error:
+            raise InvalidRequestError(f"{name} in extra is nested too deeply", "extra") from error
     if more:
         defaults["extra"] = more
     trial: Fields = {"prompt": "a trial", **defaults}
@@ -121,107 +125,11 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
     return defaults
 
 
-# ---------------------------------------------------------------------- the formats
-
-
-def _text(text: str) -> Raw:
-    for number, line in enumerate(text.split("\n"), 1):
-        prompt = line.strip()
-        if prompt and not prompt.startswith("#"):
-            yield number, {"prompt": prompt}
-
-
-def _json_lines(text: str) -> Raw:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, InvalidRequestError(f"the line is no JSON: {error}", "line")
-                continue
-            if isinstance(fields, dict):
-                yield number, {name: value for name, value in fields.items() if value is not None}
-            else:
-                yield number, InvalidRequestError('the line must be an object, as in {"prompt": "a cat"}', "line")
-
-
-def _csv(text: str) -> Raw:
-    head, _, _ = text.partition("\n")
-    # Spreadsheets write semicolons where the comma stands in numbers.
-    delimiter = max(",;\t", key=head.count)
-    csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, InvalidRequestError(f"the line is no CSV: {error}", "line")
-            continue
-        if not any(cell.strip() for cell in cells):
-            continue
-        if columns is None:
-            columns = [cell.strip().lower() for cell in cells]
-            if problems := _problems_of(columns):
-                for problem in problems:
-                    yield number, problem
-                return
-        elif len(cells) > len(columns):
-            yield (
-                number,
-                InvalidRequestError(
-                    f"the line has {len(cells)} cells, but the first one names {len(columns)} columns", "line"
-                ),
-            )
-        else:
-            yield number, _fields_of(zip(columns, cells, strict=False))
-
-
-def _problems_of(columns: list[str]) -> list[InvalidRequestError]:
-    problems = [_unknown(name) for name in columns if name not in FIELDS]
-    problems += [
-        InvalidRequestError("the first line names this column twice", name)
-        for name, count in Counter(columns).items()
-        if count > 1 and name in FIELDS
-    ]
-    return problems
-
-
-def _fields_of(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError:
-    fields: Fields = {}
-    for name, cell in cells:
-        text = cell.strip()
-        if not text:
-            continue
-        try:
-            if name in _NUMBERS:
-                fields[name] = int(text)
-            elif name == "input_images":
-                # The semicolon in a data: URI separates nothing.
-                fields[name] = [part.strip() for part in re.split(r";(?!base64,)", text) if part.strip()]
-            elif name == "extra":
-                fields[name] = json.loads(text)
-            else:
-                fields[name] = text
-        except (ValueError, RecursionError):
-            wanted = "an integer" if name in _NUMBERS else 'JSON, as in {"name": 1}'
-            return InvalidRequestError(f"{name} must be {wanted}, not {text[:80]!r}", name)
-    return fields
-
-
-# ---------------------------------------------------------------------- the requests
-
-
 def _request(fields: Fields, folder: Path) -> GenerationRequest:
     for name, value in fields.items():
         if name not in FIELDS:
-            raise _unknown(name)
-        for text in (name, value):
-            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise InvalidRequestError(f"{name} is not UTF-8: save the file in that encoding", name)
+            raise unknown(name)
+        _check_texts(name, value)
     if "prompt" not in fields:
         raise InvalidRequestError("prompt is missing", "prompt")
     images = fields.get("input_images", ())
@@ -231,25 +139,45 @@ def _request(fields: Fields, folder: Path) -> GenerationRequest:
     return GenerationRequest(**known)
 
 
+def _check_texts(name: str, value: Any) -> None:
+    """Find what isn't UTF-8, wherever in a field it stands."""
+    match value:
+        case str():
+            if any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise InvalidRequestError(f"{name} is not UTF-8: save the file in that encoding", name)
+            if "\0" in value:
+                raise InvalidRequestError(f"{name} holds a NUL: the file may be UTF-16, save it as UTF-8", name)
+        case list():
+            for part in value:
+                _check_texts(name, part)
+        case dict():
+            for key, part in value.items():
+                _check_texts(name, key)
+                _check_texts(name, part)
+        case _:
+            pass
+
+
 def picture(source: Any, folder: Path) -> Any:
     """Take a text for a URL where it looks like one, and for a file's path elsewhere."""
     if not isinstance(source, str) or source.lower().startswith(("http://", "https://", "data:")):
         return source
-    return folder / Path(source).expanduser()
+    try:
+        return folder / Path(source).expanduser()
+    except RuntimeError as error:
+        raise InvalidRequestError(f"can't find {source[:80]!r}: {error}", "input_images") from error
 
 
-def _unknown(name: str) -> InvalidRequestError:
-    close = difflib.get_close_matches(name, FIELDS, 1)
-    hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(FIELDS)}"
-    return InvalidRequestError(f"there is no field {name[:80]!r}: {hint}", name[:80])
-
-
-def _repeated(request: GenerationRequest, times: int) -> Iterator[GenerationRequest]:
+def _repeated(request: GenerationRequest, times: int) -> Iterator[tuple[GenerationRequest, str]]:
+    """Give a request so often, each time with its own seed and what to add to its key."""
     if times == 1:
-        yield request
-    else:
-        for seed in range(request.seed or 0, (request.seed or 0) + times):
-            yield attrs.evolve(request, seed=seed)
+        yield request, ""
+        return
+    # With a seed of its own, the first one is what it would be alone.
+    first = 1 if request.seed is None else 0
+    for index in range(times):
+        ending = f"-{index + 1}" if index or first else ""
+        yield attrs.evolve(request, seed=(request.seed or 0) + index), ending
 
 
 class _Names:
@@ -260,20 +188,20 @@ class _Names:
         """The lines by their keys."""
         self._counts: Counter[str] = Counter()
 
-    def named(self, number: int, request: GenerationRequest, index: int) -> Line:
+    def named(self, number: int, request: GenerationRequest, ending: str) -> Line:
         """Give a request its key.
 
         Args:
             number: Its line.
             request: Perhaps with a key of its own.
-            index: Which of the line's pictures it is, from 0.
+            ending: What is added to that, where the line is repeated.
 
         Raises:
             InvalidRequestError: A picture that it names can't be read, or another line has its key.
         """
         content = content_of(request)
         if request.key is not None:
-            key = request.key if index == 0 else f"{request.key}-{index + 1}"
+            key = f"{request.key}{ending}"
         else:
             # The key doesn't depend on the place in the file: there, lines come and go.
             words = "-".join(re.findall(r"\w+", request.prompt.lower())).encode()[:_STEM].decode(errors="ignore")

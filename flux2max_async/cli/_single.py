@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import flux2max_async as flux
 from flux2max_async.cli._settings import Access
-from flux2max_async.cli._terminal import console, line, polls, tell
+from flux2max_async.cli._terminal import Screen, line, polls, tell
 
 if TYPE_CHECKING:
     from flux2max_async.emulator import Emulator
@@ -111,7 +111,7 @@ def _show_result(picture: "flux.Completed", paths: list[Path]) -> None:
 @contextmanager
 def _status_line(first: str) -> Generator[Callable[[str], None]]:
     """Show a line on a terminal while something is done; what is given changes it."""
-    screen = console(sys.stderr)
+    screen = Screen(sys.stderr)
     live = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

@@ -96,8 +96,8 @@ class Row:
             self.seconds, self.polls = outcome.elapsed, outcome.polls
 
     def runs_as(self, task_id: str) -> None:
-        """Note that it is a task."""
-        if self.state == WAITING:
+        """Note that it is a task, where it isn't known for more."""
+        if not self.files:
             self.state, self.task_id = EntryState.SUBMITTED.value, task_id
 
     def as_json(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def read_dotenv() -> dict[str, str]:
     return {name: value for name, value in values.items() if name.startswith(PREFIX) and value}
 
 
-@attrs.define
+@attrs.frozen
 class Access:
     """How to get at the service."""
 
@@ -41,21 +41,10 @@ class Access:
     """What stands in `.env`."""
     base_url: str | None = None
     key_file: Path | None = None
-    _key: str | None = attrs.field(default=None, init=False, repr=False)
 
     def variable(self, name: str) -> str | None:
         """Give an environment's variable, or what `.env` says of it."""
         return os.environ.get(name) or self.dotenv.get(name)
-
-    def key(self) -> str:
-        """Give the API key: from the file that was named, the environment, `.env`, or who sits at the terminal.
-
-        Raises:
-            ConfigurationError: There is none.
-        """
-        if self._key is None:
-            self._key = self._found_key()
-        return self._key
 
     def session(self, **settings: Any) -> "flux.FluxSession":
         """Make a session, which is still to be entered.
@@ -69,7 +58,12 @@ class Access:
             tell(f"gateway: {line(self.base_url)} (as {_KEPT_IN} says)")
         return flux.FluxSession(key, base_url=self.base_url, **settings)
 
-    def _found_key(self) -> str:
+    def key(self) -> str:
+        """Give the API key: from the file that was named, the environment, `.env`, or who sits at the terminal.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
         if self.key_file is not None:
             return self._key_in(self.key_file)
         if key := self.variable(KEY_VARIABLE):

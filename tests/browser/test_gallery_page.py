@@ -208,15 +208,18 @@ def test_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     names = []
-    for key in ("", "ArrowRight", "ArrowDown", "ArrowUp", "ArrowLeft"):
+    places = []
+    for key in ("", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp", "ArrowLeft"):
         if key:
             page.keyboard.press(key)
         names.append(page.evaluate("document.activeElement.querySelector('img').alt"))
+        places.append(page.evaluate("document.activeElement.getBoundingClientRect().left"))
     page.keyboard.press("Enter")
 
-    assert names[0] == names[4] == "a lighthouse at dawn, no. 0"
-    assert names[1] == names[3] == "a lighthouse at dawn, no. 7"
-    assert names[2] not in names[:2]
+    assert names[0] == names[6] == "a lighthouse at dawn, no. 0"
+    assert names[1] == names[5] == "a lighthouse at dawn, no. 7"
+    assert names[2] == names[4] != names[3]
+    assert places[1] == places[2] == places[3] > places[0]
     expect(page.get_by_role("dialog")).to_contain_text("a lighthouse at dawn, no. 0")
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()
@@ -238,21 +241,33 @@ def test_what_others_have_written(page: Page, folder: Path) -> None:
 
 
 def test_a_page_that_isnt_finished(browser: Browser, folder: Path, tmp_path: Path) -> None:
-    """While more is to come, the page looks for it by itself, and keeps what was typed."""
+    """While more is to come, the page looks for it by itself, unless somebody is in the middle of something.
+
+    What was typed stays; and where the batch has died, the page looks no more.
+    """
     text = (folder / "index.html").read_text(encoding="utf-8")
     copy = tmp_path / "index.html"
-    copy.write_text(text.replace("<body>", "<body data-running>"), encoding="utf-8")
+    copy.write_text(text.replace("<body>", '<body data-running="1000">'), encoding="utf-8")
+    later = text.replace("a fox in", "a vixen or fox in")
     with browser.new_page() as page:
-        page.clock.install()
+        page.clock.install(time=1000)
         page.goto(copy.as_uri())
         page.get_by_label("Filter").fill("fox")
-        page.get_by_label("Sort by").focus()
-        copy.write_text(text.replace("a fox in", "a vixen or fox in"), encoding="utf-8")
+        copy.write_text(later.replace("<body>", '<body data-running="1000">'), encoding="utf-8")
+        page.clock.fast_forward(11_000)
+        busy = page.content()
+        page.evaluate("document.activeElement.blur()")
         page.clock.fast_forward(11_000)
         page.wait_for_function("document.body.textContent.includes('vixen')")
+        typed, first = page.get_by_label("Filter").input_value(), shown(page)[0]
+        copy.write_text(later.replace("a vixen", "a lion"), encoding="utf-8")
+        page.clock.fast_forward(200_000)
+        died = page.content()
 
-        assert page.get_by_label("Filter").input_value() == "fox"
-        assert "vixen" in shown(page)[0]
+    assert "vixen" not in busy
+    assert typed == "fox"
+    assert "vixen" in first
+    assert "lion" not in died
 
 
 def test_a_reader_of_screens(page: Page) -> None:

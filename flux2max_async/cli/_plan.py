@@ -141,7 +141,7 @@ def checked_against(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
 
 
 def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
-    """Find what is paid for and not there, and stands in the sheet no more.
+    """Find what is paid for and not there, stands in the sheet no more, and isn't followed by anybody else.
 
     Returns:
         Those that can be asked for again by what the journal knows of them, and the others.
@@ -152,6 +152,8 @@ def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple
     found: list[Line] = []
     others: list[JournalEntry] = []
     for entry in newest.values():
+        if entry.holder is not None:
+            continue
         if entry.state is EntryState.SUBMITTED or (entry.state is EntryState.COMPLETED and not entry.files):
             again = _line_of(entry)
             if again is not None and again.content.fingerprint == entry.content:

@@ -208,7 +208,7 @@ def test_bad_lines(flux2max: Command, service: Service) -> None:
     assert run.err.splitlines() == [
         "wishes.jsonl:2: promt: there is no field 'promt': did you mean prompt?",
         "wishes.jsonl:3: width: width must be at least 64 pixels, or 0 or None to let the model choose, not 10",
-        "flux2max: 2 lines are bad, so nothing was sent; --skip-bad goes on without what is bad",
+        "flux2max: 2 lines are bad, so nothing was sent; --skip-bad leaves them out",
     ]
     assert nothing == ({}, ["wishes.jsonl"])
     assert skipping.code == 0
@@ -236,12 +236,12 @@ def test_a_key_of_another_request(flux2max: Command, service: Service) -> None:
         (["nothing.txt"], "can't read 'nothing.txt': No such file"),
         (["."], "can't read '.'"),
         (["prompts.doc"], "'prompts.doc' is neither .txt nor .jsonl nor .csv: say which with --as"),
-        (["empty.txt"], "there is nothing to draw in empty.txt"),
+        (["empty.txt"], "empty.txt has no prompts"),
         (["prompts.txt", "--width", "10"], "width must be at least 64"),
         (["prompts.txt", "--budget", "much"], "budget must be an amount of US dollars"),
         (["prompts.txt", "--max-in-flight", "0"], "max_in_flight must be an integer of at least 1"),
         (["prompts.txt", "--extra", "x"], "extra must look like name=value"),
-        (["prompts.txt", "--out", "empty.txt"], "can't make the folder 'empty.txt'"),
+        (["prompts.txt", "--out", "empty.txt"], "'empty.txt' is no folder"),
         (["prompts.txt", "--key-file", "empty.txt"], "the key file 'empty.txt' is empty"),
         (["prompts.txt", "--key-file", "nothing.txt"], "can't read the key file 'nothing.txt'"),
     ],
@@ -299,8 +299,8 @@ def test_a_dry_run_knows_what_is_done(flux2max: Command, service: Service) -> No
     fates = {row["params"]["prompt"]: row["fate"] for row in map(json.loads, retrying.out.splitlines())}
 
     assert run.err == (
-        "dry run: 3 pictures: 1 done already, 1 failed earlier (--retry-failed pays again), 1 to be submitted, "
-        "for about $0.10; the budget leaves $0.05\n"
+        "dry run: 3 pictures: 1 done already, 1 failed earlier (--retry-failed tries again), 1 to be submitted, "
+        "for about $0.10; the budget leaves $0.05, which isn't enough for all\n"
     )
     assert run.out.startswith("an-owl-")
     assert fates == {"a cat": "done", "a dog [fail]": "again", "an owl": "new"}
@@ -318,10 +318,10 @@ def test_failures_are_grouped(flux2max: Command, service: Service) -> None:
 
     assert run.code == 1
     assert len(groups) == 2
-    assert re.fullmatch(r"3 failed: the model gave up, as a-fail-\w{8} \(a \[fail\]\)", groups[0])
-    assert re.fullmatch(r"1 failed: Request Moderated, as b-moderate-\w{8} \(b \[moderate\]\)", groups[1])
+    assert re.fullmatch(r"3 failed: the model gave up, e.g. a-fail-\w{8} \(a \[fail\]\)", groups[0])
+    assert re.fullmatch(r"1 failed: Request Moderated, e.g. b-moderate-\w{8} \(b \[moderate\]\)", groups[1])
     assert run.err.splitlines()[-1] == (
-        "to pay again for the 4 that failed: flux2max batch prompts.txt --width 64 --height 64 --retry-failed"
+        "to submit the 4 failed again: flux2max batch prompts.txt --width 64 --height 64 --retry-failed"
     )
     assert again.code == 1
     assert gateway.accepted == {"a [fail]": 2, "b [moderate]": 2, "c [fail]": 2, "d": 1, "e [fail]": 2}
@@ -352,14 +352,21 @@ def test_a_budget_that_stops_it(flux2max: Command, service: Service) -> None:
 def test_a_budget_however_given(
     flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
-    """Wherever the budget stands, the command to go on overrules it."""
+    """Wherever the budget stands, the command to go on overrules it; what stood in the environment is written out."""
     service()
-    if given.startswith("FLUX"):
-        monkeypatch.setenv(given, "0.07")
-    arguments = [given] if given.startswith("--") else []
-    run = flux2max("batch", write("a cat", "a dog"), *SMALL, *arguments)
+    from_environment = given.startswith("FLUX")
+    with monkeypatch.context() as patch:
+        if from_environment:
+            patch.setenv(given, "0.07")
+            patch.setenv("FLUX2MAX_WIDTH", "64")
+        arguments = ["--height", "64"] if from_environment else [*SMALL, given]
+        run = flux2max("batch", write("a cat", "a dog"), *arguments)
 
-    assert advised(run) == ["batch", "prompts.txt", *SMALL, "--budget", "0.14"]
+    assert advised(run) == (
+        ["batch", "--width", "64", "prompts.txt", "--height", "64", "--budget", "0.14"]
+        if from_environment
+        else ["batch", "prompts.txt", *SMALL, "--budget", "0.14"]
+    )
     assert flux2max(*advised(run)).code == 0
 
 
@@ -379,7 +386,7 @@ def test_what_dooms_all_the_rest(flux2max: Command, service: Service, options: d
     assert run.code == 1
     assert f"flux2max: {said}" in run.err
     assert KEY not in run.out + run.err
-    assert run.err.splitlines()[-1].startswith("to go on: flux2max batch prompts.txt ")
+    assert re.match(r"to go on, (once .*|with another key): flux2max batch prompts.txt ", run.err.splitlines()[-1])
     assert told["completed"] == gateway.accepted.total() == len(pictures())
     assert told["waiting"] + told["refused"] == 8 - told["completed"]
     assert told["waiting"] >= 5
@@ -507,17 +514,17 @@ def test_advice_is_the_command_itself(flux2max: Command, service: Service) -> No
 
 
 def test_whoever_goes_on_pays_for_nothing_again(flux2max: Command, service: Service) -> None:
-    """The command to go on doesn't consent again to what was paid again already, and says what it does."""
+    """What is to be submitted again comes last, and the command to go on doesn't consent to it once more."""
     gateway = service(max_in_flight=1)
     sheet = write("a [fail]", "b", "c", "d")
     flux2max("batch", sheet, *SMALL, "--budget", "0.07", "--max-in-flight", "1")
     run = flux2max("batch", sheet, *SMALL, "--budget", "0.14", "--max-in-flight", "1", "--retry-failed")
     again = flux2max(*advised(run))
 
-    assert "1 failed and to be paid for again" in run.err
+    assert "1 failed, to be submitted again" in run.err
     assert "--retry-failed" not in advised(run)
     assert again.code == 1
-    assert gateway.accepted == {"a [fail]": 2, "b": 1, "c": 1, "d": 1}
+    assert gateway.accepted == {"a [fail]": 1, "b": 1, "c": 1, "d": 1}
 
 
 def test_advice_suffices(flux2max: Command, service: Service) -> None:
@@ -581,7 +588,7 @@ def test_a_journal_that_is_gone(
 
     assert (refused.code, asked.code, agreed.code, paid) == (2, 1, 0, 1)
     assert "journal.db is gone, and 1 picture that results.jsonl knows would be paid again" in refused.err
-    assert "nobody can be asked" in refused.err
+    assert "nobody can be asked, so nothing was sent: add --yes" in refused.err
 
 
 def test_a_wrong_key_is_no_fault_of_the_lines(flux2max: Command, service: Service) -> None:
@@ -607,14 +614,17 @@ def test_what_others_left_half_written(flux2max: Command, service: Service) -> N
     """What a killed process has left of a page is removed, once nobody can be writing it."""
     service()
     Path("flux2max-prompts/thumbs").mkdir(parents=True)
-    parts = [Path("flux2max-prompts", name) for name in (".flux2max-old", "thumbs/.flux2max-old", ".flux2max-new")]
+    old, new = f".flux2max-{'0' * 16}.part", f".flux2max-{'1' * 16}.part"
+    names = (old, f"thumbs/{old}", new, ".flux2max-key", "notes/.flux2max-0123456789abcdef.part")
+    parts = [Path("flux2max-prompts", name) for name in names]
     for part in parts:
+        part.parent.mkdir(exist_ok=True)
         part.touch()
-        if "old" in part.name:
+        if part.name != new:
             os.utime(part, (1.0, 1.0))
     flux2max("batch", write("a cat"), *SMALL)
 
-    assert [part.exists() for part in parts] == [False, False, True]
+    assert [part.exists() for part in parts] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("out", ["x" * 300, "file/pictures"])
@@ -639,7 +649,7 @@ def test_a_folder_of_no_batch(flux2max: Command, command: str) -> None:
     run = flux2max(command, "empty")
 
     assert (run.code, run.out) == (2, "")
-    assert run.err == "flux2max: there is no journal.db in 'empty': it is no batch's folder\n"
+    assert run.err == "flux2max: there is no journal.db in 'empty': it is not the folder of a batch\n"
 
 
 def test_the_journal_told(flux2max: Command, service: Service) -> None:
@@ -705,10 +715,21 @@ def test_a_batch_lives_on_a_terminal(on_terminal: Command, service: Service) -> 
         for line in lines
     )
     assert any(line.startswith("submit not accepted") for line in lines)
-    assert any(line.startswith("failed picture-3-fail-") and line.endswith("…") for line in lines)
+    assert any(re.fullmatch(r"failed picture-3-fail-[a-z-]+…: the model gave up", line) for line in lines)
     assert all(len(line) <= 80 for line in lines)
     assert run.out.count("\x1b[?25l") == run.out.count("\x1b[?25h") == 1
     assert "\x1b[2J" not in run.out
+
+
+def test_outcomes_as_json_on_a_terminal(on_terminal: Command, service: Service) -> None:
+    """Outcomes and the board share a terminal: each outcome stands above the board, whole."""
+    service(seconds=0.5)
+    run = on_terminal("batch", write("a cat", "a dog"), *SMALL, "--json", "--yes")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", "", run.out)
+
+    assert run.code == 0
+    for name in ("a cat", "a dog"):
+        assert re.search(rf'{{"key": "{name.replace(" ", "-")}-\w{{8}}", "prompt": "{name}".*?"height": 64}}}}', shown)
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, on_terminal: Command, *keys: str) -> Callable[..., Run]:
@@ -739,6 +760,66 @@ def test_money_is_asked_for(
     assert "1 picture: 1 to be submitted, for about $0.07" in run.out
     assert "Go on? [y/N]:" in run.out
     assert (run.code, gateway.calls["submit"]) == (code, paid)
+
+
+def test_a_file_on_the_keyboards_place_needs_a_yes(
+    on_terminal: Command, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody sees what it will cost, and can't answer, since the file comes in where the answer would: --yes is needed."""
+    gateway = service()
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as sheet:
+        sheet.write("a cat\n")
+    with os.fdopen(reading) as source, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", source)
+        run = on_terminal("batch", "-", *SMALL)
+
+    assert run.code == 2
+    assert "nobody can be asked" in run.out
+    assert not gateway.calls
+
+
+def test_standard_input_in_doubt(flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be a table or prompts is neither before somebody says."""
+    gateway = service()
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as sheet:
+        sheet.write("prompt,style\na cat,oil\n")
+    with os.fdopen(reading) as source, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", source)
+        run = flux2max("batch", "-")
+
+    assert (run.code, run.err) == (2, "flux2max: standard input may be prompts or a table: say which with --as\n")
+    assert not gateway.calls
+
+
+def test_no_connection(flux2max: Command, service: Service, free_tcp_port: int) -> None:
+    """A service that isn't there is told with its reason, and the same command goes on."""
+    service()
+    run = flux2max("batch", write("a cat"), "--base-url", f"http://127.0.0.1:{free_tcp_port}", "--deadline", "1")
+
+    assert run.code == 1
+    assert "1 refused: no connection" in run.out
+    assert states() == {"a cat": "refused"}
+
+
+def test_results_that_others_have_written(flux2max: Command, service: Service) -> None:
+    """Whatever stands in results.jsonl, a batch runs; what it knows of paid tasks outlives the journal."""
+    service()
+    Path("flux2max-prompts").mkdir()
+    known = {"key": "old", "prompt": "an owl", "task_id": "t9", "state": "submitted", "cost": "0.07", "seconds": None}
+    odd: list[dict[str, Any]] = [
+        {"key": [1], "task_id": "x"},
+        {**known, "polls": None, "files": [], "error": None, "params": {}},
+    ]
+    odd.append({**odd[1], "key": "odd", "cost": "much"})
+    text = "".join(f"{json.dumps(line)}\n" for line in odd) + "[" * 100_000 + "\n"
+    Path("flux2max-prompts/results.jsonl").write_text(text, encoding="utf-8")
+    run = flux2max("batch", write("a cat"), *SMALL)
+
+    assert run.code == 0
+    assert results()["an owl"]["task_id"] == "t9"
+    assert len(results()) == 2
 
 
 def test_what_costs_nothing_is_not_asked(

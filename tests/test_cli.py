@@ -577,5 +577,6 @@ def test_ctrl_c_names_the_task(service: Callable[..., Emulator], tmp_path: Path)
     assert run == Run(
         130,
         "",
-        f"flux2max: session closed; unfinished tasks: {task_id}\nflux2max: stopped\n",
+        f"flux2max: session closed; unfinished tasks: {task_id}\n"
+        "flux2max: stopped: what is unfinished goes on; flux2max fetch TASK_ID saves it\n",
     )

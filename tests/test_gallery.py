@@ -77,16 +77,6 @@ def test_small_copies_can_wait(tmp_path: Path) -> None:
     assert not (tmp_path / "thumbs").exists()
 
 
-def test_what_is_there_is_not_running() -> None:
-    """A request that is a task again isn't shown as running while its picture is there."""
-    waiting, done = Row("a", "a"), Row("b", "b", state="completed", files=["b.png"])
-    for row in (waiting, done):
-        row.runs_as("t1")
-
-    assert (waiting.state, waiting.task_id) == ("submitted", "t1")
-    assert (done.state, done.task_id) == ("completed", None)
-
-
 def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
     """A picture that is damaged, or gone, is shown as it is, and keeps no other from being shown."""
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")

@@ -127,14 +127,22 @@ def test_what_spreadsheets_write_before_the_table(head: str) -> None:
         ('\ufeff{"prompt": "a cat"}', "jsonl"),
         ("\n  {", "jsonl"),
         ("\ufeffPrompt; seed\na cat; 1", "csv"),
+        ('"prompt","seed"\n"a cat",5', "csv"),
+        ("sep=;\nprompt;seed\n", "csv"),
+        ("sep=\t\nprompt\tseed\n", "csv"),
         ("prompt,seed", "csv"),
         ("prompt\na cat", "txt"),
-        ("seed, prompt and harvest", "txt"),
+        ('"a cat" on a mat', "txt"),
+        ("a cat, a dog", "txt"),
         ("", "txt"),
+        ("seed, prompt and harvest", None),
+        ("prompt,seed,style\na cat,5,oil", None),
+        ('[\n{"prompt": "a cat"}\n]', None),
+        ("sep=;\na cat", None),
     ],
 )
-def test_what_standard_input_holds(text: str, form: str) -> None:
-    """A brace begins objects, several fields in the first line a table, and all else is a prompt."""
+def test_what_standard_input_holds(text: str, form: str | None) -> None:
+    """A brace begins objects, several fields in the first line a table, and all else is a prompt, or in doubt."""
     assert guessed_form(text.encode()) == form
 
 
@@ -175,11 +183,12 @@ def test_a_data_uri_in_a_cell() -> None:
 @pytest.mark.parametrize(
     ("form", "text", "number", "field", "reason"),
     [
-        ("jsonl", "a cat", 1, "line", "no JSON"),
-        ("jsonl", "[" * 100_000, 1, "line", "no JSON"),
-        ("jsonl", '"a cat"', 1, "line", "must be an object"),
-        ("jsonl", "[1]", 1, "line", "must be an object"),
+        ("jsonl", "a cat", 1, "line", "not valid JSON"),
+        ("jsonl", "[" * 100_000, 1, "line", "not valid JSON"),
+        ("jsonl", '"a cat"', 1, "line", "not an object"),
+        ("jsonl", "[1]", 1, "line", "not an object"),
         ("jsonl", '{"seed": 7}', 1, "prompt", "missing"),
+        ("jsonl", '{"prompt": "a", "seed": 1, "seed": 2}', 1, "line", "a name stands in it twice"),
         ("jsonl", '{"prompt": 7}', 1, "prompt", "must be text"),
         ("jsonl", '{"prompt": " "}', 1, "prompt", "blank"),
         ("jsonl", '{"promt": "a cat"}', 1, "promt", "did you mean prompt?"),
@@ -197,7 +206,7 @@ def test_a_data_uri_in_a_cell() -> None:
         ("csv", "prompt,promt\na cat,a dog\n", 1, "promt", "did you mean prompt?"),
         ("csv", "prompt,seed,seed\na cat,1,2\n", 1, "seed", "twice"),
         ("csv", "prompt\na cat,a dog\n", 2, "line", "2 cells, but the first one names 1"),
-        ("csv", 'prompt\n"a cat" and more\na dog\n', 2, "line", "no CSV"),
+        ("csv", 'prompt\n"a cat" and more\na dog\n', 2, "line", "not valid CSV"),
         ("csv", "prompt,extra\na cat,{\n", 2, "extra", "must be JSON"),
         ("csv", "prompt,output_format\na cat,gif\n", 2, "output_format", "'jpeg' or 'png'"),
         ("csv", "prompt,seed\na cat,1_000\n", 2, "seed", "must be an integer"),
@@ -207,7 +216,7 @@ def test_a_data_uri_in_a_cell() -> None:
         ("jsonl", '{"prompt": "a cat", "extra": {"a": ["\\u0000"]}}', 1, "extra", "a NUL"),
         ("jsonl", b'{"prompt": "a cat", "extra": {"\xe9": 1}}', 1, "extra", "not UTF-8"),
         ("jsonl", nested(500), 1, "extra", "nested"),
-        ("jsonl", nested(5000), 1, "line", "nested|no JSON"),
+        ("jsonl", nested(5000), 1, "line", "nested|not valid JSON"),
         ("jsonl", '{"prompt": "a cat", "input_images": ["~nobody-here/cat.png"]}', 1, "input_images", "can't find"),
     ],
 )
@@ -296,6 +305,7 @@ def test_extra_options(extra: list[str], values: dict[str, Any]) -> None:
         (["seed=1"], {}, "extra"),
         ([], {"width": 10}, "width"),
         ([], {"input_images": ["http://"]}, "input_images"),
+        ([], {"input_images": ["nowhere.png"]}, "input_images"),
         ([], {"webhook_url": "ftp://x"}, "webhook_url"),
     ],
 )

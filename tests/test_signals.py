@@ -107,7 +107,7 @@ def test_the_first_signal_waits_for_what_is_in_flight(
     run = batch(sheet_of(6), *SMALL, "--max-in-flight", "3")
     until(lambda: len(gateway.tasks) == 3)
     run.process.send_signal(number)
-    said = run.wait_for(r"no more is submitted; waiting for (\d) pictures in flight")
+    said = run.wait_for(r"nothing more is submitted; waiting for (\d) pictures in flight")
     code = run.end()
     stopped = states()
     more = flux2max("batch", "prompts.txt", *SMALL)
@@ -126,7 +126,7 @@ def test_the_second_signal_leaves_at_once(batch: Callable[..., Batch], flux2max:
     run = batch(sheet_of(4), *SMALL, "--max-in-flight", "3")
     plain = run.wait_for(r"^0 done, 0 failed, 3 in flight, 1 waiting; \$0\.00 spent, \d+\.\d polls a task$")
     run.process.send_signal(signal.SIGINT)
-    run.wait_for("no more is submitted")
+    run.wait_for("nothing more is submitted")
     again = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
     code = run.end()
@@ -156,7 +156,7 @@ def test_a_signal_before_anything_is_in_flight(batch: Callable[..., Batch], serv
     until(lambda: gateway.calls["submit"])
     time.sleep(0.3)  # a refusal is a pause of a second at least
     run.process.send_signal(signal.SIGINT)
-    run.wait_for("no more is submitted; nothing is in flight")
+    run.wait_for("nothing more is submitted; nothing is in flight")
 
     assert run.end() == 128 + signal.SIGINT
     assert states()["completed"] == 0
@@ -197,9 +197,49 @@ def test_a_reader_who_does_not_read(batch: Callable[..., Batch], service: Servic
     code = run.end()
 
     assert busy
-    assert code == 0
+    assert code == 128 + signal.SIGINT  # not all was delivered
     assert states() == {"completed": 40}
     assert run.said[-1].startswith("40 of 40 pictures in ")
+
+
+def test_a_reader_of_both_who_does_not_read(service: Service) -> None:
+    """Where outcomes and all else go down one pipe that is full, polls and signals go on, too."""
+    service(seconds=0.1)
+    extra = "x" * 3000
+    Path("prompts.txt").write_text("".join(f"{number} {extra}\n" for number in range(40)), encoding="utf-8")
+    command = [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", "prompts.txt", *SMALL, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until(lambda: Path("flux2max-prompts/results.jsonl").exists() and states()["completed"] == 40)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    with process:
+        code = process.wait(timeout=20)
+
+    assert code == 128 + signal.SIGTERM
+    assert states() == {"completed": 40}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals aren't closed like this")
+def test_a_terminal_that_is_closed(service: Service) -> None:
+    """A terminal that goes away is a signal to stop, and what is in flight is saved."""
+    pty = pytest.importorskip("pty", reason="there are no pseudo terminals here")
+    gateway = service(seconds=1.5)
+    command = [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", sheet_of(20), *SMALL, "--yes"]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--max-in-flight", "2"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    until(lambda: len(gateway.tasks) == 2)
+    process.send_signal(signal.SIGHUP)
+    os.close(master)
+    code = process.wait(timeout=30)
+    paid = gateway.accepted.total()
+
+    assert code == 128 + signal.SIGHUP
+    assert 2 <= paid < 6
+    assert states() == {"completed": paid, "waiting": 20 - paid}
 
 
 @pytest.mark.parametrize("arguments", [("--dry-run",), ("--dry-run", "--json"), ("--json",), ()])
@@ -284,6 +324,28 @@ def test_the_page_is_there_while_it_runs(batch: Callable[..., Batch], service: S
     assert all(page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n") for page in pages)
     assert sum("data-running" not in page for page in pages) == 1
     assert results == {8}
+
+
+def test_two_batches_in_one_folder(batch: Callable[..., Batch], flux2max: Command, service: Service) -> None:
+    """Each follows its own lines and pays again for nothing of the other's; both show all that the journal knows."""
+    gateway = service(seconds=6.0)
+    Path("a.txt").write_text("a dog [fail]\na cat\n", encoding="utf-8")
+    Path("b.txt").write_text("an owl\n", encoding="utf-8")
+    first = batch("a.txt", *SMALL, "--out", "both")
+    until(lambda: len(gateway.tasks) == 2)
+    second = flux2max("batch", "b.txt", *SMALL, "--out", "both", "--retry-failed", "--deadline", "60")
+    rows = [json.loads(line) for line in Path("both/results.jsonl").read_text(encoding="utf-8").splitlines()]
+    code = first.end()
+    after = [json.loads(line) for line in Path("both/results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    assert second.code == 0
+    assert second.err.startswith("1 picture: 1 to be submitted")
+    assert {row["prompt"] for row in rows} == {"an owl", "a dog [fail]", "a cat"}
+    assert code == 1
+    assert {row["prompt"]: row["state"] for row in after} == {
+        "a dog [fail]": "failed", "a cat": "completed", "an owl": "completed",
+    }  # fmt: skip
+    assert set(gateway.accepted.values()) == {1}
 
 
 PROMPTS = 500

@@ -3,16 +3,18 @@
 What is asked for goes to stdout, and what is said about it to stderr.
 """
 
-from decimal import Decimal
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer.core import TyperOption
 
 import flux2max_async as flux
 from flux2max_async.cli import _options as options
 
 if TYPE_CHECKING:
+    from flux2max_async.cli._report import Command
     from flux2max_async.cli._settings import Access
 
 _FORMATS: dict[str, Literal["jpeg", "png"]] = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
@@ -43,8 +45,8 @@ def flux2max(
 ) -> None:
     """Generate pictures with FLUX.2 [max].
 
-    The key is read from the variable FLUX2MAX_API_KEY, or asked for. Options have variables, too: --max-in-flight is
-    FLUX2MAX_MAX_IN_FLIGHT. All of them can stand in a file .env in the working folder.
+    The key is read from the variable FLUX2MAX_API_KEY, from --key-file, or asked for. Options have variables, too:
+    --max-in-flight is FLUX2MAX_MAX_IN_FLIGHT. A file .env in the working folder can hold them all.
     """
     if Path(".env").exists():
         from flux2max_async.cli._settings import read_dotenv
@@ -59,10 +61,32 @@ def flux2max(
         }
 
 
+def _typed(context: typer.Context) -> "Command":
+    """Give the command as it was typed, with what stood in the environment written out."""
+    import sys
+
+    from flux2max_async.cli._report import Command
+
+    given = [option for option in context.command.params if isinstance(option, TyperOption)]
+    spelled: list[str] = []
+    for option in given:
+        source = context.get_parameter_source(str(option.name))
+        # Whose account it is may be said there, too: both are needed to go on, and one can't be written out.
+        if source is not None and source.name == "ENVIRONMENT" and option.name != "base_url":
+            spelled += [option.opts[0], os.environ[str(option.envvar)]]
+    valued = [name for option in given if not option.is_flag for name in option.opts]
+    name, *rest = sys.argv[1:]
+    return Command([name, *spelled, *rest], valued)
+
+
 def _access(context: typer.Context, key_file: Path | None, base_url: str | None) -> "Access":
     from flux2max_async.cli._settings import Access
 
     return Access(context.obj or {}, base_url, key_file)
+
+
+def _unfinished() -> str:
+    return "what is unfinished goes on; flux2max fetch TASK_ID saves it"
 
 
 # ---------------------------------------------------------------------- one picture
@@ -98,7 +122,7 @@ def generate(
     from flux2max_async.cli._sheet import picture
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
-    with errors_as_lines(), log_to(Complaints(logging.WARNING)):
+    with errors_as_lines(_unfinished), log_to(Complaints(logging.WARNING)):
         request = flux.GenerationRequest(
             prompt,
             input_images=[picture(source, Path()) for source in image or ()],
@@ -172,19 +196,19 @@ def batch(
     *,
     out: Annotated[
         Path | None,
-        options.option("--out", metavar="DIR", text="Where all goes. Default: flux2max-<FILE's name>.", variable="OUT"),
+        options.option("--out", metavar="DIR", text="Output folder. Default: flux2max-<FILE's name>.", variable="OUT"),
     ] = None,
     form: Annotated[
         Literal["txt", "jsonl", "csv"] | None,
-        typer.Option("--as", metavar="txt|jsonl|csv", help="What FILE is, where its ending doesn't tell."),
+        typer.Option("--as", metavar="txt|jsonl|csv", help="What FILE is, if its ending doesn't tell."),
     ] = None,
     repeat: Annotated[
         int,
         options.option(
-            "--repeat", metavar="N", min=1, text="Pictures of each line; counts seeds up.", variable="REPEAT"
+            "--repeat", metavar="N", min=1, text="Pictures per line, with consecutive seeds.", variable="REPEAT"
         ),
     ] = 1,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For lines without one.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt for lines that have none.")] = None,
     image: options.Images = None,
     width: options.Width = None,
     height: options.Height = None,
@@ -196,31 +220,31 @@ def batch(
         options.option("--webhook-url", metavar="URL", text="Where finished tasks are posted.", variable="WEBHOOK_URL"),
     ] = None,
     extra: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter that this version doesn't know.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter of the service.")
     ] = None,
     max_in_flight: Annotated[
         int, options.option("--max-in-flight", metavar="N", text="Tasks running at once.", variable="MAX_IN_FLIGHT")
     ] = 24,
     budget: Annotated[
         str | None,
-        options.option("--budget", metavar="DOLLARS", text="All runs together spend no more.", variable="BUDGET"),
+        options.option("--budget", metavar="DOLLARS", text="Limit for all runs together.", variable="BUDGET"),
     ] = None,
     price_guess: Annotated[
         str | None,
         options.option(
-            "--price-guess", metavar="DOLLARS", text="Of a picture, until one is paid.", variable="PRICE_GUESS"
+            "--price-guess", metavar="DOLLARS", text="Assumed for a picture until one is paid.", variable="PRICE_GUESS"
         ),
     ] = None,
     deadline: options.Deadline = 600.0,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Pay again for what has failed.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit again what has failed.")] = False,
     resubmit_uncertain: Annotated[
-        bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already: it may be paid twice.")
+        bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already (may be paid twice).")
     ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without the lines that are no requests.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out the lines that are bad.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Spend without being asked first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")] = False,
     as_json: options.AsJson = False,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
@@ -234,8 +258,6 @@ def batch(
     DIR holds the pictures, index.html to look at them, results.jsonl, and journal.db: with it, the same command again
     pays for nothing twice. Ctrl-C stops submitting and waits for what is running; twice leaves at once.
     """
-    import sys
-
     from flux2max_async._books import Terms
     from flux2max_async._settings import checked_dollars
     from flux2max_async.cli._batch import Batch, do
@@ -274,7 +296,7 @@ def batch(
                 dry_run=dry_run,
                 yes=yes,
                 as_json=as_json,
-                arguments=sys.argv[1:],
+                command=_typed(context),
             )
         )
     raise typer.Exit(code)
@@ -331,35 +353,45 @@ def demo(
 @app.command(epilog="Example: flux2max emulate --port 8765 --fault server_error=0.1")
 def emulate(
     *,
-    port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen; 0 takes any free port.")] = 8765,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Where to listen; 0 takes any free port.")
+    ] = 8765,
     seconds: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long most tasks take.")] = 8.0,
-    spread: Annotated[float, typer.Option(min=0.0, metavar="SHARE", help="How much durations differ.")] = 0.3,
+    spread: Annotated[
+        float, typer.Option(min=0.0, metavar="SHARE", help="Spread of their durations; 0: all alike.")
+    ] = 0.3,
     failing: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="How many tasks fail, from 0 to 1.")
     ] = 0.0,
     fault: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SHARE", help="How many submits and polls meet a fault, as server_error."),
+        typer.Option(metavar="NAME=SHARE", help="Share of calls that meet it, as server_error=0.1."),
     ] = None,
     balance: Annotated[
-        Decimal | None, typer.Option(metavar="DOLLARS", parser=Decimal, help="What is in the account; else plenty.")
+        str | None, typer.Option(metavar="DOLLARS", help="Money in the account; by default, plenty.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes it all the same in each run.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes runs repeatable.")] = None,
 ) -> None:
     """Serve an emulated gateway on 127.0.0.1.
 
-    It is there to try things out without a key and without a bill. What it prints can be written into the file .env of
-    another folder, and flux2max be used there.
+    It is there to try things out without a bill. Put the two lines that it prints into a file .env in another folder,
+    and run flux2max there.
     """
+    from flux2max_async._settings import checked_dollars
     from flux2max_async.cli._emulate import faults_of
     from flux2max_async.cli._terminal import errors_as_lines
     from flux2max_async.emulator import Emulator
     from flux2max_async.emulator.__main__ import serve
 
     with errors_as_lines():
-        faults = faults_of(fault or ())
-        serve(
-            Emulator(
-                port=port, seconds=seconds, spread=spread, failing=failing, faults=faults, balance=balance, seed=seed
-            )
+        gateway = Emulator(
+            port=port,
+            seconds=seconds,
+            spread=spread,
+            failing=failing,
+            faults=faults_of(fault or ()),
+            balance=checked_dollars("balance", balance),
+            seed=seed,
+            api_key="emulated",  # the same each time, for who has written it down
         )
+        serve(gateway)

@@ -18,7 +18,7 @@ from flux2max_async.cli._folder import Folder
 from flux2max_async.cli._formats import READERS, guessed_form
 from flux2max_async.cli._gallery import Gallery, write_all
 from flux2max_async.cli._plan import Plan, checked_against, left_behind, plan, rounded
-from flux2max_async.cli._report import advice, kind_of, summary
+from flux2max_async.cli._report import Command, advice, kind_of, summary
 from flux2max_async.cli._run import Job, Report, run
 from flux2max_async.cli._settings import Access
 from flux2max_async.cli._sheet import Line, Sheet, read_sheet
@@ -46,8 +46,8 @@ class Batch:
     dry_run: bool
     yes: bool
     as_json: bool
-    arguments: Sequence[str]
-    """Those of the command, whose name comes first."""
+    command: Command
+    """The one that was typed."""
 
 
 def do(batch: Batch) -> int:
@@ -66,19 +66,17 @@ def do(batch: Batch) -> int:
     if sheet.bad and not batch.skip_bad:
         count = len({bad.number for bad in sheet.bad})
         those = "a line is" if count == 1 else f"{count} lines are"
-        complain(f"{those} bad, so nothing was sent; --skip-bad goes on without what is bad")
+        complain(f"{those} bad, so nothing was sent; --skip-bad leaves them out")
         return 2
     if not sheet.lines:
-        complain(f"there is nothing to draw in {batch.file}")
+        complain(f"{batch.file} has no prompts")
         return 2
     earlier, lost = left_behind(sheet.lines, entries)
     lines = [*sheet.lines, *earlier]
     todo = plan(lines, entries, batch.terms, batch.price_guess)
-    if batch.dry_run:
-        _show(todo, batch)
-        return 0
     schedule = flux.LearnedSchedule()
     session = batch.access.session(
+        needs_key=not batch.dry_run,
         max_in_flight=batch.max_in_flight,
         deadline=batch.deadline,
         budget=batch.budget,
@@ -86,13 +84,16 @@ def do(batch: Batch) -> int:
         schedule=schedule,
         journal=flux.SqliteJournal(folder.database),
     )
+    if batch.dry_run:
+        _show(todo, batch)
+        return 0
     tell(todo.told(batch.budget))
     if earlier:
         tell(f"{len(earlier)} of them no longer in {batch.file}, but paid for")
     for entry in lost:
-        complain(f"paid for and not in {batch.file}: {entry.key}; to have it: flux2max fetch {entry.task_id}")
-    if not _is_agreed(batch, todo, folder):
-        return 2
+        complain(f"submitted and no longer in {batch.file}: {entry.key}; to have it: flux2max fetch {entry.task_id}")
+    if (refusal := _refusal(batch, todo, folder)) is not None:
+        return refusal
     folder.make()
     folder.gather(lines, entries)
     report = asyncio.run(
@@ -104,12 +105,11 @@ def do(batch: Batch) -> int:
                 schedule=schedule,
                 places=batch.max_in_flight,
                 budget=batch.budget,
-                terms=batch.terms,
                 as_json=batch.as_json,
             )
         )
     )
-    code = asyncio.run(_conclude(batch, folder, lines, report))
+    code = _conclude(batch, folder, sheet.lines, lines, report)
     if report.stuck:
         os._exit(code)
     return code
@@ -126,9 +126,12 @@ def _read(batch: Batch) -> Sheet:
         data = sys.stdin.buffer.read() if batch.file == _STANDARD_INPUT else path.read_bytes()
     except OSError as error:
         raise flux.ConfigurationError(f"can't read {batch.file!r}: {error.strerror}") from error
-    form = batch.form or (
-        guessed_form(data) if batch.file == _STANDARD_INPUT else path.suffix.lower().removeprefix(".")
-    )
+    form = batch.form
+    if form is None and batch.file == _STANDARD_INPUT:
+        form = guessed_form(data)
+        if form is None:
+            raise flux.ConfigurationError("standard input may be prompts or a table: say which with --as")
+    form = form or path.suffix.lower().removeprefix(".")
     if form not in READERS:
         raise flux.ConfigurationError(f"{batch.file!r} is neither .txt nor .jsonl nor .csv: say which with --as")
     folder = Path() if batch.file == _STANDARD_INPUT else path.parent
@@ -156,48 +159,54 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
-def _is_agreed(batch: Batch, todo: Plan, folder: Folder) -> bool:
-    """Ask before money is spent, where somebody sits at a terminal.
-
-    Raises:
-        Exit: Somebody has said no.
-    """
+def _refusal(batch: Batch, todo: Plan, folder: Folder) -> int | None:
+    """Ask before money is spent, where somebody sits at a terminal; gives the exit code where nobody agrees."""
     if batch.yes or not todo.prices:
-        return True
+        return None
     paid = folder.paid_without_journal(todo.lines)
     if paid:
-        complain(
-            f"{folder.database} is gone, and {pictures(paid)} that {folder.results.name} knows would be paid again"
-        )
+        known = f"{pictures(paid)} that {folder.results.name} knows"
+        complain(f"{folder.database} is gone, and {known} would be paid again")
     if somebody_can_be_asked():
-        if not typer.confirm("Go on?", err=True):
-            raise typer.Exit(1)
-        return True
+        if typer.confirm("Go on?", err=True):
+            return None
+        complain("nothing was sent")
+        return 1
     if paid or sys.stderr.isatty():
-        complain("nobody can be asked, so nothing was sent: --yes agrees to it")
-        return False
-    return True
+        complain("nobody can be asked, so nothing was sent: add --yes to go ahead")
+        return 2
+    return None
 
 
-async def _conclude(batch: Batch, folder: Folder, lines: Sequence[Line], report: Report) -> int:
-    """Write down and say what it has come to; gives the exit code."""
+def _conclude(batch: Batch, folder: Folder, asked: Sequence[Line], lines: Sequence[Line], report: Report) -> int:
+    """Write down and say what it has come to; gives the exit code.
+
+    Args:
+        batch: What was asked for.
+        folder: Where it is.
+        asked: What stands in the sheet.
+        lines: That, and what an earlier run has left.
+        report: What the run has come to.
+    """
     # The journal has the last word: it knows what other processes have done, too.
-    entries = await folder.entries()
+    entries = asyncio.run(folder.entries())
     folder.gather(lines, entries)
-    trouble = await write_all(folder, Gallery(folder.path, hurry=len(report.signals) > 1), running=False)
-    rows = [folder.rows[item.key] for item in lines]
-    rest = plan(lines, entries, Terms(), batch.price_guess)
+    gallery = Gallery(folder.path, hurry=len(report.signals) > 1)
+    trouble = write_all(folder, list(folder.rows.values()), gallery, running=False)
+    rows = [folder.rows[item.key] for item in asked]
+    rest = plan(asked, entries, Terms(), batch.price_guess)
     Screen(sys.stderr if batch.as_json else sys.stdout).show(*summary(rows, report, rest.spent))
     if trouble is not None:
         complain(trouble)
     if report.stopped is not None:
         complain(f"stopped: {report.stopped}")
     done = sum(kind_of(row) == "done" for row in rows)
-    tell(f"{done} of {pictures(len(rows))} in {folder.path}; to look at them: {folder.path / 'index.html'}")
-    if (todo := advice(batch.arguments, rows, report, rest, batch.budget)) is not None:
+    page = "" if trouble else f"; to look at them: {gallery.path}"
+    tell(f"{done} of {pictures(len(rows))} in {folder.path}{page}")
+    if (todo := advice(batch.command, rows, report, rest, batch.budget)) is not None:
         why, command = todo
         same = " (with the same standard input)" if batch.file == _STANDARD_INPUT else ""
         tell_exactly(f"{why}{same}: {command}")
-    if done == len(rows) and trouble is None and not report.unheard:
+    if done == len(rows) and trouble is None and not report.unheard and not report.stuck:
         return 0
     return 128 + report.signals[0] if report.signals else 1

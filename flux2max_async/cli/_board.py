@@ -19,6 +19,8 @@ from flux2max_async.cli._terminal import line
 
 _FAILURES = 3
 """The newest failures that are shown."""
+_NAME = 36
+"""Characters of a name that are shown beside the reason."""
 _RECENT = 50
 """The newest ends of which the rate is that of the whole."""
 _DECILES = range(5, 100, 10)
@@ -67,7 +69,8 @@ class Board:
             self.done += 1
         else:
             self.failed += 1
-            self._failures.append(f"{name}: {line(trouble)}")
+            if not outcome.replayed:
+                self._failures.append(f"{name if len(name) <= _NAME else name[: _NAME - 1] + '…'}: {line(trouble)}")
 
     @property
     def seconds(self) -> float:

@@ -1,5 +1,6 @@
 """The folder of a batch: its pictures, its journal, and a row for each request, told by `results.jsonl`."""
 
+import contextlib
 import json
 import re
 import secrets
@@ -17,8 +18,8 @@ from flux2max_async.cli._sheet import Line
 
 WAITING = "waiting"
 """The state of a request of which the journal knows nothing: it was never submitted. All others are the journal's."""
-_PART = ".flux2max-"
-"""How the names of files begin that are being written."""
+_PARTS = f".flux2max-{'[0-9a-f]' * 16}.part"
+"""The names of files that are being written."""
 _ABANDONED = 60.0
 """Seconds after which nobody can be writing one still."""
 _BOUGHT_NOTHING = (WAITING, EntryState.REFUSED.value)
@@ -74,9 +75,13 @@ class Row:
 
     @classmethod
     def of_json(cls, told: Mapping[str, Any]) -> "Row":
-        """Give the row of a line of `results.jsonl`, of which only what was asked for is believed."""
-        row = cls(str(told["key"]), str(told["prompt"]), dict(told["params"]))
-        row.error = told["error"] if told["state"] == WAITING else None
+        """Give the row of a line of `results.jsonl`."""
+        row = cls(str(told["key"]), str(told["prompt"]), dict(told["params"]), str(told["state"]))
+        row.task_id, row.seconds, row.polls, row.error = (
+            told[name] for name in ("task_id", "seconds", "polls", "error")
+        )
+        row.cost = None if told["cost"] is None else Decimal(str(told["cost"]))
+        row.files = [str(name) for name in told["files"]]
         return row
 
     def take(self, outcome: "flux.Outcome") -> None:
@@ -94,11 +99,6 @@ class Row:
         self.error = None if trouble is None else re.sub(r"; (attach\(\)|resubmit_uncertain=True).*", "", str(trouble))
         if is_end(outcome):
             self.seconds, self.polls = outcome.elapsed, outcome.polls
-
-    def runs_as(self, task_id: str) -> None:
-        """Note that it is a task, where it isn't known for more."""
-        if not self.files:
-            self.state, self.task_id = EntryState.SUBMITTED.value, task_id
 
     def as_json(self) -> dict[str, Any]:
         """Give it as JSON values."""
@@ -150,6 +150,8 @@ class Folder:
     path: Path
     rows: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
     """By their keys: first those of the sheet, in its order."""
+    _taken: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
+    """What this run has seen, by the same keys: the journal may know less of it."""
 
     @property
     def database(self) -> Path:
@@ -169,11 +171,12 @@ class Folder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for part in self.path.glob(f"**/{_PART}*"):
-                if part.stat().st_mtime < time.time() - _ABANDONED:
-                    part.unlink(missing_ok=True)
         except OSError as error:
             raise flux.ConfigurationError(f"can't make the folder {str(self.path)!r}: {error.strerror}") from error
+        for part in [*self.path.glob(_PARTS), *(self.path / "thumbs").glob(_PARTS)]:
+            with contextlib.suppress(OSError):  # somebody else may have done so
+                if part.stat().st_mtime < time.time() - _ABANDONED:
+                    part.unlink()
 
     async def entries(self) -> "list[JournalEntry]":
         """Give all that the journal knows, in the order of its making.
@@ -183,19 +186,27 @@ class Folder:
             JournalError: The journal can't be read.
         """
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise flux.ConfigurationError(f"{str(self.path)!r} is no folder")
             known = self.database.exists()
         except OSError as error:
             raise flux.ConfigurationError(f"can't look into {str(self.path)!r}: {error.strerror}") from error
         return [entry async for entry in flux.SqliteJournal(self.database).entries()] if known else []
 
     def paid_without_journal(self, lines: Iterable[Line]) -> int:
-        """Count the requests of which only `results.jsonl` knows that they were paid for: the journal is gone."""
+        """Count the requests of which only `results.jsonl` knows that they may have been paid for."""
+        if self.database.exists():
+            return 0
         keys = {line.key for line in lines}
-        return (
-            0
-            if self.database.exists()
-            else sum(told.get("key") in keys for told in self._told() if told.get("task_id"))
-        )
+        return sum(row.key in keys for row in self._read_results() if row.state not in _BOUGHT_NOTHING)
+
+    def take(self, outcome: "flux.Outcome") -> Row:
+        """Take in what a request has come to; gives its row."""
+        assert outcome.request is not None
+        row = self.rows[str(outcome.request.key)]
+        row.take(outcome)
+        self._taken[row.key] = row
+        return row
 
     def gather(self, lines: Iterable[Line], entries: "Iterable[JournalEntry]") -> None:
         """Make the rows anew: of what is asked for, and of what else the journal knows.
@@ -206,14 +217,22 @@ class Folder:
         known = {entry.key: Row.of_entry(entry, self.path) for entry in entries}
         before = {row.key: row for row in self._read_results()}
         asked = {line.key: Row.of_line(line) for line in lines}
-        errors = {key: row.error for key, row in self.rows.items()}
         self.rows = {}
         for key in dict.fromkeys((*asked, *before, *known)):
-            row = known.get(key) or asked.get(key) or before[key]
+            row = self._completed(known.get(key) or asked.get(key) or before[key])
             # What has bought nothing and isn't asked for any more is gone: somebody has mended his sheet.
             if key in asked or not asked or row.state not in _BOUGHT_NOTHING:
-                row.error = row.error or errors.get(key)
                 self.rows[key] = row
+
+    def _completed(self, row: Row) -> Row:
+        """Add what only this run knows."""
+        mine = self._taken.get(row.key)
+        if mine is None:
+            return row
+        if row.state == WAITING or (mine.task_id and not row.task_id):
+            return mine
+        row.error = row.error or mine.error
+        return row
 
     def write_results(self, rows: Iterable[Row]) -> None:
         """Write `results.jsonl` anew; whole or not at all.
@@ -228,7 +247,7 @@ class Folder:
         for told in self._told():
             try:
                 rows.append(Row.of_json(told))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, ArithmeticError):
                 continue  # somebody else has written it
         return rows
 
@@ -253,7 +272,7 @@ def write_whole(target: Path, content: str | bytes) -> None:
     Raises:
         OSError: It can't be written; what was there before is there still.
     """
-    part = target.with_name(f"{_PART}{secrets.token_hex(8)}.part")
+    part = target.with_name(f".flux2max-{secrets.token_hex(8)}.part")
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
         part.replace(target)

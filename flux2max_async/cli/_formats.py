@@ -23,13 +23,21 @@ Raw = Iterator[tuple[int, Fields | InvalidRequestError]]
 """The numbers of lines, and their fields by name, or why there are none."""
 
 
-def guessed_form(data: bytes) -> str:
-    """Guess what is read from standard input: objects, a table whose first line names fields, or prompts."""
-    first = data.decode("utf-8-sig", errors="replace").lstrip().partition("\n")[0].strip()
-    columns = [cell.strip().lower() for cell in re.split("[,;\t]", first)]
-    if first.startswith("{"):
+def guessed_form(data: bytes) -> str | None:
+    """Guess what is read from standard input: objects, a table whose first line names fields, or prompts.
+
+    None where that is in doubt.
+    """
+    text = data.decode("utf-8-sig", errors="replace").lstrip()
+    if text.startswith("{"):
         return "jsonl"
-    return "csv" if len(columns) > 1 and all(column in FIELDS for column in columns) else "txt"
+    _, cells = next(_records(text), (1, list[str]()))
+    if isinstance(cells, InvalidRequestError):
+        return "txt"
+    named = [cell.strip().lower() in FIELDS for cell in cells if cell.strip()]
+    if len(named) > 1 and all(named):
+        return "csv"
+    return None if text.startswith(("[", "sep=")) or (len(named) > 1 and any(named)) else "txt"
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
@@ -50,14 +58,21 @@ def objects(text: str) -> Raw:
     for number, line in _numbered(text):
         if line.strip():
             try:
-                fields = json.loads(line)
+                fields = json.loads(line, object_pairs_hook=_named_once)
             except (ValueError, RecursionError) as error:
-                yield number, InvalidRequestError(f"the line is no JSON: {error}", "line")
+                yield number, InvalidRequestError(f"not valid JSON: {error}", "line")
                 continue
             if isinstance(fields, dict):
                 yield number, {name: value for name, value in fields.items() if value is not None}
             else:
-                yield number, InvalidRequestError('the line must be an object, as in {"prompt": "a cat"}', "line")
+                yield number, InvalidRequestError('not an object, as in {"prompt": "a cat"}', "line")
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> Fields:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return fields
 
 
 def table(text: str) -> Raw:
@@ -92,7 +107,7 @@ def _records(text: str) -> Iterator[tuple[int, list[str] | InvalidRequestError]]
         except csv.Error as error:
             endless = "unexpected end" in str(error)
             reason = "a quote is opened and never closed, so that all that follows belongs to it" if endless else error
-            yield number, InvalidRequestError(f"the line is no CSV: {reason}", "line")
+            yield number, InvalidRequestError(f"not valid CSV: {reason}", "line")
         else:
             if any(cell.strip() for cell in cells):
                 yield number, cells
@@ -103,7 +118,7 @@ def _table_in(text: str) -> tuple[int, str, Iterator[str]]:
     delimiter = ""
     lines = [line for _, line in _numbered(text)]
     for before, line in enumerate(lines):
-        if told := re.fullmatch(r'"?sep=(.)"?', line.strip()):  # so that a spreadsheet knows
+        if told := re.fullmatch('"?sep=([^"])"?', line.strip(" ")):  # so that a spreadsheet knows
             delimiter = told[1]
         elif line.strip():
             # Spreadsheets write semicolons where the comma stands in numbers.

@@ -2,12 +2,11 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
-import anyio.to_thread
 import attrs
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
@@ -17,8 +16,6 @@ from flux2max_async.cli._folder import WAITING, Folder, Row, write_whole
 
 _SIDE = 360
 """Pixels of the longer side of a small copy."""
-_PATIENCE = 120
-"""Seconds after which a page that nobody has made anew belongs to a batch that has died."""
 _ORDER = [
     *(EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED),
     *(EntryState.INTENT, EntryState.SUBMITTED, WAITING, EntryState.COMPLETED),
@@ -91,10 +88,9 @@ class Gallery:
             title=self.folder.resolve().name,
             pictures=sum(bool(card.full) for card in cards),
             spent=sum(row.cost for row in rows if row.cost is not None),
-            states=sorted(states.items(), key=lambda item: item[1], reverse=True),
+            states=sorted(states.items(), key=lambda item: _rank(item[0]), reverse=True),
             running=running,
             now=datetime.now().astimezone(),
-            patience=_PATIENCE,
         )
         write_whole(self.path, page)
 
@@ -126,19 +122,18 @@ class Gallery:
         return quote(f"thumbs/{small.name}"), self._sizes[name]
 
 
-async def write_all(folder: Folder, gallery: Gallery, *, running: bool) -> str | None:
+def write_all(folder: Folder, rows: Sequence[Row], gallery: Gallery, *, running: bool) -> str | None:
     """Write the results and the page, and tell what has kept them from being written: it keeps nothing else."""
-    rows = [attrs.evolve(row) for row in folder.rows.values()]  # the writer has a thread of its own
-    works = {
+    works: dict[Path, Callable[[], None]] = {
         folder.results: lambda: folder.write_results(rows),
         gallery.path: lambda: gallery.write(rows, running=running),
     }
     troubles: list[str] = []
     for path, work in works.items():
         try:
-            await anyio.to_thread.run_sync(work)
-        except OSError as error:
-            troubles.append(f"can't write {path.name}: {error.strerror}")
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the pictures go on
+            troubles.append(f"can't write {path.name}: {getattr(error, 'strerror', None) or repr(error)}")
     return "; ".join(troubles) or None
 
 

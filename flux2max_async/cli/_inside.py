@@ -61,7 +61,7 @@ def make_gallery(path: Path) -> None:
     folder = _with_journal(path)
     folder.gather((), asyncio.run(folder.entries()))
     gallery = Gallery(folder.path)
-    if (trouble := asyncio.run(write_all(folder, gallery, running=False))) is not None:
+    if (trouble := write_all(folder, list(folder.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(trouble)
     typer.echo(gallery.path)
 
@@ -69,5 +69,7 @@ def make_gallery(path: Path) -> None:
 def _with_journal(path: Path) -> Folder:
     folder = Folder(path)
     if not folder.database.is_file():
-        raise flux.ConfigurationError(f"there is no {folder.database.name} in {str(path)!r}: it is no batch's folder")
+        raise flux.ConfigurationError(
+            f"there is no {folder.database.name} in {str(path)!r}: it is not the folder of a batch"
+        )
     return folder

@@ -34,7 +34,7 @@ Images = Annotated[
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--key-file", metavar="FILE", dir_okay=False, help="Where the API key is, if in no variable."),
+    typer.Option("--key-file", metavar="FILE", dir_okay=False, help="File that holds the API key."),
 ]
 BaseUrl = Annotated[str | None, option("--base-url", metavar="URL", text="The gateway's address.", variable="BASE_URL")]
 Deadline = Annotated[
@@ -45,7 +45,7 @@ Output = Annotated[
     typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Default: flux2max-<task id>.<format>."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", help="What the service has called it.")]
+TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id.")]
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")
 ]

@@ -1,7 +1,7 @@
 """What a batch is about to do: which of its requests are known already, and what the others will probably cost."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import ROUND_UP, Decimal
 from enum import Enum
 from pathlib import Path
@@ -27,11 +27,11 @@ class Fate(Enum):
 
     DONE = "{} done already"
     FOLLOWED = "{} running"
-    FAILED = "{} failed earlier (--retry-failed pays again)"
+    FAILED = "{} failed earlier (--retry-failed tries again)"
     UNCERTAIN = "{} uncertain (--resubmit-uncertain may pay twice)"
     NEW = "{} to be submitted"
-    AGAIN = "{} failed and to be paid for again"
-    RISKED = "{} uncertain and to be submitted again, perhaps to be paid twice"
+    AGAIN = "{} failed, to be submitted again"
+    RISKED = "{} uncertain, to be submitted again (may be paid twice)"
 
 
 _BUYS = (Fate.NEW, Fate.AGAIN, Fate.RISKED)
@@ -43,11 +43,12 @@ class Plan:
 
     lines: list[Line]
     """In the order in which they are to be asked for: first what is paid for already, since urls are short-lived."""
+    terms: Terms
     fates: dict[str, Fate]
     prices: dict[str, Decimal]
     """US dollars that each of those that are to be submitted will probably cost."""
     dearest: Decimal
-    """US dollars that one of them may be thought to cost while the budget is watched."""
+    """US dollars that a session with a budget may set aside for one of them."""
     spent: Decimal
     """US dollars that all runs so far have cost."""
     committed: Decimal
@@ -63,6 +64,14 @@ class Plan:
         """A budget that certainly doesn't stop it."""
         return rounded(self.committed + self.dearest * len(self.prices))
 
+    def consenting(self) -> Iterator[tuple[list[Line], Terms]]:
+        """Give the lines with the terms on which they are taken: what is paid for again was planned to be, and told."""
+        again = [line for line in self.lines if self.fates[line.key] in {Fate.AGAIN, Fate.RISKED}]
+        others = [line for line in self.lines if self.fates[line.key] not in {Fate.AGAIN, Fate.RISKED}]
+        yield others, Terms()
+        if again:
+            yield again, self.terms
+
     def told(self, budget: Decimal | None) -> str:
         """Say it in one line."""
         counts = Counter(self.fates.values())
@@ -71,7 +80,10 @@ class Plan:
         if self.prices:
             text += f", for about ${rounded(self.cost)}"
             if budget is not None:
-                text += f"; the budget leaves ${rounded(max(budget - self.committed, Decimal(0)))}"
+                left = max(budget - self.committed, Decimal(0))
+                text += f"; the budget leaves ${rounded(left)}"
+                if left < self.cost:
+                    text += ", which isn't enough for all"
         return text
 
 
@@ -81,33 +93,31 @@ def plan(lines: Iterable[Line], entries: Iterable[JournalEntry], terms: Terms, p
     newest = {entry.key: entry for entry in every}
     ordered = sorted(lines, key=lambda line: fate_of(newest.get(line.key), terms) in _BUYS)
     fates = {line.key: fate_of(newest.get(line.key), terms) for line in ordered}
-    seen: dict[int, Decimal] = {}
+    ledger, seen = Ledger(None, price_guess), dict[int, Decimal]()
     for line in ordered:
-        entry = newest.get(line.key)
+        entry, size = newest.get(line.key), line.content.megapixels
         if entry is not None and entry.state is EntryState.COMPLETED and entry.cost:
-            seen[line.content.megapixels] = max(seen.get(line.content.megapixels, Decimal(0)), entry.cost)
-    prices = {
-        line.key: _price(line.content.megapixels, seen, price_guess) for line in ordered if fates[line.key] in _BUYS
-    }
+            ledger.saw(size, entry.cost)
+            seen[size] = max(seen.get(size, Decimal(0)), entry.cost)
+    sizes = {line.key: line.content.megapixels for line in ordered if fates[line.key] in _BUYS}
     return Plan(
         ordered,
+        terms,
         fates,
-        prices,
-        max([*seen.values(), *prices.values()], default=Decimal(0)),
+        {key: _price(size, seen, price_guess) for key, size in sizes.items()},
+        max(map(ledger.price, sizes.values()), default=Decimal(0)),
         sum((entry.cost for entry in every if entry.cost is not None), Decimal(0)),
         sum((entry.outlay for entry in every), Decimal(0)),
     )
 
 
-def _price(megapixels: int, seen: dict[int, Decimal], price_guess: Decimal | None) -> Decimal:
+def _price(megapixels: int, seen: Mapping[int, Decimal], price_guess: Decimal | None) -> Decimal:
     """Give what a picture will probably cost: what others of its size did, or what the guess makes of other sizes."""
     if megapixels in seen:
         return seen[megapixels]
     guess = Ledger(None, price_guess).price
-    return max(
-        (cost * guess(megapixels) / guess(size) for size, cost in seen.items() if guess(size)),
-        default=guess(megapixels),
-    )
+    scaled = [cost * guess(megapixels) / guess(size) for size, cost in seen.items() if guess(size)]
+    return max(scaled, default=guess(megapixels))
 
 
 def fate_of(entry: JournalEntry | None, terms: Terms) -> Fate:
@@ -141,7 +151,7 @@ def checked_against(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
 
 
 def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
-    """Find what is paid for and not there, stands in the sheet no more, and isn't followed by anybody else.
+    """Find what a run that is gone has paid for and left unfinished, and what stands in the sheet no more.
 
     Returns:
         Those that can be asked for again by what the journal knows of them, and the others.
@@ -152,9 +162,8 @@ def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple
     found: list[Line] = []
     others: list[JournalEntry] = []
     for entry in newest.values():
-        if entry.holder is not None:
-            continue
-        if entry.state is EntryState.SUBMITTED or (entry.state is EntryState.COMPLETED and not entry.files):
+        unsaved = entry.state is EntryState.COMPLETED and entry.owner is not None
+        if entry.holder is None and (entry.state is EntryState.SUBMITTED or unsaved):
             again = _line_of(entry)
             if again is not None and again.content.fingerprint == entry.content:
                 found.append(again)

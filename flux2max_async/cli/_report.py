@@ -1,11 +1,13 @@
 """The end of a batch, told: a table, failures grouped by their reasons, and the command to go on with."""
 
+import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 
+import attrs
 from rich.console import RenderableType
 
 import flux2max_async as flux
@@ -54,19 +56,42 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
             examples.setdefault((kind, reason), row)
             counts[kind, reason] += 1
     return [
-        f"{count} {kind}: {line(row.error)}, as {line(row.key)} ({line(row.prompt)[:60]})"
+        f"{count} {kind}: {line(row.error)}, e.g. {line(row.key)} ({line(row.prompt)[:60].rstrip()})"
         for (kind, reason), count in counts.most_common()
         for row in (examples[kind, reason],)
     ]
 
 
+@attrs.frozen
+class Command:
+    """The command that has just ended."""
+
+    arguments: Sequence[str]
+    """Its name and all that follows, settings of the environment among it."""
+    valued: Collection[str]
+    """The options that are followed by a value."""
+
+    def changed(self, *, without: Collection[str], add: Sequence[str] = ()) -> str:
+        """Write it as it would have to be typed, with other options."""
+        name, *rest = self.arguments
+        kept: list[str] = []
+        words = iter(rest)
+        for word in words:
+            if word == "--":  # what follows is no option
+                return shlex.join(["flux2max", name, *kept, *add, word, *words])
+            whole = [word, *itertools.islice(words, word in self.valued)]
+            if word.partition("=")[0] not in without:
+                kept += whole
+        return shlex.join(["flux2max", name, *kept, *add])
+
+
 def advice(
-    arguments: Sequence[str], rows: Sequence[Row], report: Report, rest: Plan, budget: Decimal | None
+    command: Command, rows: Sequence[Row], report: Report, rest: Plan, budget: Decimal | None
 ) -> tuple[str, str] | None:
     """Say what the next command is for, and give it; None where there is nothing left to do.
 
     Args:
-        arguments: Those of the command that has just ended, whose name comes first.
+        command: The one that has just ended.
         rows: How all requests stand.
         report: What the run has come to.
         rest: What the next run would do.
@@ -76,34 +101,27 @@ def advice(
     left = kinds["running"] + kinds[WAITING] + kinds["unsaved"]
     # Whoever goes on doesn't pay again, or twice, for what this run has just paid for again.
     consents = ("--retry-failed", "--resubmit-uncertain")
-    if left and budget is not None and isinstance(report.stopped, flux.BudgetExceededError):
-        return f"to go on, with a budget for the other {left}", _command(
-            arguments, without=(*consents, "--budget"), add=("--budget", str(rest.needed))
-        )
     if left:
-        return "to go on", _command(arguments, without=consents)
+        match report.stopped:
+            case flux.BudgetExceededError() if budget is not None:
+                return f"to go on, with a budget for the other {left}", command.changed(
+                    without=(*consents, "--budget"), add=("--budget", str(rest.needed))
+                )
+            case flux.InsufficientBalanceError():
+                why = "to go on, once the account has been topped up"
+            case flux.AuthenticationError() | flux.PermissionDeniedError():
+                why = "to go on, with another key"
+            case _:
+                why = "to go on"
+        return why, command.changed(without=consents)
     whys: list[str] = []
     flags: list[str] = []
     if kinds["refused"]:
         whys.append(f"submit the {kinds['refused']} refused again, once that is mended")
     if kinds["failed"]:
         flags.append("--retry-failed")
-        whys.append(f"pay again for the {kinds['failed']} that failed")
+        whys.append(f"submit the {kinds['failed']} failed again")
     if kinds["uncertain"]:
         flags.append("--resubmit-uncertain")
-        whys.append(f"submit the {kinds['uncertain']} uncertain again, and perhaps pay twice")
-    return (f"to {' and '.join(whys)}", _command(arguments, without=consents, add=flags)) if whys else None
-
-
-def _command(arguments: Sequence[str], *, without: Sequence[str], add: Sequence[str] = ()) -> str:
-    """Write a command as it would have to be typed, with other options."""
-    name, *rest = arguments
-    end = rest.index("--") if "--" in rest else len(rest)  # what follows it is no option
-    kept: list[str] = []
-    words = iter(rest[:end])
-    for word in words:
-        if word == "--budget" and word in without:
-            next(words, None)
-        elif word.partition("=")[0] not in without:
-            kept.append(word)
-    return shlex.join(["flux2max", name, *kept, *add, *rest[end:]])
+        whys.append(f"submit the {kinds['uncertain']} uncertain again (may be paid twice)")
+    return (f"to {' and '.join(whys)}", command.changed(without=consents, add=flags)) if whys else None

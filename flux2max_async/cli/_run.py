@@ -7,18 +7,28 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from decimal import Decimal
 
+import anyio.to_thread
 import attrs
 
 import flux2max_async as flux
-from flux2max_async._books import Terms
 from flux2max_async.cli._board import Board
 from flux2max_async.cli._folder import Folder, is_end
 from flux2max_async.cli._gallery import Gallery, write_all
 from flux2max_async.cli._plan import Plan
-from flux2max_async.cli._terminal import Outlet, Screen, complain, line, log_to, pictures, tell
+from flux2max_async.cli._terminal import (
+    Outlet,
+    Screen,
+    complain,
+    line,
+    log_to,
+    nobody_reads,
+    pictures,
+    speaking_aside,
+    tell,
+)
 
 _LONG = 7 * 86_400.0
 """Seconds that tasks in flight get after the first Ctrl-C: they end by their deadline, or by the second one."""
@@ -29,6 +39,8 @@ _FRESH, _STALE = 3.0, 30.0
 _SHARE = 0.1
 """Of the time that may go into the page."""
 _TICK = 0.5
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""What asks to leave; the last one comes where a terminal is closed."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +53,6 @@ class Job:
     schedule: "flux.LearnedSchedule"
     places: int
     budget: Decimal | None
-    terms: Terms
     as_json: bool
 
 
@@ -78,104 +89,103 @@ async def run(job: Job) -> Report:
     """
     report = Report()
     async with job.session as session:
-        stream = session.stream(
-            [line.request for line in job.plan.lines],
-            save_to=job.folder.path,
-            retry_failed=job.terms.retry_failed,
-            resubmit_uncertain=job.terms.resubmit_uncertain,
-        )
         screen = Screen(sys.stderr)
         board = Board(len(job.plan.lines), session, job.schedule, job.places, screen, job.budget, job.plan.spent)
-        page = _Page(job.folder, stream, board)
-        way_out = _WayOut(board, page, report)
-        outlet = Outlet(way_out.unheard) if job.as_json else None
-        with log_to(_Notes(board)), way_out.watched(), board.shown():
-            keeping = asyncio.create_task(page.keep_fresh())
+        gallery = Gallery(job.folder.path)
+        way_out = _WayOut(board, gallery, report)
+        outlets = [Outlet("stdout", way_out.unheard)] if job.as_json else []
+        over = asyncio.Event()
+        with contextlib.ExitStack() as stack:
+            if job.as_json and not screen.is_interactive:  # both may go down one pipe
+                outlets.append(Outlet("stderr", lambda _: None))
+                stack.enter_context(speaking_aside(outlets[-1]))
+            for context in (log_to(_Notes(board)), way_out.watched(), board.shown()):
+                stack.enter_context(context)
+            keeping = asyncio.create_task(_keep_fresh(job, board, gallery, over))
             try:
-                await _take_all(stream, job.folder, board, report, outlet)
+                await _take_all(job, board, report, outlets)
             finally:
-                if outlet is not None:
+                report.seconds = board.seconds
+                for outlet in outlets:  # outcomes first: while they are waited for, there may be something to say
                     outlet.put(None)
-                    while outlet.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - for a thread
+                    while outlet.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - it is a thread
                         await asyncio.sleep(0.02)
-                    report.stuck = outlet.is_busy
-                page.over.set()
+                report.stuck = any(outlet.is_busy for outlet in outlets)
+                over.set()
                 await keeping
                 await way_out.closed()
-                report.seconds = board.seconds
     return report
 
 
-async def _take_all(
-    stream: "flux.OutcomeStream", folder: Folder, board: Board, report: Report, outlet: Outlet | None
-) -> None:
+async def _take_all(job: Job, board: Board, report: Report, outlets: Sequence[Outlet]) -> None:
     """Take each outcome as it comes."""
     try:
-        async for outcome in stream:
-            assert outcome.request is not None
-            row = folder.rows[str(outcome.request.key)]
-            row.take(outcome)
-            if not is_end(outcome):
-                board.stopping = True
-                continue
-            if isinstance(outcome, flux.Completed) and not outcome.replayed:
-                report.task_seconds.append(outcome.elapsed)
-                report.task_polls += outcome.polls
-            board.take(row.key, outcome)
-            if outlet is not None:
-                outlet.put(json.dumps(row.as_json()))
+        for lines, terms in job.plan.consenting():
+            stream = board.session.stream(
+                [line.request for line in lines],
+                save_to=job.folder.path,
+                retry_failed=terms.retry_failed,
+                resubmit_uncertain=terms.resubmit_uncertain,
+            )
+            async for outcome in stream:
+                row = job.folder.take(outcome)
+                if not is_end(outcome):
+                    board.stopping = True
+                    continue
+                if isinstance(outcome, flux.Completed) and not outcome.replayed:
+                    report.task_seconds.append(outcome.elapsed)
+                    report.task_polls += outcome.polls
+                board.take(row.key, outcome)
+                for outlet in outlets[:1]:
+                    outlet.put(json.dumps(row.as_json()))
     except flux.SessionClosedError:
         pass  # by the way out
     except flux.FluxError as error:
         report.stopped = error
 
 
-@attrs.define
-class _Page:
-    """The page and the results of a batch that runs."""
+async def _keep_fresh(job: Job, board: Board, gallery: Gallery, over: asyncio.Event) -> None:
+    """Write the page and the results anew until it is over, and say how it stands where there is no terminal."""
+    trouble: str | None = None
+    shown, written, fresh_until = -1, 0.0, 0.0
+    spoken = board.began
+    while not over.is_set():
+        now = time.monotonic()
+        stand = board.done + board.failed
+        if now >= fresh_until and (shown != stand or now >= written + _STALE):
+            shown, written = stand, now
+            before, trouble = trouble, await _written(job, gallery)
+            if trouble is not None and trouble != before:
+                complain(trouble)
+            fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
+        if not board.console.is_interactive and now >= spoken + _PLAIN:
+            spoken = now
+            tell(f"{board.counts()}; {board.pace()}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TICK):
+                await over.wait()
 
-    folder: Folder
-    stream: "flux.OutcomeStream"
-    board: Board
-    over: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
-    gallery: Gallery = attrs.field(init=False, default=attrs.Factory(lambda self: Gallery(self.folder.path), True))  # noqa: FBT003
 
-    async def keep_fresh(self) -> None:
-        """Write them anew until it is over, and say how it stands where there is no terminal."""
-        trouble: str | None = None
-        shown, written, fresh_until = -1, 0.0, 0.0
-        spoken = self.board.began
-        while not self.over.is_set():
-            now = time.monotonic()
-            stand = self.board.done + self.board.failed
-            if now >= fresh_until and (shown != stand or now >= written + _STALE):
-                shown, written = stand, now
-                self._mark_what_runs()
-                before, trouble = trouble, await write_all(self.folder, self.gallery, running=True)
-                if trouble is not None and trouble != before:
-                    complain(trouble)
-                fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
-            if not self.board.console.is_interactive and now >= spoken + _PLAIN:
-                spoken = now
-                tell(f"{self.board.counts()}; {self.board.pace()}")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TICK):
-                    await self.over.wait()
-
-    def _mark_what_runs(self) -> None:
-        for task in self.stream.unfinished:
-            assert task.request is not None
-            self.folder.rows[str(task.request.key)].runs_as(task.id)
+async def _written(job: Job, gallery: Gallery) -> str | None:
+    """Write what the journal knows by now, of other processes as well; gives what keeps it from being written."""
+    try:
+        job.folder.gather(job.plan.lines, await job.folder.entries())
+    except flux.FluxError as error:
+        return str(error)
+    rows = [attrs.evolve(row) for row in job.folder.rows.values()]  # the writer has a thread of its own
+    return await anyio.to_thread.run_sync(lambda: write_all(job.folder, rows, gallery, running=True))
 
 
 class _WayOut:
     """Leaves a session: at the first signal with all that is in flight, at the second at once."""
 
-    def __init__(self, board: Board, page: _Page, report: Report) -> None:
+    def __init__(self, board: Board, gallery: Gallery, report: Report) -> None:
         self._board = board
-        self._page = page
+        self._gallery = gallery
         self._report = report
         self._leaving: list[asyncio.Task[None]] = []
+        # When a terminal has been closed, nothing tells any more that it was one.
+        self._terminals = [file for file in (sys.__stdout__, sys.__stderr__) if file is not None and file.isatty()]
 
     @contextlib.contextmanager
     def watched(self) -> Generator[None]:
@@ -185,7 +195,7 @@ class _WayOut:
         def arrived(number: int, _: object) -> None:
             loop.call_soon_threadsafe(self._hear, number)
 
-        before = {number: signal.signal(number, arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, arrived) for number in _SIGNALS}
         try:
             yield
         finally:
@@ -204,16 +214,19 @@ class _WayOut:
 
     def _hear(self, number: int) -> None:
         self._report.signals.append(number)
+        if number == getattr(signal, "SIGHUP", None):
+            for file in self._terminals:
+                nobody_reads(file)
         if len(self._report.signals) == 1:
             stats = self._board.session.stats
             in_flight = stats.in_flight + stats.submitting
             self._close(_LONG)
             left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
-            complain(f"no more is submitted; {left} (again to leave at once)")
+            complain(f"stopping: nothing more is submitted; {left} (Ctrl-C again leaves at once)")
         else:
-            self._page.gallery.hurry = True
+            self._gallery.hurry = True
             self._close(0.0)
-            complain("leaving at once")
+            complain("leaving at once; what is in flight is followed by the next run")
 
     def _close(self, seconds: float) -> None:
         self._board.stopping = True

@@ -46,12 +46,14 @@ class Access:
         """Give an environment's variable, or what `.env` says of it."""
         return os.environ.get(name) or self.dotenv.get(name)
 
-    def session(self, **settings: Any) -> "flux.FluxSession":
-        """Make a session, which is still to be entered.
+    def session(self, *, needs_key: bool = True, **settings: Any) -> "flux.FluxSession":
+        """Make a session, which is still to be entered; one that needs no key is only to check the settings.
 
         Raises:
             ConfigurationError: There is no key, or something is wrong with the settings.
         """
+        if not needs_key:
+            return flux.FluxSession("none", base_url=self.base_url, **settings)
         key = self.key()
         if self.base_url and self.base_url == self.dotenv.get(URL_VARIABLE) and key != self.dotenv.get(KEY_VARIABLE):
             # A folder that somebody else has packed could send a key of ours to an address of his.

@@ -102,7 +102,7 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
         fields: By their names; None is left out.
 
     Raises:
-        InvalidRequestError: A field can't be what is meant.
+        InvalidRequestError: A field can't be what is meant, or a picture can't be read.
     """
     defaults = {name: value for name, value in fields.items() if value is not None}
     if "input_images" in defaults:
@@ -121,7 +121,7 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
     if more:
         defaults["extra"] = more
     trial: Fields = {"prompt": "a trial", **defaults}
-    GenerationRequest(**trial)
+    content_of(GenerationRequest(**trial))
     return defaults
 
 

@@ -52,6 +52,9 @@ def tell(said: object) -> None:
 
 def tell_exactly(text: str) -> None:
     """Say something on stderr as it is; if nobody hears it, nothing happens."""
+    if _aside and _aside[-1].is_busy:
+        _aside[-1].put(text)
+        return
     with contextlib.suppress(OSError, ValueError):
         # Not typer.echo(): it writes past what rich puts in the place of stderr, into the middle of a live line.
         sys.stderr.write(f"{text}\n")
@@ -114,17 +117,18 @@ class Complaints(logging.Handler):
 
 
 class Outlet:
-    """Writes lines to stdout in a thread of its own: a reader who is slow, or has gone, holds nothing else up.
+    """Writes lines in a thread of its own: a reader who is slow, or has gone, holds nothing else up.
 
     Args:
+        name: "stdout" or "stderr", looked up for each line: what lives on a terminal may stand in its place.
         failed: Called in the event loop when nothing can be written any more.
     """
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+        self._name = name
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._file = sys.stdout
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -139,13 +143,29 @@ class Outlet:
 
     def _work(self) -> None:
         while (text := self._lines.get()) is not None:
+            file = getattr(sys, self._name)
             try:
-                self._file.write(f"{text}\n")
-                self._file.flush()
+                file.write(f"{text}\n")
+                file.flush()
             except (OSError, ValueError) as error:
-                nobody_reads(self._file)
-                self._loop.call_soon_threadsafe(self._failed, error)
+                nobody_reads(file)
+                with contextlib.suppress(RuntimeError):  # the loop has ended before
+                    self._loop.call_soon_threadsafe(self._failed, error)
                 return
+
+
+_aside: list[Outlet] = []
+"""What takes the lines for stderr, while nothing may wait for who reads them."""
+
+
+@contextlib.contextmanager
+def speaking_aside(outlet: Outlet) -> Generator[None]:
+    """Have all that is said on stderr written by another thread."""
+    _aside.append(outlet)
+    try:
+        yield
+    finally:
+        _aside.remove(outlet)
 
 
 def table(cells: Mapping[str, str]) -> Table:

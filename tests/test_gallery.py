@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from flux2max_async import FluxSession, LearnedSchedule
+from flux2max_async._books import Terms
 from flux2max_async.cli._board import Board, clock
-from flux2max_async.cli._folder import Row
+from flux2max_async.cli._folder import Folder, Row
 from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._run import _Notes
+from flux2max_async.cli._plan import plan
+from flux2max_async.cli._run import Job, _Notes, _written
 from flux2max_async.cli._terminal import Screen, log_to
 
 
@@ -125,6 +127,26 @@ def test_a_picture_in_trouble(tmp_path: Path) -> None:
 def test_nothing_yet(tmp_path: Path) -> None:
     """A page of nothing says so."""
     assert re.search(r"<p>nothing yet\.\s*</p>", text_of(tmp_path))
+
+
+async def test_a_journal_that_breaks_while_a_batch_runs(tmp_path: Path) -> None:
+    """Where the journal can't be read any more, the page stays as it is, and why is told."""
+    folder = Folder(tmp_path)
+    folder.database.write_bytes(b"SQLite format 3\0 and then nothing" * 40)
+    job = Job(
+        folder=folder,
+        plan=plan([], [], Terms(), None),
+        session=FluxSession("key"),
+        schedule=LearnedSchedule(),
+        places=1,
+        budget=None,
+        as_json=False,
+    )
+    trouble = await _written(job, Gallery(tmp_path))
+
+    assert trouble is not None
+    assert trouble.startswith(f"the journal {folder.database} is damaged")
+    assert not (tmp_path / "index.html").exists()
 
 
 def test_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:

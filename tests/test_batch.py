@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -777,6 +778,22 @@ def test_a_file_on_the_keyboards_place_needs_a_yes(
     assert run.code == 2
     assert "nobody can be asked" in run.out
     assert not gateway.calls
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_has_no_name_to_call_a_folder_after(flux2max: Command, service: Service) -> None:
+    """A pipe is called otherwise each time, and a folder of another name would be paid for again."""
+    gateway = service()
+    for arguments, code in (([], 2), (["--out", "pictures"], 0)):
+        os.mkfifo("pipe")
+        writer = threading.Thread(target=Path("pipe").write_text, args=("a cat\n",))
+        writer.start()
+        run = flux2max("batch", "pipe", "--as", "txt", *SMALL, *arguments)
+        writer.join()
+        Path("pipe").unlink()
+
+        assert run.code == code
+    assert gateway.accepted == {"a cat": 1}
 
 
 def test_standard_input_in_doubt(flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,8 @@ def do(batch: Batch) -> int:
     Raises:
         FluxError: It couldn't be begun.
     """
-    name = "batch" if batch.file == _STANDARD_INPUT else Path(batch.file).stem
-    folder = Folder(batch.out or Path(f"flux2max-{name}"))
     sheet = _read(batch)
+    folder = Folder(batch.out or _own_folder(batch.file))
     entries = asyncio.run(folder.entries())
     sheet = checked_against(sheet, entries)
     for bad in sheet.bad:
@@ -113,6 +112,19 @@ def do(batch: Batch) -> int:
     if report.stuck:
         os._exit(code)
     return code
+
+
+def _own_folder(file: str) -> Path:
+    """Name the folder after the file.
+
+    Raises:
+        ConfigurationError: It would have another name in the next run.
+    """
+    if file == _STANDARD_INPUT:
+        return Path("flux2max-batch")
+    if not Path(file).is_file():
+        raise flux.ConfigurationError(f"{file!r} is not a regular file: say with --out where the pictures go")
+    return Path(f"flux2max-{Path(file).stem}")
 
 
 def _read(batch: Batch) -> Sheet:

@@ -71,7 +71,7 @@ def _typed(context: typer.Context) -> "Command":
     spelled: list[str] = []
     for option in given:
         source = context.get_parameter_source(str(option.name))
-        # Whose account it is may be said there, too: both are needed to go on, and one can't be written out.
+        # The gateway's address stands there beside the key, which can't be written out: whoever goes on sets both.
         if source is not None and source.name == "ENVIRONMENT" and option.name != "base_url":
             spelled += [option.opts[0], os.environ[str(option.envvar)]]
     valued = [name for option in given if not option.is_flag for name in option.opts]

@@ -23,6 +23,7 @@ _PARTS = f".flux2max-{'[0-9a-f]' * 16}.part"
 _ABANDONED = 60.0
 """Seconds after which nobody can be writing one still."""
 _BOUGHT_NOTHING = (WAITING, EntryState.REFUSED.value)
+_ENDS = (EntryState.COMPLETED.value, EntryState.FAILED.value)
 _SHOWN = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
 _NO_FAULT = (
     *(flux.SessionClosedError, flux.AuthenticationError, flux.PermissionDeniedError, flux.InsufficientBalanceError),
@@ -229,7 +230,9 @@ class Folder:
         mine = self._taken.get(row.key)
         if mine is None:
             return row
-        if row.state == WAITING or (mine.task_id and not row.task_id):
+        if row.state not in _ENDS and (
+            row.state == WAITING or mine.state in _ENDS or (mine.task_id and not row.task_id)
+        ):
             return mine
         row.error = row.error or mine.error
         return row

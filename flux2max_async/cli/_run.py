@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from decimal import Decimal
 
 import anyio.to_thread
@@ -93,7 +93,8 @@ async def run(job: Job) -> Report:
         board = Board(len(job.plan.lines), session, job.schedule, job.places, screen, job.budget, job.plan.spent)
         gallery = Gallery(job.folder.path)
         way_out = _WayOut(board, gallery, report)
-        outlets = [Outlet("stdout", way_out.unheard)] if job.as_json else []
+        outlet = Outlet("stdout", way_out.unheard) if job.as_json else None
+        outlets = [outlet] if outlet else []
         over = asyncio.Event()
         with contextlib.ExitStack() as stack:
             if job.as_json and not screen.is_interactive:  # both may go down one pipe
@@ -103,21 +104,21 @@ async def run(job: Job) -> Report:
                 stack.enter_context(context)
             keeping = asyncio.create_task(_keep_fresh(job, board, gallery, over))
             try:
-                await _take_all(job, board, report, outlets)
+                await _take_all(job, board, report, outlet)
             finally:
                 report.seconds = board.seconds
-                for outlet in outlets:  # outcomes first: while they are waited for, there may be something to say
-                    outlet.put(None)
-                    while outlet.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - it is a thread
+                for each in outlets:  # outcomes first: while they are waited for, there may be something to say
+                    each.put(None)
+                    while each.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - it is a thread
                         await asyncio.sleep(0.02)
-                report.stuck = any(outlet.is_busy for outlet in outlets)
+                report.stuck = any(each.is_busy for each in outlets)
                 over.set()
                 await keeping
                 await way_out.closed()
     return report
 
 
-async def _take_all(job: Job, board: Board, report: Report, outlets: Sequence[Outlet]) -> None:
+async def _take_all(job: Job, board: Board, report: Report, outlet: Outlet | None) -> None:
     """Take each outcome as it comes."""
     try:
         for lines, terms in job.plan.consenting():
@@ -136,7 +137,7 @@ async def _take_all(job: Job, board: Board, report: Report, outlets: Sequence[Ou
                     report.task_seconds.append(outcome.elapsed)
                     report.task_polls += outcome.polls
                 board.take(row.key, outcome)
-                for outlet in outlets[:1]:
+                if outlet is not None:
                     outlet.put(json.dumps(row.as_json()))
     except flux.SessionClosedError:
         pass  # by the way out

@@ -56,8 +56,7 @@ class Demo:
                             # Beside the stream, so that the next outcome needn't wait.
                             saving.add(asyncio.create_task(self._take(outcome, session, board)))
                 finally:
-                    # What has come is saved, after Ctrl-C as well.
-                    await asyncio.gather(*saving, return_exceptions=True)
+                    await _all_of(saving)
         for task in saving:
             task.result()  # raises where nobody reads the pipe
         self._summarize(board)
@@ -101,6 +100,16 @@ class Demo:
         else:
             # Where nobody reads the pipe any more, rich would raise SystemExit, which tears the event loop apart.
             typer.echo(text.plain)
+
+
+async def _all_of(saving: "set[asyncio.Task[None]]") -> None:
+    """Wait until what has come is saved, after Ctrl-C as well, whether that came before or comes now."""
+    saved = asyncio.gather(*saving, return_exceptions=True)
+    try:
+        await asyncio.shield(saved)
+    except asyncio.CancelledError:
+        await saved
+        raise
 
 
 def _requests(count: int) -> "Iterator[flux.GenerationRequest]":

@@ -1,5 +1,7 @@
 """The command line: what it says, saves and exits with, on a terminal and down a pipe."""
 
+import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from _scripted import ScriptedGateway, answer, completed, running
 from PIL import Image
 
 from flux2max_async import __version__
+from flux2max_async.cli._demo import _all_of
 from flux2max_async.emulator import Emulator, Fault
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -560,6 +563,26 @@ def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
     assert run.code == 130
     assert run.err == f"flux2max: stopped: {saved} of 24 pictures are saved in flux2max-demo\n"
     assert len(list((tmp_path / "flux2max-demo").iterdir())) == saved
+
+
+@pytest.mark.parametrize("moment", [0.5, None])
+async def test_what_has_come_is_saved(moment: float | None) -> None:
+    """Whoever is cancelled while the last pictures are being saved waits for them all the same."""
+    saved: list[int] = []
+
+    async def save() -> None:
+        await asyncio.sleep(1.0)
+        saved.append(1)
+
+    saving = {asyncio.create_task(save()) for _ in range(3)}
+    waiting = asyncio.ensure_future(_all_of(saving))
+    if moment is not None:
+        await asyncio.sleep(moment)
+        waiting.cancel()
+    with pytest.raises(asyncio.CancelledError) if moment else contextlib.nullcontext():
+        await waiting
+
+    assert len(saved) == 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C can't be sent to one process alone")

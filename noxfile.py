@@ -15,10 +15,12 @@ nox.options.reuse_venv = "no"
 nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "browser", "bench_short", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-AT_ONCE = ["--numprocesses", "4", "--dist", "worksteal"]
+AT_ONCE = ["--numprocesses", "3", "--dist", "worksteal"]
 """The tests wait a lot: more processes run them at once than there may be processors."""
 OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers", "signals")]
-"""Leaves out the tests that start programs, which takes half a minute: they needn't be run everywhere."""
+"""Leaves out the tests that start programs, which takes a minute: they needn't be run everywhere."""
+OF_THE_COMMAND = [f"--ignore=tests/test_{name}.py" for name in ("cli", "batch")]
+"""Leaves out those of the command line, which the oldest and the newest Python and libraries run."""
 
 if shutil.which("pyenv"):
     # pyenv's shims answer only for the versions that are listed.
@@ -54,7 +56,7 @@ def tests(session: nox.Session) -> None:
     """The tests, on each Python; all of them, and measured, on the newest."""
     install(session, "test")
     newest = session.python == PYTHONS[-1]
-    run_tests(session, *([] if newest else OF_PROCESSES), measured=newest)
+    run_tests(session, *([] if newest else OF_PROCESSES + OF_THE_COMMAND), measured=newest)
 
 
 @nox.session(python=PYTHONS[0])

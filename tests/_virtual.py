@@ -45,6 +45,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._looked_up)
         return future
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as asyncio has it
+        """Wait for the threads in real time: the limit for that would pass in no time."""
+        with self.standing_still():
+            # Before Python 3.12 there is no limit.
+            limit = () if timeout is None else (timeout,)
+            await super().shutdown_default_executor(*limit)
+
     @contextlib.contextmanager
     def standing_still(self) -> Generator[None]:
         """Let time stand still while something is waited for that goes on in real time."""

@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def needed(self) -> Decimal:
-        """A budget that certainly doesn't stop it."""
+        """A budget that is enough if each of them costs what may be set aside for the dearest."""
         return rounded(self.committed + self.dearest * len(self.prices))
 
     def consenting(self) -> Iterator[tuple[list[Line], Terms]]:

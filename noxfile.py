@@ -17,9 +17,9 @@ nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "br
 PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ["--numprocesses", "3", "--dist", "worksteal"]
 """The tests wait a lot: more processes run them at once than there may be processors."""
-OF_PROCESSES = [f"--ignore=tests/test_{name}.py" for name in ("survival", "readme", "examples", "workers", "signals")]
+OF_PROCESSES = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
 """Leaves out the tests that start programs, which takes a minute: they needn't be run everywhere."""
-OF_THE_COMMAND = [f"--ignore=tests/test_{name}.py" for name in ("cli", "batch")]
+OF_THE_COMMAND = ["--ignore=tests/cli/test_commands.py", "--ignore=tests/cli/test_batch.py"]
 """Leaves out those of the command line, which the oldest and the newest Python and libraries run."""
 
 if shutil.which("pyenv"):

@@ -20,7 +20,7 @@ import peers
 from _results import RESULTS, about, blocks, table, write
 from gateway import measured
 
-WORK = str(Path(__file__).parent / "work.py")
+WORK = str(Path(__file__).parent / "workloads.py")
 
 
 @dataclass

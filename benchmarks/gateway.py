@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.request import urlopen
 
-from postman import Hook, Postman, hook_in
+from webhook_sender import Hook, Postman, hook_in
 
 TOO_MANY, UNAVAILABLE, RESET = 0.10, 0.05, 0.02
 """The shares of calls that meet each fault: 429, 503, and a reset after the call was accepted."""

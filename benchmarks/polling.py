@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from _results import RESULTS, about, blocks, table, write
 from scenarios import CHANGING, FURTHER, LINEAR, SHIFTS, STATIONARY, USELESS
-from virtual import (
+from virtual_time import (
     Array,
     Progress,
     Task,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
-from virtual import Law, Progress, Task, law, lognormal
+from virtual_time import Law, Progress, Task, law, lognormal
 
 from flux2max_async import GenerationRequest, InputImage
 

@@ -31,7 +31,7 @@ import aiohttp
 from _results import RESULTS, about, blocks, table, write
 from aiohttp import web
 from gateway import durations, end_all, measured, prompt
-from postman import signed, told
+from webhook_sender import signed, told
 
 from flux2max_async import FixedSchedule, FluxError, FluxSession, LearnedSchedule, WebhookInbox
 

@@ -1,69 +1,70 @@
-"""How many polls all tasks together may make, and how much dearer that makes each of them.
+"""What may still be spent: money is reserved before a submit, and settled by what the task really cost."""
 
-Two things keep the polls of a session within its budget. A token bucket holds back what is too much, first come,
-first served; nobody is passed over. And before the bucket runs dry, polls become dearer: at its best moments a task is
-polled in inverse proportion to the root of the price, so polls that come f times too often want f² times the price.
-
-Moments and durations are seconds on one clock that the caller reads.
-"""
-
-import math
+from decimal import Decimal
 
 import attrs
 
-_WINDOW = 1.0
-"""Polls are counted for so long before the price is looked at again."""
-_FULL = 0.9
-"""The price aims at so much of the budget: the bucket is for bursts."""
-_STEP = 2.0
-"""However many come, the price follows as if they were at most so many times too many, or too few."""
-_FORGET = 10.0
-"""After so long without a poll there is no crowd any more."""
-_STRAIN = 3.0
-"""Refused polls and submits make polls at most so many times dearer than they are, ..."""
-_RELIEF = 30.0
-"""... which halves in so many seconds."""
+from flux2max_async._exceptions import BudgetExceededError
+
+_FIRST, _FURTHER = Decimal("0.07"), Decimal("0.03")
+"""US dollars for the first megapixel, and for each further one of output and input."""
 
 
 @attrs.define
-class PollBudget:
-    """One budget for all pollers.
+class Ledger:
+    """What one session has spent and what its tasks in flight will probably cost, in US dollars."""
 
-    Args:
-        per_second: The most polls that all tasks together make; infinite for no limit. Those of a
-            second may come at once.
+    budget: Decimal | None
+    price_guess: Decimal | None
+    """For any request; None guesses by megapixels."""
+    _spent: Decimal = attrs.field(default=Decimal(0), init=False)
+    _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
+    _dearest: Decimal | None = attrs.field(default=None, init=False)
+    """The most that a task was seen to cost."""
+    _dearest_guess: Decimal = attrs.field(default=Decimal(0), init=False)
+    """What would have been guessed for that task."""
+
+    def price(self, megapixels: int) -> Decimal:
+        """Give the probable cost of a request: the dearest seen, and more where more is asked for than then."""
+        guess = self._guess(megapixels)
+        if self._dearest is None:
+            return guess
+        if not guess > self._dearest_guess > 0:
+            return self._dearest
+        return self._dearest * guess / self._dearest_guess
+
+    def saw(self, megapixels: int, cost: Decimal) -> None:
+        """Learn what a task cost; one that was free says nothing of what others will cost."""
+        if cost > (self._dearest or 0):
+            self._dearest, self._dearest_guess = cost, self._guess(megapixels)
+
+    def reserve(self, price: Decimal) -> None:
+        """Set money aside for a submit.
+
+        Raises:
+            BudgetExceededError: There is not enough left.
+        """
+        if self.budget is not None:
+            check_budget(self.budget, self._spent + self._reserved, price)
+        self._reserved += price
+
+    def settle(self, reserved: Decimal, cost: Decimal) -> None:
+        """Replace what was set aside by what it cost, or by nothing."""
+        self._reserved -= reserved
+        self._spent += cost
+
+    def _guess(self, megapixels: int) -> Decimal:
+        return _FIRST + _FURTHER * (megapixels - 1) if self.price_guess is None else self.price_guess
+
+
+def check_budget(budget: Decimal, committed: Decimal, price: Decimal) -> None:
+    """Refuse a price that would pass the budget.
+
+    Raises:
+        BudgetExceededError: It would.
     """
-
-    per_second: float
-    _next: float = attrs.field(default=-math.inf, init=False)
-    """The moment of the next token, had nobody ever waited."""
-    _since: float = attrs.field(default=-math.inf, init=False)
-    _count: int = attrs.field(default=0, init=False)
-    """Polls booked since then."""
-    _crowding: float = attrs.field(default=1.0, init=False)
-    _strain: float = attrs.field(default=0.0, init=False)
-    _strained_at: float = attrs.field(default=0.0, init=False)
-
-    def book(self, now: float) -> float:
-        """Book one poll; gives the seconds until it may be made."""
-        if now - self._since >= _WINDOW:
-            much = self._count / (now - self._since) / (_FULL * self.per_second)
-            self._crowding = max(self._crowding * min(max(much, 1 / _STEP), _STEP) ** 2, 1.0)
-            if now - self._since > _FORGET:
-                self._crowding = 1.0
-            self._since, self._count = now, 0
-        self._count += 1
-        self._next = max(self._next, now - 1.0) + 1 / self.per_second
-        return max(self._next - now, 0.0)
-
-    def refused(self, now: float) -> None:
-        """The service said that something was too much."""
-        self._strain = min(self._strain_at(now) + 1, _STRAIN)
-        self._strained_at = now
-
-    def dearness(self, now: float) -> float:
-        """Tell how many times as dear as usual a poll is, in steps: for each the schedule finds its looks anew."""
-        return math.pow(1.5, round(math.log(self._crowding * (1 + self._strain_at(now)), 1.5)))
-
-    def _strain_at(self, now: float) -> float:
-        return self._strain * math.exp2(-(now - self._strained_at) / _RELIEF)
+    if committed + price > budget:
+        raise BudgetExceededError(
+            f"the budget of ${budget:f} doesn't allow another picture for about ${price:.2f}: "
+            f"${committed:f} are spent or set aside for tasks whose cost isn't known yet"
+        )

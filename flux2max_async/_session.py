@@ -15,26 +15,11 @@ import aiohttp
 import anyio
 import attrs
 
-from flux2max_async._books import Books, Terms
-from flux2max_async._download import Downloads
-from flux2max_async._entry import EntryState, JournalEntry, snapshot_of
-from flux2max_async._errors import (
-    ConfigurationError,
-    InvalidRequestError,
-    SessionClosedError,
-)
-from flux2max_async._gateway import Gateway
-from flux2max_async._handle import GenerationTask
-from flux2max_async._inbox import WebhookInbox
-from flux2max_async._learned import LearnedSchedule
-from flux2max_async._ledger import Ledger
-from flux2max_async._lookout import Lookout
-from flux2max_async._page import Page
-from flux2max_async._poller import Poller
-from flux2max_async._request import GenerationRequest, as_request
-from flux2max_async._saver import Saver
-from flux2max_async._schedule import PollSchedule
-from flux2max_async._settings import (
+from flux2max_async._api.client import Gateway
+from flux2max_async._api.codec import poll_call
+from flux2max_async._api.transport import Transport
+from flux2max_async._budget import Ledger
+from flux2max_async._config import (
     checked_base_url,
     checked_dollars,
     checked_drain,
@@ -43,14 +28,30 @@ from flux2max_async._settings import (
     checked_rate,
     checked_seconds,
 )
+from flux2max_async._downloads.downloader import Downloads
+from flux2max_async._downloads.saver import Saver
+from flux2max_async._exceptions import (
+    ConfigurationError,
+    InvalidRequestError,
+    SessionClosedError,
+)
+from flux2max_async._models.request import GenerationRequest, as_request
+from flux2max_async._models.results import Completed, GeneratedImage, TaskSnapshot
+from flux2max_async._polling.learned import LearnedSchedule
+from flux2max_async._polling.poller import Lookout
+from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
-from flux2max_async._supervisor import Supervisor, closed_error
-from flux2max_async._task import Completed, GeneratedImage, TaskSnapshot
-from flux2max_async._transport import Transport
+from flux2max_async._tasks.handle import GenerationTask
+from flux2max_async._tasks.runner import Poller
+from flux2max_async._tasks.supervisor import Supervisor, closed_error
 from flux2max_async._version import __version__
-from flux2max_async._wire import poll_call
 from flux2max_async.journal import Journal
+from flux2max_async.journal._context import Books, Terms
+from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._record import Page
+from flux2max_async.journal._serialization import snapshot_of
+from flux2max_async.webhooks._inbox import WebhookInbox
 
 T = TypeVar("T")
 
@@ -220,7 +221,7 @@ class FluxSession:
             params: Those of `GenerationRequest`; beside a whole request they replace its own.
 
         Raises:
-            FluxError: It came to nothing; the tree in `flux2max_async._errors` tells the kinds apart.
+            FluxError: It came to nothing; the tree in `flux2max_async._exceptions` tells the kinds apart.
         """
         poller = await self._start(as_request(request, **params), Terms(retry_failed, resubmit_uncertain))
         return (await _waited_for(poller, poller.ended)).unwrap()

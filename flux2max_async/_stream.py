@@ -9,13 +9,13 @@ from typing import Any, Protocol, Self
 
 import attrs
 
-from flux2max_async._errors import FluxError, SessionClosedError
-from flux2max_async._handle import GenerationTask
-from flux2max_async._poller import Poller
-from flux2max_async._request import GenerationRequest, as_request
-from flux2max_async._retry import dooms_the_rest, stops_saving
-from flux2max_async._saver import Saver
-from flux2max_async._task import Completed, Failed, Outcome
+from flux2max_async._api.retry import dooms_the_rest, stops_saving
+from flux2max_async._downloads.saver import Saver
+from flux2max_async._exceptions import FluxError, SessionClosedError
+from flux2max_async._models.request import GenerationRequest, as_request
+from flux2max_async._models.results import Completed, Failed, Outcome
+from flux2max_async._tasks.handle import GenerationTask
+from flux2max_async._tasks.runner import Poller
 
 Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
 

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import resource
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,11 +13,11 @@ from typing import Any
 
 import attrs
 import pytest
-from _commands import ENVIRONMENT, KEY, Command, Run
-from _hooked import Door, door
-from _scripted import ScriptedGateway
-from _virtual import VirtualTimeLoop
 from anyio.from_thread import start_blocking_portal
+from support.commands import ENVIRONMENT, KEY, Command, Run
+from support.scripted import ScriptedGateway
+from support.virtual_time import VirtualTimeLoop
+from support.webhooks import Door, door
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.cli import main
@@ -137,3 +139,14 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, flux2max: Command) -> Command:
         return attrs.evolve(done, out=b"".join(shown).decode())
 
     return run
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """A machine that can't write files of more than a megabyte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -14,8 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import uvloop
-from _scripted import ScriptedGateway, answer, completed, hang, raw, running
-from test_submit import session_on
+from support.scripted import ScriptedGateway, answer, completed, hang, raw, running, session_on
 
 from flux2max_async import (
     Completed,
@@ -30,7 +29,7 @@ from flux2max_async import (
     SessionClosedError,
     TaskStatus,
 )
-from flux2max_async._wire import Call
+from flux2max_async._api.codec import Call
 from flux2max_async.emulator import Emulator
 
 

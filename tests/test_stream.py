@@ -13,8 +13,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from _scripted import ScriptedGateway, answer, completed, hang
-from test_submit import session_on
+from support.scripted import ScriptedGateway, answer, completed, hang, session_on
 
 from flux2max_async import (
     AuthenticationError,

@@ -14,8 +14,8 @@ import flux2max_async as flux
 from flux2max_async.cli import _options as options
 
 if TYPE_CHECKING:
-    from flux2max_async.cli._report import Command
-    from flux2max_async.cli._settings import Access
+    from flux2max_async.cli._config import Access
+    from flux2max_async.cli._summary import Command
 
 _FORMATS: dict[str, Literal["jpeg", "png"]] = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 
@@ -49,7 +49,7 @@ def flux2max(
     --max-in-flight is FLUX2MAX_MAX_IN_FLIGHT. A file .env in the working folder can hold them all.
     """
     if Path(".env").exists():
-        from flux2max_async.cli._settings import read_dotenv
+        from flux2max_async.cli._config import read_dotenv
         from flux2max_async.cli._terminal import errors_as_lines
 
         with errors_as_lines():
@@ -65,7 +65,7 @@ def _typed(context: typer.Context) -> "Command":
     """Give the command as it was typed, with what stood in the environment written out."""
     import sys
 
-    from flux2max_async.cli._report import Command
+    from flux2max_async.cli._summary import Command
 
     given = [option for option in context.command.params if isinstance(option, TyperOption)]
     spelled: list[str] = []
@@ -80,7 +80,7 @@ def _typed(context: typer.Context) -> "Command":
 
 
 def _access(context: typer.Context, key_file: Path | None, base_url: str | None) -> "Access":
-    from flux2max_async.cli._settings import Access
+    from flux2max_async.cli._config import Access
 
     return Access(context.obj or {}, base_url, key_file)
 
@@ -118,8 +118,8 @@ def generate(
     import asyncio
     import logging
 
-    from flux2max_async.cli import _single as single
-    from flux2max_async.cli._sheet import picture
+    from flux2max_async.cli import _tasks as single
+    from flux2max_async.cli._requests_file import picture
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
     with errors_as_lines(_unfinished), log_to(Complaints(logging.WARNING)):
@@ -154,7 +154,7 @@ def status(
     """Look at a task once and say how it stands."""
     import asyncio
 
-    from flux2max_async.cli import _single as single
+    from flux2max_async.cli import _tasks as single
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
@@ -178,7 +178,7 @@ def fetch(
     import asyncio
     import logging
 
-    from flux2max_async.cli import _single as single
+    from flux2max_async.cli import _tasks as single
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
     with errors_as_lines(), log_to(Complaints(logging.WARNING)):
@@ -258,11 +258,11 @@ def batch(
     DIR holds the pictures, index.html to look at them, results.jsonl, and journal.db: with it, the same command again
     pays for nothing twice. Ctrl-C stops submitting and waits for what is running; twice leaves at once.
     """
-    from flux2max_async._books import Terms
-    from flux2max_async._settings import checked_dollars
+    from flux2max_async._config import checked_dollars
     from flux2max_async.cli._batch import Batch, do
-    from flux2max_async.cli._sheet import defaults_of
+    from flux2max_async.cli._requests_file import defaults_of
     from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.journal._context import Terms
 
     access = _access(context, key_file, base_url)
     with errors_as_lines(result=lambda: "the same command goes on"):
@@ -308,7 +308,7 @@ def journal(folder: options.Folder, *, as_json: options.AsJson = False) -> None:
 
     Counts, dollars, what is running, and what is uncertain.
     """
-    from flux2max_async.cli._inside import tell_journal
+    from flux2max_async.cli._inspect import tell_journal
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
@@ -318,7 +318,7 @@ def journal(folder: options.Folder, *, as_json: options.AsJson = False) -> None:
 @app.command(epilog="Example: flux2max gallery pictures")
 def gallery(folder: options.Folder) -> None:
     """Make a batch's index.html anew, and its results.jsonl."""
-    from flux2max_async.cli._inside import make_gallery
+    from flux2max_async.cli._inspect import make_gallery
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
@@ -377,7 +377,7 @@ def emulate(
     It is there to try things out without a bill. Put the two lines that it prints into a file .env in another folder,
     and run flux2max there.
     """
-    from flux2max_async._settings import checked_dollars
+    from flux2max_async._config import checked_dollars
     from flux2max_async.cli._emulate import faults_of
     from flux2max_async.cli._terminal import errors_as_lines
     from flux2max_async.emulator import Emulator

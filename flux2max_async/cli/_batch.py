@@ -13,16 +13,16 @@ import attrs
 import typer
 
 import flux2max_async as flux
-from flux2max_async._books import Terms
-from flux2max_async.cli._folder import Folder
-from flux2max_async.cli._formats import READERS, guessed_form
+from flux2max_async.cli._config import Access
 from flux2max_async.cli._gallery import Gallery, write_all
+from flux2max_async.cli._output_dir import Folder
+from flux2max_async.cli._parsers import READERS, guessed_form
 from flux2max_async.cli._plan import Plan, checked_against, left_behind, plan, rounded
-from flux2max_async.cli._report import Command, advice, kind_of, summary
-from flux2max_async.cli._run import Job, Report, run
-from flux2max_async.cli._settings import Access
-from flux2max_async.cli._sheet import Line, Sheet, read_sheet
+from flux2max_async.cli._requests_file import Line, Sheet, read_sheet
+from flux2max_async.cli._runner import Job, Report, run
+from flux2max_async.cli._summary import Command, advice, kind_of, summary
 from flux2max_async.cli._terminal import Screen, complain, line, pictures, somebody_can_be_asked, tell, tell_exactly
+from flux2max_async.journal._context import Terms
 
 _STANDARD_INPUT = "-"
 

@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 import flux2max_async as flux
-from flux2max_async.cli._board import Board, polls_a_task
+from flux2max_async.cli._progress import Board, polls_a_task
 from flux2max_async.cli._terminal import Screen, complain, errors_as_lines, line, log_to, polls, table
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import attrs
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from flux2max_async._entry import EntryState
-from flux2max_async.cli._folder import WAITING, Folder, Row, write_whole
+from flux2max_async.cli._output_dir import WAITING, Folder, Row, write_whole
+from flux2max_async.journal._entry import EntryState
 
 _SIDE = 360
 """Pixels of the longer side of a small copy."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._books import Terms
-from flux2max_async._content import content_of
-from flux2max_async._entry import EntryState, JournalEntry
-from flux2max_async._errors import InvalidRequestError
-from flux2max_async._ledger import Ledger
-from flux2max_async._request import GenerationRequest
-from flux2max_async.cli._folder import is_lost
-from flux2max_async.cli._sheet import BadLine, Line, Sheet, picture
+from flux2max_async._budget import Ledger
+from flux2max_async._exceptions import InvalidRequestError
+from flux2max_async._models.fingerprint import content_of
+from flux2max_async._models.request import GenerationRequest
+from flux2max_async.cli._output_dir import is_lost
+from flux2max_async.cli._requests_file import BadLine, Line, Sheet, picture
 from flux2max_async.cli._terminal import pictures
+from flux2max_async.journal._context import Terms
+from flux2max_async.journal._entry import EntryState, JournalEntry
 
 _CENT = Decimal("0.01")
 

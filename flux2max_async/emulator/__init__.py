@@ -10,8 +10,8 @@ For demos, and for testing applications without a key, a bill or a network. Need
 `flux_emulator` by itself.
 """
 
-from flux2max_async.emulator._postman import Delivery, Webhooks
 from flux2max_async.emulator._server import Emulator
 from flux2max_async.emulator._service import EmulatedTask, Fault
+from flux2max_async.emulator._webhook_sender import Delivery, Webhooks
 
 __all__ = ["Delivery", "EmulatedTask", "Emulator", "Fault", "Webhooks"]

@@ -18,9 +18,9 @@ import anyio.to_thread
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
-from flux2max_async.emulator._pictures import draw
-from flux2max_async.emulator._postman import Delivery, Postman, Webhooks
+from flux2max_async.emulator._images.scenes import draw
 from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Refusal, Service, read_submit
+from flux2max_async.emulator._webhook_sender import Delivery, Postman, Webhooks
 
 Effect = Callable[[], Awaitable[web.StreamResponse]]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import attrs
 
-from flux2max_async.emulator._prints import size_of
+from flux2max_async.emulator._images.input_images import size_of
 
 Endpoint = Literal["submit", "poll", "download"]
 

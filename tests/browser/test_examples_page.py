@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _apps import NAMES, App, running_app
-from _screen import running_browser, shoot
 from playwright.sync_api import Browser, Page, expect
+from support.apps import NAMES, App, running_app
+from support.browser import running_browser, shoot
 
 from flux2max_async.emulator import Emulator
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from _screen import running_browser, shoot
 from playwright.sync_api import Browser, Page, Route, expect
+from support.browser import running_browser, shoot
 
 from flux2max_async.emulator import Emulator
 

@@ -1,0 +1,1 @@
+"""The HTTP API: one call, its retries and its limits."""

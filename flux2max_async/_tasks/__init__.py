@@ -1,0 +1,1 @@
+"""One task from its submit to its end."""

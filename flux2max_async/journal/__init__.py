@@ -1,0 +1,14 @@
+"""The journal: what was requested, paid for and delivered, kept so that a batch survives the end of its process.
+
+    async with FluxSession(journal=SqliteJournal("run.db")) as session:
+        async for outcome in session.stream(prompts, save_to="pictures"):
+            ...
+
+Run twice, this pays once.
+"""
+
+from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._protocol import Journal
+from flux2max_async.journal._sqlite import SqliteJournal
+
+__all__ = ["EntryState", "Holder", "Journal", "JournalEntry", "SavedFile", "SqliteJournal"]

@@ -1,0 +1,101 @@
+"""The inbox: the face of webhooks, with a door for each kind of server."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from flux2max_async._config import checked_seconds
+from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
+from flux2max_async._models.request import GenerationRequest
+from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_answer
+from flux2max_async.webhooks._dispatcher import Office
+from flux2max_async.webhooks._signature import MAX_AGE, SIGNATURE_HEADER, verify
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+class WebhookInbox:
+    """Takes in the service's webhooks for a session, so that ends are known without polling.
+
+        inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url="https://app.example/hooks/flux")
+        app.router.add_post("/hooks/flux", inbox.aiohttp_handler)   # aiohttp.web
+        app.mount("/hooks", inbox.asgi)                             # FastAPI, Starlette: above the path, not at it
+        async with FluxSession(webhooks=inbox) as session: ...
+
+    The session asks for a webhook with each submit whose request names none of its own. A delivery whose signature is
+    right ends its task at once; polls cover what is lost or late, and become the rarer the more webhooks arrive first.
+
+    With several server processes behind one address, a delivery can reach one that doesn't follow the task. Where they
+    share a journal, it records the end there, and the task's own process notices within a second. Without one, the
+    task is polled as if its webhook was lost.
+
+    Args:
+        secret: What the service signs deliveries with: at least 32 random characters do well. Several while an old one
+            is being replaced: all are valid, and new submits name the first.
+        public_url: Where the service reaches this inbox; http(s), at most 2083 characters.
+        header: Which header holds the signature.
+        max_age: Seconds after which a delivery that tells when it was sent counts as a replayed one; None for any.
+
+    Raises:
+        ConfigurationError: The secret is empty, or the address is none that a request could name.
+    """
+
+    def __init__(
+        self,
+        *,
+        secret: str | Iterable[str],
+        public_url: str,
+        header: str = SIGNATURE_HEADER,
+        max_age: float | None = MAX_AGE,
+    ) -> None:
+        self._secrets = _checked_secrets(secret)
+        self._header = header
+        self._max_age = None if max_age is None else checked_seconds("max_age", max_age)
+        try:
+            GenerationRequest("-", webhook_url=public_url, webhook_secret=self._secrets[0])
+        except InvalidRequestError as error:
+            raise ConfigurationError(error.message.replace("webhook_url", "public_url")) from error
+        if public_url is None:
+            raise ConfigurationError("public_url must be the address at which the service reaches this inbox")
+        self.public_url: str = public_url
+        self.asgi: AsgiApp = AsgiApp(self.deliver)
+        """An ASGI application that answers on any path.
+
+        Mount it above the path of `public_url`: at the very path of a mount, Starlette redirects to one with a slash.
+        """
+        self.office: Office = Office(public_url, self._secrets[0], self._secrets)
+        """The session's side of it."""
+
+    def __repr__(self) -> str:
+        return f"WebhookInbox(public_url={self.public_url!r})"
+
+    async def aiohttp_handler(self, request: "web.Request") -> "web.Response":
+        """Answer the service, as a handler of aiohttp.web: `app.router.add_post(path, inbox.aiohttp_handler)`."""
+        return await aiohttp_answer(self.deliver, request)
+
+    async def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
+        """Take in one delivery, for servers of other kinds; returns when it needn't come again.
+
+        With a journal, what it says is recorded then. What is delivered twice, or about a task that has ended, does no
+        harm; what nobody waits for is kept for a while, because it may be faster than the answer to its submit. It may
+        be awaited in another event loop than the session's.
+
+        Args:
+            body: As it came, byte by byte.
+            headers: Of the delivery.
+
+        Raises:
+            WebhookSignatureError: It isn't the service's; answer 401.
+            ProtocolError: It can't be read; answer 400.
+            SessionClosedError: No session is open; answer 503, and the service will try again.
+            JournalError: The end can't be recorded; answer 503, too.
+        """
+        verify(body, headers, self._secrets, header=self._header, max_age=self._max_age)
+        await self.office.take_in(body)
+
+
+def _checked_secrets(secret: str | Iterable[str]) -> tuple[str, ...]:
+    secrets = (secret,) if isinstance(secret, str) else tuple(secret) if isinstance(secret, Iterable) else ()
+    if not secrets or not all(isinstance(one, str) and one for one in secrets):
+        raise ConfigurationError("secret must be text that is not empty, or several such texts")
+    return secrets

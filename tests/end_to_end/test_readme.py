@@ -1,0 +1,179 @@
+"""The README's examples, each run as a reader would run it."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux2max_async.emulator import Emulator
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SCRIPTS = [example for example in EXAMPLES if example.rstrip().endswith("asyncio.run(main())")]
+(WEB,) = [example for example in EXAMPLES if "FastAPI" in example]
+(CONSOLE,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+(TEST,) = [example for example in EXAMPLES if "def test_" in example]
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of a reader who has a key, for a service that takes a second."""
+    with Emulator(seconds=0.5, spread=0.1, seed=1) as gateway:
+        yield {**os.environ, "FLUX2MAX_API_KEY": gateway.api_key, "FLUX2MAX_BASE_URL": gateway.url}
+
+
+def test_all_examples_are_run() -> None:
+    """No example of the README is of a kind that no test runs."""
+    assert len(SCRIPTS) + 2 == len(EXAMPLES)
+    assert len(SCRIPTS) == 6
+
+
+@pytest.mark.parametrize(
+    ("script", "pictures", "said"),
+    [
+        pytest.param(SCRIPTS[0], {"lighthouse.jpeg": (1024, 768)}, "", id="one picture"),
+        pytest.param(
+            SCRIPTS[1],
+            {f"pictures/{animal}.jpeg": (1024, 1024) for animal in ("fox", "heron", "hedgehog")},
+            "completed=3",
+            id="many pictures",
+        ),
+        pytest.param(SCRIPTS[3], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"),
+        pytest.param(SCRIPTS[4], {}, "0.07 dollars", id="one task"),
+        pytest.param(SCRIPTS[5], {}, "half of the tasks take up to", id="kept schedule"),
+    ],
+)
+def test_a_script(
+    environment: dict[str, str], tmp_path: Path, script: str, pictures: dict[str, tuple[int, int]], said: str
+) -> None:
+    """An example that is a script runs without a word on stderr and leaves the pictures that it names."""
+    command = [sys.executable, "-W", "error", "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    sizes = {}
+    for name in pictures:
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            sizes[name] = picture.size
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert said in result.stdout
+    assert sizes == pictures
+
+
+def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) -> None:
+    """The example with a journal goes on where it was killed, and a third run finds all done and pays nothing."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPTS[2]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment) as first:
+        while not (tmp_path / "herbarium").is_dir() or not list((tmp_path / "herbarium").glob("*.jpeg")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.kill()
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        for _ in range(2)
+    ]
+    pictures = list((tmp_path / "herbarium").iterdir())
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+
+    assert [(run.returncode, run.stderr) for run in runs] == [(0, "")] * 2
+    assert len(pictures) == 12
+    assert "submitted=0" in runs[1].stdout
+    assert "replayed=12" in runs[1].stdout
+    assert runs[1].stdout.count(" completed 0.07") == 12
+
+
+def test_the_console(environment: dict[str, str], tmp_path: Path) -> None:
+    """The commands of a batch do as they say: a dry run that costs nothing, four pictures, and a word about them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "flux2max"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m flux2max_async.cli "$@"\n')
+    script.chmod(0o755)
+    environment["PATH"] = os.pathsep.join([str(folder), environment["PATH"]])
+    commands = [line.removeprefix("$ ") for line in CONSOLE.splitlines()]
+    runs = [
+        subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        for command in commands
+    ]
+
+    assert [run.returncode for run in runs] == [0, 0, 0, 0]
+    assert "4 to be submitted, for about $0.28" in runs[1].stderr
+    assert len(list((tmp_path / "pictures").glob("*.jpeg"))) == 4
+    assert "$0.28" in runs[3].stdout
+
+
+def test_the_web_backend(tmp_path: Path) -> None:
+    """The FastAPI example serves pictures under a real server, by webhooks alone, and says 422 where it should."""
+    (tmp_path / "app.py").write_text(WEB, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", str(port)]
+    with Emulator(seconds=0.5, spread=0.0, seed=1) as gateway:
+        environment = {
+            **os.environ,
+            "FLUX2MAX_API_KEY": gateway.api_key,
+            "FLUX2MAX_BASE_URL": gateway.url,
+            "PUBLIC_URL": f"http://127.0.0.1:{port}",
+            "WEBHOOK_SECRET": "a secret",
+        }
+        with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
+            try:
+                status, body = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat")
+                refused, why = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
+                moderated, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
+            finally:
+                server.terminate()
+                _, log = server.communicate(timeout=20)
+
+    assert status == 200
+    assert gateway.url in body
+    assert (refused, "prompt" in why) == (422, True)
+    assert moderated == 422
+    assert [delivery.status for delivery in gateway.deliveries] == [200, 200]
+    assert "Application shutdown complete" in log
+    assert "Traceback" not in log
+
+
+def _post(url: str) -> tuple[int, str]:
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="POST")) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except urllib.error.URLError:
+            time.sleep(0.1)  # not up yet
+    raise AssertionError("the server didn't come up")
+
+
+def test_the_test(tmp_path: Path) -> None:
+    """The example of a test is a test that passes."""
+    (tmp_path / "test_mine.py").write_text(TEST, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the folder's own settings would be somebody else's
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:asyncio"]
+    command.append(str(tmp_path))
+    if (
+        "flux_emulator"
+        not in subprocess.run(
+            [sys.executable, "-m", "pytest", "--fixtures", str(tmp_path)], capture_output=True, text=True, check=False
+        ).stdout
+    ):  # where the package isn't installed, its plugin has to be named
+        command += ["-p", "flux2max_async.pytest_plugin"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert "1 passed" in result.stdout, result.stdout + result.stderr

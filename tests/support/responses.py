@@ -1,0 +1,43 @@
+"""Replies and pictures that several tests need."""
+
+import io
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from multidict import CIMultiDict
+from PIL import Image
+
+from flux2max_async._api.response import Reply
+
+RECEIVED = datetime(2025, 11, 22, 10, 0, 0, tzinfo=UTC)
+"""When every reply here came, by this machine's clock: a Saturday."""
+
+
+def reply(body: object = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    """Make a reply whose body is JSON, or bytes as they are."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Reply(status, CIMultiDict(headers or {}), content, RECEIVED)
+
+
+def finished(**changes: object) -> dict[str, object]:
+    """Make the task object of the protocol's example; a change to `...` leaves the key out."""
+    task = {
+        "id": "t1",
+        "status": "completed",
+        "model": "flux_2_max",
+        "created_at": 1763800000,
+        "progress": 1.0,
+        "output": [{"content": [{"type": "image", "url": "https://pictures.example/0.jpeg", "jobId": "j1"}]}],
+        "usage": {"cost": "0.07", "discount": 1},
+        "metadata": {},
+        **changes,
+    }
+    return {name: value for name, value in task.items() if value is not ...}
+
+
+def picture(kind: str = "PNG") -> bytes:
+    """Draw a small picture, and encode it."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "navy").save(file, kind)
+    return file.getvalue()

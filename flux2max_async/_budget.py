@@ -11,7 +11,7 @@ _FIRST, _FURTHER = Decimal("0.07"), Decimal("0.03")
 
 
 @attrs.define
-class Ledger:
+class Budget:
     """What one session has spent and what its tasks in flight will probably cost, in US dollars."""
 
     budget: Decimal | None

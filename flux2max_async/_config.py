@@ -17,7 +17,7 @@ KEY_VARIABLE = "FLUX2MAX_API_KEY"
 URL_VARIABLE = "FLUX2MAX_BASE_URL"
 
 
-def checked_key(api_key: str | None) -> str:
+def validate_api_key(api_key: str | None) -> str:
     """Give the API key, which is never shown in an error.
 
     Raises:
@@ -33,7 +33,7 @@ def checked_key(api_key: str | None) -> str:
     return key
 
 
-def checked_base_url(base_url: str | None) -> str:
+def validate_base_url(base_url: str | None) -> str:
     """Give the gateway's address, without a slash at its end.
 
     Raises:
@@ -57,7 +57,7 @@ def checked_base_url(base_url: str | None) -> str:
     return url.rstrip("/")
 
 
-def checked_seconds(name: str, seconds: float, *, most: float = math.inf) -> float:
+def validate_seconds(name: str, seconds: float, *, most: float = math.inf) -> float:
     """Give a duration that is more than nothing, and no more than the most.
 
     Raises:
@@ -70,7 +70,7 @@ def checked_seconds(name: str, seconds: float, *, most: float = math.inf) -> flo
     return seconds
 
 
-def checked_drain(seconds: float) -> float:
+def validate_drain(seconds: float) -> float:
     """Give how long closing waits for submitted tasks.
 
     Raises:
@@ -81,7 +81,7 @@ def checked_drain(seconds: float) -> float:
     return seconds
 
 
-def checked_rate(name: str, rate: float | None) -> float:
+def validate_rate(name: str, rate: float | None) -> float:
     """Give a rate that is more than nothing; None is no limit.
 
     Raises:
@@ -94,7 +94,7 @@ def checked_rate(name: str, rate: float | None) -> float:
     return rate
 
 
-def checked_places(places: int) -> int:
+def validate_max_in_flight(places: int) -> int:
     """Give the most tasks to keep in flight.
 
     Raises:
@@ -105,7 +105,7 @@ def checked_places(places: int) -> int:
     return places
 
 
-def checked_dollars(name: str, dollars: Decimal | float | str | None) -> Decimal | None:
+def validate_dollars(name: str, dollars: Decimal | float | str | None) -> Decimal | None:
     """Give an amount of money, exactly as it is written; None is none.
 
     Raises:

@@ -15,21 +15,21 @@ import aiohttp
 import anyio
 import attrs
 
-from flux2max_async._api.client import Gateway
-from flux2max_async._api.codec import poll_call
+from flux2max_async._api.client import ApiClient
+from flux2max_async._api.codec import build_poll
 from flux2max_async._api.transport import Transport
-from flux2max_async._budget import Ledger
+from flux2max_async._budget import Budget
 from flux2max_async._config import (
-    checked_base_url,
-    checked_dollars,
-    checked_drain,
-    checked_key,
-    checked_places,
-    checked_rate,
-    checked_seconds,
+    validate_api_key,
+    validate_base_url,
+    validate_dollars,
+    validate_drain,
+    validate_max_in_flight,
+    validate_rate,
+    validate_seconds,
 )
-from flux2max_async._downloads.downloader import Downloads
-from flux2max_async._downloads.saver import Saver
+from flux2max_async._downloads.downloader import Downloader
+from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import (
     ConfigurationError,
     InvalidRequestError,
@@ -38,19 +38,19 @@ from flux2max_async._exceptions import (
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._polling.poller import Lookout
+from flux2max_async._polling.poller import TaskPoller
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
-from flux2max_async._tasks.runner import Poller
+from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.supervisor import Supervisor, closed_error
 from flux2max_async._version import __version__
 from flux2max_async.journal import Journal
-from flux2max_async.journal._context import Books, Terms
+from flux2max_async.journal._context import Books, ReusePolicy
 from flux2max_async.journal._entry import EntryState, JournalEntry
-from flux2max_async.journal._record import Page
-from flux2max_async.journal._serialization import snapshot_of
+from flux2max_async.journal._record import RequestRecord
+from flux2max_async.journal._serialization import snapshot_from_entry
 from flux2max_async.webhooks._inbox import WebhookInbox
 
 T = TypeVar("T")
@@ -114,34 +114,34 @@ class FluxSession:
         price_guess: Decimal | float | str | None = None,
         budget_scope: Literal["session", "journal"] | None = None,
     ) -> None:
-        self._max_in_flight = checked_places(max_in_flight)
-        self._deadline = math.inf if deadline is None else checked_seconds("deadline", deadline)
-        self._polls_per_second = checked_rate("max_polls_per_second", max_polls_per_second)
+        self._max_in_flight = validate_max_in_flight(max_in_flight)
+        self._deadline = math.inf if deadline is None else validate_seconds("deadline", deadline)
+        self._polls_per_second = validate_rate("max_polls_per_second", max_polls_per_second)
         if webhooks is not None and not isinstance(webhooks, WebhookInbox):
             raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
         self._office = webhooks.office if webhooks else None
         self._transport = Transport(
-            checked_key(api_key),
-            checked_base_url(base_url),
+            validate_api_key(api_key),
+            validate_base_url(base_url),
             user_agent=_USER_AGENT,
-            timeout=checked_seconds("request_timeout", request_timeout),
+            timeout=validate_seconds("request_timeout", request_timeout),
             http=http_session,
             secrets=self._office.secrets if self._office else (),
         )
-        self._drain = checked_drain(drain)
+        self._drain = validate_drain(drain)
         if budget_scope not in {None, "session", "journal"} or (budget_scope == "journal" and journal is None):
             raise ConfigurationError(
                 f"budget_scope must be 'session', or 'journal' where there is one, not {budget_scope!r}"
             )
         self._books = Books(
-            Ledger(checked_dollars("budget", budget), checked_dollars("price_guess", price_guess)),
+            Budget(validate_dollars("budget", budget), validate_dollars("price_guess", price_guess)),
             journal,
             whole_journal=journal is not None and budget_scope != "session",
             secrets=self._transport.secrets,
         )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
-        self._downloads = Downloads(self._transport, self._deadline, self.fetch)
+        self._downloads = Downloader(self._transport, self._deadline, self.fetch)
         self._supervisor: Supervisor | None = None
 
     # ------------------------------------------------------------------ lifetime
@@ -159,7 +159,7 @@ class FluxSession:
             raise
         self._transport.open(self._max_in_flight)
         self._stats.in_flight = self._stats.submitting = 0
-        gateway = Gateway(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
+        gateway = ApiClient(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
         self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)
         return self
 
@@ -175,7 +175,7 @@ class FluxSession:
             drain: Seconds that submitted tasks get to end first, and the pictures of a `stream(save_to=...)` to be
                 saved, while nothing more is submitted; by default, the session's own. A second call may shorten it.
         """
-        seconds = self._drain if drain is None else checked_drain(drain)
+        seconds = self._drain if drain is None else validate_drain(drain)
         supervisor = self._supervisor
         if supervisor is None or supervisor.loop.is_closed():
             self._supervisor = None
@@ -223,7 +223,7 @@ class FluxSession:
         Raises:
             FluxError: It came to nothing; the tree in `flux2max_async._exceptions` tells the kinds apart.
         """
-        poller = await self._start(as_request(request, **params), Terms(retry_failed, resubmit_uncertain))
+        poller = await self._start(as_request(request, **params), ReusePolicy(retry_failed, resubmit_uncertain))
         return (await _waited_for(poller, poller.ended)).unwrap()
 
     async def submit(
@@ -250,7 +250,7 @@ class FluxSession:
         Raises:
             FluxError: There is no task, or nobody knows whether there is (SubmissionUncertainError).
         """
-        poller = await self._start(as_request(request, **params), Terms(retry_failed, resubmit_uncertain))
+        poller = await self._start(as_request(request, **params), ReusePolicy(retry_failed, resubmit_uncertain))
         await _waited_for(poller, poller.answered)
         if poller.task_id is None:
             poller.ended.result().unwrap()
@@ -292,13 +292,15 @@ class FluxSession:
             raise InvalidRequestError("stream() takes many requests: put a single one into a list", "requests")
         if name is not None and save_to is None:
             raise InvalidRequestError("name is for the files in save_to: give both", "name")
-        terms = Terms(retry_failed, resubmit_uncertain, to_be_saved=save_to is not None, occurrences=Counter[str]())
+        terms = ReusePolicy(
+            retry_failed, resubmit_uncertain, to_be_saved=save_to is not None, occurrences=Counter[str]()
+        )
         return OutcomeStream(
             requests,
             start=lambda request: self._start(request, terms),
             spawn=self._spawn,
             ahead=self._max_in_flight,
-            saver=None if save_to is None else Saver(Path(save_to), name, self._downloads.fetch),
+            saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloads.fetch),
         )
 
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
@@ -322,7 +324,7 @@ class FluxSession:
             FluxError: There was no answer, or none that is a task.
         """
         supervisor = self._running()
-        return await supervisor.host(supervisor.gateway.poll(poll_call(_checked_id(task_id)), task_id))
+        return await supervisor.host(supervisor.gateway.poll(build_poll(_checked_id(task_id)), task_id))
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download a result: streamed, retried, whole or not at all, and without the API key.
@@ -374,12 +376,12 @@ class FluxSession:
         if self._office is not None:
             self._office.close()
 
-    async def _start(self, request: GenerationRequest, terms: Terms) -> Poller:
+    async def _start(self, request: GenerationRequest, terms: ReusePolicy) -> TaskRunner:
         self._submitting()
         # Who is cancelled already stops here; and a source that never waits leaves the event loop room.
         await asyncio.sleep(0)
         supervisor = self._submitting()
-        page = Page(self._books, request, terms) if self._books.needed else None
+        page = RequestRecord(self._books, request, terms) if self._books.needed else None
         poller = self._poller(supervisor, request, page=page)
         supervisor.follow(poller)
         return poller
@@ -391,13 +393,13 @@ class FluxSession:
         for entry in entries:
             if entry.state is not EntryState.SUBMITTED:
                 if self._office is not None and self._office.mail.listeners(entry.task_id or ""):
-                    self._office.tell(snapshot_of(entry))
+                    self._office.tell(snapshot_from_entry(entry))
             elif entry.key not in self._supervisor.desk and not self._supervisor.closing:
                 self._inherit(self._supervisor, entry)
 
     def _inherit(self, supervisor: Supervisor, entry: JournalEntry) -> None:
         """Follow what a process that is gone has left behind, so that it ends in the journal whoever asks for it."""
-        poller = self._poller(supervisor, None, entry.task_id, Page(self._books, None, Terms(), entry))
+        poller = self._poller(supervisor, None, entry.task_id, RequestRecord(self._books, None, ReusePolicy(), entry))
         supervisor.desk[entry.key] = poller
         supervisor.follow(poller)
 
@@ -406,12 +408,14 @@ class FluxSession:
         supervisor: Supervisor,
         request: GenerationRequest | None,
         task_id: str | None = None,
-        page: Page | None = None,
-    ) -> Poller:
+        page: RequestRecord | None = None,
+    ) -> TaskRunner:
         mail = self._office.mail if self._office else None
         hooked = self._office.asked(request) if self._office and request and task_id is None else None
-        lookout = Lookout(supervisor.gateway, self._schedule, self._deadline, request, mail)
-        return Poller(supervisor.gateway, lookout, request, supervisor.places, task_id, page, supervisor.desk, hooked)
+        lookout = TaskPoller(supervisor.gateway, self._schedule, self._deadline, request, mail)
+        return TaskRunner(
+            supervisor.gateway, lookout, request, supervisor.places, task_id, page, supervisor.desk, hooked
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None], *, until_drain: bool = False) -> "asyncio.Task[None]":
         try:
@@ -435,7 +439,7 @@ class FluxSession:
         return supervisor
 
 
-async def _waited_for(poller: Poller, future: "asyncio.Future[T]") -> T:
+async def _waited_for(poller: TaskRunner, future: "asyncio.Future[T]") -> T:
     """Wait without owning: who is cancelled here withdraws what isn't submitted yet, and nothing else."""
     try:
         return await asyncio.shield(future)

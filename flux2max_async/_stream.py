@@ -9,13 +9,13 @@ from typing import Any, Protocol, Self
 
 import attrs
 
-from flux2max_async._api.retry import dooms_the_rest, stops_saving
-from flux2max_async._downloads.saver import Saver
+from flux2max_async._api.retry import is_disk_failure, is_fatal_for_batch
+from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._tasks.handle import GenerationTask
-from flux2max_async._tasks.runner import Poller
+from flux2max_async._tasks.runner import TaskRunner
 
 Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
 
@@ -23,7 +23,7 @@ _UNANSWERED = 5.0
 """Seconds that leaving a stream waits for the ids of submits that are on the wire."""
 
 
-Start = Callable[[GenerationRequest], Awaitable[Poller]]
+Start = Callable[[GenerationRequest], Awaitable[TaskRunner]]
 """Waits for a place, then submits and follows in the background."""
 
 
@@ -42,7 +42,7 @@ class OutcomeStream(AsyncIterator[Outcome]):
     followed by the session, and `unfinished` names it.
     """
 
-    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int, saver: Saver | None) -> None:
+    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int, saver: ImageSaver | None) -> None:
         self._feed = _Feed(requests, start, spawn, ahead, saver)
 
     @property
@@ -74,8 +74,8 @@ class OutcomeStream(AsyncIterator[Outcome]):
 class _Feed:
     """What goes on behind a stream. It doesn't know its stream, so that dropping that is noticed."""
 
-    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int, saver: Saver | None) -> None:
-        self.undelivered: dict[Poller, None] = {}
+    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int, saver: ImageSaver | None) -> None:
+        self.undelivered: dict[TaskRunner, None] = {}
         """In order of submission."""
         self._start = start
         self._spawn = spawn
@@ -83,7 +83,7 @@ class _Feed:
         self._pull = _puller(requests)
         self._credit = _Credit(ahead)
         """One for each request that may be pulled before another outcome is delivered."""
-        self._ready: deque[tuple[Outcome, Poller | None]] = deque()
+        self._ready: deque[tuple[Outcome, TaskRunner | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
         self._doom: BaseException | None = None
         """What to raise after the last outcome."""
@@ -183,7 +183,7 @@ class _Feed:
         self._doom = error
         self._tell()
 
-    def _arrived(self, poller: Poller, outcome: Outcome) -> None:
+    def _arrived(self, poller: TaskRunner, outcome: Outcome) -> None:
         if self._saver is None or isinstance(outcome, Failed):
             self._deliver(poller, outcome)
             return
@@ -192,16 +192,16 @@ class _Feed:
         except SessionClosedError as error:
             self._deliver(poller, attrs.evolve(outcome, save_error=error))
 
-    async def _save(self, saver: Saver, poller: Poller, outcome: Completed) -> None:
+    async def _save(self, saver: ImageSaver, poller: TaskRunner, outcome: Completed) -> None:
         saved = attrs.evolve(outcome, save_error=SessionClosedError("the session was closed before all was saved"))
         try:
             saved = await saver.save(outcome, poller.page)
         finally:
-            if saved.save_error is not None and stops_saving(saved.save_error):
+            if saved.save_error is not None and is_disk_failure(saved.save_error):
                 self.stop(saved.save_error)
             self._deliver(poller, saved)
 
-    def _deliver(self, poller: Poller, outcome: Outcome) -> None:
+    def _deliver(self, poller: TaskRunner, outcome: Outcome) -> None:
         self._ready.append((outcome, poller))
         if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
             self.stop(outcome.error)
@@ -243,7 +243,7 @@ class _Credit:
 
 
 def _ends_the_stream(error: FluxError) -> bool:
-    return dooms_the_rest(error) or isinstance(error, SessionClosedError)
+    return is_fatal_for_batch(error) or isinstance(error, SessionClosedError)
 
 
 def _puller(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequest]]:

@@ -17,7 +17,7 @@ from anyio.from_thread import start_blocking_portal
 from support.commands import ENVIRONMENT, KEY, Command, Run
 from support.scripted import ScriptedGateway
 from support.virtual_time import VirtualTimeLoop
-from support.webhooks import Door, door
+from support.webhooks import InboxServer, door
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.cli import main
@@ -57,7 +57,7 @@ async def scripted() -> AsyncIterator[ScriptedGateway]:
 
 
 @pytest.fixture
-async def at() -> AsyncIterator[Door]:
+async def at() -> AsyncIterator[InboxServer]:
     """A server on 127.0.0.1 with an inbox."""
     async with door() as it:
         yield it

@@ -36,8 +36,8 @@ from flux2max_async import (
     TaskFailedError,
     TransportError,
 )
-from flux2max_async._budget import Ledger
-from flux2max_async._models.fingerprint import Content, content_of, dimensions, is_local
+from flux2max_async._budget import Budget
+from flux2max_async._models.fingerprint import RequestFingerprint, dimensions, fingerprint_request, is_local
 from flux2max_async.emulator import Emulator
 
 Open = Callable[..., FluxSession]
@@ -320,7 +320,7 @@ async def test_larger_requests_are_dearer(
 )
 def test_a_learned_price_grows_with_the_request(seen: int, asked: int, cost: Decimal) -> None:
     """A larger request is thought to be dearer in the proportion of the guesses, a smaller one not to be cheaper."""
-    ledger, fresh = Ledger(None, None), Ledger(None, None)
+    ledger, fresh = Budget(None, None), Budget(None, None)
     ledger.saw(seen, cost)
 
     assert ledger.price(seen) == cost
@@ -333,10 +333,10 @@ def test_a_learned_price_grows_with_the_request(seen: int, asked: int, cost: Dec
 @pytest.mark.parametrize("megapixels", range(1, 100))
 def test_a_price_that_is_exact_stays_exact(megapixels: int) -> None:
     """A service that bills as we guess is guessed to the cent, so that a budget that suffices isn't refused."""
-    ledger, fresh = Ledger(None, None), Ledger(None, None)
+    ledger, fresh = Budget(None, None), Budget(None, None)
     ledger.saw(1, Decimal("0.07"))
     price = fresh.price(megapixels)
-    exactly = Ledger(price, None)
+    exactly = Budget(price, None)
     exactly.reserve(ledger.price(megapixels))
 
     assert ledger.price(megapixels) == price == Decimal("0.07") + Decimal("0.03") * (megapixels - 1)
@@ -570,8 +570,8 @@ def test_garbage_hurts_nobody(head: bytes, rest: bytes) -> None:
     assert found is None or len(head) > 2
 
 
-def content(**params: Any) -> Content:
-    return content_of(GenerationRequest(**{"prompt": "a cat", **params}))
+def content(**params: Any) -> RequestFingerprint:
+    return fingerprint_request(GenerationRequest(**{"prompt": "a cat", **params}))
 
 
 def test_a_picture_is_the_same_however_it_is_given(tmp_path: Path) -> None:
@@ -651,7 +651,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A local picture that is missing is an InvalidRequestError that says which of them it is."""
     request = GenerationRequest("a cat", input_images=[picture(), tmp_path / "missing.png"])
     with pytest.raises(InvalidRequestError, match=r"input_images\[1\]: can't read .*missing\.png") as caught:
-        content_of(request)
+        fingerprint_request(request)
 
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.field == "input_images"

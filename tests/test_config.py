@@ -13,17 +13,17 @@ from flux2max_async._config import (
     DEFAULT_BASE_URL,
     KEY_VARIABLE,
     URL_VARIABLE,
-    checked_base_url,
-    checked_key,
-    checked_places,
-    checked_rate,
-    checked_seconds,
+    validate_api_key,
+    validate_base_url,
+    validate_max_in_flight,
+    validate_rate,
+    validate_seconds,
 )
 
 
 def refused_url(url: object) -> ConfigurationError:
     with pytest.raises(ConfigurationError) as caught:
-        checked_base_url(url)  # type: ignore[arg-type]
+        validate_base_url(url)  # type: ignore[arg-type]
     return caught.value
 
 
@@ -35,14 +35,14 @@ def test_a_printable_key_is_taken(key: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Any printable ASCII text without spaces can be a key, and one that is given beats the environment's."""
     monkeypatch.setenv(KEY_VARIABLE, "another")
 
-    assert checked_key(key) == key
+    assert validate_api_key(key) == key
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no key is given, FLUX2MAX_API_KEY has it."""
     monkeypatch.setenv("FLUX2MAX_API_KEY", "sk-7f3a9c")
 
-    assert checked_key(None) == "sk-7f3a9c"
+    assert validate_api_key(None) == "sk-7f3a9c"
 
 
 @pytest.mark.parametrize(("key", "variable"), [(None, None), (None, ""), ("", "sk-7f3a9c")])
@@ -55,7 +55,7 @@ def test_no_key_is_told_with_both_ways_to_give_one(
         monkeypatch.setenv(KEY_VARIABLE, variable)
 
     with pytest.raises(ConfigurationError) as caught:
-        checked_key(key)
+        validate_api_key(key)
 
     assert "api_key" in str(caught.value)
     assert "FLUX2MAX_API_KEY" in str(caught.value)
@@ -78,7 +78,7 @@ MALFORMED = [
 def test_a_malformed_key_is_refused_without_showing_it(key: object) -> None:
     """A key that can't stand in a header is refused before anything is sent, and no text of the error holds it."""
     with pytest.raises(ConfigurationError) as caught:
-        checked_key(key)  # type: ignore[arg-type]
+        validate_api_key(key)  # type: ignore[arg-type]
 
     assert "malformed" in str(caught.value)
     assert "7f3a9c" not in f"{caught.value} {caught.value!r} {pickle.dumps(caught.value)!r}"
@@ -92,7 +92,7 @@ def test_a_malformed_key_in_the_environment_is_refused_without_showing_it(
     monkeypatch.setenv(KEY_VARIABLE, key)
 
     with pytest.raises(ConfigurationError) as caught:
-        checked_key(None)
+        validate_api_key(None)
 
     assert "malformed" in str(caught.value)
     assert "7f3a9c" not in f"{caught.value} {caught.value!r} {pickle.dumps(caught.value)!r}"
@@ -102,7 +102,7 @@ def test_a_malformed_key_in_the_environment_is_refused_without_showing_it(
 def test_a_key_that_is_no_text_is_refused(key: object) -> None:
     """A key of another type is a setting that can't be, in our words."""
     with pytest.raises(ConfigurationError, match="malformed"):
-        checked_key(key)  # type: ignore[arg-type]
+        validate_api_key(key)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- the address
@@ -128,7 +128,7 @@ def test_an_address_is_taken_without_its_last_slash(url: str, checked: str, monk
     """Anything over https, and plain http to this machine, is taken with its path, and beats the environment."""
     monkeypatch.setenv(URL_VARIABLE, "https://another.example")
 
-    assert checked_base_url(url) == checked
+    assert validate_base_url(url) == checked
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_address_comes_from_the_environment(
     if variable is not None:
         monkeypatch.setenv("FLUX2MAX_BASE_URL", variable)
 
-    assert checked_base_url(None) == checked
+    assert validate_base_url(None) == checked
     assert DEFAULT_BASE_URL == "https://cloud.vtrix.ai"
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_address_in_the_environment_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv(URL_VARIABLE, "http://proxy.example")
 
     with pytest.raises(ConfigurationError, match="https"):
-        checked_base_url(None)
+        validate_base_url(None)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_key_in_the_address_is_refused_without_showing_it(url: str) -> None:
 def test_any_text_is_an_address_or_refused_in_our_words(url: str) -> None:
     """Whatever text is given, it is taken with nothing but its last slashes cut, or it is a ConfigurationError."""
     try:
-        checked: str | None = checked_base_url(url)
+        checked: str | None = validate_base_url(url)
     except ConfigurationError:
         checked = None
 
@@ -253,7 +253,7 @@ def test_any_text_is_an_address_or_refused_in_our_words(url: str) -> None:
 @pytest.mark.parametrize("seconds", [1, 0.001, 600.0, 1e9, math.inf], ids=str)
 def test_a_duration_that_is_more_than_nothing_is_taken(seconds: float) -> None:
     """Any positive number of seconds is a duration."""
-    checked = checked_seconds("deadline", seconds)
+    checked = validate_seconds("deadline", seconds)
 
     assert checked == seconds
 
@@ -264,7 +264,7 @@ def test_a_duration_that_is_more_than_nothing_is_taken(seconds: float) -> None:
 def test_a_senseless_duration_is_refused_by_name(seconds: object) -> None:
     """What is no positive number of seconds is refused, with its name, its value and the unit."""
     with pytest.raises(ConfigurationError) as caught:
-        checked_seconds("request_timeout", seconds)  # type: ignore[arg-type]
+        validate_seconds("request_timeout", seconds)  # type: ignore[arg-type]
 
     assert "request_timeout" in str(caught.value)
     assert repr(seconds) in str(caught.value)
@@ -274,7 +274,7 @@ def test_a_senseless_duration_is_refused_by_name(seconds: object) -> None:
 @pytest.mark.parametrize("places", [1, 24, 10**6])
 def test_at_least_one_place_is_taken(places: int) -> None:
     """Any positive integer is a number of places."""
-    checked = checked_places(places)
+    checked = validate_max_in_flight(places)
 
     assert checked == places
 
@@ -283,7 +283,7 @@ def test_at_least_one_place_is_taken(places: int) -> None:
 def test_a_senseless_number_of_places_is_refused_by_name(places: object) -> None:
     """What is no positive integer is refused, with its name and its value."""
     with pytest.raises(ConfigurationError) as caught:
-        checked_places(places)  # type: ignore[arg-type]
+        validate_max_in_flight(places)  # type: ignore[arg-type]
 
     assert "max_in_flight" in str(caught.value)
     assert repr(places) in str(caught.value)
@@ -292,7 +292,7 @@ def test_a_senseless_number_of_places_is_refused_by_name(places: object) -> None
 @pytest.mark.parametrize(("rate", "taken"), [(20, 20.0), (0.1, 0.1), (None, math.inf), (math.inf, math.inf)])
 def test_a_rate_or_none_is_taken(rate: float | None, taken: float) -> None:
     """Any positive number is a rate, and None is no limit."""
-    checked = checked_rate("max_polls_per_second", rate)
+    checked = validate_rate("max_polls_per_second", rate)
 
     assert checked == taken
 

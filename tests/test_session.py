@@ -29,7 +29,7 @@ from flux2max_async import (
     SessionClosedError,
     TaskStatus,
 )
-from flux2max_async._api.codec import Call
+from flux2max_async._api.codec import HttpRequest
 from flux2max_async.emulator import Emulator
 
 
@@ -567,7 +567,7 @@ async def test_failed_outcomes_hold_no_bodies(scripted: ScriptedGateway) -> None
         await asyncio.wait([task])
         error = task.exception()
         gc.collect()
-        calls = [thing for thing in gc.get_objects() if isinstance(thing, Call) and thing.method == "POST"]
+        calls = [thing for thing in gc.get_objects() if isinstance(thing, HttpRequest) and thing.method == "POST"]
 
     assert isinstance(error, FluxError)
     assert calls == []

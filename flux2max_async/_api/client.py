@@ -10,10 +10,10 @@ from typing import Protocol
 
 import anyio.to_thread
 
-from flux2max_async._api.codec import Call, read_poll, read_submit, status_of, submit_call
-from flux2max_async._api.poll_limiter import PollBudget
+from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit, status_of
+from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again
-from flux2max_async._api.submit_limiter import MAX_PAUSE, Pace
+from flux2max_async._api.submit_limiter import MAX_PAUSE, SubmitLimiter
 from flux2max_async._api.transport import Transport
 from flux2max_async._exceptions import FluxError, RateLimitedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest
@@ -23,7 +23,7 @@ from flux2max_async._stats import SessionStats
 log = logging.getLogger("flux2max_async")
 
 
-class Patience:
+class SubmitCancellation:
     """What a submit waits under between its calls: there it can be withdrawn, and never during a call."""
 
     __slots__ = ("_reason", "_wait")
@@ -73,7 +73,7 @@ class Intent(Protocol):
         """Called when a try has certainly bought nothing, and another one will follow."""
 
 
-class Gateway:
+class ApiClient:
     """One account at one gateway: what is sent to it, in which order, and how it takes it.
 
     Args:
@@ -87,14 +87,14 @@ class Gateway:
         self.now: Callable[[], float] = asyncio.get_running_loop().time
         self._transport = transport
         self._stats = stats
-        self._pace = Pace(places)
-        self._budget = PollBudget(polls_per_second)
+        self._pace = SubmitLimiter(places)
+        self._budget = PollLimiter(polls_per_second)
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._unknown_statuses: set[str] = set()
 
     async def submit(
-        self, request: GenerationRequest, *, seconds: float, patience: Patience, intent: Intent | None = None
+        self, request: GenerationRequest, *, seconds: float, patience: SubmitCancellation, intent: Intent | None = None
     ) -> tuple[TaskSnapshot, float, float]:
         """Submit until the service answers for good; gives the new task, the moment of its submit, and its deadline.
 
@@ -114,9 +114,9 @@ class Gateway:
         """
         async with patience.waiting():
             if any(not isinstance(image.source, str) for image in request.input_images):
-                call = await anyio.to_thread.run_sync(submit_call, request)
+                call = await anyio.to_thread.run_sync(build_submit, request)
             else:
-                call = submit_call(request)
+                call = build_submit(request)
             await self._wait_for_turn()
         deadline = self.now() + seconds
         failures = 0
@@ -150,7 +150,7 @@ class Gateway:
             log.warning("submit not accepted (%s); sent again", refusal)
 
     async def poll(
-        self, call: Call, task_id: str, *, request: GenerationRequest | None = None, within: float = math.inf
+        self, call: HttpRequest, task_id: str, *, request: GenerationRequest | None = None, within: float = math.inf
     ) -> TaskSnapshot:
         """Look at a task once.
 
@@ -166,7 +166,7 @@ class Gateway:
         self._stats.polls += 1
         try:
             reply = await self._transport.exchange(call, within=within)
-            snapshot = read_poll(reply.without(request.webhook_secret) if request else reply, task_id)
+            snapshot = parse_poll(reply.without(request.webhook_secret) if request else reply, task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.poll_refused(self.now(), error.retry_after)
@@ -184,9 +184,9 @@ class Gateway:
         """Book one poll of the budget that all tasks share; gives the seconds until it may be made."""
         return self._budget.book(self.now())
 
-    def dearness(self) -> float:
+    def cost_factor(self) -> float:
         """How many times as dear as usual a poll is now."""
-        return self._budget.dearness(self.now())
+        return self._budget.cost_factor(self.now())
 
     def note_retry(self) -> None:
         """A poll is about to be made again."""
@@ -202,7 +202,7 @@ class Gateway:
         self._changed.set()
 
     async def _submit_once(
-        self, call: Call, request: GenerationRequest, intent: Intent | None, deadline: float
+        self, call: HttpRequest, request: GenerationRequest, intent: Intent | None, deadline: float
     ) -> TaskSnapshot:
         probe = self._pace.submit_started()
         self._stats.submitting += 1
@@ -210,7 +210,7 @@ class Gateway:
             if intent is not None:
                 await intent.declare()
             reply = await self._transport.exchange(call, within=deadline - self.now())
-            snapshot = read_submit(reply.without(request.webhook_secret))
+            snapshot = parse_submit(reply.without(request.webhook_secret))
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self._pace.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)

@@ -17,7 +17,7 @@ import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from flux2max_async._api.response import Reply, finite, json_object, masked, problem, response_error
+from flux2max_async._api.response import HttpResponse, finite, masked, parse_json_object, problem, response_error
 from flux2max_async._exceptions import ContentModeratedError, InvalidRequestError, ProtocolError, TaskFailedError
 from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest
 from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @attrs.frozen
-class Call:
+class HttpRequest:
     """One HTTP request to make, relative to the base url."""
 
     method: str
@@ -44,7 +44,7 @@ class Call:
 # ------------------------------------------------------------------ calls
 
 
-def submit_call(request: GenerationRequest) -> Call:
+def build_submit(request: GenerationRequest) -> HttpRequest:
     """Write a request down. Reads and encodes local pictures, so keep it off the event loop where there are any.
 
     Raises:
@@ -57,19 +57,19 @@ def submit_call(request: GenerationRequest) -> Call:
         except InvalidRequestError as error:
             raise InvalidRequestError(f"input_images[{index}]: {error.message}", error.field) from error.__cause__
     params.update((name, value) for name, value in request.extra.items() if value is not None)
-    return Call("POST", _GENERATION, json.dumps({"model": MODEL, "input": [{"params": params}]}).encode())
+    return HttpRequest("POST", _GENERATION, json.dumps({"model": MODEL, "input": [{"params": params}]}).encode())
 
 
-def poll_call(task_id: str) -> Call:
+def build_poll(task_id: str) -> HttpRequest:
     """Ask for a task. Its id is opaque: slashes are encoded, and so are the dots that a path would swallow."""
     encoded = quote(task_id, safe="", errors="surrogatepass")
-    return Call("GET", _TASK + (encoded.replace(".", "%2E") if task_id in {".", ".."} else encoded))
+    return HttpRequest("GET", _TASK + (encoded.replace(".", "%2E") if task_id in {".", ".."} else encoded))
 
 
 # ------------------------------------------------------------------ replies
 
 
-def read_submit(reply: Reply) -> TaskSnapshot:
+def parse_submit(reply: HttpResponse) -> TaskSnapshot:
     """Read the answer to a submit; with an id in hand, nothing else in it can make it fail.
 
     Raises:
@@ -78,19 +78,19 @@ def read_submit(reply: Reply) -> TaskSnapshot:
     """
     if not 200 <= reply.status < 300:
         raise response_error(reply)
-    body = json_object(reply)
+    body = parse_json_object(reply)
     if (task_id := task_id_of(body)) is None:
         if problem(body) is not None:
             # [C] "An answer without an id is a refusal whatever its HTTP status".
             raise response_error(reply)
         raise ProtocolError("the answer to the submit holds neither a task id nor an error")
     try:
-        return snapshot_of(task_id, body, raw=body, secrets=reply.secrets)
+        return snapshot_from_json(task_id, body, raw=body, secrets=reply.secrets)
     except ProtocolError:
         return TaskSnapshot(task_id, TaskStatus.IN_PROGRESS, raw=body)
 
 
-def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
+def parse_poll(reply: HttpResponse, task_id: str) -> TaskSnapshot:
     """Read the answer to a poll.
 
     Raises:
@@ -99,10 +99,10 @@ def read_poll(reply: Reply, task_id: str) -> TaskSnapshot:
     """
     if not 200 <= reply.status < 300:
         raise response_error(reply)
-    body = json_object(reply)
+    body = parse_json_object(reply)
     if not isinstance(body.get("status"), str) and problem(body) is not None:
         raise response_error(reply)
-    return snapshot_of(task_id, body, raw=body, secrets=reply.secrets)
+    return snapshot_from_json(task_id, body, raw=body, secrets=reply.secrets)
 
 
 # ------------------------------------------------------------------ the task object
@@ -145,7 +145,7 @@ def task_id_of(body: Mapping[str, Any]) -> str | None:
             return None
 
 
-def snapshot_of(
+def snapshot_from_json(
     task_id: str, body: Mapping[str, Any], *, raw: Mapping[str, Any], secrets: tuple[str, ...]
 ) -> TaskSnapshot:
     """Read the task object.

@@ -26,7 +26,7 @@ _RELIEF = 30.0
 
 
 @attrs.define
-class PollBudget:
+class PollLimiter:
     """One budget for all pollers.
 
     Args:
@@ -61,7 +61,7 @@ class PollBudget:
         self._strain = min(self._strain_at(now) + 1, _STRAIN)
         self._strained_at = now
 
-    def dearness(self, now: float) -> float:
+    def cost_factor(self, now: float) -> float:
         """Tell how many times as dear as usual a poll is, in steps: for each the schedule finds its looks anew."""
         return math.pow(1.5, round(math.log(self._crowding * (1 + self._strain_at(now)), 1.5)))
 

@@ -29,7 +29,7 @@ from flux2max_async._exceptions import (
 
 
 @attrs.frozen
-class Reply:
+class HttpResponse:
     """One HTTP answer, read whole."""
 
     status: int
@@ -42,7 +42,7 @@ class Reply:
     secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
     """What the service may have echoed, and no error may repeat."""
 
-    def without(self, secret: str | None) -> "Reply":
+    def without(self, secret: str | None) -> "HttpResponse":
         """Keep a secret out of whatever error this reply may become."""
         return attrs.evolve(self, secrets=(*self.secrets, secret)) if secret else self
 
@@ -59,10 +59,10 @@ def masked(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def response_error(reply: Reply) -> ResponseError:
+def response_error(reply: HttpResponse) -> ResponseError:
     """Make the error that a reply amounts to."""
     try:
-        body = json_object(reply)
+        body = parse_json_object(reply)
     except ProtocolError:
         body = {}
     code, message = problem(body) or (None, _text(reply))
@@ -140,7 +140,7 @@ def _code(value: object) -> str | None:
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
 
 
-def json_object(reply: Reply) -> dict[str, Any]:
+def parse_json_object(reply: HttpResponse) -> dict[str, Any]:
     """Read the body as what the protocol says it is.
 
     Raises:
@@ -154,7 +154,7 @@ def json_object(reply: Reply) -> dict[str, Any]:
     return body
 
 
-def _text(reply: Reply) -> str:
+def _text(reply: HttpResponse) -> str:
     """Describe a body that is no JSON object: a proxy's HTML page, plain text, or nothing at all."""
     try:
         phrase = http.HTTPStatus(reply.status).phrase
@@ -165,7 +165,7 @@ def _text(reply: Reply) -> str:
     return f"{phrase}: {text[:200]}" if text else f"{phrase}, with an empty body"
 
 
-def _retry_after(reply: Reply, body: Mapping[str, Any]) -> float | None:
+def _retry_after(reply: HttpResponse, body: Mapping[str, Any]) -> float | None:
     """Read how long the service asks to wait: seconds or an HTTP date in the header [D], or seconds in the body [B]."""
     error = body.get("error")
     for value in (
@@ -181,7 +181,7 @@ def _retry_after(reply: Reply, body: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _seconds_until(date: str, reply: Reply) -> float | None:
+def _seconds_until(date: str, reply: HttpResponse) -> float | None:
     moment = _http_date(date)
     # Against the gateway's own clock where it tells, so that this machine's may be wrong.
     now = _http_date(reply.headers.get("Date", "")) or reply.received

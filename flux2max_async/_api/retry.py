@@ -80,7 +80,7 @@ def is_unreadable(error: FluxError) -> bool:
             return False
 
 
-def dooms_the_rest(error: FluxError) -> bool:
+def is_fatal_for_batch(error: FluxError) -> bool:
     """Tell whether any further submit with the same key, budget and journal would meet the same refusal."""
     return isinstance(
         error,
@@ -88,7 +88,7 @@ def dooms_the_rest(error: FluxError) -> bool:
     )
 
 
-def stops_saving(error: FluxError) -> bool:
+def is_disk_failure(error: FluxError) -> bool:
     """Tell whether any further picture would meet the same disk: it is full, read-only, or not ours to write on."""
     cause = error.__cause__
     return isinstance(error, DownloadError) and isinstance(cause, OSError) and cause.errno in _UNFIT

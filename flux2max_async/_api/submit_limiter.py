@@ -23,7 +23,7 @@ _PROBES = 3
 
 
 @attrs.define
-class Pace:
+class SubmitLimiter:
     """What the session has learned from 429s.
 
     Args:

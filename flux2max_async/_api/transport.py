@@ -20,8 +20,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import StreamWriter
 from yarl import URL
 
-from flux2max_async._api.codec import Call
-from flux2max_async._api.response import Reply
+from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import FluxError, ProtocolError, SessionClosedError, TransportError
 
 _MAX_REPLY = 16_000_000
@@ -87,7 +87,7 @@ class Transport:
                     for http in filter(None, (self._calls, self._downloads)):
                         await http.close()
 
-    async def exchange(self, call: Call, *, within: float = math.inf) -> Reply:
+    async def exchange(self, call: HttpRequest, *, within: float = math.inf) -> HttpResponse:
         """Make one call and read its reply whole.
 
         Args:
@@ -122,7 +122,7 @@ class Transport:
                     )
                 async with exchange as response:
                     content = await _read(response)
-            return Reply(response.status, response.headers, content, datetime.now(UTC), self.secrets)
+            return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translated(error, maybe_sent=body is None or body.written)
         try:
@@ -132,7 +132,7 @@ class Transport:
             del failure, body  # or the error, which holds this frame, would hold the pictures that were sent
 
     @asynccontextmanager
-    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["Answer"]:
+    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
         """Open a download from anywhere, without the key, following redirects.
 
         Raises:
@@ -151,7 +151,7 @@ class Transport:
             failure = _translated(error, maybe_sent=True)
             raise failure from failure.__cause__
         async with response:
-            yield Answer(response)
+            yield DownloadResponse(response)
 
 
 def _pool(connections: int) -> aiohttp.ClientSession:
@@ -167,7 +167,7 @@ def _usable(http: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
-class Answer:
+class DownloadResponse:
     """The answer to a download: its facts, then its bytes."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:

@@ -16,7 +16,7 @@ import anyio.to_thread
 import attrs
 
 from flux2max_async._api.retry import backoff
-from flux2max_async._api.transport import Answer, Transport
+from flux2max_async._api.transport import DownloadResponse, Transport
 from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, ResultExpiredError, TransportError
 from flux2max_async._models.images import is_web_url
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot
@@ -26,7 +26,7 @@ _FAILURES_IN_A_ROW = 5
 _BUFFER = 1_000_000
 
 
-class Downloads:
+class Downloader:
     """Saves pictures of tasks.
 
     Args:
@@ -179,7 +179,7 @@ async def _fetch_whole(transport: Transport, url: str, file: IO[bytes]) -> None:
             return
 
 
-async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None:
+async def _receive(answer: DownloadResponse, file: IO[bytes], progress: _Progress) -> None:
     """Write one answer's bytes to the file, after what is there already."""
     _begin(answer, progress)
     buffer = bytearray()
@@ -200,7 +200,7 @@ async def _receive(answer: Answer, file: IO[bytes], progress: _Progress) -> None
         raise _CutError(f"{progress.received} of {progress.total} bytes came")
 
 
-def _begin(answer: Answer, progress: _Progress) -> None:
+def _begin(answer: DownloadResponse, progress: _Progress) -> None:
     """Tell from the head of an answer whether its bytes are wanted."""
     match answer.status:
         case 200:

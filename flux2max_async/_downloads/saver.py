@@ -16,7 +16,7 @@ from flux2max_async._downloads.filenames import file_name
 from flux2max_async._exceptions import DownloadError, FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
 from flux2max_async.journal._entry import SavedFile
-from flux2max_async.journal._record import Page
+from flux2max_async.journal._record import RequestRecord
 
 Fetch = Callable[[GeneratedImage, Path, Path], Awaitable[None]]
 """Downloads a picture into a file that is there in the end only if it is whole; the other path is its later name."""
@@ -25,7 +25,7 @@ _ENDINGS = {".jpeg", ".jpg", ".png", ".webp"}
 
 
 @attrs.define(eq=False)
-class Saver:
+class ImageSaver:
     """Saves into one folder.
 
     Args:
@@ -47,7 +47,7 @@ class Saver:
         with told_apart(self.folder):
             await anyio.to_thread.run_sync(_try_out, self.folder)
 
-    async def save(self, outcome: Completed, page: Page | None) -> Completed:
+    async def save(self, outcome: Completed, page: RequestRecord | None) -> Completed:
         """Give the outcome with the paths of its pictures; what can't be saved is told by its `save_error`."""
         files = list(page.files) if page else []
         saved: list[Path] = []
@@ -76,7 +76,7 @@ class Saver:
         return None
 
     async def _save(
-        self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], page: Page | None
+        self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], page: RequestRecord | None
     ) -> Path:
         part = self.folder / f".{_mark(image)}.{secrets.token_hex(4)}.part"
         await self.fetch(image, part, self.folder / stem)
@@ -86,7 +86,7 @@ class Saver:
             part.unlink(missing_ok=True)
 
     async def _publish(
-        self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], page: Page | None
+        self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], page: RequestRecord | None
     ) -> Path:
         """Give a whole picture the first name that is free, or that it has already."""
         ending = await anyio.to_thread.run_sync(_ending, part, outcome)

@@ -20,7 +20,7 @@ _MEGAPIXEL = 1024 * 1024
 
 
 @attrs.frozen
-class Content:
+class RequestFingerprint:
     """What is asked for."""
 
     fingerprint: str
@@ -31,7 +31,7 @@ class Content:
     """Of the output and of all inputs, each picture rounded up, as the service bills them."""
 
 
-def content_of(request: GenerationRequest) -> Content:
+def fingerprint_request(request: GenerationRequest) -> RequestFingerprint:
     """Look at what a request asks for, the bytes of local pictures included.
 
     Raises:
@@ -45,7 +45,7 @@ def content_of(request: GenerationRequest) -> Content:
     if request.extra:
         params["extra"] = dict(request.extra)
     if not request.input_images:
-        return Content(_hash(params), params, _output_megapixels(request))
+        return RequestFingerprint(_hash(params), params, _output_megapixels(request))
     fingerprints: list[str] = []
     names: list[str] = []
     megapixels = _output_megapixels(request)
@@ -65,7 +65,7 @@ def content_of(request: GenerationRequest) -> Content:
         width, height = dimensions(data) or (1024, 1024)
         megapixels += _megapixels(width, height)
     fingerprint = _hash({**params, "input_images": fingerprints})
-    return Content(fingerprint, {**params, "input_images": names}, megapixels)
+    return RequestFingerprint(fingerprint, {**params, "input_images": names}, megapixels)
 
 
 def is_local(request: GenerationRequest) -> bool:

@@ -9,7 +9,7 @@ from typing import Self
 import attrs
 from attrs import validators
 
-from flux2max_async._polling.histogram import Law, LawState
+from flux2max_async._polling.histogram import DurationHistogram, HistogramState
 
 _ALARM = 6.0
 """A change is believed when it has become e^6 times as likely as none."""
@@ -26,17 +26,17 @@ _TINY = 0.001
 
 
 @attrs.frozen
-class ChangingState:
+class AdaptiveHistogramState:
     """What a changing law has learned, to be kept as JSON."""
 
-    present: LawState
-    former: list[LawState] = attrs.field(validator=validators.max_len(_FORMER))
-    steady: LawState | None
+    present: HistogramState
+    former: list[HistogramState] = attrs.field(validator=validators.max_len(_FORMER))
+    steady: HistogramState | None
     changes: float = attrs.field(validator=(validators.ge(0.0), validators.le(1e9)))
 
 
 @attrs.define(eq=False)
-class ChangingLaw:
+class AdaptiveHistogram:
     """The present law, those before it, and a steady one of all tasks alike.
 
     Two sums of likelihood ratios watch whether durations have become longer or shorter than foretold, by about their
@@ -45,10 +45,10 @@ class ChangingLaw:
     starts again: it is what to believe of tasks that may be the first under a law that nobody has seen yet.
     """
 
-    present: Law = attrs.field(factory=Law)
-    steady: Law | None = None
+    present: DurationHistogram = attrs.field(factory=DurationHistogram)
+    steady: DurationHistogram | None = None
     """There is none as long as nothing has changed."""
-    former: list[Law] = attrs.field(factory=list)
+    former: list[DurationHistogram] = attrs.field(factory=list)
     changes: float = 0.0
     """How many changes were noticed within the steady law's memory."""
     _lead: float = attrs.field(default=0.0, init=False)
@@ -107,7 +107,7 @@ class ChangingLaw:
                 self.steady = deepcopy(self.present)
                 self.steady.memory = _STEADY
             unread = list(self._newest)[-since:]
-            self.present = Law()
+            self.present = DurationHistogram()
             self._change()
         for one in unread:
             if self.steady is not None:
@@ -120,16 +120,21 @@ class ChangingLaw:
             if self.changes < 0.1:
                 self.steady, self.former, self._better = None, [], []
 
-    def state(self) -> ChangingState:
+    def state(self) -> AdaptiveHistogramState:
         """Give what was learned."""
         steady = self.steady.state() if self.steady else None
-        return ChangingState(self.present.state(), [law.state() for law in self.former], steady, self.changes)
+        return AdaptiveHistogramState(self.present.state(), [law.state() for law in self.former], steady, self.changes)
 
     @classmethod
-    def from_state(cls, state: ChangingState) -> Self:
+    def from_state(cls, state: AdaptiveHistogramState) -> Self:
         """Go on from what was learned."""
-        steady = Law.from_state(state.steady, _STEADY) if state.steady else None
-        return cls(Law.from_state(state.present), steady, [Law.from_state(law) for law in state.former], state.changes)
+        steady = DurationHistogram.from_state(state.steady, _STEADY) if state.steady else None
+        return cls(
+            DurationHistogram.from_state(state.present),
+            steady,
+            [DurationHistogram.from_state(law) for law in state.former],
+            state.changes,
+        )
 
     def _change(self) -> None:
         self.changes += 1

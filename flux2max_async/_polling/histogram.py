@@ -9,13 +9,13 @@ from typing import Self
 import attrs
 from attrs import validators
 
-CELLS = 480
+BINS = 480
 """The law is a histogram of the logarithm of the seconds, ..."""
-WIDTH = 1 / 40
+BIN_WIDTH = 1 / 40
 """... whose cells are as wide as a 40th of an e-fold, 2.5 %, ..."""
 SHORTEST = 0.02
 """... and begin here, in seconds. They end after 54 minutes."""
-EDGES = tuple(SHORTEST * math.exp(WIDTH * k) for k in range(CELLS + 1))
+BIN_EDGES = tuple(SHORTEST * math.exp(BIN_WIDTH * k) for k in range(BINS + 1))
 """The cells' borders, in seconds."""
 
 _BELIEF = 0.5
@@ -30,19 +30,19 @@ _REDRAW = 3
 """The law is drawn anew when its observations have grown by a third."""
 
 
-def place(seconds: float) -> float:
+def bin_position(seconds: float) -> float:
     """Give the place of a duration among the cells: the cell's number, and the way within."""
-    return min(math.log(seconds / SHORTEST) / WIDTH, CELLS - 0.001) if seconds > SHORTEST else 0.0
+    return min(math.log(seconds / SHORTEST) / BIN_WIDTH, BINS - 0.001) if seconds > SHORTEST else 0.0
 
 
-def seconds_at(place: float) -> float:
+def seconds_at(bin_position: float) -> float:
     """Give the duration at a place among the cells."""
-    return SHORTEST * math.exp(WIDTH * place)
+    return SHORTEST * math.exp(BIN_WIDTH * bin_position)
 
 
 def lognormal(median: float, deviation: float) -> list[float]:
     """Give the chance of each cell under a lognormal law."""
-    ended = [math.erfc(math.log(median / edge) / deviation / math.sqrt(2)) / 2 for edge in EDGES]
+    ended = [math.erfc(math.log(median / edge) / deviation / math.sqrt(2)) / 2 for edge in BIN_EDGES]
     ended[0], ended[-1] = 0.0, 1.0
     cells = [max(later - earlier, 1e-9) for earlier, later in pairwise(ended)]
     total = sum(cells)
@@ -51,7 +51,7 @@ def lognormal(median: float, deviation: float) -> list[float]:
 
 def quantile(ended: Sequence[float], share: float) -> float:
     """Give the place by which a share of all has ended."""
-    k = min(max(bisect_left(ended, share), 1), CELLS)
+    k = min(max(bisect_left(ended, share), 1), BINS)
     below, above = ended[k - 1], ended[k]
     return k - 1 + min((share - below) / (above - below), 1.0) if above > below else float(k)
 
@@ -61,23 +61,23 @@ _NUMBER = (validators.ge(0.0), validators.le(1e9))
 
 
 @attrs.frozen
-class LawState:
+class HistogramState:
     """What a law has learned, to be kept as JSON."""
 
     count: float = attrs.field(validator=_NUMBER)
-    first: int = attrs.field(validator=(validators.ge(0), validators.lt(CELLS)))
+    first: int = attrs.field(validator=(validators.ge(0), validators.lt(BINS)))
     """The number of the first cell that has a weight."""
     weights: list[float] = attrs.field(validator=validators.deep_iterable(validators.and_(*_NUMBER)))
 
     def __attrs_post_init__(self) -> None:
-        if self.first + len(self.weights) > CELLS or (self.count > 0) != (sum(self.weights) > 0):
+        if self.first + len(self.weights) > BINS or (self.count > 0) != (sum(self.weights) > 0):
             raise ValueError("a law's weights must fit into its cells, and be there where its count is")
         if 0 < self.count < 1:
             raise ValueError(f"a law's count must be 0 or at least 1, not {self.count!r}")
 
 
 @attrs.define(eq=False)
-class Law:
+class DurationHistogram:
     """What the durations seen so far tell of those to come.
 
     An interval is spread over what the law says inside it. The histogram is smoothed, the less the more was seen; and a
@@ -94,8 +94,8 @@ class Law:
     """The chance of having ended by each edge."""
     version: int = attrs.field(default=0, init=False)
     """Grows whenever the law is drawn anew."""
-    _weights: list[float] = attrs.field(factory=lambda: [0.0] * CELLS, init=False, repr=False)
-    _steps: list[float] = attrs.field(factory=lambda: [0.0] * CELLS, init=False, repr=False)
+    _weights: list[float] = attrs.field(factory=lambda: [0.0] * BINS, init=False, repr=False)
+    _steps: list[float] = attrs.field(factory=lambda: [0.0] * BINS, init=False, repr=False)
     """By how much the whole cells gain on the cell before, in multiples of `_cells`, when the law is drawn."""
     _newest: float = attrs.field(default=1.0, init=False)
     """The weight of an observation made now: it grows, instead of all the earlier ones fading."""
@@ -110,10 +110,10 @@ class Law:
         self._cells = self.guess
         self.ended = self._sums = [0.0, *accumulate(self.guess)]
 
-    def chance(self, place: float) -> float:
+    def chance(self, bin_position: float) -> float:
         """Give the chance of having ended by a place among the cells."""
-        k = int(place)
-        return self.ended[k] + (place - k) * (self.ended[k + 1] - self.ended[k])
+        k = int(bin_position)
+        return self.ended[k] + (bin_position - k) * (self.ended[k + 1] - self.ended[k])
 
     def mass(self, first: float, last: float) -> float:
         """Give the chance of ending between two places; one and the same place stands for its cell."""
@@ -140,14 +140,16 @@ class Law:
         if self._unread > self.count / _REDRAW:
             self._draw()
 
-    def state(self) -> LawState:
+    def state(self) -> HistogramState:
         """Give what was learned."""
         weights = self._whole()
         kept = [k for k, weight in enumerate(weights) if weight > 1e-4] or [0]
-        return LawState(self.count, kept[0], [float(f"{weight:.3g}") for weight in weights[kept[0] : kept[-1] + 1]])
+        return HistogramState(
+            self.count, kept[0], [float(f"{weight:.3g}") for weight in weights[kept[0] : kept[-1] + 1]]
+        )
 
     @classmethod
-    def from_state(cls, state: LawState, memory: float = 200.0, guess: list[float] = _GUESS) -> Self:
+    def from_state(cls, state: HistogramState, memory: float = 200.0, guess: list[float] = _GUESS) -> Self:
         """Go on from what was learned."""
         law = cls(memory, guess)
         law._weights[state.first : state.first + len(state.weights)] = state.weights
@@ -160,16 +162,16 @@ class Law:
         self.version += 1
         self._unread = 0
         self._weights = weights = self._whole()
-        self._steps = [0.0] * CELLS
+        self._steps = [0.0] * BINS
         self._newest = 1.0
         low = next(k for k, weight in enumerate(weights) if weight > 1e-4)
-        high = next(k for k in range(CELLS, 0, -1) if weights[k - 1] > 1e-4)
+        high = next(k for k in range(BINS, 0, -1) if weights[k - 1] > 1e-4)
         seen = weights[low:high]
         mean = sum(k * weight for k, weight in enumerate(seen)) / self.count
-        squares = sum((k - mean) ** 2 * weight for k, weight in enumerate(seen)) + (_SPREAD / WIDTH) ** 2
+        squares = sum((k - mean) ** 2 * weight for k, weight in enumerate(seen)) + (_SPREAD / BIN_WIDTH) ** 2
         reach = _SMOOTHING * math.sqrt(squares / (self.count + 1)) / self.count ** (1 / 3)
         half, whole = int(reach / 2 + 0.5), int(reach + 0.5)
-        low, high = max(low - half - whole, 0), min(high + half + whole, CELLS)
+        low, high = max(low - half - whole, 0), min(high + half + whole, BINS)
         once = _smooth(weights[low:high], half)
         self._cells, self._sums = self._with_guess(once, low)
         _, self.ended = self._with_guess(_smooth(once, whole), low)

@@ -12,10 +12,26 @@ from cattrs.v import format_exception
 
 from flux2max_async._exceptions import ConfigurationError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._polling.change_detection import ChangingLaw, ChangingState
-from flux2max_async._polling.histogram import CELLS, WIDTH, Law, LawState, place, quantile, seconds_at
-from flux2max_async._polling.poll_times import Looks
-from flux2max_async._polling.predictors import Effort, Foresight, ForesightState, Said, Traits, part_of, traits_of
+from flux2max_async._polling.change_detection import AdaptiveHistogram, AdaptiveHistogramState
+from flux2max_async._polling.histogram import (
+    BIN_WIDTH,
+    BINS,
+    DurationHistogram,
+    HistogramState,
+    bin_position,
+    quantile,
+    seconds_at,
+)
+from flux2max_async._polling.poll_times import PollTimes
+from flux2max_async._polling.predictors import (
+    DurationRegression,
+    Features,
+    ProgressModel,
+    ProgressModelState,
+    ProgressReading,
+    features_of,
+    part_of,
+)
 from flux2max_async._polling.schedules import PollPlan, positive
 
 _EARLY = 25
@@ -36,12 +52,12 @@ _FAILURES = 200.0
 class _State:
     """What a schedule has learned, to be kept as JSON."""
 
-    law: ChangingState
-    failures: LawState
+    law: AdaptiveHistogramState
+    failures: HistogramState
     failing: float = attrs.field(validator=(validators.ge(0.0), validators.le(1.0)))
     ended: float = attrs.field(validator=(validators.ge(0.0), validators.le(_FAILURES)))
-    effort: Effort
-    progress: ForesightState
+    effort: DurationRegression
+    progress: ProgressModelState
     version: Literal[1] = 1
 
 
@@ -68,28 +84,28 @@ class LearnedSchedule:
     _price: float = attrs.field(
         default=0.1, kw_only=True, alias="poll_price", validator=lambda _, __, price: positive("poll_price", price)
     )
-    dearness: float = attrs.field(default=1.0, init=False)
+    cost_factor: float = attrs.field(default=1.0, init=False)
     """How many times as dear as usual a poll is for now: a session raises it where the service has too much to do."""
-    _law: ChangingLaw = attrs.field(factory=ChangingLaw, init=False)
+    _law: AdaptiveHistogram = attrs.field(factory=AdaptiveHistogram, init=False)
     """Of the tasks that completed, in seconds of a usual task."""
-    _failures: Law = attrs.field(factory=lambda: Law(_FAILURES), init=False)
+    _failures: DurationHistogram = attrs.field(factory=lambda: DurationHistogram(_FAILURES), init=False)
     _failing: float = attrs.field(default=0.0, init=False)
     """The share of the newest tasks that failed."""
     _ended: float = attrs.field(default=0.0, init=False)
     """How many tasks that share is of."""
-    _effort: Effort = attrs.field(factory=Effort, init=False)
-    _foresight: Foresight = attrs.field(factory=Foresight, init=False)
+    _effort: DurationRegression = attrs.field(factory=DurationRegression, init=False)
+    _foresight: ProgressModel = attrs.field(factory=ProgressModel, init=False)
     _plans: "WeakSet[_LearnedPlan]" = attrs.field(factory=WeakSet, init=False)
     """The tasks in flight; those that are given up fall out by themselves."""
     _begun: int = attrs.field(default=0, init=False)
-    _looks: dict[tuple[tuple[int, int] | None, int], Looks] = attrs.field(factory=dict, init=False)
+    _looks: dict[tuple[tuple[int, int] | None, int], PollTimes] = attrs.field(factory=dict, init=False)
     """Under the laws and the price of `_drawn`: by the law of progress, if it is one, and by the scale's logarithm."""
     _drawn: object = attrs.field(default=None, init=False)
 
     @property
     def poll_price(self) -> float:
         """How many seconds of waiting one poll is worth now; setting it sets what it is worth usually."""
-        return self._price * self.dearness
+        return self._price * self.cost_factor
 
     @poll_price.setter
     def poll_price(self, price: float) -> None:
@@ -100,7 +116,7 @@ class LearnedSchedule:
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:
         """Plan the polling of a task that is being submitted now; None for a task known by its id alone."""
-        traits = traits_of(request, len(self._plans))
+        traits = features_of(request, len(self._plans))
         self._begun += 1
         early = 1.0
         if self._begun % _EARLY == 0 and self._law.settled:
@@ -141,11 +157,11 @@ class LearnedSchedule:
         except Exception as error:
             reasons = "; ".join(cattrs.transform_error(error, path="state", format_exception=_reason))
             raise ConfigurationError(f"state must be what LearnedSchedule.state() gave: {reasons}") from error
-        schedule._law = ChangingLaw.from_state(learned.law)
-        schedule._failures = Law.from_state(learned.failures, _FAILURES)
+        schedule._law = AdaptiveHistogram.from_state(learned.law)
+        schedule._failures = DurationHistogram.from_state(learned.failures, _FAILURES)
         schedule._failing, schedule._ended = learned.failing, learned.ended
         schedule._effort = learned.effort
-        schedule._foresight = Foresight.from_state(learned.progress)
+        schedule._foresight = ProgressModel.from_state(learned.progress)
         return schedule
 
     def next_look(self, plan: "_LearnedPlan", elapsed: float, *, first: bool) -> float:
@@ -173,25 +189,25 @@ class LearnedSchedule:
         self._ended = min(self._ended + 1, _FAILURES)
         self._failing += ((not completed) - self._failing) / self._ended
         if not completed:
-            self._failures.learn(place(not_before), place(by))
+            self._failures.learn(bin_position(not_before), bin_position(by))
             return
         law = self._law.present
-        first, last = place(not_before / plan.scale), place(by / plan.scale)
+        first, last = bin_position(not_before / plan.scale), bin_position(by / plan.scale)
         for said in plan.told.values():
             self._foresight.learn(said, not_before, by, law, plan.scale)
         if self._law.settled:
             middle = quantile(law.ended, (law.chance(first) + law.chance(last)) / 2)
-            self._effort.learn(plan.traits, (middle - quantile(law.ended, 0.5)) * WIDTH)
+            self._effort.learn(plan.traits, (middle - quantile(law.ended, 0.5)) * BIN_WIDTH)
         self._law.learn(first, last, len(self._plans))
 
-    def _looks_at(self, scale: float, part: int | None = None) -> Looks:
+    def _looks_at(self, scale: float, part: int | None = None) -> PollTimes:
         """Give the looks for tasks of such a scale, or for those that take so long by what progress told in a part."""
         step = round(_STEPS * math.log(scale))
         told = None if part is None else (part, self._foresight.laws[part].version)
         looks = self._looks.get((told, step))
         if looks is None:
             ended = self._all_ended(step) if part is None else self._foresight.laws[part].ended
-            looks = self._looks[told, step] = Looks(ended, self.poll_price / math.exp(step / _STEPS))
+            looks = self._looks[told, step] = PollTimes(ended, self.poll_price / math.exp(step / _STEPS))
         return looks
 
     def _all_ended(self, step: int) -> Sequence[float]:
@@ -199,8 +215,8 @@ class LearnedSchedule:
         ended = self._law.ended(len(self._plans))
         if not self._failing:
             return ended
-        shift = round(step / _STEPS / WIDTH)
-        failed = [self._failures.ended[min(max(k + shift, 0), CELLS)] for k in range(CELLS + 1)]
+        shift = round(step / _STEPS / BIN_WIDTH)
+        failed = [self._failures.ended[min(max(k + shift, 0), BINS)] for k in range(BINS + 1)]
         return [one + self._failing * (other - one) for one, other in zip(ended, failed, strict=True)]
 
 
@@ -211,14 +227,14 @@ def _reason(error: BaseException, type: type | None) -> str:
 @attrs.define(eq=False)
 class _LearnedPlan:
     _schedule: LearnedSchedule
-    traits: Traits
+    traits: Features
     scale: float
     """How many times as long as usual the task should take."""
     _early: float
     """The first look comes after this part of its time."""
-    said: Said | None = None
+    said: ProgressReading | None = None
     """The highest progress, and when it was told."""
-    told: dict[int, Said] = attrs.field(factory=dict)
+    told: dict[int, ProgressReading] = attrs.field(factory=dict)
     """The same for each part of its way."""
     _first: bool = True
     _finished: bool = False

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import log1p, sqrt
 
-from flux2max_async._polling.histogram import EDGES, place
+from flux2max_async._polling.histogram import BIN_EDGES, bin_position
 
-_SPANS = tuple(end - start for start, end in zip(EDGES, EDGES[2:], strict=False))
+_SPANS = tuple(end - start for start, end in zip(BIN_EDGES, BIN_EDGES[2:], strict=False))
 """The seconds of each two neighbouring cells."""
 _HARDLY = 1e-4
 """No look is due before so many have ended, ..."""
@@ -21,7 +21,7 @@ _BEYOND = 1e-5
 """... and the law tells nothing when no more than so many still run."""
 
 
-class Looks:
+class PollTimes:
     """The moments to look, whatever the moment of the look before."""
 
     __slots__ = ("_cost", "_end", "_first", "_goals", "_peaks", "_price", "_running")
@@ -56,7 +56,7 @@ class Looks:
     def cost(self) -> float:
         """Estimate what looking costs on average, delay and looks together, in seconds."""
         if self._cost is None:
-            ways = zip(self._running, self._running[1:], EDGES, EDGES[1:], strict=False)
+            ways = zip(self._running, self._running[1:], BIN_EDGES, BIN_EDGES[1:], strict=False)
             # At a rate of h the delay to be expected and the looks cost sqrt(2 price / h) together, nearly.
             self._cost = self._price + sum(
                 sqrt((s - after) * s * 2 * self._price * (end - start)) for s, after, start, end in ways
@@ -64,7 +64,7 @@ class Looks:
         return self._cost
 
     def _after(self, elapsed: float) -> float:
-        at = place(elapsed)
+        at = bin_position(elapsed)
         k = int(at)
         if k >= self._end:
             # What has lasted for t will end within as long again as likely as not: a rate of about 1 / t.
@@ -79,11 +79,11 @@ class Looks:
             while goals[later] <= s:
                 later += 1
             later = self._due(later, s)
-            if (EDGES[later] - EDGES[k]) * (s - running[k]) > self._price * running[k]:
+            if (BIN_EDGES[later] - BIN_EDGES[k]) * (s - running[k]) > self._price * running[k]:
                 break
             k = later
         above, below = goals[k - 1] - s, s - goals[k]
-        return EDGES[k] - (EDGES[k] - EDGES[k - 1]) * (below / (above + below) if above > 0 else 0.0)
+        return BIN_EDGES[k] - (BIN_EDGES[k] - BIN_EDGES[k - 1]) * (below / (above + below) if above > 0 else 0.0)
 
     def _due(self, k: int, s: float) -> int:
         """Give the first edge from the k-th on at which a look is due."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._api.client import Gateway
-from flux2max_async._api.codec import Call, poll_call
+from flux2max_async._api.client import ApiClient
+from flux2max_async._api.codec import HttpRequest, build_poll
 from flux2max_async._api.retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._exceptions import DeadlineExceededError, FluxError, ProtocolError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollPlan, PollSchedule
-from flux2max_async.webhooks._registry import Mail
+from flux2max_async.webhooks._registry import WebhookRegistry
 
 log = logging.getLogger("flux2max_async")
 
@@ -27,15 +27,15 @@ _LAST_LOOK = 1.0
 
 
 @attrs.define(eq=False, repr=False)
-class Lookout:
+class TaskPoller:
     """What is seen of one task."""
 
-    gateway: Gateway
+    gateway: ApiClient
     schedule: PollSchedule
     seconds: float
     """From the submit, or from the attach, to giving up."""
     request: GenerationRequest | None
-    mail: Mail | None = None
+    mail: WebhookRegistry | None = None
     """Where webhooks come in."""
 
     snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
@@ -178,7 +178,7 @@ class Lookout:
         Raises:
             FluxError: It is not followed to its end, and this is why.
         """
-        call = poll_call(self._task_id)
+        call = build_poll(self._task_id)
         plan = self.schedule.begin(self.request)
         self._looked = self.gateway.now()
         while not self._has_ended():
@@ -221,15 +221,15 @@ class Lookout:
 
     def _planned_delay(self, plan: PollPlan) -> float:
         """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
-        dearness = self.mail.dearness if self._hooked and self.mail and not self._watchers else 1.0
+        cost_factor = self.mail.cost_factor if self._hooked and self.mail and not self._watchers else 1.0
         elapsed = self._looked - self.started
         if isinstance(self.schedule, LearnedSchedule):
-            self.schedule.dearness = self.gateway.dearness() * dearness
+            self.schedule.cost_factor = self.gateway.cost_factor() * cost_factor
             return plan.next_delay(elapsed, self._progress)
         if self._interval is None:  # it is asked for once after each look
             self._interval = plan.next_delay(elapsed, self._progress)
         # At a constant rate of ending, the best interval grows as the root of the price.
-        return self._interval * math.sqrt(dearness)
+        return self._interval * math.sqrt(cost_factor)
 
     def _left_of(self, delay: float) -> float:
         """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""
@@ -268,7 +268,7 @@ class Lookout:
 
     # ------------------------------------------------------------------ a look
 
-    async def _poll(self, call: Call) -> None:
+    async def _poll(self, call: HttpRequest) -> None:
         asked = self.gateway.now()
         self.polls += 1
         try:

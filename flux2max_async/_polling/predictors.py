@@ -8,14 +8,14 @@ import attrs
 from attrs import validators
 
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._polling.histogram import Law, LawState, lognormal, place
+from flux2max_async._polling.histogram import DurationHistogram, HistogramState, bin_position, lognormal
 
-Traits = tuple[float, float, float]
+Features = tuple[float, float, float]
 """Of a task at its submit: the logarithm of the megapixels, the number of input images, and the logarithm of one more
 than the number of tasks under way."""
 
 
-def traits_of(request: GenerationRequest | None, in_flight: int) -> Traits:
+def features_of(request: GenerationRequest | None, in_flight: int) -> Features:
     """Tell what is known of a task at its submit; a size that the model chooses counts as a megapixel."""
     waiting = math.log1p(in_flight)
     if request is None:
@@ -36,12 +36,12 @@ def _finite(_: object, field: "attrs.Attribute[Any]", value: Iterable[float]) ->
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
-class Effort:
+class DurationRegression:
     """How many times as long as usual a task takes by its traits: a ridge regression that forgets."""
 
-    slopes: Traits = attrs.field(default=_EXPECTED, validator=_finite)
+    slopes: Features = attrs.field(default=_EXPECTED, validator=_finite)
     """By how much each trait raises the logarithm of the duration."""
-    usual: Traits = attrs.field(default=(0.0, 0.0, 0.0), validator=_finite)
+    usual: Features = attrs.field(default=(0.0, 0.0, 0.0), validator=_finite)
     """The mean of each trait."""
     count: float = attrs.field(default=0.0, validator=(validators.ge(0.0), validators.le(_MEMORY)))
     sums: tuple[float, float, float, float, float, float, float, float, float] = attrs.field(
@@ -49,12 +49,12 @@ class Effort:
     )
     """Of the traits' products with each other, and then with the logarithm of the duration."""
 
-    def scale(self, traits: Traits) -> float:
+    def scale(self, traits: Features) -> float:
         """Give how many times as long as usual such a task takes."""
         (a, b, c), (p, q, r), (x, y, z) = self.slopes, self.usual, traits
         return math.exp(min(max(a * (x - p) + b * (y - q) + c * (z - r), -3.0), 3.0))
 
-    def learn(self, traits: Traits, longer: float) -> None:
+    def learn(self, traits: Features, longer: float) -> None:
         """Take in that a task took e^longer times as long as its traits had foretold."""
         self.count = min(self.count + 1, _MEMORY)
         (a, b, c), (p, q, r), (x, y, z) = self.slopes, self.usual, traits
@@ -74,7 +74,7 @@ class Effort:
         self.slopes = a, b, c
 
 
-Said = tuple[float, float]
+ProgressReading = tuple[float, float]
 """A moment, in seconds from the submit, and the progress that a poll told then."""
 
 _RATIO = lognormal(1.0, 0.7)
@@ -94,10 +94,12 @@ def part_of(progress: float) -> int:
 
 
 @attrs.define(eq=False)
-class Foresight:
+class ProgressModel:
     """How well progress foretells the end: by parts, the laws of the true duration as a multiple of what it says."""
 
-    laws: list[Law] = attrs.field(factory=lambda: [Law(_RATIO_MEMORY, _RATIO) for _ in range(_PARTS)])
+    laws: list[DurationHistogram] = attrs.field(
+        factory=lambda: [DurationHistogram(_RATIO_MEMORY, _RATIO) for _ in range(_PARTS)]
+    )
     leads: list[float] = attrs.field(factory=lambda: [0.0] * _PARTS)
     """The logarithm of how much better progress has foretold the newest ends than the law of all tasks."""
 
@@ -110,31 +112,35 @@ class Foresight:
         """Whether progress is worth believing in a part of its way."""
         return self.leads[part] > _PROVEN
 
-    def learn(self, said: Said, not_before: float, by: float, blind: Law, scale: float) -> None:
+    def learn(
+        self, said: ProgressReading, not_before: float, by: float, blind: DurationHistogram, scale: float
+    ) -> None:
         """Take in when a task ended that had said so much, and that the law of all tasks, too, has foretold."""
         at, progress = said
         part, guess, since = part_of(progress), at / progress, max(not_before, at)
         law = self.laws[part]
-        first, last = place(since / guess), place(by / guess)
-        seeing = law.mass(first, last) / (1 - law.chance(place(progress)) + _TINY)
-        chance = blind.mass(place(since / scale), place(by / scale)) / (1 - blind.chance(place(at / scale)) + _TINY)
+        first, last = bin_position(since / guess), bin_position(by / guess)
+        seeing = law.mass(first, last) / (1 - law.chance(bin_position(progress)) + _TINY)
+        chance = blind.mass(bin_position(since / scale), bin_position(by / scale)) / (
+            1 - blind.chance(bin_position(at / scale)) + _TINY
+        )
         ahead = min(max(math.log((seeing + _TINY) / (chance + _TINY)), -_MOST), _MOST)
         self.leads[part] = self.leads[part] * (1 - 1 / 20) + ahead
         law.learn(first, last)
 
-    def state(self) -> "ForesightState":
+    def state(self) -> "ProgressModelState":
         """Give what was learned."""
-        return ForesightState([law.state() for law in self.laws], self.leads)
+        return ProgressModelState([law.state() for law in self.laws], self.leads)
 
     @classmethod
-    def from_state(cls, state: "ForesightState") -> Self:
+    def from_state(cls, state: "ProgressModelState") -> Self:
         """Go on from what was learned."""
-        return cls([Law.from_state(law, _RATIO_MEMORY, _RATIO) for law in state.laws], state.leads)
+        return cls([DurationHistogram.from_state(law, _RATIO_MEMORY, _RATIO) for law in state.laws], state.leads)
 
 
 @attrs.frozen
-class ForesightState:
+class ProgressModelState:
     """What was learned of progress, to be kept as JSON."""
 
-    laws: list[LawState] = attrs.field(validator=(validators.min_len(_PARTS), validators.max_len(_PARTS)))
+    laws: list[HistogramState] = attrs.field(validator=(validators.min_len(_PARTS), validators.max_len(_PARTS)))
     leads: list[float] = attrs.field(validator=(validators.min_len(_PARTS), validators.max_len(_PARTS), _finite))

@@ -6,7 +6,7 @@ from typing import Any
 
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome, TaskSnapshot
-from flux2max_async._tasks.runner import Poller
+from flux2max_async._tasks.runner import TaskRunner
 
 
 class GenerationTask:
@@ -17,7 +17,7 @@ class GenerationTask:
 
     __slots__ = ("_poller",)
 
-    def __init__(self, poller: Poller) -> None:
+    def __init__(self, poller: TaskRunner) -> None:
         self._poller = poller
 
     @property

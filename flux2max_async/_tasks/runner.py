@@ -7,13 +7,13 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._api.client import Gateway, Patience
+from flux2max_async._api.client import ApiClient, SubmitCancellation
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot
-from flux2max_async._polling.poller import Lookout
-from flux2max_async.journal._context import OvertakenError
-from flux2max_async.journal._record import Page
+from flux2max_async._polling.poller import TaskPoller
+from flux2max_async.journal._context import KeyConflict
+from flux2max_async.journal._record import RequestRecord
 
 log = logging.getLogger("flux2max_async")
 
@@ -25,12 +25,12 @@ def _future() -> "asyncio.Future[Any]":
 
 
 @attrs.define(eq=False, repr=False)
-class Poller:
+class TaskRunner:
     """Follows one task. It outlives whoever waits for it, and its end is an outcome, never an exception."""
 
-    gateway: Gateway
+    gateway: ApiClient
     """Where the task is, or is to be."""
-    lookout: Lookout
+    lookout: TaskPoller
     """What follows the task, once it is one."""
     request: GenerationRequest | None
     """What is to be drawn, or was; None for a task known by its id alone."""
@@ -38,29 +38,29 @@ class Poller:
     """Where one has to be free before a submit; it is taken until the end."""
     task_id: str | None = None
     """Given for a task that was submitted elsewhere."""
-    page: Page | None = None
+    page: RequestRecord | None = None
     """What the books say of the request, where they are kept."""
-    desk: dict[str, "Poller"] = attrs.field(factory=dict[str, "Poller"])
+    desk: dict[str, "TaskRunner"] = attrs.field(factory=dict[str, "TaskRunner"])
     """The pollers of a session by the keys of their requests: the same request is followed once."""
     hooked: GenerationRequest | None = None
     """The request as it is submitted, where it asks for a webhook of ours."""
 
     lend: Callable[[int], None] | None = attrs.field(default=None, init=False)
     """Lends the place in a stream to the next request while another process follows this one, and takes it back."""
-    leader: "Poller | None" = attrs.field(default=None, init=False)
+    leader: "TaskRunner | None" = attrs.field(default=None, init=False)
     """Who follows the same request already."""
     answered: "asyncio.Future[None]" = attrs.field(factory=_future, init=False)
     """Resolved once the task has an id, or never will have one."""
     ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
     """Resolved with the outcome."""
 
-    _listeners: list[Callable[["Poller", Outcome], None]] = attrs.field(factory=list, init=False)
+    _listeners: list[Callable[["TaskRunner", Outcome], None]] = attrs.field(factory=list, init=False)
     _lent: bool = attrs.field(default=False, init=False)
     _placed: bool = attrs.field(default=False, init=False)
     """Whether it takes one of the places."""
     _outcome: Outcome | None = attrs.field(default=None, init=False)
     """What it has come to, while that is being written down."""
-    _patience: Patience = attrs.field(factory=Patience, init=False)
+    _patience: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
 
     @property
     def snapshot(self) -> TaskSnapshot | None:
@@ -71,7 +71,7 @@ class Poller:
         """Give the newest snapshot, then each that says something new, until the end."""
         return (self.leader or self).lookout.updates()
 
-    def when_ended(self, listener: Callable[["Poller", Outcome], None]) -> None:
+    def when_ended(self, listener: Callable[["TaskRunner", Outcome], None]) -> None:
         """Tell the outcome in the moment of the end, before anything else can happen."""
         if self.ended.done():
             listener(self, self.ended.result())
@@ -126,7 +126,7 @@ class Poller:
             broken.__cause__ = error
             return self._failed(broken)
 
-    async def _by_the_book(self, page: Page) -> Outcome:
+    async def _by_the_book(self, page: RequestRecord) -> Outcome:
         """Submit only what was never submitted before, by anybody."""
         async with self._patience.waiting():
             await page.identify()
@@ -150,14 +150,14 @@ class Poller:
                 return known
             try:
                 await self._submit()
-            except OvertakenError:
+            except KeyConflict:
                 self._give_place_back()
                 overtaken += 1
             else:
                 return await self._look()
         raise JournalError(f"the journal says neither that {page.key!r} can be begun, nor what became of it")
 
-    async def _share(self, leader: "Poller") -> Outcome | None:
+    async def _share(self, leader: "TaskRunner") -> Outcome | None:
         """Wait for the end that somebody else brings; None where it is of no use to others."""
         # Without patience: what withdraws this one withdraws the other too, if its submit isn't on the wire.
         self.leader = leader
@@ -178,7 +178,7 @@ class Poller:
         self.task_id = outcome.task_id
         return attrs.evolve(outcome, request=self.request)
 
-    async def _resume(self, page: Page, task_id: str) -> Outcome:
+    async def _resume(self, page: RequestRecord, task_id: str) -> Outcome:
         """Follow a task that an earlier session has submitted."""
         self.lookout.take_up(age=page.age())
         self._name(task_id)

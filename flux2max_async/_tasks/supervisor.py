@@ -6,11 +6,11 @@ import math
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from flux2max_async._api.client import Gateway
+from flux2max_async._api.client import ApiClient
 from flux2max_async._exceptions import SessionClosedError
 from flux2max_async._models.results import Completed, Outcome
 from flux2max_async._stats import SessionStats
-from flux2max_async._tasks.runner import Poller
+from flux2max_async._tasks.runner import TaskRunner
 
 log = logging.getLogger("flux2max_async")
 
@@ -30,11 +30,11 @@ class Supervisor:
     the caller's own errors and forbid leaving in another task; and unlike in a group, no task's fault ends the others.
     """
 
-    def __init__(self, gateway: Gateway, stats: SessionStats, places: int) -> None:
+    def __init__(self, gateway: ApiClient, stats: SessionStats, places: int) -> None:
         self.loop = asyncio.get_running_loop()
         self.gateway = gateway
         self.places = asyncio.Semaphore(places)
-        self.desk: dict[str, Poller] = {}
+        self.desk: dict[str, TaskRunner] = {}
         """The pollers by the keys of their requests, where there is a journal."""
         self.closing: asyncio.Task[None] | None = None
         """What closes the session, once it is being closed: then nothing more is submitted."""
@@ -44,7 +44,7 @@ class Supervisor:
         """The moment at which draining ends, once the session is being closed."""
         self._draining: asyncio.Timeout | None = None
         self._stats = stats
-        self._pollers: set[Poller] = set()
+        self._pollers: set[TaskRunner] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._endless: set[asyncio.Task[Any]] = set()
 
@@ -61,10 +61,10 @@ class Supervisor:
             task.add_done_callback(tasks.discard)
         return task
 
-    def follow(self, poller: Poller) -> None:
+    def follow(self, poller: TaskRunner) -> None:
         """Run a poller to its end."""
 
-        def ended(poller: Poller, outcome: Outcome) -> None:
+        def ended(poller: TaskRunner, outcome: Outcome) -> None:
             self._pollers.discard(poller)
             self._count(poller, outcome)
 
@@ -138,7 +138,7 @@ class Supervisor:
             ids = ", ".join(poller.task_id or "(a submit without an answer)" for poller in unfinished)
             log.warning("session closed; unfinished tasks: %s", ids)
 
-    def _count(self, poller: Poller, outcome: Outcome) -> None:
+    def _count(self, poller: TaskRunner, outcome: Outcome) -> None:
         if isinstance(outcome, Completed):
             self._stats.completed += 1
         else:

@@ -258,11 +258,11 @@ def batch(
     DIR holds the pictures, index.html to look at them, results.jsonl, and journal.db: with it, the same command again
     pays for nothing twice. Ctrl-C stops submitting and waits for what is running; twice leaves at once.
     """
-    from flux2max_async._config import checked_dollars
+    from flux2max_async._config import validate_dollars
     from flux2max_async.cli._batch import Batch, do
     from flux2max_async.cli._requests_file import defaults_of
     from flux2max_async.cli._terminal import errors_as_lines
-    from flux2max_async.journal._context import Terms
+    from flux2max_async.journal._context import ReusePolicy
 
     access = _access(context, key_file, base_url)
     with errors_as_lines(result=lambda: "the same command goes on"):
@@ -290,9 +290,9 @@ def batch(
                 access=access,
                 max_in_flight=max_in_flight,
                 deadline=deadline,
-                budget=checked_dollars("budget", budget),
-                price_guess=checked_dollars("price_guess", price_guess),
-                terms=Terms(retry_failed, resubmit_uncertain),
+                budget=validate_dollars("budget", budget),
+                price_guess=validate_dollars("price_guess", price_guess),
+                terms=ReusePolicy(retry_failed, resubmit_uncertain),
                 dry_run=dry_run,
                 yes=yes,
                 as_json=as_json,
@@ -377,7 +377,7 @@ def emulate(
     It is there to try things out without a bill. Put the two lines that it prints into a file .env in another folder,
     and run flux2max there.
     """
-    from flux2max_async._config import checked_dollars
+    from flux2max_async._config import validate_dollars
     from flux2max_async.cli._emulate import faults_of
     from flux2max_async.cli._terminal import errors_as_lines
     from flux2max_async.emulator import Emulator
@@ -390,7 +390,7 @@ def emulate(
             spread=spread,
             failing=failing,
             faults=faults_of(fault or ()),
-            balance=checked_dollars("balance", balance),
+            balance=validate_dollars("balance", balance),
             seed=seed,
             api_key="emulated",  # the same each time, for who has written it down
         )

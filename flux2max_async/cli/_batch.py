@@ -22,7 +22,7 @@ from flux2max_async.cli._requests_file import Line, Sheet, read_sheet
 from flux2max_async.cli._runner import Job, Report, run
 from flux2max_async.cli._summary import Command, advice, kind_of, summary
 from flux2max_async.cli._terminal import Screen, complain, line, pictures, somebody_can_be_asked, tell, tell_exactly
-from flux2max_async.journal._context import Terms
+from flux2max_async.journal._context import ReusePolicy
 
 _STANDARD_INPUT = "-"
 
@@ -42,7 +42,7 @@ class Batch:
     deadline: float
     budget: Decimal | None
     price_guess: Decimal | None
-    terms: Terms
+    terms: ReusePolicy
     dry_run: bool
     yes: bool
     as_json: bool
@@ -206,7 +206,7 @@ def _conclude(batch: Batch, folder: Folder, asked: Sequence[Line], lines: Sequen
     gallery = Gallery(folder.path, hurry=len(report.signals) > 1)
     trouble = write_all(folder, list(folder.rows.values()), gallery, running=False)
     rows = [folder.rows[item.key] for item in asked]
-    rest = plan(asked, entries, Terms(), batch.price_guess)
+    rest = plan(asked, entries, ReusePolicy(), batch.price_guess)
     Screen(sys.stderr if batch.as_json else sys.stdout).show(*summary(rows, report, rest.spent))
     if trouble is not None:
         complain(trouble)

@@ -9,14 +9,14 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._budget import Ledger
+from flux2max_async._budget import Budget
 from flux2max_async._exceptions import InvalidRequestError
-from flux2max_async._models.fingerprint import content_of
+from flux2max_async._models.fingerprint import fingerprint_request
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.cli._output_dir import is_lost
 from flux2max_async.cli._requests_file import BadLine, Line, Sheet, picture
 from flux2max_async.cli._terminal import pictures
-from flux2max_async.journal._context import Terms
+from flux2max_async.journal._context import ReusePolicy
 from flux2max_async.journal._entry import EntryState, JournalEntry
 
 _CENT = Decimal("0.01")
@@ -43,7 +43,7 @@ class Plan:
 
     lines: list[Line]
     """In the order in which they are to be asked for: first what is paid for already, since urls are short-lived."""
-    terms: Terms
+    terms: ReusePolicy
     fates: dict[str, Fate]
     prices: dict[str, Decimal]
     """US dollars that each of those that are to be submitted will probably cost."""
@@ -64,11 +64,11 @@ class Plan:
         """A budget that is enough if each of them costs what may be set aside for the dearest."""
         return rounded(self.committed + self.dearest * len(self.prices))
 
-    def consenting(self) -> Iterator[tuple[list[Line], Terms]]:
+    def consenting(self) -> Iterator[tuple[list[Line], ReusePolicy]]:
         """Give the lines with the terms on which they are taken: what is paid for again was planned to be, and told."""
         again = [line for line in self.lines if self.fates[line.key] in {Fate.AGAIN, Fate.RISKED}]
         others = [line for line in self.lines if self.fates[line.key] not in {Fate.AGAIN, Fate.RISKED}]
-        yield others, Terms()
+        yield others, ReusePolicy()
         if again:
             yield again, self.terms
 
@@ -87,13 +87,15 @@ class Plan:
         return text
 
 
-def plan(lines: Iterable[Line], entries: Iterable[JournalEntry], terms: Terms, price_guess: Decimal | None) -> Plan:
+def plan(
+    lines: Iterable[Line], entries: Iterable[JournalEntry], terms: ReusePolicy, price_guess: Decimal | None
+) -> Plan:
     """Find out what is to be done."""
     every = list(entries)
     newest = {entry.key: entry for entry in every}
     ordered = sorted(lines, key=lambda line: fate_of(newest.get(line.key), terms) in _BUYS)
     fates = {line.key: fate_of(newest.get(line.key), terms) for line in ordered}
-    ledger, seen = Ledger(None, price_guess), dict[int, Decimal]()
+    ledger, seen = Budget(None, price_guess), dict[int, Decimal]()
     for line in ordered:
         entry, size = newest.get(line.key), line.content.megapixels
         if entry is not None and entry.state is EntryState.COMPLETED and entry.cost:
@@ -115,12 +117,12 @@ def _price(megapixels: int, seen: Mapping[int, Decimal], price_guess: Decimal | 
     """Give what a picture will probably cost: what others of its size did, or what the guess makes of other sizes."""
     if megapixels in seen:
         return seen[megapixels]
-    guess = Ledger(None, price_guess).price
+    guess = Budget(None, price_guess).price
     scaled = [cost * guess(megapixels) / guess(size) for size, cost in seen.items() if guess(size)]
     return max(scaled, default=guess(megapixels))
 
 
-def fate_of(entry: JournalEntry | None, terms: Terms) -> Fate:
+def fate_of(entry: JournalEntry | None, terms: ReusePolicy) -> Fate:
     """Tell what becomes of a request of which the journal knows this."""
     if entry is None or entry.state is EntryState.REFUSED:
         return Fate.NEW
@@ -177,7 +179,7 @@ def _line_of(entry: JournalEntry) -> Line | None:
     try:
         images = [picture(source, Path()) for source in params.pop("input_images", ())]
         request = GenerationRequest(**params, input_images=images, key=entry.key)
-        return Line(0, request, content_of(request))
+        return Line(0, request, fingerprint_request(request))
     except (InvalidRequestError, TypeError):
         return None  # a picture is gone, say, or was given as bytes
 

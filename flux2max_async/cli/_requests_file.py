@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
-from flux2max_async._models.fingerprint import Content, content_of
+from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.cli._parsers import FIELDS, READERS, Fields, unknown
 
@@ -29,7 +29,7 @@ class Line:
     """The line in the file, counted from 1."""
     request: GenerationRequest
     """With a key: its own, or one made of its prompt and of a fingerprint of all that it asks for."""
-    content: Content
+    content: RequestFingerprint
 
     @property
     def key(self) -> str:
@@ -121,7 +121,7 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
     if more:
         defaults["extra"] = more
     trial: Fields = {"prompt": "a trial", **defaults}
-    content_of(GenerationRequest(**trial))
+    fingerprint_request(GenerationRequest(**trial))
     return defaults
 
 
@@ -199,7 +199,7 @@ class _Names:
         Raises:
             InvalidRequestError: A picture that it names can't be read, or another line has its key.
         """
-        content = content_of(request)
+        content = fingerprint_request(request)
         if request.key is not None:
             key = f"{request.key}{ending}"
         else:

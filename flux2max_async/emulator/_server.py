@@ -20,7 +20,7 @@ from anyio.from_thread import start_blocking_portal
 
 from flux2max_async.emulator._images.scenes import draw
 from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Refusal, Service, read_submit
-from flux2max_async.emulator._webhook_sender import Delivery, Postman, Webhooks
+from flux2max_async.emulator._webhook_sender import Delivery, Webhooks, WebhookSender
 
 Effect = Callable[[], Awaitable[web.StreamResponse]]
 
@@ -69,7 +69,7 @@ class Emulator:
         self._service = Service(
             seconds, spread, time_scale, max_in_flight, failing, moderated, faults or {}, url_lifetime, balance, seed
         )
-        self._postman = Postman(webhooks or Webhooks(), self._service, self._link)
+        self._postman = WebhookSender(webhooks or Webhooks(), self._service, self._link)
         self.api_key: str = api_key or f"emulated-{secrets.token_hex(12)}"
         self._pictures = pictures
         self._port = port

@@ -69,7 +69,7 @@ class Delivery:
     body: bytes
 
 
-class Postman:
+class WebhookSender:
     """Waits for the end of each task that asks for a webhook, and posts it.
 
     Args:

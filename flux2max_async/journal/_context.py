@@ -5,17 +5,17 @@ from collections import Counter
 
 import attrs
 
-from flux2max_async._budget import Ledger
+from flux2max_async._budget import Budget
 from flux2max_async._exceptions import FluxError
 from flux2max_async.journal import Journal
 
 
-class OvertakenError(FluxError):
+class KeyConflict(FluxError):
     """Another process has begun the same request in the meantime: look again. It reaches no caller."""
 
 
 @attrs.frozen
-class Terms:
+class ReusePolicy:
     """How requests are to be taken that the journal knows already."""
 
     retry_failed: bool = False
@@ -30,7 +30,7 @@ class Terms:
 class Books:
     """What a session keeps books with."""
 
-    ledger: Ledger
+    ledger: Budget
     journal: Journal | None
     whole_journal: bool
     """Whether the budget is that of all that is in the journal, or only of this session."""

@@ -17,29 +17,29 @@ from flux2max_async._exceptions import (
     TaskFailedError,
     TaskNotFoundError,
 )
-from flux2max_async._models.fingerprint import Content, content_of, is_local
+from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async.journal import Journal
-from flux2max_async.journal._context import Books, OvertakenError, Terms
+from flux2max_async.journal._context import Books, KeyConflict, ReusePolicy
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
-from flux2max_async.journal._serialization import kept, outcome_of, result_of
+from flux2max_async.journal._serialization import outcome_from_entry, outcome_to_json, sanitize
 
 log = logging.getLogger("flux2max_async")
 
 
 @attrs.define(eq=False)
-class Page:
+class RequestRecord:
     """What the books say of one request."""
 
     books: Books
     request: GenerationRequest | None
-    terms: Terms
+    terms: ReusePolicy
     entry: JournalEntry | None = None
     """The request's newest entry; the one that is to be made, until it is."""
     interrupted: bool = attrs.field(default=False, init=False)
     """Whether another session has ended while it was saving the pictures."""
-    _content: Content | None = attrs.field(default=None, init=False)
+    _content: RequestFingerprint | None = attrs.field(default=None, init=False)
     _reserved: Decimal | None = attrs.field(default=None, init=False)
     """Of this session's budget; None while nothing is."""
     problem: JournalError | None = attrs.field(default=None, init=False)
@@ -71,18 +71,18 @@ class Page:
         request = self.request
         assert request is not None
         if is_local(request):
-            content = await anyio.to_thread.run_sync(content_of, request)
+            content = await anyio.to_thread.run_sync(fingerprint_request, request)
         else:
-            content = content_of(request)
+            content = fingerprint_request(request)
         self._content = content
         if self.books.journal is not None:
             self.entry = JournalEntry(
                 key=self._checked_key(request.key) or self._derived_key(content),
                 content=content.fingerprint,
-                request={**kept(content.description, self._secrets()), "prompt": request.prompt},
+                request={**sanitize(content.description, self._secrets()), "prompt": request.prompt},
             )
 
-    def check_same(self, other: "Page | None") -> None:
+    def check_same(self, other: "RequestRecord | None") -> None:
         """Make sure that another request of the same key asks for the same.
 
         Raises:
@@ -160,7 +160,7 @@ class Page:
             raise
         if not begun:
             self._settle(Decimal(0))
-            raise OvertakenError("another process has begun the same request")
+            raise KeyConflict("another process has begun the same request")
         self.entry = entry
 
     async def revoke(self) -> None:
@@ -217,7 +217,7 @@ class Page:
             return None
         self.entry = found
         return attrs.evolve(
-            outcome_of(found, self.request), elapsed=outcome.elapsed, polls=outcome.polls, replayed=False
+            outcome_from_entry(found, self.request), elapsed=outcome.elapsed, polls=outcome.polls, replayed=False
         )
 
     async def saving(self, files: tuple[SavedFile, ...]) -> None:
@@ -278,7 +278,7 @@ class Page:
         self.entry = entry
         if self._content is not None and entry.cost is not None and entry.state is EntryState.COMPLETED:
             self.books.ledger.saw(self._content.megapixels, entry.cost)
-        return outcome_of(entry, self.request)
+        return outcome_from_entry(entry, self.request)
 
     async def _uncertain(self, entry: JournalEntry) -> SubmissionUncertainError:
         if entry.state is EntryState.INTENT:
@@ -309,7 +309,7 @@ class Page:
                 "key",
             )
 
-    def _derived_key(self, content: Content) -> str:
+    def _derived_key(self, content: RequestFingerprint) -> str:
         number = 1
         if (occurrences := self.terms.occurrences) is not None:
             occurrences[content.fingerprint] += 1
@@ -337,7 +337,7 @@ def ended(
     )
     if state is EntryState.SUBMITTED:
         return attrs.evolve(common, ended_at=None, result={})
-    return attrs.evolve(common, ended_at=datetime.now(UTC), result=result_of(outcome, secrets=secrets))
+    return attrs.evolve(common, ended_at=datetime.now(UTC), result=outcome_to_json(outcome, secrets=secrets))
 
 
 _ENDS = frozenset((EntryState.COMPLETED, EntryState.FAILED))

@@ -33,7 +33,7 @@ _DEEPEST = 100
 """Levels of JSON that are kept of it."""
 
 
-def result_of(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, Any]:
+def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, Any]:
     """Write an outcome down as JSON values, with whatever secrets the service has echoed blotted out."""
     common: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
     if isinstance(outcome, Failed):
@@ -50,10 +50,10 @@ def result_of(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, A
         if outcome.usage is not None:
             cost, discount, extra = outcome.usage.cost, outcome.usage.discount, dict(outcome.usage.extra)
             found["usage"] = {"cost": _text(cost), "discount": _text(discount), "extra": extra}
-    return dict(kept(found, secrets))
+    return dict(sanitize(found, secrets))
 
 
-def outcome_of(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
+def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
     """Make an outcome again of what was written down."""
     result, task_id = entry.result, entry.task_id or ""
     elapsed, polls = float(result.get("elapsed", 0.0)), int(result.get("polls", 0))
@@ -71,9 +71,9 @@ def outcome_of(entry: JournalEntry, request: GenerationRequest | None) -> Outcom
     return Completed(task_id, request, images, usage, result["metadata"], elapsed, polls, replayed=True)
 
 
-def snapshot_of(entry: JournalEntry) -> TaskSnapshot:
+def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot:
     """Say what is written of an end as the service would have said it."""
-    outcome = outcome_of(entry, None)
+    outcome = outcome_from_entry(entry, None)
     if isinstance(outcome, Completed):
         return TaskSnapshot(
             outcome.task_id, TaskStatus.COMPLETED, None, outcome.images, outcome.usage, metadata=outcome.metadata
@@ -92,7 +92,7 @@ def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:
     return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, told.get("code"))
 
 
-def kept(value: Any, secrets: tuple[str, ...], depth: int = _DEEPEST) -> Any:
+def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _DEEPEST) -> Any:
     """Copy JSON values without secrets, without texts that are long enough to be pictures, and not all too deep."""
     match value:
         case str():
@@ -105,9 +105,9 @@ def kept(value: Any, secrets: tuple[str, ...], depth: int = _DEEPEST) -> Any:
         case Mapping() | list() | tuple() if depth == 0:
             return "(nested too deeply)"
         case Mapping():
-            return {kept(str(name), secrets): kept(entry, secrets, depth - 1) for name, entry in value.items()}
+            return {sanitize(str(name), secrets): sanitize(entry, secrets, depth - 1) for name, entry in value.items()}
         case list() | tuple():
-            return [kept(entry, secrets, depth - 1) for entry in value]
+            return [sanitize(entry, secrets, depth - 1) for entry in value]
         case _:
             return value
 

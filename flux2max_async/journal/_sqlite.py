@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio.to_thread
 
-from flux2max_async._config import checked_seconds
+from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
 
 if TYPE_CHECKING:
-    from flux2max_async.journal._store import Tables
-    from flux2max_async.journal._worker import Scribe
+    from flux2max_async.journal._store import SqliteStore
+    from flux2max_async.journal._worker import JournalWorker
 
 
 class SqliteJournal:
@@ -47,9 +47,9 @@ class SqliteJournal:
 
     def __init__(self, path: str | PathLike[str], *, lease: float = 12.0, busy_timeout: float = 10.0) -> None:
         self.path: Path = Path(path)
-        self._lease = checked_seconds("lease", lease, most=_LONGEST)
-        self._busy_timeout = checked_seconds("busy_timeout", busy_timeout, most=_LONGEST)
-        self._scribe: Scribe | None = None
+        self._lease = validate_seconds("lease", lease, most=_LONGEST)
+        self._busy_timeout = validate_seconds("busy_timeout", busy_timeout, most=_LONGEST)
+        self._scribe: JournalWorker | None = None
         self._begun: set[str] | None = None
         """Where the file was empty, the only keys that we can know of; None where asking is the only way."""
 
@@ -68,13 +68,13 @@ class SqliteJournal:
         Raises:
             JournalError: It can't be opened, isn't a journal, is damaged, or was written by a newer version.
         """
-        from flux2max_async.journal._worker import Scribe  # noqa: PLC0415 - sessions without a journal don't need a database
+        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - sessions without a journal don't need a database
 
         if self._scribe is not None and not self._scribe.ended.get_loop().is_closed():
             raise JournalError(
                 f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
             )
-        self._scribe = scribe = Scribe(self.path, self._lease, self._busy_timeout, news, listening=listening)
+        self._scribe = scribe = JournalWorker(self.path, self._lease, self._busy_timeout, news, listening=listening)
         try:
             self._begun = set() if await scribe.opened else None
         except BaseException:
@@ -166,11 +166,11 @@ class SqliteJournal:
     # ------------------------------------------------------------------ behind
 
     async def _ask(
-        self, work: "Callable[[Tables], Any]", *, writes: bool = True, durable: bool = False, lone: bool = False
+        self, work: "Callable[[SqliteStore], Any]", *, writes: bool = True, durable: bool = False, lone: bool = False
     ) -> Any:
         return await self._open_scribe().ask(work, writes=writes, durable=durable, lone=lone)
 
-    def _open_scribe(self) -> "Scribe":
+    def _open_scribe(self) -> "JournalWorker":
         if self._scribe is None:
             raise JournalError(f"the journal {self.path} is not open")
         return self._scribe

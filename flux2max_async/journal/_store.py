@@ -51,7 +51,7 @@ know more of it than is written: an id, an end, or that nobody can know. And wha
 pictures that were saved since."""
 
 
-class Tables:
+class SqliteStore:
     """One connection to the file of a journal, as one owner among several.
 
     Args:

@@ -21,7 +21,7 @@ import attrs
 from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._schema import journal_error
-from flux2max_async.journal._store import Tables
+from flux2max_async.journal._store import SqliteStore
 
 log = logging.getLogger("flux2max_async")
 
@@ -34,10 +34,10 @@ _MOST = 500
 
 
 @attrs.frozen(eq=False)
-class Errand:
+class Job:
     """Something to do with the tables, and who waits for it."""
 
-    work: Callable[[Tables], Any]
+    work: Callable[[SqliteStore], Any]
     answer: "asyncio.Future[Any]"
     writes: bool = True
     durable: bool = False
@@ -55,7 +55,7 @@ class _Other:
     """When its beat was first seen, by our clock."""
 
 
-class Scribe:
+class JournalWorker:
     """Runs errands in the order in which they were given, from its start to its dismissal.
 
     Args:
@@ -81,7 +81,7 @@ class Scribe:
         self._news = news
         self._listening = listening
         self._loop = asyncio.get_running_loop()
-        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._watched: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
         self._others: dict[str, _Other] = {}
         self._next_beat = 0.0
@@ -99,11 +99,11 @@ class Scribe:
         threading.Thread(target=self._run, name=f"journal {path.name}", daemon=True).start()
 
     def ask(
-        self, work: Callable[[Tables], Any], *, writes: bool = True, durable: bool = False, lone: bool = False
+        self, work: Callable[[SqliteStore], Any], *, writes: bool = True, durable: bool = False, lone: bool = False
     ) -> "asyncio.Future[Any]":
         """Give an errand; its answer comes in the event loop."""
         answer: asyncio.Future[Any] = self._loop.create_future()
-        self._errands.put(Errand(work, answer, writes, durable, lone))
+        self._errands.put(Job(work, answer, writes, durable, lone))
         return answer
 
     def watch(self, entry: JournalEntry) -> "asyncio.Future[None]":
@@ -121,7 +121,7 @@ class Scribe:
 
     def _run(self) -> None:
         try:
-            tables = Tables(self._path, self._lease, self._patience)
+            tables = SqliteStore(self._path, self._lease, self._patience)
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for it
             failure = error if isinstance(error, JournalError) else journal_error(self._path, error)
             self._tell((self.opened, failure, None), (self.ended, None, None))
@@ -136,7 +136,7 @@ class Scribe:
             with contextlib.suppress(RuntimeError):  # the event loop may have ended first
                 self._tell(*unanswered, (self.ended, None, None))
 
-    def _serve(self, tables: Tables) -> None:
+    def _serve(self, tables: SqliteStore) -> None:
         others_have_written = tables.others_have_written()
         dismissed = False
         while not dismissed:
@@ -149,7 +149,7 @@ class Scribe:
                 # Whatever it was, errands are still to be run: without this thread, everybody would wait for ever.
                 log.exception("journal %s", self._path)
 
-    def _take_a_turn(self, tables: Tables, others_have_written: Callable[[], bool]) -> bool:
+    def _take_a_turn(self, tables: SqliteStore, others_have_written: Callable[[], bool]) -> bool:
         """Do what there is to be done now; tells whether that was all."""
         news = False
         if time.monotonic() >= self._next_beat:
@@ -168,20 +168,20 @@ class Scribe:
                 self._tell_news(tables.told())
         return False
 
-    def _fetch(self) -> list[Errand | None]:
+    def _fetch(self) -> list[Job | None]:
         if self._loop.is_closed():
             raise RuntimeError
         wait = self._next_beat - time.monotonic()
         if self._watched or self._listening:
             wait = min(wait, _LOOK)
-        errands: list[Errand | None] = []
+        errands: list[Job | None] = []
         with contextlib.suppress(queue.Empty):
             errands.append(self._errands.get(timeout=max(wait, 0.0)))
             while len(errands) < _MOST:
                 errands.append(self._errands.get_nowait())
         return errands
 
-    def _do(self, tables: Tables, errands: list[Errand]) -> None:
+    def _do(self, tables: SqliteStore, errands: list[Job]) -> None:
         answers: list[tuple[asyncio.Future[Any], FluxError | None, Any]] = []
         durable = any(errand.durable for errand in errands)
         writes = any(errand.writes for errand in errands)
@@ -204,7 +204,7 @@ class Scribe:
                 self._next_beat = min(self._next_beat, time.monotonic() + _SYNC)
         self._tell(*answers)
 
-    def _one(self, tables: Tables, errand: Errand) -> tuple["asyncio.Future[Any]", FluxError | None, Any]:
+    def _one(self, tables: SqliteStore, errand: Job) -> tuple["asyncio.Future[Any]", FluxError | None, Any]:
         try:
             return errand.answer, None, errand.work(tables)
         except FluxError as error:
@@ -215,7 +215,7 @@ class Scribe:
             log.exception("journal %s", self._path)
             return errand.answer, JournalError(f"the journal {self._path} can't hold this: {error!r}"), None
 
-    def _look_around(self, tables: Tables) -> None:
+    def _look_around(self, tables: SqliteStore) -> None:
         """Give a sign of life, and see who else is alive."""
         now = time.monotonic()
         self._next_beat = now + self._lease / 4
@@ -231,7 +231,7 @@ class Scribe:
             self._tell_news(left)
             self._look_after_watched(tables)
 
-    def _inheritance(self, tables: Tables, now: float) -> list[JournalEntry]:
+    def _inheritance(self, tables: SqliteStore, now: float) -> list[JournalEntry]:
         """Take over from those who were seen alive and are not any more."""
         # Where we were kept from looking, they may have been kept from beating.
         late = now - self._looked > self._lease / 2
@@ -248,7 +248,7 @@ class Scribe:
             left += tables.inherit(owner)
         return left
 
-    def _look_after_watched(self, tables: Tables) -> None:
+    def _look_after_watched(self, tables: SqliteStore) -> None:
         waiting: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
         changed: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
         for entry, future in self._watched:
@@ -258,7 +258,7 @@ class Scribe:
         if changed:
             self._tell(*((future, None, None) for _, future in changed))
 
-    def _is_as(self, tables: Tables, entry: JournalEntry) -> bool:
+    def _is_as(self, tables: SqliteStore, entry: JournalEntry) -> bool:
         try:
             return tables.is_as(entry)
         except Exception as error:  # noqa: BLE001 - who waits for it will ask again, and be told

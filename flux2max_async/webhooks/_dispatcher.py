@@ -15,7 +15,7 @@ from flux2max_async.journal import Journal
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry
 from flux2max_async.journal._record import ended
 from flux2max_async.webhooks._payload import is_not_found, read_delivery
-from flux2max_async.webhooks._registry import Mail
+from flux2max_async.webhooks._registry import WebhookRegistry
 
 log = logging.getLogger("flux2max_async")
 
@@ -35,7 +35,7 @@ class _Counter:
     spawn: Callable[[Coroutine[Any, Any, None]], object] = attrs.field(repr=False)
 
 
-class Office:
+class WebhookDispatcher:
     """What a session and its inbox have in common.
 
     Args:
@@ -45,7 +45,7 @@ class Office:
     """
 
     def __init__(self, public_url: str, secret: str, secrets: tuple[str, ...]) -> None:
-        self.mail: Mail = Mail()
+        self.mail: WebhookRegistry = WebhookRegistry()
         self.secrets: tuple[str, ...] = tuple(one for one in secrets if len(one) >= _TELLING)
         """What no error may repeat."""
         self._public_url = public_url

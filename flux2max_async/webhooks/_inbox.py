@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from flux2max_async._config import checked_seconds
+from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_answer
-from flux2max_async.webhooks._dispatcher import Office
+from flux2max_async.webhooks._dispatcher import WebhookDispatcher
 from flux2max_async.webhooks._signature import MAX_AGE, SIGNATURE_HEADER, verify
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class WebhookInbox:
     ) -> None:
         self._secrets = _checked_secrets(secret)
         self._header = header
-        self._max_age = None if max_age is None else checked_seconds("max_age", max_age)
+        self._max_age = None if max_age is None else validate_seconds("max_age", max_age)
         try:
             GenerationRequest("-", webhook_url=public_url, webhook_secret=self._secrets[0])
         except InvalidRequestError as error:
@@ -63,7 +63,7 @@ class WebhookInbox:
 
         Mount it above the path of `public_url`: at the very path of a mount, Starlette redirects to one with a slash.
         """
-        self.office: Office = Office(public_url, self._secrets[0], self._secrets)
+        self.office: WebhookDispatcher = WebhookDispatcher(public_url, self._secrets[0], self._secrets)
         """The session's side of it."""
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ are known are read, and told apart by their keys.
 import json
 from typing import Any
 
-from flux2max_async._api.codec import snapshot_of, task_id_of
+from flux2max_async._api.codec import snapshot_from_json, task_id_of
 from flux2max_async._api.response import problem
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError
 from flux2max_async._models.results import TaskSnapshot
@@ -39,11 +39,11 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     """Read a delivery, keeping secrets that the service has echoed out of the error in it."""
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a delivery has at most {MAX_BODY} bytes, not {len(body)}")
-    told = json_object(body)
+    told = parse_json_object(body)
     if (task_id := task_id_of(told)) is None:
         raise ProtocolError("the delivery names no task: its id is missing")
     try:
-        return snapshot_of(task_id, _task_object(told), raw=told, secrets=secrets)
+        return snapshot_from_json(task_id, _task_object(told), raw=told, secrets=secrets)
     except ProtocolError as error:
         error.task_id = task_id
         raise
@@ -54,7 +54,7 @@ def is_not_found(snapshot: TaskSnapshot) -> bool:
     return snapshot.error is not None and str(snapshot.raw.get("status")).strip().lower() == _NOT_FOUND
 
 
-def json_object(body: bytes) -> dict[str, Any]:
+def parse_json_object(body: bytes) -> dict[str, Any]:
     told: object = None
     try:
         told = json.loads(body.decode("utf-8-sig"))

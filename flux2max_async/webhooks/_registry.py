@@ -39,7 +39,7 @@ class Listener(Protocol):
 
 
 @attrs.define(eq=False)
-class Mail:
+class WebhookRegistry:
     """The webhooks of one address."""
 
     _late: float = _FIRST_GUESS
@@ -51,7 +51,7 @@ class Mail:
     """Whether nothing more will come in: servers that shut down stop listening before their sessions are closed."""
     _polled: int = attrs.field(default=0, init=False)
     """How many of the newest ends a poll has noticed first, in a row."""
-    _relied: float = attrs.field(default=attrs.Factory(lambda self: self.dearness, takes_self=True), init=False)
+    _relied: float = attrs.field(default=attrs.Factory(lambda self: self.cost_factor, takes_self=True), init=False)
     """The dearness at which some polls may have been planned."""
 
     def afresh(self) -> Self:
@@ -59,7 +59,7 @@ class Mail:
         return type(self)(self._late)
 
     @property
-    def dearness(self) -> float:
+    def cost_factor(self) -> float:
         """How many times as dear as usual a poll is where a webhook is expected; in whole powers of two."""
         if self.deaf:
             return 1.0
@@ -71,12 +71,12 @@ class Mail:
             return
         self._late = max(_LEAST, self._late + ((not told) - self._late) * _PACE)
         self._polled = 0 if told else self._polled + 1
-        if self._polled >= _IN_A_ROW and self.dearness <= self._relied / _MUCH:
+        if self._polled >= _IN_A_ROW and self.cost_factor <= self._relied / _MUCH:
             for listeners in self._listeners.values():
                 for listener in listeners:
                     listener.replan()
-            self._relied = self.dearness
-        self._relied = max(self._relied, self.dearness)
+            self._relied = self.cost_factor
+        self._relied = max(self._relied, self.cost_factor)
 
     def expect(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
         """Listen for what is delivered about a task; gives what has come already."""

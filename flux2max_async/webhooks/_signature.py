@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from flux2max_async._api.codec import moment
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError, WebhookSignatureError
-from flux2max_async.webhooks._payload import json_object, require_bytes
+from flux2max_async.webhooks._payload import parse_json_object, require_bytes
 
 SIGNATURE_HEADER = "X-BFL-Signature"  # [B]
 MAX_AGE = 300.0
@@ -70,6 +70,6 @@ def _keys(secret: str | Iterable[str]) -> list[bytes]:
 def _sent_at(body: bytes) -> datetime | None:
     """Read when a delivery was sent. [B] It stands in the body, where the signature covers it."""
     try:
-        return moment(json_object(body).get("timestamp")) if b'"timestamp"' in body else None
+        return moment(parse_json_object(body).get("timestamp")) if b'"timestamp"' in body else None
     except ProtocolError:
         return None

@@ -46,7 +46,7 @@ from flux2max_async import (
     TaskNotFoundError,
     TransportError,
 )
-from flux2max_async._api.client import Patience
+from flux2max_async._api.client import SubmitCancellation
 from flux2max_async._api.transport import _NotingPayload
 from flux2max_async.emulator import Emulator, Fault
 
@@ -464,7 +464,7 @@ async def test_a_body_notes_that_it_was_asked_for() -> None:
 @pytest.mark.parametrize("between", range(4))
 async def test_a_submit_may_be_withdrawn_twice(between: int) -> None:
     """A stream that is left while its session closes withdraws what the session withdraws, too; neither goes wrong."""
-    patience = Patience()
+    patience = SubmitCancellation()
 
     async def wait() -> None:
         async with patience.waiting():

@@ -36,15 +36,15 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
-from flux2max_async._api.codec import Call, poll_call, read_poll, read_submit, status_of, submit_call
-from flux2max_async._api.response import Reply, problem, response_error
+from flux2max_async._api.codec import HttpRequest, build_poll, build_submit, parse_poll, parse_submit, status_of
+from flux2max_async._api.response import HttpResponse, problem, response_error
 
 TASK = "/model/v1/generation/task/"
 SECRET = "hush-7f3a9c"
 
 
 def poll(body: object, status: int = 200) -> TaskSnapshot:
-    return read_poll(reply(body, status), "t1")
+    return parse_poll(reply(body, status), "t1")
 
 
 def running(**changes: object) -> dict[str, object]:
@@ -70,7 +70,7 @@ def outcome(read: Callable[[], TaskSnapshot]) -> TaskSnapshot | ProtocolError | 
 
 def test_a_prompt_alone_is_sent_in_the_envelope() -> None:
     """A submit is a POST of the model and one set of parameters, with nothing in it that the caller didn't set."""
-    call = submit_call(GenerationRequest("a lighthouse at dawn"))
+    call = build_submit(GenerationRequest("a lighthouse at dawn"))
 
     assert (call.method, call.path) == ("POST", "/model/v1/generation")
     assert json.loads(call.body or b"") == {
@@ -94,7 +94,7 @@ def test_every_parameter_goes_out_under_its_name() -> None:
         extra={"prompt_upsampling": False, "nothing": None},
         key="row 1",
     )
-    params = json.loads(submit_call(request).body or b"")["input"][0]["params"]
+    params = json.loads(build_submit(request).body or b"")["input"][0]["params"]
 
     assert next(iter(params)) == "prompt"
     assert params == {
@@ -117,7 +117,7 @@ def test_a_picture_that_cannot_be_read_is_told_by_its_place(tmp_path: Path) -> N
     request = GenerationRequest("a lighthouse", input_images=["https://pictures.example/a.png", tmp_path / "gone.png"])
 
     with pytest.raises(InvalidRequestError) as caught:
-        submit_call(request)
+        build_submit(request)
 
     assert caught.value.field == "input_images"
     assert str(caught.value).startswith("input_images[1]: ")
@@ -142,16 +142,16 @@ def test_a_picture_that_cannot_be_read_is_told_by_its_place(tmp_path: Path) -> N
 )
 def test_a_task_id_is_one_segment_of_the_path(task_id: str, encoded: str) -> None:
     """Whatever an id looks like, it can't leave its place in the path."""
-    call = poll_call(task_id)
+    call = build_poll(task_id)
 
-    assert call == Call("GET", TASK + encoded, None)
+    assert call == HttpRequest("GET", TASK + encoded, None)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), min_size=1))
 def test_any_text_can_be_a_task_id(task_id: str) -> None:
     """Any text that JSON can hold, half a surrogate pair too, becomes a path that reads back as the id."""
-    path = poll_call(task_id).path
+    path = build_poll(task_id).path
     segment = path.removeprefix(TASK)
 
     assert path.isascii()
@@ -163,7 +163,7 @@ def test_any_text_can_be_a_task_id(task_id: str) -> None:
 
 def test_what_may_hold_a_secret_is_not_shown() -> None:
     """The repr of a call and of a reply shows neither bodies nor headers."""
-    call = submit_call(GenerationRequest("a lighthouse", webhook_secret=SECRET))
+    call = build_submit(GenerationRequest("a lighthouse", webhook_secret=SECRET))
     answer = reply({"echo": SECRET}, headers={"Set-Cookie": SECRET})
 
     assert SECRET.encode() in (call.body or b"")
@@ -178,7 +178,7 @@ def test_what_may_hold_a_secret_is_not_shown() -> None:
 def test_a_submit_gives_a_snapshot_of_the_new_task() -> None:
     """The protocol's example of an answer to a submit is a running task with an id."""
     body = {"id": "t1", "status": "in_progress", "model": "flux_2_max", "created_at": 1763800000}
-    snapshot = read_submit(reply(body))
+    snapshot = parse_submit(reply(body))
 
     assert snapshot == TaskSnapshot(
         "t1", TaskStatus.IN_PROGRESS, created_at=datetime(2025, 11, 22, 8, 26, 40, tzinfo=UTC), raw=body
@@ -203,7 +203,7 @@ def test_a_submit_gives_a_snapshot_of_the_new_task() -> None:
 )
 def test_with_an_id_a_submit_cannot_fail(body: dict[str, object], task_id: str, status: TaskStatus) -> None:
     """Once there is an id, a task exists and costs money: nothing else in the answer makes us lose it."""
-    snapshot = read_submit(reply(body, 201))
+    snapshot = parse_submit(reply(body, 201))
 
     assert snapshot.task_id == task_id
     assert snapshot.status is status
@@ -228,7 +228,7 @@ def test_with_an_id_a_submit_cannot_fail(body: dict[str, object], task_id: str, 
 def test_without_an_id_a_submit_is_refused(body: dict[str, object], code: str | None, message: str) -> None:
     """An answer with an error and no id is a refusal whatever its HTTP status, and shows its error."""
     with pytest.raises(ResponseError) as caught:
-        read_submit(reply(body))
+        parse_submit(reply(body))
 
     assert (caught.value.status, caught.value.code, caught.value.message) == (200, code, message)
 
@@ -237,7 +237,7 @@ def test_without_an_id_a_submit_is_refused(body: dict[str, object], code: str | 
 def test_neither_id_nor_error_breaks_the_protocol(body: dict[str, object]) -> None:
     """An answer that neither names a task nor refuses one leaves it open whether there is one, and is told as that."""
     with pytest.raises(ProtocolError, match="neither a task id nor an error"):
-        read_submit(reply(body))
+        parse_submit(reply(body))
 
 
 BROKEN = {
@@ -259,9 +259,9 @@ BROKEN = {
 def test_what_is_no_json_object_breaks_the_protocol(body: bytes) -> None:
     """A 200 that is no JSON object is a ProtocolError, for a submit and for a poll."""
     with pytest.raises(ProtocolError, match="expected a JSON object") as submitted:
-        read_submit(reply(body))
+        parse_submit(reply(body))
     with pytest.raises(ProtocolError, match="expected a JSON object") as polled:
-        read_poll(reply(body), "t1")
+        parse_poll(reply(body), "t1")
 
     assert len(str(submitted.value)) < 400
     assert len(str(polled.value)) < 400
@@ -559,8 +559,8 @@ def test_what_cannot_be_read_is_told_by_its_place(body: dict[str, object], where
     assert str(caught.value).endswith(f"@ {where}")
 
 
-@pytest.mark.parametrize("read", [read_submit, lambda answer: read_poll(answer, "t1")], ids=["submit", "poll"])
-def test_an_http_error_is_one_for_submits_and_polls(read: Callable[[Reply], object]) -> None:
+@pytest.mark.parametrize("read", [parse_submit, lambda answer: parse_poll(answer, "t1")], ids=["submit", "poll"])
+def test_an_http_error_is_one_for_submits_and_polls(read: Callable[[HttpResponse], object]) -> None:
     """Outside of 2xx, an answer is an error whatever its body looks like, even like a task."""
     with pytest.raises(ServerError) as caught:
         read(reply(finished(), 500))
@@ -759,7 +759,7 @@ def test_the_wait_is_read_from_header_and_body(headers: dict[str, str], body: ob
 def test_the_wait_does_not_depend_on_this_machines_clock() -> None:
     """A date to come back at is compared with the gateway's own clock, where it shows it."""
     headers = {"Retry-After": http_date(5), "Date": http_date(0)}
-    wrong = Reply(429, headers, b"", RECEIVED + timedelta(days=400))
+    wrong = HttpResponse(429, headers, b"", RECEIVED + timedelta(days=400))
     error = response_error(wrong)
 
     assert error.retry_after == 5.0
@@ -814,7 +814,7 @@ def test_a_secret_that_is_echoed_in_a_header_is_not_repeated(name: str) -> None:
 def test_a_broken_answer_does_not_repeat_a_secret() -> None:
     """An answer that is no JSON and echoes the key is described without it."""
     with pytest.raises(ProtocolError) as caught:
-        read_submit(reply(f"who is {SECRET}?".encode()).without(SECRET))
+        parse_submit(reply(f"who is {SECRET}?".encode()).without(SECRET))
 
     assert SECRET not in f"{caught.value!s} {caught.value!r}"
     assert "who is" in str(caught.value)
@@ -825,8 +825,8 @@ def test_a_snapshot_does_not_show_a_secret_that_is_echoed(secret: str) -> None:
     """A service that tells a task's parameters back doesn't get the webhook's secret into logs of the snapshot."""
     told = {"webhook_secret": secret, "params": [{"webhook_secret": secret}]}
     failure = {"code": secret, "message": f"can't post to the webhook with {secret}"}
-    completed = read_poll(reply(finished(metadata=told, usage=told)).without(secret), "t1")
-    failed = read_poll(reply(running(status="failed", metadata=told, error=failure)).without(secret), "t1")
+    completed = parse_poll(reply(finished(metadata=told, usage=told)).without(secret), "t1")
+    failed = parse_poll(reply(running(status="failed", metadata=told, error=failure)).without(secret), "t1")
 
     for shown in (repr(completed), repr(failed), str(failed.error)):
         assert secret not in shown
@@ -836,8 +836,8 @@ def test_a_snapshot_does_not_show_a_secret_that_is_echoed(secret: str) -> None:
 @pytest.mark.parametrize("secret", ["1", "t", "id", "status", "in_progress", '"', "https", "pictures.example"])
 def test_masking_a_secret_does_not_lose_the_task(secret: str) -> None:
     """A weak secret, which happens to be part of the answer, costs neither the task's id nor its pictures."""
-    submitted = read_submit(reply(running()).without(secret))
-    polled = read_poll(reply(finished()).without(secret), "t1")
+    submitted = parse_submit(reply(running()).without(secret))
+    polled = parse_poll(reply(finished()).without(secret), "t1")
 
     assert submitted.task_id == "t1"
     assert polled.status is TaskStatus.COMPLETED
@@ -848,8 +848,8 @@ def test_nothing_to_mask_changes_nothing() -> None:
     """A reply without the secret in it, or without a secret at all, stays as it came."""
     answer = reply(finished())
 
-    assert read_poll(answer.without(SECRET), "t1") == read_poll(answer, "t1")
-    assert read_poll(answer.without(None), "t1") == read_poll(answer, "t1")
+    assert parse_poll(answer.without(SECRET), "t1") == parse_poll(answer, "t1")
+    assert parse_poll(answer.without(None), "t1") == parse_poll(answer, "t1")
 
 
 # ---------------------------------------------------------------------- anything at all
@@ -874,7 +874,7 @@ def test_any_answer_to_a_submit_is_a_task_or_one_of_our_errors(
     body: bytes, status: int, headers: dict[str, str]
 ) -> None:
     """Any bytes with any status and headers are a task that has an id, or a ProtocolError or ResponseError."""
-    found = outcome(lambda: read_submit(reply(body, status, headers)))
+    found = outcome(lambda: parse_submit(reply(body, status, headers)))
 
     if isinstance(found, TaskSnapshot):
         assert found.task_id == str(json.loads(body)["id"]) != ""
@@ -889,7 +889,7 @@ def test_any_answer_to_a_poll_is_a_snapshot_or_one_of_our_errors(
     body: bytes, status: int, headers: dict[str, str]
 ) -> None:
     """Any bytes with any status and headers are a snapshot of the task, or a ProtocolError or ResponseError."""
-    found = outcome(lambda: read_poll(reply(body, status, headers), "t1"))
+    found = outcome(lambda: parse_poll(reply(body, status, headers), "t1"))
 
     if isinstance(found, TaskSnapshot):
         assert found.task_id == "t1"

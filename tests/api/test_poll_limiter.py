@@ -3,11 +3,11 @@
 import pytest
 
 from flux2max_async import FixedSchedule, FluxSession, LearnedSchedule
-from flux2max_async._api.poll_limiter import PollBudget
+from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async.emulator import Emulator, Fault
 
 
-def booked(budget: PollBudget, seconds: float, *, per_second: float, start: float = 0.0) -> list[float]:
+def booked(budget: PollLimiter, seconds: float, *, per_second: float, start: float = 0.0) -> list[float]:
     """Book polls at a steady rate; gives the moments at which they may be made."""
     count = round(seconds * per_second)
     return [(now := start + number / per_second) + budget.book(now) for number in range(count)]
@@ -15,16 +15,16 @@ def booked(budget: PollBudget, seconds: float, *, per_second: float, start: floa
 
 def test_a_budget_that_is_not_reached_costs_nothing() -> None:
     """Half as many polls as allowed wait for nothing and become no dearer."""
-    budget = PollBudget(20.0)
+    budget = PollLimiter(20.0)
     moments = booked(budget, 30, per_second=10)
 
     assert moments == [number / 10 for number in range(300)]
-    assert budget.dearness(30.0) == 1.0
+    assert budget.cost_factor(30.0) == 1.0
 
 
 def test_a_burst_of_one_second_comes_at_once_and_the_rest_in_turn() -> None:
     """Of sixty polls at one moment twenty are made then, and the others evenly, in the order of their booking."""
-    budget = PollBudget(20.0)
+    budget = PollLimiter(20.0)
     waits = [budget.book(100.0) for _ in range(60)]
 
     assert waits[:20] == pytest.approx([0.0] * 20, abs=1e-9)
@@ -33,7 +33,7 @@ def test_a_burst_of_one_second_comes_at_once_and_the_rest_in_turn() -> None:
 
 def test_no_second_sees_more_than_the_budget() -> None:
     """Whatever is asked for, in the long run polls come no faster than they may."""
-    moments = booked(PollBudget(5.0), 20, per_second=50)
+    moments = booked(PollLimiter(5.0), 20, per_second=50)
     most = max(sum(start <= moment < start + 10 for moment in moments) for start in moments)
 
     assert moments == sorted(moments)
@@ -42,41 +42,41 @@ def test_no_second_sees_more_than_the_budget() -> None:
 
 def test_no_limit_is_no_limit() -> None:
     """Without a limit a million polls at one moment wait for nothing."""
-    budget = PollBudget(float("inf"))
+    budget = PollLimiter(float("inf"))
 
     assert {budget.book(1.0) for _ in range(1000)} == {0.0}
-    assert budget.dearness(1.0) == 1.0
+    assert budget.cost_factor(1.0) == 1.0
 
 
 def test_polls_become_dearer_before_the_budget_is_reached_and_cheaper_after() -> None:
     """Just below the limit the price already rises; with fewer polls it falls back, and after a silence it is forgotten."""
-    budget = PollBudget(20.0)
+    budget = PollLimiter(20.0)
     booked(budget, 10, per_second=19)
-    crowded = budget.dearness(10.0)
+    crowded = budget.cost_factor(10.0)
     booked(budget, 10, per_second=10, start=10.0)
-    calm = budget.dearness(20.0)
+    calm = budget.cost_factor(20.0)
     booked(budget, 3, per_second=40, start=20.0)
-    crowded_again = budget.dearness(23.0)
+    crowded_again = budget.cost_factor(23.0)
     budget.book(100.0)
 
     assert crowded > 1.4
     assert calm == 1.0
     assert crowded_again > 4
-    assert budget.dearness(100.0) == 1.0
+    assert budget.cost_factor(100.0) == 1.0
 
 
 def test_a_refusal_makes_polls_dearer_for_a_while() -> None:
     """Each 429 adds to the price, up to four times what it was; a minute later most of that is gone."""
-    budget = PollBudget(20.0)
+    budget = PollLimiter(20.0)
     budget.refused(10.0)
-    once = budget.dearness(10.0)
+    once = budget.cost_factor(10.0)
     for _ in range(50):
         budget.refused(11.0)
 
     assert 1.5 < once < 2.5
-    assert 3 < budget.dearness(11.0) < 4
-    assert budget.dearness(11.0) > budget.dearness(71.0) > 1.4
-    assert budget.dearness(311.0) == 1.0
+    assert 3 < budget.cost_factor(11.0) < 4
+    assert budget.cost_factor(11.0) > budget.cost_factor(71.0) > 1.4
+    assert budget.cost_factor(311.0) == 1.0
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(0.5), LearnedSchedule()], ids=repr)
@@ -117,8 +117,8 @@ async def test_a_429_makes_polls_dearer() -> None:
         gateway.script("poll", Fault.RATE_LIMITED)
         await session.generate("a lighthouse")
 
-    assert schedule.dearness > 1
-    assert schedule.poll_price == 0.2 * schedule.dearness
+    assert schedule.cost_factor > 1
+    assert schedule.poll_price == 0.2 * schedule.cost_factor
 
 
 async def test_stats_tell_how_long_tasks_take() -> None:

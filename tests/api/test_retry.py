@@ -31,7 +31,7 @@ from flux2max_async import (
 from flux2max_async._api.retry import (
     NOT_VISIBLE_YET,
     backoff,
-    dooms_the_rest,
+    is_fatal_for_batch,
     is_uncertain,
     is_unreadable,
     may_poll_again,
@@ -150,7 +150,7 @@ def test_what_is_unreadable_may_be_looked_at_again(error: FluxError) -> None:
 @table("401", "402", "403", "403 without money", "200 without money")
 def test_some_refusals_would_meet_every_further_submit(error: FluxError, expected: bool) -> None:
     """A key that is wrong, poor or forbidden dooms the rest of a stream; nothing else does."""
-    doomed = dooms_the_rest(error)
+    doomed = is_fatal_for_batch(error)
 
     assert doomed is expected
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux2max_async._api.submit_limiter import MAX_PAUSE, Pace
+from flux2max_async._api.submit_limiter import MAX_PAUSE, SubmitLimiter
 
-Step = Callable[[Pace], object]
+Step = Callable[[SubmitLimiter], object]
 
 # ---------------------------------------------------------------------- the words of a history
 
@@ -43,9 +43,9 @@ def poll_refused(at: float, wait: float | None = None) -> Step:
     return lambda pace: pace.poll_refused(at, wait)
 
 
-def after(*steps: Step, places: int = 24) -> Pace:
+def after(*steps: Step, places: int = 24) -> SubmitLimiter:
     """Give the pace after a history."""
-    pace = Pace(places)
+    pace = SubmitLimiter(places)
     for step in steps:
         step(pace)
     return pace
@@ -145,7 +145,7 @@ def test_after_a_refusal_submits_go_one_at_a_time(steps: list[Step], limited: bo
 @pytest.mark.parametrize("times", [1, 2, 5, 20])
 def test_the_pause_is_exactly_what_the_service_says(times: int, wait: float) -> None:
     """However often it refuses, nothing rests longer or shorter than the service says, up to two minutes."""
-    pace = Pace(24)
+    pace = SubmitLimiter(24)
     now = 1024.0
     pauses = []
     for _ in range(times):
@@ -159,7 +159,7 @@ def test_the_pause_is_exactly_what_the_service_says(times: int, wait: float) -> 
 
 def test_polls_rest_only_as_long_as_the_service_says() -> None:
     """Patience of our own with submits, which the service refuses again and again, doesn't keep polls from looking."""
-    pace = Pace(24)
+    pace = SubmitLimiter(24)
     now = 1024.0
     resting = 0.0
     for _ in range(20):
@@ -183,7 +183,7 @@ def test_no_submit_starts_before_the_service_says(wait: float) -> None:
 @pytest.mark.parametrize("wait", [None, 0.0])
 def test_without_a_time_refusals_wait_longer_and_longer(wait: float | None) -> None:
     """Where the service says no useful time, each refused probe waits longer than the last, up to half a minute."""
-    pace = Pace(24)
+    pace = SubmitLimiter(24)
     now = 1024.0
     delays = []
     for _ in range(20):
@@ -206,7 +206,7 @@ def test_a_burst_of_refusals_is_one_lesson() -> None:
 
 def test_an_accepted_submit_ends_the_growing_patience() -> None:
     """Once the service takes a task again, the next refusal starts with a short wait."""
-    pace = Pace(24)
+    pace = SubmitLimiter(24)
     for moment in range(100, 1000, 100):
         probe = pace.submit_started()
         pace.submit_refused(moment, 0, None, probe=probe)
@@ -257,7 +257,7 @@ EVENTS = st.one_of(
 @given(st.lists(EVENTS, max_size=30), st.integers(1, 30), st.integers(0, 40))
 def test_no_history_makes_a_senseless_delay(history: list[Any], places: int, in_flight: int) -> None:
     """Whatever happens, a delay is never negative, endless only while a probe is out, and else two minutes at most."""
-    pace = Pace(places)
+    pace = SubmitLimiter(places)
     now = 1000.0
     out: list[bool] = []
     for event in history:
@@ -321,7 +321,7 @@ class Rush:
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
 
     def run(self) -> Self:
-        pace = Pace(self.clients)
+        pace = SubmitLimiter(self.clients)
         while self._waiting or self._events:
             may_submit = self._waiting > 0 and self._taken < self.clients
             delay = pace.submit_delay(self.now, self._in_flight) if may_submit else math.inf
@@ -357,12 +357,12 @@ class Rush:
         else:
             self._later(self.latency / 2, lambda pace: self._refuse(pace, probe))
 
-    def _accept(self, pace: Pace, probe: bool) -> None:
+    def _accept(self, pace: SubmitLimiter, probe: bool) -> None:
         self._out.remove(probe)
         self._in_flight += 1
         pace.submit_accepted(self._in_flight, probe=probe)
 
-    def _refuse(self, pace: Pace, probe: bool) -> None:
+    def _refuse(self, pace: SubmitLimiter, probe: bool) -> None:
         self._out.remove(probe)
         self._waiting += 1
         self._taken -= 1

@@ -16,7 +16,7 @@ from flux2max_async.cli._plan import plan
 from flux2max_async.cli._progress import Board, clock
 from flux2max_async.cli._runner import Job, _Notes, _written
 from flux2max_async.cli._terminal import Screen, log_to
-from flux2max_async.journal._context import Terms
+from flux2max_async.journal._context import ReusePolicy
 
 
 def text_of(folder: Path, *rows: Row, running: bool = False) -> str:
@@ -135,7 +135,7 @@ async def test_a_journal_that_breaks_while_a_batch_runs(tmp_path: Path) -> None:
     folder.database.write_bytes(b"SQLite format 3\0 and then nothing" * 40)
     job = Job(
         folder=folder,
-        plan=plan([], [], Terms(), None),
+        plan=plan([], [], ReusePolicy(), None),
         session=FluxSession("key"),
         schedule=LearnedSchedule(),
         places=1,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.processes import Nursery, kill, requests, running_gateway, wait_for
+from support.processes import ProcessGroup, kill, requests, running_gateway, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills with SIGKILL")
 
@@ -30,7 +30,7 @@ def test_a_batch_survives_fifty_kills(tmp_path: Path) -> None:
     chance = random.Random(4)
     count, report = 200, tmp_path / "report.json"
     killed = 0
-    with running_gateway(seconds=0.3, spread=0.2, seed=4) as gateway, Nursery() as nursery:
+    with running_gateway(seconds=0.3, spread=0.2, seed=4) as gateway, ProcessGroup() as nursery:
         arguments = (gateway.url, gateway.api_key, tmp_path, count, 8, report)
         while killed < KILLS:
             process = nursery.start(*arguments)
@@ -62,7 +62,7 @@ def test_four_processes_share_a_journal(tmp_path: Path) -> None:
     """Four processes with the same 400 requests pay for each once; one is killed, and the others end what it began."""
     count = 400
     reports = [tmp_path / f"report {number}.json" for number in range(4)]
-    with running_gateway(seconds=0.2, spread=0.2, seed=5) as gateway, Nursery() as nursery:
+    with running_gateway(seconds=0.2, spread=0.2, seed=5) as gateway, ProcessGroup() as nursery:
         processes = [nursery.start(gateway.url, gateway.api_key, tmp_path, count, 6, report) for report in reports]
         time.sleep(1.5)
         killed = kill(processes[0])

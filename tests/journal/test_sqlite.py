@@ -32,7 +32,7 @@ from flux2max_async import (
     Usage,
 )
 from flux2max_async.journal import EntryState, Holder, SavedFile, SqliteJournal
-from flux2max_async.journal._serialization import outcome_of, result_of
+from flux2max_async.journal._serialization import outcome_from_entry, outcome_to_json
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -294,8 +294,8 @@ IMAGES = (
 )
 def test_an_outcome_survives_being_written_down(outcome: Completed | Failed) -> None:
     """What is replayed is what it was, money to the last digit, and says that it is replayed."""
-    entry = attrs.evolve(completed(), task_id=outcome.task_id, result=json.loads(json.dumps(result_of(outcome))))
-    again = outcome_of(entry, None)
+    entry = attrs.evolve(completed(), task_id=outcome.task_id, result=json.loads(json.dumps(outcome_to_json(outcome))))
+    again = outcome_from_entry(entry, None)
 
     assert again.replayed
     if isinstance(outcome, Completed):
@@ -313,7 +313,7 @@ def test_an_outcome_survives_being_written_down(outcome: Completed | Failed) -> 
 def test_no_secret_and_no_picture_is_written_down() -> None:
     """What the service echoes of secrets is blotted out, and what is long enough to be a picture is cut."""
     outcome = Completed("t1", None, IMAGES, None, {"echo": ["my-key", {"my-key": 1}], "long": "x" * 10_000}, 1.0, 1)
-    text = json.dumps(result_of(outcome, secrets=("my-key",)))
+    text = json.dumps(outcome_to_json(outcome, secrets=("my-key",)))
 
     assert "my-key" not in text
     assert len(text) < 1000

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from support.responses import picture
 
 from flux2max_async import GenerationRequest, InputImage, InvalidRequestError, OutputFormat
-from flux2max_async._api.codec import submit_call
+from flux2max_async._api.codec import build_submit
 from flux2max_async._models.request import as_request
 
 PNG = picture("PNG")
@@ -49,7 +49,7 @@ EVERYTHING: dict[str, Any] = {
 
 def sent(request: GenerationRequest) -> dict[str, Any]:
     """Give the parameters that go over the wire."""
-    body = submit_call(request).body
+    body = build_submit(request).body
     assert body is not None
     return json.loads(body)["input"][0]["params"]  # type: ignore[no-any-return]
 
@@ -659,7 +659,7 @@ def test_a_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:
     request = GenerationRequest("a lighthouse", input_images=[PNG, tmp_path / "nowhere.png"])
 
     with pytest.raises(InvalidRequestError) as caught:
-        submit_call(request)
+        build_submit(request)
 
     assert caught.value.field == "input_images"
     assert str(caught.value).startswith("input_images[1]: ")

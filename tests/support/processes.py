@@ -79,7 +79,7 @@ def _nurse() -> None:
         print(process, flush=True)
 
 
-class Nursery:
+class ProcessGroup:
     """Starts batches in processes of their own."""
 
     def __enter__(self) -> Self:

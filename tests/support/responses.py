@@ -8,16 +8,16 @@ from datetime import UTC, datetime
 from multidict import CIMultiDict
 from PIL import Image
 
-from flux2max_async._api.response import Reply
+from flux2max_async._api.response import HttpResponse
 
 RECEIVED = datetime(2025, 11, 22, 10, 0, 0, tzinfo=UTC)
 """When every reply here came, by this machine's clock: a Saturday."""
 
 
-def reply(body: object = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+def reply(body: object = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
     """Make a reply whose body is JSON, or bytes as they are."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return Reply(status, CIMultiDict(headers or {}), content, RECEIVED)
+    return HttpResponse(status, CIMultiDict(headers or {}), content, RECEIVED)
 
 
 def finished(**changes: object) -> dict[str, object]:

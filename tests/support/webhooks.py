@@ -18,7 +18,7 @@ SECRET = "an old lighthouse keeper's secret"
 
 
 @attrs.define
-class Door:
+class InboxServer:
     """Where an inbox is reached."""
 
     inbox: WebhookInbox
@@ -30,9 +30,9 @@ class Door:
 
 
 @asynccontextmanager
-async def door(**settings: Any) -> AsyncIterator[Door]:
+async def door(**settings: Any) -> AsyncIterator[InboxServer]:
     """Serve an inbox on 127.0.0.1."""
-    found: list[Door] = []
+    found: list[InboxServer] = []
 
     async def handle(request: web.Request) -> web.Response:
         return await found[0].handle(request)
@@ -44,7 +44,7 @@ async def door(**settings: Any) -> AsyncIterator[Door]:
     try:
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/hooks"
-        found.append(Door(WebhookInbox(**{"secret": SECRET, "public_url": url, **settings})))
+        found.append(InboxServer(WebhookInbox(**{"secret": SECRET, "public_url": url, **settings})))
         yield found[0]
     finally:
         await runner.cleanup()

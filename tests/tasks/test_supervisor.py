@@ -9,7 +9,7 @@ import anyio
 import pytest
 from support.scripted import ScriptedGateway, answer, completed, running
 from support.virtual_time import VirtualJournal
-from support.webhooks import SELDOM, Door, deliver, session_on
+from support.webhooks import SELDOM, InboxServer, deliver, session_on
 
 from flux2max_async import (
     ConfigurationError,
@@ -21,7 +21,9 @@ from flux2max_async import (
 from flux2max_async.emulator import Emulator
 
 
-async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, caplog: pytest.LogCaptureFixture) -> None:
+async def test_draining_lets_submitted_tasks_end(
+    gateway: Emulator, at: InboxServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Closing with drain submits nothing more and waits for what is submitted, and for its pictures to be saved."""
     session = session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0)
     async with session:
@@ -42,7 +44,7 @@ async def test_draining_lets_submitted_tasks_end(gateway: Emulator, at: Door, ca
     assert "unfinished" not in caplog.text
 
 
-async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A submit that is answered while its session drains is polled as usual, however well webhooks have worked."""
     async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
         for number in range(10):
@@ -63,7 +65,7 @@ async def test_a_submit_on_the_wire_is_drained_too(scripted: ScriptedGateway, at
 
 @pytest.mark.parametrize("after", [0.0, 3.0])
 async def test_who_shares_a_task_is_drained_with_it(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, after: float
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path, after: float
 ) -> None:
     """Two who ask for the same, where that is one task, both get it, even if its submit isn't answered yet."""
     scripted.submits = deque([answer(200, running("t1"), after=after)])
@@ -79,7 +81,7 @@ async def test_who_shares_a_task_is_drained_with_it(
     assert len(scripted.of("POST")) == 1
 
 
-async def test_an_unknown_delivery_while_draining_is_put_off(gateway: Emulator, at: Door) -> None:
+async def test_an_unknown_delivery_while_draining_is_put_off(gateway: Emulator, at: InboxServer) -> None:
     """What a session that closes can't use is for another process, at the sender's next attempt."""
     async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0), drain=20.0) as session:
         await session.submit("a cat")
@@ -112,7 +114,7 @@ async def test_a_second_close_shortens_the_first(gateway: Emulator) -> None:
     assert not outcome.ok
 
 
-async def test_a_short_drain_looks_too(gateway: Emulator, at: Door) -> None:
+async def test_a_short_drain_looks_too(gateway: Emulator, at: InboxServer) -> None:
     """However short it is, however it is shortened, and whenever a task was attached: its end is found if it is there."""
     task_id = ""
     found: list[bool] = []
@@ -187,7 +189,7 @@ def test_an_event_loop_that_ends_leaves_the_ids(caplog: pytest.LogCaptureFixture
     assert all(task_id in caplog.text for task_id in ids)
 
 
-async def test_draining_ends_with_a_last_look(gateway: Emulator, at: Door) -> None:
+async def test_draining_ends_with_a_last_look(gateway: Emulator, at: InboxServer) -> None:
     """A task that would be looked at too late is looked at before its session closes."""
     async with session_on(gateway, at.inbox) as session:
         task = await session.submit("a cat")
@@ -239,7 +241,7 @@ async def test_draining_delivers_a_stream(gateway: Emulator, tmp_path: Path) -> 
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-async def test_draining_waits_for_nothing_else(gateway: Emulator, at: Door, tmp_path: Path) -> None:
+async def test_draining_waits_for_nothing_else(gateway: Emulator, at: InboxServer, tmp_path: Path) -> None:
     """A stream that nobody reads, and a delivery that nobody claims, don't hold up a shutdown."""
     journal = VirtualJournal(tmp_path / "run.db")
     async with session_on(gateway, at.inbox, drain=60.0, journal=journal, max_in_flight=1) as session:

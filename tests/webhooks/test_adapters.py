@@ -62,8 +62,8 @@ class Desk:
             raise self.error
 
 
-Door = Desk | WebhookInbox
-ASGI: dict[str, Callable[[Door], Any]] = {
+InboxServer = Desk | WebhookInbox
+ASGI: dict[str, Callable[[InboxServer], Any]] = {
     "alone": lambda door: door.asgi,
     "mounted": lambda door: FastAPI(routes=[Mount("/hooks", door.asgi)]),
     "routed": lambda door: Starlette(routes=[Route(PATH, door.asgi)]),
@@ -72,7 +72,7 @@ ASGI: dict[str, Callable[[Door], Any]] = {
 
 @contextlib.asynccontextmanager
 async def served(
-    server: str, door: Door, *, listener: socket.socket | None = None, middlewares: Iterable[Any] = ()
+    server: str, door: InboxServer, *, listener: socket.socket | None = None, middlewares: Iterable[Any] = ()
 ) -> AsyncIterator[int]:
     """Serve on a free port of this machine, by aiohttp or by uvicorn."""
     listener = listener or listening()

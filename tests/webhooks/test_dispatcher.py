@@ -10,7 +10,7 @@ import attrs
 import pytest
 from support.scripted import ScriptedGateway, answer, completed, hang, running
 from support.virtual_time import VirtualJournal
-from support.webhooks import SECRET, SELDOM, Door, deliver, session_on
+from support.webhooks import SECRET, SELDOM, InboxServer, deliver, session_on
 
 from flux2max_async import (
     BadRequestError,
@@ -32,7 +32,7 @@ in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 @pytest.mark.parametrize("how", ["delivery", "poll"])
 async def test_whatever_is_nested_deeply_does_no_harm(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, how: str
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path, how: str
 ) -> None:
     """Metadata of hundreds of levels reach the caller, and the journal as far as it can hold them."""
     deep: Any = "the bottom"
@@ -61,7 +61,7 @@ async def entry_of(journal: SqliteJournal) -> JournalEntry:
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
 async def test_the_end_is_recorded_before_the_answer(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, status: str
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path, status: str
 ) -> None:
     """When a delivery is answered with 200, the journal knows the end."""
     told = completed("t1") if status == "completed" else {"id": "t1", "status": "Error", "error": "x", "message": "no"}
@@ -80,7 +80,7 @@ async def test_the_end_is_recorded_before_the_answer(
 
 
 async def test_a_cost_that_a_delivery_doesnt_name_stays_set_aside(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """The maker's own payload names no cost: the budget goes on counting what the picture will probably cost."""
     journal = VirtualJournal(tmp_path / "run.db")
@@ -106,7 +106,7 @@ class Failing(VirtualJournal):
 
 
 async def test_an_end_that_isnt_recorded_is_asked_for_again(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """A delivery whose end can't be written down is put off, and what comes again later heals the journal."""
     journal = Failing(tmp_path / "run.db")
@@ -125,7 +125,7 @@ async def test_an_end_that_isnt_recorded_is_asked_for_again(
 
 
 async def test_a_delivery_that_nobody_waits_for_is_found_by_the_next_run(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """The process that submitted the task is gone: the end is recorded all the same, and replayed when asked for."""
     async with session_on(scripted, at.inbox, journal=VirtualJournal(tmp_path / "run.db")) as session:
@@ -140,7 +140,7 @@ async def test_a_delivery_that_nobody_waits_for_is_found_by_the_next_run(
 
 
 async def test_a_delivery_in_the_middle_of_closing_is_put_off_or_recorded(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """Whatever moment closing comes in, a delivery that is answered with 200 is in the journal."""
     for turns in range(12):
@@ -327,7 +327,7 @@ async def test_a_delivery_to_another_process_may_come_before_the_id(scripted: Sc
 
 
 async def test_a_task_may_get_its_id_while_a_delivery_is_looked_up(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """A delivery for which the journal knows no task yet ends the one that has just become ours."""
 
@@ -349,7 +349,7 @@ async def test_a_task_may_get_its_id_while_a_delivery_is_looked_up(
 
 
 async def test_an_early_delivery_is_looked_for_no_longer_than_it_is_kept(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An id that no journal ever knows is asked for a minute; an id that is claimed here, until then; errors are logged."""
 
@@ -377,7 +377,7 @@ async def test_an_early_delivery_is_looked_for_no_longer_than_it_is_kept(
     assert "the disk sleeps" in caplog.text
 
 
-async def test_what_the_journal_tells_is_heard_once(scripted: ScriptedGateway, at: Door, tmp_path: Path) -> None:
+async def test_what_the_journal_tells_is_heard_once(scripted: ScriptedGateway, at: InboxServer, tmp_path: Path) -> None:
     """An end that another process has recorded ends the task; what is told of it afterwards does no harm."""
     heard: list[Any] = []
 
@@ -402,7 +402,7 @@ async def test_what_the_journal_tells_is_heard_once(scripted: ScriptedGateway, a
 
 
 async def test_a_journal_that_cant_be_opened_leaves_the_inbox_free(
-    scripted: ScriptedGateway, at: Door, tmp_path: Path
+    scripted: ScriptedGateway, at: InboxServer, tmp_path: Path
 ) -> None:
     """A session that fails to open gives its inbox back."""
     (tmp_path / "run.db").write_text("not a journal, but a letter")

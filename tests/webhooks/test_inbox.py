@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from support.scripted import ScriptedGateway, answer, completed, hang, running
-from support.webhooks import SECRET, Door, deliver, session_on, signed
+from support.webhooks import SECRET, InboxServer, deliver, session_on, signed
 
 from flux2max_async import (
     Completed,
@@ -36,7 +36,7 @@ from flux2max_async import (
 from flux2max_async.emulator import Emulator, Webhooks
 from flux2max_async.journal import JournalEntry
 from flux2max_async.webhooks import parse
-from flux2max_async.webhooks._registry import Mail
+from flux2max_async.webhooks._registry import WebhookRegistry
 
 in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
@@ -46,7 +46,9 @@ in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio"])
     ("prompt", "error"),
     [("a cat", None), ("a cat [fail]", TaskFailedError), ("a cat [moderate]", ContentModeratedError)],
 )
-async def test_a_webhook_brings_the_end(at: Door, shape: Any, prompt: str, error: type[Exception] | None) -> None:
+async def test_a_webhook_brings_the_end(
+    at: InboxServer, shape: Any, prompt: str, error: type[Exception] | None
+) -> None:
     """A verified delivery of either shape ends the wait at once, and not one poll is made."""
     async with (
         Emulator(seconds=8.0, spread=0.0, seed=1, pictures=False, webhooks=Webhooks(shape=shape)) as gateway,
@@ -64,7 +66,7 @@ async def test_a_webhook_brings_the_end(at: Door, shape: Any, prompt: str, error
     assert [delivery.status for delivery in gateway.deliveries] == [200]
 
 
-async def test_a_poll_on_the_wire_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_poll_on_the_wire_is_cut_short(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A webhook doesn't wait for the answer to a poll that hangs."""
     scripted.polls = deque([hang])
     async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.5)) as session:
@@ -78,7 +80,7 @@ async def test_a_poll_on_the_wire_is_cut_short(scripted: ScriptedGateway, at: Do
     assert done.polls == 1
 
 
-async def test_a_webhook_may_be_faster_than_the_submit(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_webhook_may_be_faster_than_the_submit(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A delivery that comes before the submit's answer is kept, and ends the task as soon as it has its id."""
     scripted.submits = deque([answer(200, running("t1"), after=3.0)])
     async with session_on(scripted, at.inbox) as session:
@@ -91,7 +93,7 @@ async def test_a_webhook_may_be_faster_than_the_submit(scripted: ScriptedGateway
     assert done.polls == 0
 
 
-async def test_an_attached_task_hears_too(scripted: ScriptedGateway, at: Door) -> None:
+async def test_an_attached_task_hears_too(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A task that was submitted elsewhere is polled as always, and ends by a webhook if that is faster."""
     scripted.polls = deque([answer(200, running("t9"))])
     async with session_on(scripted, at.inbox, schedule=FixedSchedule(1.0)) as session:
@@ -104,7 +106,7 @@ async def test_an_attached_task_hears_too(scripted: ScriptedGateway, at: Door) -
     assert all(one.polls > 8 for one in done)
 
 
-async def test_each_submit_asks_for_a_webhook(scripted: ScriptedGateway, at: Door) -> None:
+async def test_each_submit_asks_for_a_webhook(scripted: ScriptedGateway, at: InboxServer) -> None:
     """The address and the secret go with each submit, the first of several; outcomes name the request as it was given."""
     at.inbox = WebhookInbox(secret=["new", "old"], public_url=at.inbox.public_url)
     request = GenerationRequest("a cat")
@@ -118,7 +120,7 @@ async def test_each_submit_asks_for_a_webhook(scripted: ScriptedGateway, at: Doo
     assert (params[1]["webhook_url"], params[1]["webhook_secret"]) == ("https://elsewhere.example/hook", "theirs")
 
 
-async def test_a_request_with_a_webhook_of_its_own_is_polled_as_usual(gateway: Emulator, at: Door) -> None:
+async def test_a_request_with_a_webhook_of_its_own_is_polled_as_usual(gateway: Emulator, at: InboxServer) -> None:
     """Where no webhook of ours was asked for, none is relied on."""
     async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0)) as session:
         done = await session.generate("a cat", webhook_url="http://127.0.0.1:9/nobody")
@@ -146,7 +148,7 @@ def test_an_inbox_that_could_not_work_is_refused(settings: dict[str, Any], named
         WebhookInbox(**{"secret": SECRET, "public_url": "https://app.example/hooks", **settings})
 
 
-async def test_a_session_has_its_inbox_for_itself(gateway: Emulator, at: Door) -> None:
+async def test_a_session_has_its_inbox_for_itself(gateway: Emulator, at: InboxServer) -> None:
     """An inbox in use can't be given to a second session, and is free again after the first; its secret isn't shown."""
     async with session_on(gateway, at.inbox):
         second = session_on(gateway, at.inbox)
@@ -185,7 +187,7 @@ async def _entered(session: FluxSession) -> None:
     await session._transport.close()
 
 
-async def test_polls_stand_down_and_take_over(at: Door) -> None:
+async def test_polls_stand_down_and_take_over(at: InboxServer) -> None:
     """While webhooks come, hardly a poll is made; when they cease, polls are as usual, and when they come again, rare."""
     async with (
         Emulator(seconds=8.0, spread=0.2, seed=1, pictures=False, max_in_flight=100) as gateway,
@@ -206,7 +208,7 @@ async def test_polls_stand_down_and_take_over(at: Door) -> None:
     assert again < 0.5
 
 
-async def test_a_schedule_that_knows_no_price_is_stretched(at: Door) -> None:
+async def test_a_schedule_that_knows_no_price_is_stretched(at: InboxServer) -> None:
     """A fixed interval becomes up to eight times as long while webhooks come, and is itself again while they don't."""
     async with (
         Emulator(seconds=40.0, spread=0.0, seed=1, pictures=False) as gateway,
@@ -235,7 +237,7 @@ async def test_an_address_that_nobody_reaches_costs_nothing_but_polls(gateway: E
     assert all(delivery.status is None for delivery in gateway.deliveries)
 
 
-async def test_progress_is_polled_for_while_somebody_watches(gateway: Emulator, at: Door) -> None:
+async def test_progress_is_polled_for_while_somebody_watches(gateway: Emulator, at: InboxServer) -> None:
     """Only polls tell of progress: for a task whose updates are followed they go on, and for others they stand down."""
     async with session_on(gateway, at.inbox, schedule=FixedSchedule(1.0)) as session:
         for _ in range(10):
@@ -253,7 +255,7 @@ async def test_progress_is_polled_for_while_somebody_watches(gateway: Emulator, 
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(1.0), ExponentialSchedule(1.0, factor=1.5), LearnedSchedule()])
-async def test_who_peeks_doesnt_put_polls_off(gateway: Emulator, at: Door, schedule: PollSchedule) -> None:
+async def test_who_peeks_doesnt_put_polls_off(gateway: Emulator, at: InboxServer, schedule: PollSchedule) -> None:
     """A page that asks for the newest snapshot again and again, and progress that is delivered, delay no look."""
     at.open = False
     async with session_on(gateway, at.inbox, schedule=schedule) as session:
@@ -269,7 +271,7 @@ async def test_who_peeks_doesnt_put_polls_off(gateway: Emulator, at: Door, sched
     assert polls >= 1
 
 
-async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: Door) -> None:
+async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: InboxServer) -> None:
     """However much webhooks are relied on, a task is looked at once more before it is given up."""
     at.open = False
     async with session_on(gateway, at.inbox, deadline=20.0) as session:
@@ -279,7 +281,7 @@ async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: Do
     assert done.elapsed == pytest.approx(19.0, abs=0.2)
 
 
-async def test_the_usual_mess_does_no_harm(at: Door) -> None:
+async def test_the_usual_mess_does_no_harm(at: InboxServer) -> None:
     """Forged, doubled and dropped deliveries: each task ends once, and as it really did."""
     webhooks = Webhooks(forged=0.5, doubled=0.5, dropped=0.3, delay=0.5)
     async with (
@@ -297,7 +299,7 @@ async def test_the_usual_mess_does_no_harm(at: Door) -> None:
     assert statuses == {(True, 401), (False, 200)}
 
 
-async def test_a_forged_delivery_is_refused(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_forged_delivery_is_refused(scripted: ScriptedGateway, at: InboxServer) -> None:
     """Who doesn't know the secret can't end a task."""
     scripted.polls = deque([answer(200, running("t1"))])
     async with session_on(scripted, at.inbox) as session:
@@ -310,7 +312,7 @@ async def test_a_forged_delivery_is_refused(scripted: ScriptedGateway, at: Door)
     assert not snapshot.status.ended
 
 
-async def test_an_old_secret_is_valid_while_it_is_being_replaced(scripted: ScriptedGateway, at: Door) -> None:
+async def test_an_old_secret_is_valid_while_it_is_being_replaced(scripted: ScriptedGateway, at: InboxServer) -> None:
     """Several secrets verify; the key and the secrets that a service echoes are in no error."""
     inbox = WebhookInbox(secret=["new secret", "old secret"], public_url=at.inbox.public_url)
     said = f"no: new secret, old secret, {scripted.api_key}"
@@ -327,7 +329,9 @@ async def test_an_old_secret_is_valid_while_it_is_being_replaced(scripted: Scrip
 @pytest.mark.parametrize(
     "told", [{"id": "t1", "status": "completed", "output": []}, {"id": "t1"}, {"id": "t1", "status": 7}]
 )
-async def test_an_unreadable_delivery_is_a_reason_to_look(scripted: ScriptedGateway, at: Door, told: object) -> None:
+async def test_an_unreadable_delivery_is_a_reason_to_look(
+    scripted: ScriptedGateway, at: InboxServer, told: object
+) -> None:
     """Something has happened to the task, so it is looked at at once."""
     async with session_on(scripted, at.inbox) as session:
         task = await session.submit("a cat")
@@ -341,7 +345,7 @@ async def test_an_unreadable_delivery_is_a_reason_to_look(scripted: ScriptedGate
     assert done.polls == 1
 
 
-async def test_an_unreadable_delivery_about_nobody_is_refused(gateway: Emulator, at: Door) -> None:
+async def test_an_unreadable_delivery_about_nobody_is_refused(gateway: Emulator, at: InboxServer) -> None:
     """What names no task that is followed here is refused, and that is all."""
     async with session_on(gateway, at.inbox) as session:
         for told in ({}, {"id": "somebody's"}, b"\xff\xfe{}"):
@@ -352,7 +356,7 @@ async def test_an_unreadable_delivery_about_nobody_is_refused(gateway: Emulator,
     assert polls == 0
 
 
-async def test_the_first_end_stands(scripted: ScriptedGateway, at: Door) -> None:
+async def test_the_first_end_stands(scripted: ScriptedGateway, at: InboxServer) -> None:
     """What contradicts an end later is ignored: a delivery after a poll, a poll after a delivery, a second delivery."""
     failed = {"id": "t1", "status": "failed", "error": {"code": "x", "message": "no"}}
     scripted.polls = deque([answer(200, completed("t1")), answer(200, failed, after=2.0)])
@@ -372,7 +376,7 @@ async def test_the_first_end_stands(scripted: ScriptedGateway, at: Door) -> None
     assert isinstance(second, Failed)
 
 
-async def test_a_delivery_beats_the_answer_to_a_poll(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_delivery_beats_the_answer_to_a_poll(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A poll that was under way and says something else comes too late."""
     scripted.polls = deque([answer(404, {"error": "no such task"}, after=1.0)])
     async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.5)) as session:
@@ -385,7 +389,7 @@ async def test_a_delivery_beats_the_answer_to_a_poll(scripted: ScriptedGateway, 
     assert isinstance(outcome, Completed)
 
 
-async def test_progress_doesnt_go_back(scripted: ScriptedGateway, at: Door) -> None:
+async def test_progress_doesnt_go_back(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A delivery may tell of progress; one that was overtaken is ignored."""
     async with session_on(scripted, at.inbox) as session:
         task = await session.submit("a cat")
@@ -398,7 +402,7 @@ async def test_progress_doesnt_go_back(scripted: ScriptedGateway, at: Door) -> N
     assert seen == [0.5, 0.5, 0.5, 0.7]
 
 
-async def test_a_delivery_for_somebody_else_is_kept_for_a_while(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_delivery_for_somebody_else_is_kept_for_a_while(scripted: ScriptedGateway, at: InboxServer) -> None:
     """What nobody here waits for is taken, and forgotten when there is too much of it, or if it is too large to keep."""
     scripted.polls = deque([answer(200, running("ours"))])
     async with session_on(scripted, at.inbox) as session:
@@ -413,7 +417,7 @@ async def test_a_delivery_for_somebody_else_is_kept_for_a_while(scripted: Script
     assert ended == {"theirs-0", "theirs-999"}
 
 
-async def test_a_thousand_deliveries_at_once(at: Door) -> None:
+async def test_a_thousand_deliveries_at_once(at: InboxServer) -> None:
     """A thousand tasks that end in the same moment are all told by their webhooks, over real sockets."""
     async with (
         Emulator(seconds=8.0, spread=0.0, seed=1, pictures=False, max_in_flight=1000) as gateway,
@@ -426,7 +430,7 @@ async def test_a_thousand_deliveries_at_once(at: Door) -> None:
     assert (stats.webhooks, stats.polls) == (1000, 0)
 
 
-async def test_a_task_that_is_said_not_to_exist_is_looked_at(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_task_that_is_said_not_to_exist_is_looked_at(scripted: ScriptedGateway, at: InboxServer) -> None:
     """Who delivers that there is no such task can't know: the service is asked at once."""
     async with session_on(scripted, at.inbox) as session:
         task = await session.submit("a cat")
@@ -438,7 +442,7 @@ async def test_a_task_that_is_said_not_to_exist_is_looked_at(scripted: ScriptedG
     assert done.elapsed < 0.5
 
 
-async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: Door) -> None:
+async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: InboxServer) -> None:
     """Before a session is entered and after it is left, a delivery is to come again, and then it is welcome."""
     with pytest.raises(SessionClosedError):
         await deliver(at.inbox, completed("t1"))
@@ -448,7 +452,7 @@ async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: Door) 
         await deliver(at.inbox, completed("t1"))
 
 
-async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: Door) -> None:
+async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: InboxServer) -> None:
     """Who is woken right before the last look before the deadline makes it all the same."""
     at.open = False
     async with session_on(gateway, at.inbox, deadline=20.0) as session:
@@ -516,7 +520,7 @@ async def test_an_inbox_must_be_one(gateway: Emulator) -> None:
 
 
 @in_real_time
-async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A server whose handlers run in threads of their own delivers as well, and hears what is wrong."""
     async with session_on(scripted, at.inbox) as session:
         task = await session.submit("a cat")
@@ -528,7 +532,7 @@ async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGatew
     assert done.polls == 0
 
 
-async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A webhook in the very moment of the deadline is either taken or too late, and one that comes later is kept."""
     scripted.polls = deque([answer(200, running("t1"))])
     async with session_on(scripted, at.inbox, deadline=10.0) as session:
@@ -542,7 +546,7 @@ async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: Door) -> 
     assert later.polls == 0
 
 
-async def test_a_pause_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_pause_is_cut_short(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A webhook ends the wait of a task whose poll waits because the service has asked everybody to."""
     scripted.polls = deque([answer(429, {}, [("Retry-After", "60")])])
     async with session_on(scripted, at.inbox, schedule=FixedSchedule(0.1)) as session:
@@ -555,7 +559,7 @@ async def test_a_pause_is_cut_short(scripted: ScriptedGateway, at: Door) -> None
     assert done.polls == 1
 
 
-async def test_a_wait_for_the_budget_is_cut_short(scripted: ScriptedGateway, at: Door) -> None:
+async def test_a_wait_for_the_budget_is_cut_short(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A webhook ends the wait of a task whose poll waits until the budget of polls allows it."""
     scripted.submits = deque([answer(200, running(f"t{number}")) for number in range(3)])
     scripted.polls = deque([answer(200, running("t0"))])
@@ -570,7 +574,9 @@ async def test_a_wait_for_the_budget_is_cut_short(scripted: ScriptedGateway, at:
     assert len(scripted.of("GET")) <= 1
 
 
-async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(scripted: ScriptedGateway, at: Door) -> None:
+async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(
+    scripted: ScriptedGateway, at: InboxServer
+) -> None:
     """A poll that is answered in the same turn of the event loop as a delivery comes too late."""
     async with session_on(scripted, at.inbox) as session:
         task = await session.submit("a cat")
@@ -584,23 +590,23 @@ async def test_an_answer_in_the_moment_of_a_delivery_changes_nothing(scripted: S
 
 def test_trust_has_its_bounds() -> None:
     """However many webhooks come, or fail to come, polls go on at a price between the usual and 64 times as much."""
-    mail = Mail()
+    mail = WebhookRegistry()
     for _ in range(20_000):
         mail.noticed(told=True)
-    most = mail.dearness
+    most = mail.cost_factor
     for _ in range(20_000):
         mail.noticed(told=False)
-    least = mail.dearness
+    least = mail.cost_factor
     for _ in range(40):
         mail.noticed(told=True)
-    again = mail.dearness
+    again = mail.cost_factor
 
     assert (most, least, again) == (64.0, 1.0, 64.0)
 
 
 def test_who_has_never_listened_can_be_forgotten() -> None:
     """Forgetting a listener that is unknown, or one of several, does no harm to the others."""
-    mail, (one, two) = Mail(), (Deaf(), Deaf())
+    mail, (one, two) = WebhookRegistry(), (Deaf(), Deaf())
     mail.expect("t1", one)
     mail.expect("t1", two)
     mail.forget("t1", one)

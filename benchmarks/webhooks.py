@@ -134,7 +134,7 @@ async def steady(
             max_in_flight=places,
             schedule=LearnedSchedule(poll_price=price),
             max_polls_per_second=None,
-            deadline=PATIENCE,
+            task_timeout=PATIENCE,
             webhooks=None if way == "polling" else inbox,
         ) as session:
             await asyncio.gather(*map(keep_going, range(places)))

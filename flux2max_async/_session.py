@@ -76,10 +76,10 @@ class FluxSession:
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
         max_in_flight: Places: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; a `LearnedSchedule` where none is given.
-        deadline: Seconds for a task, from its submit; None waits without limit.
+        task_timeout: Seconds for a task, from its submit; None waits without limit.
         max_polls_per_second: Of all tasks together; None sets no limit. Polls become dearer, and so rarer, before it is
             reached, and for a while after each 429.
-        request_timeout: Seconds for one HTTP exchange, the answer's last byte included.
+        http_timeout: Seconds for one HTTP exchange, the answer's last byte included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
         webhooks: Takes in the service's webhooks, where your server passes them on; polls then become rare.
         drain: Seconds that closing gives submitted tasks to end before they are left, as servers do at their shutdown.
@@ -103,9 +103,9 @@ class FluxSession:
         base_url: str | None = None,
         max_in_flight: int = 24,
         schedule: PollSchedule | None = None,
-        deadline: float | None = 600.0,
+        task_timeout: float | None = 600.0,
         max_polls_per_second: float | None = 20.0,
-        request_timeout: float = 30.0,
+        http_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
         webhooks: WebhookInbox | None = None,
         drain: float = 0.0,
@@ -115,7 +115,7 @@ class FluxSession:
         budget_scope: Literal["session", "journal"] | None = None,
     ) -> None:
         self._max_in_flight = validate_max_in_flight(max_in_flight)
-        self._deadline = math.inf if deadline is None else validate_seconds("deadline", deadline)
+        self._deadline = math.inf if task_timeout is None else validate_seconds("task_timeout", task_timeout)
         self._polls_per_second = validate_rate("max_polls_per_second", max_polls_per_second)
         if webhooks is not None and not isinstance(webhooks, WebhookInbox):
             raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
@@ -124,7 +124,7 @@ class FluxSession:
             validate_api_key(api_key),
             validate_base_url(base_url),
             user_agent=_USER_AGENT,
-            timeout=validate_seconds("request_timeout", request_timeout),
+            timeout=validate_seconds("http_timeout", http_timeout),
             http=http_session,
             secrets=self._office.secrets if self._office else (),
         )

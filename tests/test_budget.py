@@ -174,7 +174,7 @@ NO_HTTP = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
 async def test_a_refusal_costs_nothing(scripted: ScriptedGateway, submit: Behaviour, error: type[Exception]) -> None:
     """What was set aside for a submit that the service refuses can be spent on another one."""
     scripted.submits = deque([submit])
-    async with session_on(scripted, budget="0.07", deadline=20.0) as session:
+    async with session_on(scripted, budget="0.07", task_timeout=20.0) as session:
         with pytest.raises(error):
             await session.generate("a cat")
         scripted.submits = deque([answer(200, completed("t1"))])
@@ -186,7 +186,7 @@ async def test_a_refusal_costs_nothing(scripted: ScriptedGateway, submit: Behavi
 
 async def test_no_connection_costs_nothing() -> None:
     """A submit that never reached anybody gives back what was set aside for it, however often it was tried."""
-    session = FluxSession("key", base_url="http://127.0.0.1:1", budget="0.07", deadline=30.0)
+    session = FluxSession("key", base_url="http://127.0.0.1:1", budget="0.07", task_timeout=30.0)
     async with session:
         for prompt in ("a cat", "another cat"):
             with pytest.raises(TransportError):
@@ -257,7 +257,7 @@ async def test_a_picture_without_a_price_costs_what_was_guessed(
 
 async def test_a_task_that_is_not_followed_any_more_stays_paid(opened: Open) -> None:
     """A task that is left at its deadline, or when its session closes, may still cost what was set aside."""
-    session = opened(budget="0.15", deadline=3.0)
+    session = opened(budget="0.15", task_timeout=3.0)
     async with session:
         with pytest.raises(DeadlineExceededError):
             await session.generate("a cat")

@@ -253,7 +253,7 @@ def test_any_text_is_an_address_or_refused_in_our_words(url: str) -> None:
 @pytest.mark.parametrize("seconds", [1, 0.001, 600.0, 1e9, math.inf], ids=str)
 def test_a_duration_that_is_more_than_nothing_is_taken(seconds: float) -> None:
     """Any positive number of seconds is a duration."""
-    checked = validate_seconds("deadline", seconds)
+    checked = validate_seconds("task_timeout", seconds)
 
     assert checked == seconds
 
@@ -264,9 +264,9 @@ def test_a_duration_that_is_more_than_nothing_is_taken(seconds: float) -> None:
 def test_a_senseless_duration_is_refused_by_name(seconds: object) -> None:
     """What is no positive number of seconds is refused, with its name, its value and the unit."""
     with pytest.raises(ConfigurationError) as caught:
-        validate_seconds("request_timeout", seconds)  # type: ignore[arg-type]
+        validate_seconds("http_timeout", seconds)  # type: ignore[arg-type]
 
-    assert "request_timeout" in str(caught.value)
+    assert "http_timeout" in str(caught.value)
     assert repr(seconds) in str(caught.value)
     assert "seconds" in str(caught.value)
 

@@ -63,7 +63,7 @@ async def test_updates_tell_what_is_new(scripted: ScriptedGateway) -> None:
 async def test_updates_end_with_a_task_that_is_given_up(scripted: ScriptedGateway) -> None:
     """A task that ends without a last snapshot ends its updates, too."""
     scripted.polls = deque([answer(200, running())])
-    async with session_on(scripted, deadline=5.0) as session:
+    async with session_on(scripted, task_timeout=5.0) as session:
         task = await session.submit("a cat")
         seen = [snapshot.status async for snapshot in task.updates()]
 
@@ -398,8 +398,8 @@ async def test_a_borrowed_session_that_was_closed_is_said_to_be(scripted: Script
     ("options", "named"),
     [
         pytest.param({"max_in_flight": 0}, "max_in_flight", id="no places"),
-        pytest.param({"deadline": 0}, "deadline", id="no time"),
-        pytest.param({"request_timeout": -1}, "request_timeout", id="less than no time"),
+        pytest.param({"task_timeout": 0}, "task_timeout", id="no time"),
+        pytest.param({"http_timeout": -1}, "http_timeout", id="less than no time"),
         pytest.param({"base_url": "http://example.com"}, "https", id="plain http"),
     ],
 )
@@ -525,15 +525,15 @@ async def test_closing_twice_at_once_waits_for_the_same_end(scripted: ScriptedGa
     assert not done_early
 
 
-@pytest.mark.parametrize("deadline", [20.0, None])
+@pytest.mark.parametrize("task_timeout", [20.0, None])
 async def test_closing_ends_saves_and_fetches(
-    scripted: ScriptedGateway, tmp_path: Path, deadline: float | None
+    scripted: ScriptedGateway, tmp_path: Path, task_timeout: float | None
 ) -> None:
     """A download or a look that is under way when the session is closed ends at once, and leaves no file."""
     scripted.polls = deque([hang])
     scripted.downloads = deque([raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", then="hang")])
     image = GeneratedImage(f"{scripted.url}/0.jpeg", "image", "t1")
-    async with session_on(scripted, deadline=deadline) as session:
+    async with session_on(scripted, task_timeout=task_timeout) as session:
         waits = [
             asyncio.ensure_future(session.save(image, tmp_path / "a.jpeg")),
             asyncio.ensure_future(session.fetch("t1")),

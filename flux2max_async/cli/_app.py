@@ -104,7 +104,7 @@ def generate(
     output_format: options.Format = None,
     safety_tolerance: options.Tolerance = None,
     output: options.Output = None,
-    deadline: options.Deadline = 600.0,
+    task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
     emulator: Annotated[
@@ -136,9 +136,9 @@ def generate(
         if emulator:
             from flux2max_async.emulator import Emulator
 
-            opened = single.session_on(Emulator(seconds=2.0), deadline)
+            opened = single.session_on(Emulator(seconds=2.0), task_timeout)
         else:
-            opened = _access(context, key_file, base_url).session(schedule=single.watched(), deadline=deadline)
+            opened = _access(context, key_file, base_url).session(schedule=single.watched(), task_timeout=task_timeout)
         asyncio.run(single.generate(opened, request, output))
 
 
@@ -167,7 +167,7 @@ def fetch(
     task_id: options.TaskId,
     *,
     output: options.Output = None,
-    deadline: options.Deadline = 600.0,
+    task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
 ) -> None:
@@ -182,7 +182,7 @@ def fetch(
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
     with errors_as_lines(), log_to(Complaints(logging.WARNING)):
-        opened = _access(context, key_file, base_url).session(schedule=single.watched(), deadline=deadline)
+        opened = _access(context, key_file, base_url).session(schedule=single.watched(), task_timeout=task_timeout)
         asyncio.run(single.fetch(opened, task_id, output))
 
 
@@ -235,7 +235,7 @@ def batch(
             "--price-guess", metavar="DOLLARS", text="Assumed for a picture until one is paid.", variable="PRICE_GUESS"
         ),
     ] = None,
-    deadline: options.Deadline = 600.0,
+    task_timeout: options.TaskTimeout = 600.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit again what has failed.")] = False,
     resubmit_uncertain: Annotated[
         bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already (may be paid twice).")
@@ -289,7 +289,7 @@ def batch(
                 out=out,
                 access=access,
                 max_in_flight=max_in_flight,
-                deadline=deadline,
+                task_timeout=task_timeout,
                 budget=validate_dollars("budget", budget),
                 price_guess=validate_dollars("price_guess", price_guess),
                 terms=ReusePolicy(retry_failed, resubmit_uncertain),

@@ -39,7 +39,7 @@ class Batch:
     out: Path | None
     access: Access
     max_in_flight: int
-    deadline: float
+    task_timeout: float
     budget: Decimal | None
     price_guess: Decimal | None
     terms: ReusePolicy
@@ -77,7 +77,7 @@ def do(batch: Batch) -> int:
     session = batch.access.session(
         needs_key=not batch.dry_run,
         max_in_flight=batch.max_in_flight,
-        deadline=batch.deadline,
+        task_timeout=batch.task_timeout,
         budget=batch.budget,
         price_guess=batch.price_guess,
         schedule=schedule,

@@ -37,8 +37,8 @@ KeyFile = Annotated[
     typer.Option("--key-file", metavar="FILE", dir_okay=False, help="File that holds the API key."),
 ]
 BaseUrl = Annotated[str | None, option("--base-url", metavar="URL", text="The gateway's address.", variable="BASE_URL")]
-Deadline = Annotated[
-    float, option("--deadline", metavar="SECONDS", text="How long to wait for a task.", variable="DEADLINE")
+TaskTimeout = Annotated[
+    float, option("--task-timeout", metavar="SECONDS", text="How long to wait for a task.", variable="TASK_TIMEOUT")
 ]
 Output = Annotated[
     Path | None,

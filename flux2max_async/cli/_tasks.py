@@ -30,11 +30,11 @@ def watched() -> "flux.PollSchedule":
 
 
 @asynccontextmanager
-async def session_on(gateway: "Emulator", deadline: float) -> "AsyncGenerator[flux.FluxSession]":
+async def session_on(gateway: "Emulator", task_timeout: float) -> "AsyncGenerator[flux.FluxSession]":
     """Give a session on an emulated service."""
     async with (
         gateway,
-        flux.FluxSession(gateway.api_key, base_url=gateway.url, schedule=watched(), deadline=deadline) as session,
+        flux.FluxSession(gateway.api_key, base_url=gateway.url, schedule=watched(), task_timeout=task_timeout) as session,
     ):
         yield session
 

@@ -209,7 +209,7 @@ async def test_repeating_ends_with_the_deadline(
 ) -> None:
     """When the deadline passes, the last refusal is raised."""
     scripted.submits = deque([behaviour])
-    async with session_on(scripted, deadline=60.0) as session:
+    async with session_on(scripted, task_timeout=60.0) as session:
         started = anyio.current_time()
         with pytest.raises(error):
             await session.generate("a cat")
@@ -220,7 +220,7 @@ async def test_repeating_ends_with_the_deadline(
 
 async def test_no_connection_is_tried_until_there_is_one(unused_port: int) -> None:
     """A gateway that can't be reached costs nothing, so it is tried again; the last error is raised at the deadline."""
-    async with FluxSession("key", base_url=f"http://127.0.0.1:{unused_port}", deadline=20.0) as session:
+    async with FluxSession("key", base_url=f"http://127.0.0.1:{unused_port}", task_timeout=20.0) as session:
         with pytest.raises(TransportError, match="no connection") as caught:
             await session.generate("a cat")
 
@@ -231,7 +231,7 @@ async def test_no_connection_is_tried_until_there_is_one(unused_port: int) -> No
 async def test_the_deadline_interrupts_a_hung_submit(scripted: ScriptedGateway) -> None:
     """A deadline shorter than the request timeout cuts a hung submit; it went out, so it is uncertain."""
     scripted.submits = deque([hang])
-    async with session_on(scripted, deadline=3.0) as session:
+    async with session_on(scripted, task_timeout=3.0) as session:
         started = anyio.current_time()
         with pytest.raises(SubmissionUncertainError):
             await session.generate("a cat")
@@ -417,7 +417,7 @@ async def test_a_submit_that_a_borrowed_session_never_sends_costs_nothing(script
     """A submit that fails before a byte of it was written is certain to have created nothing."""
     async with (
         aiohttp.ClientSession(middlewares=[_refuse]) as http,
-        session_on(scripted, http_session=http, deadline=5.0) as session,
+        session_on(scripted, http_session=http, task_timeout=5.0) as session,
     ):
         with pytest.raises(TransportError) as caught:
             await session.generate("a cat")

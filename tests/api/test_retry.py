@@ -66,7 +66,7 @@ CASES: dict[str, FluxError] = {
     "599": ServerError("no", 599),
     "failed": TaskFailedError("no", "t1"),
     "moderated": ContentModeratedError("no", "t1"),
-    "deadline": DeadlineExceededError("late", "t1"),
+    "task_timeout": DeadlineExceededError("late", "t1"),
     "uncertain": SubmissionUncertainError("lost"),
     "wrong request": InvalidRequestError("no", "width"),
     "wrong settings": ConfigurationError("no"),

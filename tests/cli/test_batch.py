@@ -446,7 +446,7 @@ def test_a_refused_request_that_was_mended(flux2max: Command, script: ScriptedGa
 def test_a_task_that_takes_too_long(flux2max: Command, service: Service) -> None:
     """A deadline is no end: the task's id is told, and the next run follows it first."""
     gateway = service(seconds=3.0)
-    run = flux2max("batch", write("a cat"), *SMALL, "--deadline", "0.3")
+    run = flux2max("batch", write("a cat"), *SMALL, "--task-timeout", "0.3")
     (task_id,) = gateway.tasks
     told = results()["a cat"]
     inside = flux2max("journal", "flux2max-prompts")
@@ -555,7 +555,7 @@ def test_what_left_the_sheet_is_not_lost(flux2max: Command, service: Service) ->
         '{"prompt": "an owl"}',
     ]
     sheet = write(*lines, name="prompts.jsonl")
-    flux2max("batch", sheet, *SMALL, "--deadline", "0.3")
+    flux2max("batch", sheet, *SMALL, "--task-timeout", "0.3")
     ids = {task.prompt: task.id for task in gateway.tasks.values()}
     Image.new("RGB", (32, 32)).save("small.png")
     Path("other.png").unlink()
@@ -813,7 +813,7 @@ def test_standard_input_in_doubt(flux2max: Command, service: Service, monkeypatc
 def test_no_connection(flux2max: Command, service: Service, free_tcp_port: int) -> None:
     """A service that isn't there is told with its reason, and the same command goes on."""
     service()
-    run = flux2max("batch", write("a cat"), "--base-url", f"http://127.0.0.1:{free_tcp_port}", "--deadline", "1")
+    run = flux2max("batch", write("a cat"), "--base-url", f"http://127.0.0.1:{free_tcp_port}", "--task-timeout", "1")
 
     assert run.code == 1
     assert "1 refused: no connection" in run.out

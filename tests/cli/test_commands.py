@@ -238,7 +238,7 @@ def test_generate_with_the_emulator(flux2max: Command) -> None:
         ([" "], {}, "prompt must not be blank"),
         (["a cat", "--width", "10"], {}, "width must be at least 64"),
         (["a cat", "--safety-tolerance", "6"], {}, "safety_tolerance must be from 0"),
-        (["a cat", "--deadline", "0"], {}, "deadline must be more than 0"),
+        (["a cat", "--task-timeout", "0"], {}, "task_timeout must be more than 0"),
         (["a cat", "-i", "nothing.png"], {}, "can't read 'nothing.png'"),
         (["a cat", "-i", "letter.txt"], {}, "'letter.txt' is not a PNG"),
         (["a cat", "-i", "http://"], {}, "'http://' is neither"),
@@ -323,7 +323,7 @@ def test_failures(
 def test_a_deadline_that_passes_names_the_task(flux2max: Command, service: Callable[..., Emulator]) -> None:
     """When the task takes too long, its id is told: the work is paid for."""
     gateway = service(seconds=60.0)
-    run = flux2max("generate", "a cat", "--deadline", "0.3")
+    run = flux2max("generate", "a cat", "--task-timeout", "0.3")
     (task_id,) = gateway.tasks
 
     assert run.code == 1
@@ -334,7 +334,7 @@ def test_no_connection(flux2max: Command, monkeypatch: pytest.MonkeyPatch, free_
     """A service that isn't there is tried until the deadline, and each try is told."""
     monkeypatch.setenv("FLUX2MAX_API_KEY", KEY)
     monkeypatch.setenv("FLUX2MAX_BASE_URL", f"http://127.0.0.1:{free_tcp_port}")
-    run = flux2max("generate", "a cat", "--deadline", "1")
+    run = flux2max("generate", "a cat", "--task-timeout", "1")
 
     assert run.code == 1
     assert all(line.startswith("flux2max: ") for line in run.err.splitlines())
@@ -366,7 +366,7 @@ def test_what_the_service_says_stays_in_its_line(flux2max: Command, script: Scri
 def test_a_task_is_looked_at(flux2max: Command, service: Callable[..., Emulator]) -> None:
     """A task's status is told from anywhere, by its id: how far it is, what it cost, where its picture is."""
     gateway = service(seconds=3.0)
-    flux2max("generate", "a cat", "--deadline", "0.5")
+    flux2max("generate", "a cat", "--task-timeout", "0.5")
     (task_id,) = gateway.tasks
     running = flux2max("status", task_id)
     fetched = flux2max("fetch", task_id, "-o", "cat.jpeg")

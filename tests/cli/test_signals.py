@@ -335,7 +335,7 @@ def test_two_batches_in_one_folder(batch: Callable[..., Batch], flux2max: Comman
     Path("b.txt").write_text("an owl\n", encoding="utf-8")
     first = batch("a.txt", *SMALL, "--out", "both")
     until(lambda: len(gateway.tasks) == 2)
-    second = flux2max("batch", "b.txt", *SMALL, "--out", "both", "--retry-failed", "--deadline", "60")
+    second = flux2max("batch", "b.txt", *SMALL, "--out", "both", "--retry-failed", "--task-timeout", "60")
     rows = [json.loads(line) for line in Path("both/results.jsonl").read_text(encoding="utf-8").splitlines()]
     code = first.end()
     after = [json.loads(line) for line in Path("both/results.jsonl").read_text(encoding="utf-8").splitlines()]

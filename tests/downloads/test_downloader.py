@@ -182,7 +182,7 @@ async def test_a_trickling_download_ends_with_the_deadline(scripted: ScriptedGat
 
     scripted.downloads = deque([trickle])
     with pytest.raises(DownloadError, match="100 s"):
-        await save(scripted, tmp_path / "a.jpeg", deadline=100.0)
+        await save(scripted, tmp_path / "a.jpeg", task_timeout=100.0)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,7 @@ async def test_without_a_deadline_a_download_has_none(scripted: ScriptedGateway,
     """A session without a deadline saves, too."""
     scripted.downloads = deque([answer(200, PICTURE)])
 
-    assert (await save(scripted, tmp_path / "a.jpeg", deadline=None)).exists()
+    assert (await save(scripted, tmp_path / "a.jpeg", task_timeout=None)).exists()
 
 
 async def test_a_cancelled_download_leaves_nothing(scripted: ScriptedGateway, tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ async def test_a_task_that_was_left_running_is_polled_on(reopen: Open, gateway: 
 
 async def test_a_deadline_is_no_end(reopen: Open, gateway: Emulator) -> None:
     """A task that took too long is followed again, in the same session and in the next run."""
-    async with reopen(deadline=5.0) as session:
+    async with reopen(task_timeout=5.0) as session:
         with pytest.raises(DeadlineExceededError):
             await session.generate("cat")
         done = await session.generate("cat")

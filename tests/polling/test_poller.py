@@ -79,7 +79,7 @@ async def test_a_task_is_polled_to_its_end(scripted: ScriptedGateway) -> None:
 async def test_a_failed_poll_is_a_missed_look(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
     """Three polls in a row that fail in one way cost three looks and nothing else."""
     scripted.polls = deque([behaviour, behaviour, behaviour, done])
-    async with session_on(scripted, request_timeout=5.0) as session:
+    async with session_on(scripted, http_timeout=5.0) as session:
         outcome = await session.generate("a cat")
 
         assert session.stats.retries == outcome.polls - 1
@@ -160,7 +160,7 @@ async def test_a_task_that_stays_unknown_is_not_found(scripted: ScriptedGateway)
 async def test_the_deadline_is_hard(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
     """The deadline ends a task on time, a hung socket included, and the error names the paid task."""
     scripted.polls = deque([behaviour])
-    async with session_on(scripted, deadline=12.5) as session:
+    async with session_on(scripted, task_timeout=12.5) as session:
         with pytest.raises(DeadlineExceededError, match="attach") as caught:
             await session.generate("a cat")
         outcome = await session.attach("t1").outcome()
@@ -173,7 +173,7 @@ async def test_the_deadline_is_hard(scripted: ScriptedGateway, behaviour: Behavi
 async def test_the_last_look_comes_just_before_the_deadline(scripted: ScriptedGateway) -> None:
     """A schedule that would look only after the deadline doesn't cost the picture."""
     async with FluxSession(
-        scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(100.0), deadline=20.0
+        scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(100.0), task_timeout=20.0
     ) as session:
         outcome = await session.generate("a cat")
 
@@ -184,7 +184,7 @@ async def test_without_a_deadline_waiting_has_no_limit(scripted: ScriptedGateway
     """With deadline None a task is followed for hours."""
     scripted.polls = deque([*[not_yet] * 7, done])
     async with FluxSession(
-        scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(1000.0), deadline=None
+        scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(1000.0), task_timeout=None
     ) as session:
         outcome = await session.generate("a cat")
 

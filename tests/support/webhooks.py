@@ -63,7 +63,7 @@ SELDOM = FixedSchedule(1000.0)
 
 def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **settings: Any) -> FluxSession:
     """Make a session with an inbox, which hardly ever polls."""
-    settings = {"schedule": SELDOM, "deadline": 100_000.0, **settings}
+    settings = {"schedule": SELDOM, "task_timeout": 100_000.0, **settings}
     return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
 
 

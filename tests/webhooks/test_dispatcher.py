@@ -197,7 +197,7 @@ async def test_an_end_told_to_another_process_is_not_given_up(scripted: Scripted
     path = tmp_path / "run.db"
     scripted.polls = deque([hang])
     async with (
-        session_on(scripted, ours, journal=Blind(path), deadline=0.5) as owner,
+        session_on(scripted, ours, journal=Blind(path), task_timeout=0.5) as owner,
         session_on(scripted, theirs, journal=SqliteJournal(path)),
     ):
         task = await owner.submit("a cat")
@@ -235,7 +235,7 @@ async def test_a_journal_that_fails_in_the_end_changes_no_outcome(scripted: Scri
     outcomes: list[Any] = []
     for fails in (False, True):
         inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
-        async with session_on(scripted, inbox, journal=journal, deadline=0.2) as session:
+        async with session_on(scripted, inbox, journal=journal, task_timeout=0.2) as session:
             task = await session.submit("a cat")
             journal.fails = fails
             outcomes.append(await task.outcome())

@@ -274,7 +274,7 @@ async def test_who_peeks_doesnt_put_polls_off(gateway: Emulator, at: InboxServer
 async def test_the_last_look_before_the_deadline_stays(gateway: Emulator, at: InboxServer) -> None:
     """However much webhooks are relied on, a task is looked at once more before it is given up."""
     at.open = False
-    async with session_on(gateway, at.inbox, deadline=20.0) as session:
+    async with session_on(gateway, at.inbox, task_timeout=20.0) as session:
         done = await session.generate("a cat")
 
     assert done.polls == 1
@@ -455,7 +455,7 @@ async def test_no_open_session_puts_a_delivery_off(gateway: Emulator, at: InboxS
 async def test_a_wake_up_doesnt_take_the_last_look(gateway: Emulator, at: InboxServer) -> None:
     """Who is woken right before the last look before the deadline makes it all the same."""
     at.open = False
-    async with session_on(gateway, at.inbox, deadline=20.0) as session:
+    async with session_on(gateway, at.inbox, task_timeout=20.0) as session:
         task = await session.submit("a cat")
         lookout = task._poller.lookout
         await anyio.sleep(lookout.deadline - 1.0 - 0.005 - anyio.current_time())
@@ -535,7 +535,7 @@ async def test_a_delivery_may_come_in_another_event_loop(scripted: ScriptedGatew
 async def test_a_deadline_is_a_deadline(scripted: ScriptedGateway, at: InboxServer) -> None:
     """A webhook in the very moment of the deadline is either taken or too late, and one that comes later is kept."""
     scripted.polls = deque([answer(200, running("t1"))])
-    async with session_on(scripted, at.inbox, deadline=10.0) as session:
+    async with session_on(scripted, at.inbox, task_timeout=10.0) as session:
         task = await session.submit("a cat")
         outcome = await task.outcome()
         await deliver(at.inbox, completed("t1"))

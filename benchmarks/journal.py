@@ -1,9 +1,9 @@
-"""What a journal costs: `python benchmarks/journal.py` measures CPU time, submits, fsyncs, and what is known already.
+"""Measure what a journal costs: CPU time, the duration of submits, fsyncs, and replays of requests it knows.
 
-Each client runs in a process of its own, against a gateway in another one: with a journal and without one in turn,
-several times. Ratios are those of the medians. CPU time is what the operating system says that the client's process
-has used, all its threads and system calls included. The journals lie in a folder of their own in `--folder`, which
-should be on a disk: where files are kept in memory, fsync costs nothing.
+Each client runs in a process of its own, against a gateway in another one, with and without a journal alternately,
+several times. Ratios are ratios of the medians. CPU time is that of the client's process, with all its threads and
+system calls. The journals are created in a new folder in `--folder`, which should be on a disk: on a file system in
+memory, fsync costs nothing.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from _results import RESULTS, about, blocks, table, write
-from gateway import durations, measured, prompt, running
+from gateway import durations, run_client, prompt, running_gateway
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.journal import SqliteJournal
 
-NONE = "-"
-"""Stands for the path where there is no journal."""
+NO_JOURNAL = "-"
+"""The path of a client that has no journal."""
 
 
 @dataclass
@@ -35,227 +35,243 @@ class Size:
     """How much is measured."""
 
     runs: int
-    steady: dict[int, int]
-    """How many tasks, by how many are in flight."""
-    seconds: float
-    """The median of a task there."""
-    known: int
-    """Requests that are asked for twice."""
+    steady_tasks: dict[int, int]
+    """The number of tasks, by the number in flight."""
+    task_seconds: float
+    """The median of their durations."""
+    replayed_requests: int
     fsyncs: int
 
 
-FULL = Size(runs=3, steady={24: 192, 200: 1_000}, seconds=4.0, known=5_000, fsyncs=50)
-SHORT = Size(runs=1, steady={5: 15}, seconds=0.3, known=100, fsyncs=5)
+FULL = Size(runs=3, steady_tasks={24: 192, 200: 1_000}, task_seconds=4.0, replayed_requests=5_000, fsyncs=50)
+SHORT = Size(runs=1, steady_tasks={5: 15}, task_seconds=0.3, replayed_requests=100, fsyncs=5)
 
 
 # ------------------------------------------------------------------ the client, in a process of its own
 
 
-async def steady(path: str, tasks: int, places: int, median: float, url: str) -> dict[str, Any]:
-    """Keep so many tasks in flight; the first ones are submitted at once, each further one when a place is free.
+async def steady(path: str, tasks: int, max_in_flight: int, median: float, url: str) -> dict[str, Any]:
+    """Keep `max_in_flight` tasks in flight: submit the first ones at once, and another one whenever one has ended.
 
-    Gives the CPU time per task, how long each further submit took its caller, and how often the disk was waited for.
+    Returns:
+        `cpu`: seconds of CPU time per task; `submits`: how many seconds each later submit took; `burst`: the fsyncs of
+        the first submits; `later`: fsyncs per later submit.
     """
     await _warm_up(path)
-    work = [prompt(number, lasting) for number, lasting in enumerate(durations(tasks, median, 0.2))]
-    further = iter(work[places:])
+    prompts = [prompt(number, seconds) for number, seconds in enumerate(durations(tasks, median, 0.2))]
+    later_prompts = iter(prompts[max_in_flight:])
     submits: list[float] = []
     burst = 0
 
-    async def keep_going(text: str) -> None:
+    async def keep_slot_busy(first_prompt: str) -> None:
         nonlocal burst
-        task = await session.submit(text)
-        burst = _fsyncs(journal)
+        task = await session.submit(first_prompt)
+        burst = _count_fsyncs(journal)
         (await task.outcome()).unwrap()
-        for text_ in further:
-            asked = time.perf_counter()
-            task = await session.submit(text_)
-            submits.append(time.perf_counter() - asked)
+        for next_prompt in later_prompts:
+            started = time.perf_counter()
+            task = await session.submit(next_prompt)
+            submits.append(time.perf_counter() - started)
             (await task.outcome()).unwrap()
 
     journal = _journal(path)
     async with FluxSession(
-        "key", base_url=url, max_in_flight=places, max_polls_per_second=None, journal=journal
+        "key", base_url=url, max_in_flight=max_in_flight, max_polls_per_second=None, journal=journal
     ) as session:
-        began = time.process_time()
-        await asyncio.gather(*map(keep_going, work[:places]))
-        cpu, fsyncs = time.process_time() - began, _fsyncs(journal)
+        started = time.process_time()
+        await asyncio.gather(*map(keep_slot_busy, prompts[:max_in_flight]))
+        cpu, fsyncs = time.process_time() - started, _count_fsyncs(journal)
     return {"cpu": cpu / tasks, "submits": submits, "burst": burst, "later": (fsyncs - burst) / len(submits)}
 
 
-async def known(path: str, requests: int, url: str) -> list[dict[str, float]]:
-    """Stream requests for pictures that are done at once; then once more, when the journal knows them all."""
+async def replay(path: str, requests: int, url: str) -> list[dict[str, float]]:
+    """Stream requests that the gateway completes at once; with a journal, once more, so that they are replayed.
+
+    Returns:
+        For each run, `wall` and `cpu`: seconds per request.
+    """
     await _warm_up(path)
-    found: list[dict[str, float]] = []
-    for _ in range(1 if path == NONE else 2):
+    runs: list[dict[str, float]] = []
+    for _ in range(1 if path == NO_JOURNAL else 2):
         async with FluxSession(
             "key", base_url=url, schedule=FixedSchedule(0.005), max_polls_per_second=None, journal=_journal(path)
         ) as session:
-            began, began_cpu = time.perf_counter(), time.process_time()
-            async for outcome in session.stream(_at_once(requests)):
+            started, cpu_started = time.perf_counter(), time.process_time()
+            async for outcome in session.stream(_instant_prompts(requests)):
                 outcome.unwrap()
-            wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-        found.append({"wall": wall / requests, "cpu": cpu / requests})
-    return found
+            wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        runs.append({"wall": wall / requests, "cpu": cpu / requests})
+    return runs
 
 
 async def _warm_up(path: str) -> None:
-    """Draw a few pictures elsewhere first, so that what is loaded at first use is loaded."""
-    journal = _journal(path if path == NONE else f"{path}.warm")
-    with running() as url:
+    """Run a few requests against another gateway, so that everything that loads lazily is loaded."""
+    journal = _journal(path if path == NO_JOURNAL else f"{path}.warm")
+    with running_gateway() as url:
         async with FluxSession("key", base_url=url, schedule=FixedSchedule(0.01), journal=journal) as session:
-            async for outcome in session.stream(_at_once(20)):
+            async for outcome in session.stream(_instant_prompts(20)):
                 outcome.unwrap()
 
 
-def _at_once(requests: int) -> Iterable[str]:
-    return (prompt(number, 0.0) for number in range(requests))
+def _instant_prompts(count: int) -> Iterable[str]:
+    return (prompt(number, 0.0) for number in range(count))
 
 
 def _journal(path: str) -> SqliteJournal | None:
-    return None if path == NONE else SqliteJournal(path)
+    return None if path == NO_JOURNAL else SqliteJournal(path)
 
 
-def _fsyncs(journal: SqliteJournal | None) -> int:
-    """Tell how many transactions have waited for the disk; only the journal's own thread knows."""
-    scribe = journal and journal._scribe  # noqa: SLF001 - no caller needs it but this one
-    return scribe.transactions if scribe else 0
+def _count_fsyncs(journal: SqliteJournal | None) -> int:
+    """Return how many transactions have waited for the disk."""
+    worker = journal and journal._worker  # noqa: SLF001 - only this benchmark needs the number
+    return worker.durable_transactions if worker else 0
 
 
 # ------------------------------------------------------------------ the comparison
 
 
-def beside(size: Size, folder: Path) -> str:
-    """Measure a steady stream with a journal and without one."""
-    costs, waits, books = [], [], []
-    for places, tasks in size.steady.items():
-        runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        calls: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(size.runs):
-            for kept, found in runs.items():
-                one, told = _measured(folder if kept else None, "steady", tasks, places, size.seconds)
-                found.append(one)
-                calls[kept].append(told["calls"] / tasks)
-        cpu = {kept: statistics.median(one["cpu"] for one in found) * 1e3 for kept, found in runs.items()}
-        counts = [f"{statistics.median(calls[kept]):.2f}" for kept in cpu]
-        spread = [f"{one['cpu'] * 1e3:.2f}" for one in sorted(runs[True], key=lambda one: float(one["cpu"]))]
-        costs.append([
-            str(places), str(tasks), " / ".join(counts), f"{cpu[False]:.2f}", f"{cpu[True]:.2f}",
-            f"{cpu[True] / cpu[False]:.2f}", f"{spread[0]} to {spread[-1]}",
+def compare_steady(size: Size, folder: Path) -> str:
+    """Measure a steady number of tasks in flight, with a journal and without one."""
+    cost_rows, wait_rows, fsync_rows = [], [], []
+    for in_flight, tasks in size.steady_tasks.items():
+        runs, calls = _measure_steady(size, folder, in_flight, tasks)
+        cpu = {kept: statistics.median(run["cpu"] for run in found) * 1e3 for kept, found in runs.items()}
+        call_counts = " / ".join(f"{statistics.median(calls[kept]):.2f}" for kept in cpu)
+        cpu_with_journal = sorted(float(run["cpu"]) * 1e3 for run in runs[True])
+        cost_rows.append([
+            str(in_flight), str(tasks), call_counts, f"{cpu[False]:.2f}", f"{cpu[True]:.2f}",
+            f"{cpu[True] / cpu[False]:.2f}", f"{cpu_with_journal[0]:.2f} to {cpu_with_journal[-1]:.2f}",
         ])  # fmt: skip
         for share, name in ((50, "median"), (90, "90th percentile")):
-            took = {
-                kept: statistics.median(_percentile(one["submits"], share) for one in found) * 1e3
-                for kept, found in runs.items()
-            }
-            took_more = took[True] - took[False]
-            waits.append([str(places), name, f"{took[False]:.1f}", f"{took[True]:.1f}", f"{took_more:+.1f}"])
-        burst = statistics.median(one["burst"] for one in runs[True])
-        later = statistics.median(one["later"] for one in runs[True])
-        books.append([str(places), f"{burst:g} for {places} intents", f"{burst / places:.2f}", f"{later:.2f}"])
+            without, with_journal = (
+                statistics.median(_percentile(run["submits"], share) for run in runs[kept]) * 1e3
+                for kept in (False, True)
+            )
+            difference = f"{with_journal - without:+.1f}"
+            wait_rows.append([str(in_flight), name, f"{without:.1f}", f"{with_journal:.1f}", difference])
+        burst = statistics.median(run["burst"] for run in runs[True])
+        later = statistics.median(run["later"] for run in runs[True])
+        fsync_rows.append([
+            str(in_flight), f"{burst:g} for {in_flight} intents", f"{burst / in_flight:.2f}", f"{later:.2f}",
+        ])  # fmt: skip
     return blocks(
-        f"Tasks of {size.seconds:g} s (lognormal, sigma 0.2), the schedule that learns, no limit to its polls. The "
-        "first ones are submitted at once, each further one as soon as a place is free. "
-        f"Medians of {size.runs} runs. CPU time is to be at most 1.15 of that without a journal:",
+        f"Tasks of {size.task_seconds:g} s (lognormal, sigma 0.2), the learned schedule, polls not limited. The first "
+        "tasks are submitted at once, each later one as soon as a slot is free. "
+        f"Medians of {size.runs} runs. CPU time should be at most 1.15 times that without a journal:",
         table(
             ["in flight", "tasks", "calls per task", "without, ms per task", "with, ms per task", "ratio", "runs with"],
-            costs,
+            cost_rows,
         ),
-        "How long `await session.submit(...)` takes where a place is free, in ms. The median is to be at most 2 more:",
-        table(["in flight", "", "without", "with", "more"], waits),
-        "How many transactions wait for the disk: what comes while one does so shares the next one.",
-        table(["in flight", "submits at once", "fsyncs per intent", "fsyncs per intent, later"], books),
+        "Duration of `await session.submit(...)` when a slot is free, in ms. The median should grow by at most 2:",
+        table(["in flight", "", "without", "with", "difference"], wait_rows),
+        "Transactions that wait for the disk: writes that are requested meanwhile share the next one.",
+        table(["in flight", "concurrent submits", "fsyncs per intent", "fsyncs per intent, later"], fsync_rows),
     )
 
 
-def again(size: Size, folder: Path) -> str:
+def _measure_steady(
+    size: Size, folder: Path, in_flight: int, tasks: int
+) -> tuple[dict[bool, list[dict[str, Any]]], dict[bool, list[float]]]:
+    """Return the clients' results and the calls per task, by whether there was a journal."""
+    runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    calls: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(size.runs):
+        for with_journal in (False, True):
+            result, counts = _run_client(
+                folder if with_journal else None, "steady", tasks, in_flight, size.task_seconds
+            )
+            runs[with_journal].append(result)
+            calls[with_journal].append(counts["calls"] / tasks)
+    return runs, calls
+
+
+def compare_replay(size: Size, folder: Path) -> str:
     """Measure requests that the journal knows already."""
-    found: dict[str, list[dict[str, float]]] = {}
+    times: dict[str, list[dict[str, float]]] = {"without a journal": [], "with a journal": [], "replayed": []}
     runs = min(size.runs, 3)
     for _ in range(runs):
-        (without,), _ = _measured(None, "known", size.known)
-        (first, second), books = _measured(folder, "known", size.known)
-        assert books["calls"] == 2 * size.known, "nothing is to be asked for again"
-        for name, one in (("without a journal", without), ("with one", first), ("known already", second)):
-            found.setdefault(name, []).append(one)
+        (without,), _ = _run_client(None, "replay", size.replayed_requests)
+        (first, second), counts = _run_client(folder, "replay", size.replayed_requests)
+        assert counts["calls"] == 2 * size.replayed_requests, "a replayed request needs no call"
+        for name, time_per_request in zip(times, (without, first, second), strict=True):
+            times[name].append(time_per_request)
     rows = []
-    for name, times in found.items():
-        cpu, wall = (statistics.median(one[clock] for one in times) for clock in ("cpu", "wall"))
+    for name, measurements in times.items():
+        cpu, wall = (statistics.median(run[clock] for run in measurements) for clock in ("cpu", "wall"))
         rows.append([name, f"{cpu * 1e3:.2f}", f"{wall * 1e3:.2f}", f"{1 / wall:,.0f}"])
     return blocks(
-        f"A stream of {size.known:,} requests with 24 places, for pictures that are done at once; and the same stream "
-        f"again, all of whose outcomes come from the journal. Medians of {runs}:",
+        f"A stream of {size.replayed_requests:,} requests with 24 slots, which the gateway completes at once; then the "
+        f"same stream again, whose outcomes all come from the journal. Medians of {runs}:",
         table(["", "CPU time per request, ms", "wall time, ms", "requests per second"], rows),
     )
 
 
-def disk(size: Size, folder: Path) -> str:
-    """Say where the journals lie, and measure what an fsync costs there."""
-    took = []
+def measure_disk(size: Size, folder: Path) -> str:
+    """Measure an fsync in the folder of the journals."""
+    seconds = []
     sync = getattr(os, "fdatasync", os.fsync)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         for _ in range(size.fsyncs):
-            began = time.perf_counter()
+            started = time.perf_counter()
             file.write(bytes(4096))
             sync(file.fileno())
-            took.append(time.perf_counter() - began)
-    middle, late = statistics.median(took) * 1e3, _percentile(took, 90) * 1e3
+            seconds.append(time.perf_counter() - started)
+    median, percentile_90 = statistics.median(seconds) * 1e3, _percentile(seconds, 90) * 1e3
     return (
-        f"The journals lie on {_file_system(folder)}, where appending 4 KiB and waiting for the disk takes "
-        f"{middle:.1f} ms (median of {size.fsyncs}; 90th percentile {late:.1f} ms)."
+        f"The journals are on {_file_system(folder)}, where appending 4 KiB and waiting for the disk takes "
+        f"{median:.1f} ms (median of {size.fsyncs}; 90th percentile {percentile_90:.1f} ms)."
     )
 
 
-def _measured(folder: Path | None, piece: str, *load: float) -> tuple[Any, Any]:
-    """Run a client, with a new journal or without one."""
-    path = NONE if folder is None else str(folder / f"{time.monotonic_ns()}.db")
-    return measured(__file__, "--client", piece, path, *map(str, load))
+def _run_client(folder: Path | None, client: str, *arguments: float) -> tuple[Any, Any]:
+    """Run a client with a new journal in the folder, or without a journal."""
+    path = NO_JOURNAL if folder is None else str(folder / f"{time.monotonic_ns()}.db")
+    return run_client(__file__, "--client", client, path, *map(str, arguments))
 
 
-def _percentile(values: list[float], share: int) -> float:
-    return sorted(values)[len(values) * share // 100]
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[len(values) * percent // 100]
 
 
 def _file_system(folder: Path) -> str:
-    """Name the kind of file system, where the system says what it is."""
+    """Return the type of the folder's file system, if the operating system reports it."""
     device = folder.stat().st_dev
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return "a file system of unknown kind"
+        return "a file system of unknown type"
     number = f"{os.major(device)}:{os.minor(device)}"
-    kinds = [mount.partition(" - ")[2].split()[0] for mount in mounts if mount.split()[2] == number]
-    return kinds[-1] if kinds else "a file system of unknown kind"
+    types = [mount.partition(" - ")[2].split()[0] for mount in mounts if mount.split()[2] == number]
+    return types[-1] if types else "a file system of unknown type"
 
 
-PIECES: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {"steady": steady, "known": known}
-PARTS: dict[str, Callable[[Size, Path], str]] = {"disk": disk, "beside": beside, "again": again}
+CLIENTS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {"steady": steady, "replay": replay}
+PARTS: dict[str, Callable[[Size, Path], str]] = {
+    "disk": measure_disk, "steady": compare_steady, "replay": compare_replay,
+}  # fmt: skip
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--client"]:
-        piece, path, *load, url = sys.argv[2:]
-        numbers = [json.loads(number) for number in load]
-        print(json.dumps(asyncio.run(PIECES[piece](path, *numbers, url))))
+        client, path, *texts, url = sys.argv[2:]
+        print(json.dumps(asyncio.run(CLIENTS[client](path, *map(json.loads, texts), url))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="prove that each part runs; the figures are worth nothing")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them (%(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(), help="where the journals are to lie (the current folder)"
-    )
-    parser.add_argument("--write", type=Path, nargs="?", const=RESULTS, help="where to write the results, too")
+    parser.add_argument("--short", action="store_true", help="check that each part runs; the results mean nothing")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where to create the journals (the current folder)")
+    parser.add_argument("--write", type=Path, nargs="?", const=RESULTS, help="also write the results to this file")
     arguments = parser.parse_args()
     size = SHORT if arguments.short else FULL
     command = shlex.join(["python", "benchmarks/journal.py", *sys.argv[1:]])
     print(about(command), flush=True)
-    texts = []
+    sections = []
     with tempfile.TemporaryDirectory(dir=arguments.folder.absolute(), prefix=".journals-") as folder:
         for name in arguments.only.split(","):
-            texts.append(PARTS[name](size, Path(folder)))
-            print(f"\n{texts[-1]}", flush=True)
+            sections.append(PARTS[name](size, Path(folder)))
+            print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
-        write("Journal", blocks(*texts), command, arguments.write)
+        write("Journal", blocks(*sections), command, arguments.write)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Posts webhooks for the lean gateway: signed, each over a connection of its own, and never again if one fails.
+"""Posts webhooks for the benchmark gateway: signed, each over a new connection, and never repeated if one fails.
 
-How often and how late stands in the prompt, as how long the task takes does: whoever measures decides.
+The prompt of a submit says how many deliveries are posted and after what delay.
 """
 
 import asyncio
@@ -15,85 +15,87 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-LINES = 100
-"""Deliveries on the wire at once; further ones wait."""
+MAX_CONNECTIONS = 100
+"""Concurrent deliveries; further ones wait."""
 
 
-def told(times: int, late: float = 0.0) -> str:
-    """Ask, in a prompt, for so many deliveries, the first one so many seconds after the end."""
-    return f", told {times} times after {late:.3f} s"
+def delivery_instruction(count: int, delay: float = 0.0) -> str:
+    """Return the part of a prompt that requests `count` deliveries, the first one `delay` seconds after the end."""
+    return f", delivered {count} times after {delay:.3f} s"
 
 
-def signed(content: dict[str, Any], secret: str) -> tuple[bytes, str]:
-    """Write a delivery down; gives its body and its signature."""
+def sign(content: dict[str, Any], secret: str) -> tuple[bytes, str]:
+    """Return the body of a delivery and its signature."""
     body = json.dumps(content).encode()
     return body, f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"
 
 
 @dataclass(slots=True)
-class Hook:
-    """What a submit has asked for."""
+class Webhook:
+    """The webhook that a submit requested."""
 
     url: str
     secret: str
-    times: int
-    late: float
+    count: int
+    """How many times the end is delivered."""
+    delay: float
+    """Seconds from the end of the task to the first delivery."""
 
 
-def hook_in(body: bytes) -> Hook | None:
-    """Read from a submit where its end is to be told; None where nowhere."""
-    if b'"webhook_url"' not in body:
+def webhook_of(submit: bytes) -> Webhook | None:
+    """Return the webhook that a submit requests."""
+    if b'"webhook_url"' not in submit:
         return None
-    params = json.loads(body)["input"][0]["params"]
-    asked = re.search(r"told (\d+) times after ([\d.]+) s", params["prompt"])
-    times, late = (1, 0.0) if asked is None else (int(asked[1]), float(asked[2]))
-    return Hook(params["webhook_url"], params["webhook_secret"], times, late)
+    params = json.loads(submit)["input"][0]["params"]
+    match = re.search(r"delivered (\d+) times after ([\d.]+) s", params["prompt"])
+    count, delay = (1, 0.0) if match is None else (int(match[1]), float(match[2]))
+    return Webhook(params["webhook_url"], params["webhook_secret"], count, delay)
 
 
-class Postman:
-    """Delivers what has ended."""
+class WebhookSender:
+    """Delivers the ends of tasks."""
 
     def __init__(self) -> None:
-        self.answers: Counter[str] = Counter()
-        """How many deliveries met which status; "none" where nobody answered."""
-        self._lines = asyncio.Semaphore(LINES)
-        self._errands: set[asyncio.Task[None]] = set()
+        self.statuses: Counter[str] = Counter()
+        """The number of deliveries by HTTP status; "none" if there was no response."""
+        self._connections = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._deliveries: set[asyncio.Task[None]] = set()
 
-    def deliver(self, hook: Hook, describe: Callable[[], dict[str, Any]]) -> None:
-        """Deliver from now on; `describe` gives the finished task."""
-        errand = asyncio.get_running_loop().create_task(self._deliver(hook, describe))
-        self._errands.add(errand)
-        errand.add_done_callback(self._errands.discard)
+    def deliver(self, webhook: Webhook, describe: Callable[[], dict[str, Any]]) -> None:
+        """Start to deliver the task that `describe` returns."""
+        delivery = asyncio.get_running_loop().create_task(self._deliver(webhook, describe))
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(self._deliveries.discard)
 
-    async def _deliver(self, hook: Hook, describe: Callable[[], dict[str, Any]]) -> None:
-        letter = b""
-        for _ in range(hook.times):
-            async with self._lines:
-                # Its own moment stands in it; what comes twice comes with the same bytes.
-                letter = letter or _letter(hook, describe() | {"metadata": {"sent_at": time.monotonic()}})
-                self.answers[await _post(hook.url, letter)] += 1
+    async def _deliver(self, webhook: Webhook, describe: Callable[[], dict[str, Any]]) -> None:
+        request = b""
+        for _ in range(webhook.count):
+            async with self._connections:
+                # Built when the first delivery starts (`sent_at`); repeated deliveries are identical.
+                request = request or _http_request(webhook, describe() | {"metadata": {"sent_at": time.monotonic()}})
+                self.statuses[await _post(webhook.url, request)] += 1
 
 
-def _letter(hook: Hook, content: dict[str, Any]) -> bytes:
-    body, signature = signed(content, hook.secret)
-    where = urlsplit(hook.url)
+def _http_request(webhook: Webhook, content: dict[str, Any]) -> bytes:
+    body, signature = sign(content, webhook.secret)
+    url = urlsplit(webhook.url)
     head = (
-        f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+        f"POST {url.path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nX-BFL-Signature: {signature}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body
 
 
-async def _post(url: str, letter: bytes) -> str:
-    """Give the status of the answer."""
-    where = urlsplit(url)
+async def _post(url: str, request: bytes) -> str:
+    """Send the request and return the status of the response."""
+    parts = urlsplit(url)
     try:
-        reader, writer = await asyncio.open_connection(where.hostname, where.port)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
-            writer.write(letter)
-            answer = await reader.read()
+            writer.write(request)
+            response = await reader.read()
         finally:
             writer.close()
     except OSError:
         return "none"
-    return answer[9:12].decode() or "none"
+    return response[9:12].decode() or "none"

@@ -1,7 +1,7 @@
-"""What is measured, each piece in a process of its own: `python benchmarks/workloads.py WORK ARGUMENTS URL` prints JSON.
+"""The measured workloads: `python benchmarks/workloads.py LOOP WORKLOAD ARGUMENTS URL` runs one and prints JSON.
 
-`by_hand` is the least that works, for comparison: one aiohttp session, `json.loads`, a loop per task. It polls at the
-same times as the session does: every `interval` seconds, give or take a tenth.
+The baseline is the minimum that works, for comparison: one aiohttp session, `json.loads`, a loop per task. It polls
+like the session does: every `interval` seconds ± 10 %.
 """
 
 import asyncio
@@ -17,33 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from gateway import close_connections, durations, prompt, running
+from gateway import close_connections, durations, prompt, running_gateway
 
 from flux2max_async import FixedSchedule, FluxSession
 
 SPREAD = 0.1
 
 
-class ByHand:
-    """Asks for pictures with aiohttp and nothing else; `apart` gives each submit a connection of its own."""
+class Baseline:
+    """Generates images with aiohttp alone; `separate_submits` opens a new connection for each submit."""
 
-    def __init__(self, url: str, interval: float, places: int, *, apart: bool = False) -> None:
-        self._url, self._interval, self._apart = url, interval, apart
-        self._places = asyncio.Semaphore(places)
+    def __init__(self, url: str, interval: float, slots: int, *, separate_submits: bool = False) -> None:
+        self._url, self._interval, self._separate_submits = url, interval, separate_submits
+        self._slots = asyncio.Semaphore(slots)
         self.polls = 0
 
-    async def all(self, prompts: list[str]) -> None:
-        key = {"Authorization": "Bearer key"}
-        once = aiohttp.TCPConnector(force_close=True)
+    async def run(self, prompts: list[str]) -> None:
+        headers = {"Authorization": "Bearer key"}
+        connector = aiohttp.TCPConnector(force_close=True)
         async with (
-            aiohttp.ClientSession(headers=key) as http,
-            aiohttp.ClientSession(headers=key, connector=once) as http_once,
+            aiohttp.ClientSession(headers=headers) as polls,
+            aiohttp.ClientSession(headers=headers, connector=connector) as separate,
         ):
-            submits = http_once if self._apart else http
-            await asyncio.gather(*(self._one(submits, http, text) for text in prompts))
+            submits = separate if self._separate_submits else polls
+            await asyncio.gather(*(self._generate(submits, polls, text) for text in prompts))
 
-    async def _one(self, submits: aiohttp.ClientSession, polls: aiohttp.ClientSession, text: str) -> None:
-        async with self._places:
+    async def _generate(self, submits: aiohttp.ClientSession, polls: aiohttp.ClientSession, text: str) -> None:
+        async with self._slots:
             body = {"model": "flux_2_max", "input": [{"params": {"prompt": text}}]}
             async with submits.post(f"{self._url}/model/v1/generation", json=body) as response:
                 task_id = json.loads(await response.read())["id"]
@@ -55,12 +55,12 @@ class ByHand:
                 self.polls += 1
 
 
-class BySession:
-    """Asks for pictures with a FluxSession: as one stream, or each with a `generate()` of its own."""
+class SessionClient:
+    """Generates images with a FluxSession: as one stream, or with one `generate()` for each."""
 
-    def __init__(self, url: str, interval: float, places: int, *, stream: bool = True) -> None:
+    def __init__(self, url: str, interval: float, slots: int, *, stream: bool = True) -> None:
         self._session = FluxSession(
-            "key", base_url=url, max_in_flight=places, schedule=FixedSchedule(interval), max_polls_per_second=None
+            "key", base_url=url, max_in_flight=slots, schedule=FixedSchedule(interval), max_polls_per_second=None
         )
         self._stream = stream
 
@@ -68,7 +68,7 @@ class BySession:
     def polls(self) -> int:
         return self._session.stats.polls
 
-    async def all(self, prompts: list[str]) -> None:
+    async def run(self, prompts: list[str]) -> None:
         async with self._session as session:
             if not self._stream:
                 await asyncio.gather(*(session.generate(text) for text in prompts))
@@ -77,65 +77,65 @@ class BySession:
                 outcome.unwrap()
 
 
-def _client(name: str, url: str, interval: float, places: int) -> ByHand | BySession:
-    if name.startswith("by hand"):
-        return ByHand(url, interval, places, apart=name == "by hand, apart")
-    return BySession(url, interval, places, stream=name == "stream")
+def _create_client(name: str, url: str, interval: float, slots: int) -> Baseline | SessionClient:
+    if name.startswith("baseline"):
+        return Baseline(url, interval, slots, separate_submits=name == "baseline, separate submits")
+    return SessionClient(url, interval, slots, stream=name == "stream")
 
 
-# ------------------------------------------------------------------ the pieces of work
+# ------------------------------------------------------------------ workloads
 
 
-async def cpu(client: str, tasks: int, places: int, median: float, sigma: float, interval: float, url: str) -> float:
-    """Ask for pictures, and give the seconds of CPU time from the first submit to the last end."""
+async def cpu(client: str, tasks: int, slots: int, median: float, sigma: float, interval: float, url: str) -> float:
+    """Generate images; return the CPU time in seconds, from the first submit to the end of the last task."""
     await _warm_up(client)
     seconds = durations(tasks, median, sigma)
-    prompts = [prompt(number, lasting) for number, lasting in enumerate(seconds)]
-    began = time.process_time()
-    await _client(client, url, interval, places).all(prompts)
-    return time.process_time() - began
+    prompts = [prompt(number, duration) for number, duration in enumerate(seconds)]
+    started = time.process_time()
+    await _create_client(client, url, interval, slots).run(prompts)
+    return time.process_time() - started
 
 
 async def memory(client: str, tasks: int, interval: float, url: str) -> dict[str, float]:
-    """Give what each of so many waiting tasks keeps resident, in bytes, after its first poll, without connections."""
+    """Return the resident memory per waiting task in bytes, after its first poll and without connections."""
     await _warm_up(client)
     prompts = [prompt(number, 3600.0) for number in range(tasks)]
     close_connections(url)
     gc.collect()
     before, sockets = _resident(), _sockets()
-    waiting = _client(client, url, interval, tasks)
-    work = asyncio.create_task(waiting.all(prompts))
-    while waiting.polls < tasks:
-        await asyncio.wait([work], timeout=0.1)
-        assert not work.done(), work
-    await asyncio.sleep(1)  # for the last answers
+    generator = _create_client(client, url, interval, tasks)
+    run = asyncio.create_task(generator.run(prompts))
+    while generator.polls < tasks:
+        await asyncio.wait([run], timeout=0.1)
+        assert not run.done(), run
+    await asyncio.sleep(1)  # for the last responses
     close_connections(url)
     await asyncio.sleep(0.5)
     gc.collect()
     after = _resident()
-    return {"bytes": (after - before) / tasks, "sockets": _sockets() - sockets, "polls": waiting.polls / tasks}
+    return {"bytes": (after - before) / tasks, "sockets": _sockets() - sockets, "polls": generator.polls / tasks}
 
 
-async def stream(tasks: int, places: int, every: int, url: str) -> dict[str, Any]:
-    """Stream pictures that are done at once, and give the resident memory after each so many of them, in bytes."""
+async def stream(tasks: int, slots: int, step: int, url: str) -> dict[str, Any]:
+    """Stream tasks that end immediately; return the resident memory in bytes after each `step` outcomes."""
     resident: list[int] = []
-    began = time.process_time()
+    started = time.process_time()
     async with FluxSession(
-        "key", base_url=url, max_in_flight=places, schedule=FixedSchedule(0.005), max_polls_per_second=None
+        "key", base_url=url, max_in_flight=slots, schedule=FixedSchedule(0.005), max_polls_per_second=None
     ) as session:
         number = 0
         async for outcome in session.stream(prompt(number, 0.0) for number in range(tasks)):
             outcome.unwrap()
             number += 1
-            if number % every == 0:
+            if number % step == 0:
                 resident.append(_resident())
-    return {"resident": resident, "cpu": (time.process_time() - began) / tasks}
+    return {"resident": resident, "cpu": (time.process_time() - started) / tasks}
 
 
 async def _warm_up(client: str) -> None:
-    """Draw a few pictures elsewhere first, so that what is loaded at first use is loaded."""
-    with running() as url:
-        await _client(client, url, 0.01, 5).all([prompt(number, 0.0) for number in range(20)])
+    """Generate a few images with another gateway, so that first-use costs are not measured."""
+    with running_gateway() as url:
+        await _create_client(client, url, 0.01, 5).run([prompt(number, 0.0) for number in range(20)])
 
 
 def _resident() -> int:
@@ -149,22 +149,23 @@ def _sockets() -> int:
 
 
 def main() -> None:
-    loop, work, *arguments, url = sys.argv[1:]
-    pieces: dict[str, Callable[..., Awaitable[Any]]] = {"cpu": cpu, "memory": memory, "stream": stream}
+    loop, workload, *arguments, url = sys.argv[1:]
+    workloads: dict[str, Callable[..., Awaitable[Any]]] = {"cpu": cpu, "memory": memory, "stream": stream}
     factory = importlib.import_module("uvloop").new_event_loop if loop == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
-        print(json.dumps(runner.run(_run(pieces[work], [_value(text) for text in arguments], url))), flush=True)
-        os._exit(0)  # what still waits is left waiting
+        values = [_parse_value(text) for text in arguments]
+        print(json.dumps(runner.run(_run(workloads[workload], values, url))), flush=True)
+        os._exit(0)  # without waiting for tasks that still run
 
 
-async def _run(piece: Callable[..., Awaitable[Any]], arguments: list[Any], url: str) -> object:
-    return await piece(*arguments, url)
+async def _run(workload: Callable[..., Awaitable[Any]], arguments: list[Any], url: str) -> object:
+    return await workload(*arguments, url)
 
 
-def _value(text: str) -> str | int | float:
-    for kind in (int, float):
+def _parse_value(text: str) -> str | int | float:
+    for type_ in (int, float):
         try:
-            return kind(text)
+            return type_(text)
         except ValueError:
             continue
     return text

@@ -1,12 +1,12 @@
-"""An aiohttp application that draws: a visitor types a prompt, watches it being drawn, and sees the picture.
+"""An aiohttp application that generates pictures: a visitor enters a prompt, follows its progress and sees the picture.
 
-    python -m flux2max_async.emulator       # for a try; it prints FLUX2MAX_BASE_URL and FLUX2MAX_API_KEY: export them
+    python -m flux2max_async.emulator       # to try it; export the two variables that it prints
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     python examples/aiohttp_app.py
 
-PUBLIC_URL is where the service reaches this server. Tasks are kept in memory: with several workers, or to know them
-after a restart, give each session a `SqliteJournal` of the same file, and each request a key of its own; where an id is
-missing below, ask `journal.find_task(id)`, then `session.attach(id)`.
+PUBLIC_URL is where the service reaches this server. Tasks are kept in memory. To serve them from several workers, or
+after a restart, pass a `SqliteJournal` with the same file to each session and a key to each request; if a task id is
+unknown below, look it up with `journal.find_task(id)` and call `session.attach(id)`.
 """
 
 import json
@@ -30,7 +30,7 @@ from flux2max_async import (
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURES = Path("pictures")
-KEPT = 1_000
+MAX_TASKS = 1_000
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
 flux = web.AppKey("flux", FluxSession)
@@ -38,16 +38,16 @@ tasks: dict[str, GenerationTask] = {}
 routes = web.RouteTableDef()
 
 
-async def opened(app: web.Application) -> AsyncIterator[None]:
-    """Open the one session of all visitors; what runs at the shutdown gets 20 seconds to end."""
-    # Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
+async def open_session(app: web.Application) -> AsyncIterator[None]:
+    """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
+    # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
     async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app[flux]:
         yield
 
 
 @web.middleware
-async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer where there is no task, or its picture can't be fetched."""
+async def handle_flux_error(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Respond with 422 if the request is at fault, otherwise with 503."""
     try:
         return await handler(request)
     except FluxError as error:
@@ -56,38 +56,38 @@ async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 @routes.get("/")
-async def page(_: web.Request) -> web.FileResponse:
-    """Show the page."""
+async def get_page(_: web.Request) -> web.FileResponse:
+    """Return the page."""
     return web.FileResponse(PAGE)
 
 
 @routes.post("/tasks")
-async def create(request: web.Request) -> web.Response:
-    """Submit, and answer as soon as there is an id."""
+async def create_task(request: web.Request) -> web.Response:
+    """Submit a request and return the task id at once."""
     try:
-        wish = await request.json()
+        body = await request.json()
     except ValueError:
-        wish = None
-    if not isinstance(wish, dict):
+        body = None
+    if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="Send a JSON object.")
-    task = await request.app[flux].submit(wish.get("prompt", ""), width=wish.get("width"), height=wish.get("height"))
+    task = await request.app[flux].submit(body.get("prompt", ""), width=body.get("width"), height=body.get("height"))
     tasks[task.id] = task
-    if len(tasks) > KEPT:
+    if len(tasks) > MAX_TASKS:
         del tasks[next(iter(tasks))]  # the oldest
     return web.json_response({"id": task.id}, status=201)
 
 
-def known(request: web.Request) -> GenerationTask:
-    """Find a task of ours. Others aren't asked for: strangers could have any task polled."""
+def find_task(request: web.Request) -> GenerationTask:
+    """Return a task of this server; don't attach other ids, or anybody could have any task polled."""
     if (task := tasks.get(request.match_info["id"])) is None:
         raise web.HTTPNotFound(text="There is no such picture.")
     return task
 
 
 @routes.get("/tasks/{id}/events")
-async def events(request: web.Request) -> web.StreamResponse:
-    """Tell a visitor how a task goes; one who comes back begins with the newest, and one who leaves ends only this."""
-    task = known(request)
+async def stream_events(request: web.Request) -> web.StreamResponse:
+    """Stream the progress and end of a task; a visitor who reconnects begins with the newest progress."""
+    task = find_task(request)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     async for snapshot in task.updates():
@@ -101,45 +101,45 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/tasks/{id}/picture")
-async def picture(request: web.Request) -> web.FileResponse:
-    """Serve the picture from here: the service's url lives for minutes."""
-    task = known(request)
+async def get_picture(request: web.Request) -> web.FileResponse:
+    """Return the picture from this server: the service's URL expires after minutes."""
+    task = find_task(request)
     path = PICTURES / f"{task.id}.jpeg"
-    if not path.exists():  # two who ask at once both save it, which does no harm
+    if not path.exists():  # concurrent requests may both save it, which is harmless
         await request.app[flux].save((await task).images[0], path)
     return web.FileResponse(path)
 
 
 @routes.get("/ready")
-async def ready(request: web.Request) -> web.Response:
-    """Say that the session is open, and what it has done."""
+async def get_status(request: web.Request) -> web.Response:
+    """Return statistics; responds only while the session is open."""
     stats = request.app[flux].stats
     names = ("in_flight", "completed", "failed", "webhooks", "polls")
     return web.json_response({name: getattr(stats, name) for name in names})
 
 
 def event(name: str, **data: Any) -> bytes:
-    """Write a server-sent event: JSON has no line breaks, which would end it early."""
+    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def reason(error: FluxError) -> str:
-    """Say why there is no picture, as far as it concerns a visitor."""
+    """Return the reason of a failure, as shown to visitors."""
     match error:
         case InvalidRequestError():
             return str(error)
         case ContentModeratedError():
             return "Moderation refused this prompt. Try another one."
         case _:
-            return "This can't be drawn just now. Try again later."
+            return "The picture can't be generated now. Try again later."
 
 
-app = web.Application(middlewares=[refuse])
-app.cleanup_ctx.append(opened)
+app = web.Application(middlewares=[handle_flux_error])
+app.cleanup_ctx.append(open_session)
 app.router.add_post("/hooks/flux", inbox.aiohttp_handler)
 app.add_routes(routes)
 
 if __name__ == "__main__":
-    # A visitor who leaves ends the handler that tells him of the progress; those who stay hear the end at a shutdown.
+    # handler_cancellation ends the event stream of a visitor who disconnects; shutdown_timeout lets the others finish.
     port = int(os.environ.get("PORT", "8000"))
     web.run_app(app, host="127.0.0.1", port=port, handler_cancellation=True, shutdown_timeout=20)

@@ -1,12 +1,12 @@
-"""A FastAPI application that draws: a visitor types a prompt, watches it being drawn, and sees the picture.
+"""A FastAPI application that generates pictures: a visitor enters a prompt, follows its progress and sees the picture.
 
-    python -m flux2max_async.emulator       # for a try; it prints FLUX2MAX_BASE_URL and FLUX2MAX_API_KEY: export them
+    python -m flux2max_async.emulator       # to try it; export the two variables that it prints
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     uvicorn --app-dir examples --timeout-graceful-shutdown 20 fastapi_app:app
 
-PUBLIC_URL is where the service reaches this server. Tasks are kept in memory: with several workers, or to know them
-after a restart, give each session a `SqliteJournal` of the same file, and each request a key of its own; where an id is
-missing below, ask `journal.find_task(id)`, then `session.attach(id)`.
+PUBLIC_URL is where the service reaches this server. Tasks are kept in memory. To serve them from several workers, or
+after a restart, pass a `SqliteJournal` with the same file to each session and a key to each request; if a task id is
+unknown below, look it up with `journal.find_task(id)` and call `session.attach(id)`.
 """
 
 import json
@@ -32,7 +32,7 @@ from flux2max_async import (
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURES = Path("pictures")
-KEPT = 1_000
+MAX_TASKS = 1_000
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
 tasks: dict[str, GenerationTask] = {}
@@ -40,41 +40,41 @@ tasks: dict[str, GenerationTask] = {}
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the one session of all visitors; what runs at the shutdown gets 20 seconds to end."""
-    # Webhooks tell of the ends. Polls are for the progress: often while somebody watches, rarely while nobody does.
+    """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
+    # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
     async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app.state.flux:
         yield
 
 
 app = FastAPI(lifespan=lifespan)
-# Above the inbox's path, not at it: from there, deliveries would be redirected to "/hooks/flux/".
+# Mounted above the inbox's path: with a mount at that path, deliveries would be redirected to "/hooks/flux/".
 app.mount("/hooks", inbox.asgi)
 
 
-def session(request: Request) -> FluxSession:
-    """Give the one session."""
+def get_session(request: Request) -> FluxSession:
+    """Return the session of all visitors."""
     flux: FluxSession = request.app.state.flux
     return flux
 
 
-Session = Annotated[FluxSession, Depends(session)]
+Session = Annotated[FluxSession, Depends(get_session)]
 
 
 @app.exception_handler(FluxError)
-async def refuse(_: Request, error: FluxError) -> JSONResponse:
-    """Answer where there is no task, or its picture can't be fetched."""
+async def handle_flux_error(_: Request, error: FluxError) -> JSONResponse:
+    """Respond with 422 if the request is at fault, otherwise with 503."""
     status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError) else 503
     return JSONResponse({"detail": reason(error)}, status)
 
 
 @app.get("/")
-async def page() -> FileResponse:
-    """Show the page."""
+async def get_page() -> FileResponse:
+    """Return the page."""
     return FileResponse(PAGE)
 
 
-class Wish(BaseModel):
-    """What a visitor may ask for."""
+class PictureRequest(BaseModel):
+    """The parameters that a visitor may set."""
 
     prompt: str
     width: int | None = None
@@ -82,33 +82,33 @@ class Wish(BaseModel):
 
 
 @app.post("/tasks", status_code=201)
-async def create(wish: Wish, flux: Session) -> dict[str, str]:
-    """Submit, and answer as soon as there is an id."""
-    task = await flux.submit(wish.prompt, width=wish.width, height=wish.height)
+async def create_task(body: PictureRequest, flux: Session) -> dict[str, str]:
+    """Submit a request and return the task id at once."""
+    task = await flux.submit(body.prompt, width=body.width, height=body.height)
     tasks[task.id] = task
-    if len(tasks) > KEPT:
+    if len(tasks) > MAX_TASKS:
         del tasks[next(iter(tasks))]  # the oldest
     return {"id": task.id}
 
 
-def known(task_id: str) -> GenerationTask:
-    """Find a task of ours. Others aren't asked for: strangers could have any task polled."""
+def find_task(task_id: str) -> GenerationTask:
+    """Return a task of this server; don't attach other ids, or anybody could have any task polled."""
     if task_id not in tasks:
         raise HTTPException(404, "There is no such picture.")
     return tasks[task_id]
 
 
-Known = Annotated[GenerationTask, Depends(known)]
+Task = Annotated[GenerationTask, Depends(find_task)]
 
 
 @app.get("/tasks/{task_id}/events")
-async def events(task: Known) -> StreamingResponse:
-    """Tell a visitor how a task goes; one who comes back begins with the newest, and one who leaves ends only this."""
-    return StreamingResponse(tell(task), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+async def stream_events(task: Task) -> StreamingResponse:
+    """Stream the progress and end of a task; a visitor who reconnects begins with the newest progress."""
+    return StreamingResponse(task_events(task), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def tell(task: GenerationTask) -> AsyncIterator[str]:
-    """Tell of each progress, then of the end."""
+async def task_events(task: GenerationTask) -> AsyncIterator[str]:
+    """Yield an event for each progress, then for the end."""
     async for snapshot in task.updates():
         yield event("progress", status=snapshot.status, progress=snapshot.progress)
     outcome = await task.outcome()
@@ -119,32 +119,32 @@ async def tell(task: GenerationTask) -> AsyncIterator[str]:
 
 
 @app.get("/tasks/{task_id}/picture")
-async def picture(task: Known, flux: Session) -> FileResponse:
-    """Serve the picture from here: the service's url lives for minutes."""
+async def get_picture(task: Task, flux: Session) -> FileResponse:
+    """Return the picture from this server: the service's URL expires after minutes."""
     path = PICTURES / f"{task.id}.jpeg"
-    if not path.exists():  # two who ask at once both save it, which does no harm
+    if not path.exists():  # concurrent requests may both save it, which is harmless
         await flux.save((await task).images[0], path)
     return FileResponse(path)
 
 
 @app.get("/ready")
-async def ready(flux: Session) -> dict[str, int]:
-    """Say that the session is open, and what it has done."""
+async def get_status(flux: Session) -> dict[str, int]:
+    """Return statistics; responds only while the session is open."""
     stats = flux.stats
     return {name: getattr(stats, name) for name in ("in_flight", "completed", "failed", "webhooks", "polls")}
 
 
 def event(name: str, **data: Any) -> str:
-    """Write a server-sent event: JSON has no line breaks, which would end it early."""
+    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 def reason(error: FluxError) -> str:
-    """Say why there is no picture, as far as it concerns a visitor."""
+    """Return the reason of a failure, as shown to visitors."""
     match error:
         case InvalidRequestError():
             return str(error)
         case ContentModeratedError():
             return "Moderation refused this prompt. Try another one."
         case _:
-            return "This can't be drawn just now. Try again later."
+            return "The picture can't be generated now. Try again later."

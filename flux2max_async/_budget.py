@@ -1,4 +1,4 @@
-"""What may still be spent: money is reserved before a submit, and settled by what the task really cost."""
+"""The budget: an amount is reserved before each submit, and settled by the task's real cost."""
 
 from decimal import Decimal
 
@@ -6,65 +6,86 @@ import attrs
 
 from flux2max_async._exceptions import BudgetExceededError
 
-_FIRST, _FURTHER = Decimal("0.07"), Decimal("0.03")
-"""US dollars for the first megapixel, and for each further one of output and input."""
+# US dollars for output and input images together, as the vendor bills FLUX.2 [max].
+_FIRST_MEGAPIXEL_PRICE, _NEXT_MEGAPIXEL_PRICE = Decimal("0.07"), Decimal("0.03")
 
 
 @attrs.define
 class Budget:
-    """What one session has spent and what its tasks in flight will probably cost, in US dollars."""
+    """The US dollars that a session has spent, and those that its tasks in flight will probably cost.
+
+    `reserve()` makes a reservation and `settle()` ends it. If its task is not followed to the end, `suspend()` keeps
+    the reservation under the task's id, so that whoever follows the task later can `resume()` and settle it.
+    """
 
     budget: Decimal | None
+    """The limit for spent and reserved dollars together; None sets no limit."""
     price_guess: Decimal | None
-    """For any request; None guesses by megapixels."""
+    """The estimate for any request until a real cost is known; None estimates by megapixels."""
     _spent: Decimal = attrs.field(default=Decimal(0), init=False)
     _reserved: Decimal = attrs.field(default=Decimal(0), init=False)
-    _dearest: Decimal | None = attrs.field(default=None, init=False)
-    """The most that a task was seen to cost."""
-    _dearest_guess: Decimal = attrs.field(default=Decimal(0), init=False)
-    """What would have been guessed for that task."""
+    _suspended: dict[str, Decimal] = attrs.field(factory=dict[str, Decimal], init=False)
+    """Reservations by the ids of tasks that are not followed at present; part of `_reserved`."""
+    _highest_cost: Decimal | None = attrs.field(default=None, init=False)
+    _guess_for_highest: Decimal = attrs.field(default=Decimal(0), init=False)
+    """The guess for the task with the highest cost."""
 
-    def price(self, megapixels: int) -> Decimal:
-        """Give the probable cost of a request: the dearest seen, and more where more is asked for than then."""
+    @property
+    def committed(self) -> Decimal:
+        """US dollars that are spent or reserved."""
+        return self._spent + self._reserved
+
+    def estimate(self, megapixels: int) -> Decimal:
+        """Return the probable cost: the highest cost so far, scaled up if that task had fewer megapixels."""
         guess = self._guess(megapixels)
-        if self._dearest is None:
+        if self._highest_cost is None:
             return guess
-        if not guess > self._dearest_guess > 0:
-            return self._dearest
-        return self._dearest * guess / self._dearest_guess
+        if not guess > self._guess_for_highest > 0:
+            return self._highest_cost
+        return self._highest_cost * guess / self._guess_for_highest
 
-    def saw(self, megapixels: int, cost: Decimal) -> None:
-        """Learn what a task cost; one that was free says nothing of what others will cost."""
-        if cost > (self._dearest or 0):
-            self._dearest, self._dearest_guess = cost, self._guess(megapixels)
+    def observe(self, megapixels: int, cost: Decimal) -> None:
+        """Learn from the cost of a completed task; a cost of 0 says nothing about other tasks."""
+        if cost > (self._highest_cost or 0):
+            self._highest_cost, self._guess_for_highest = cost, self._guess(megapixels)
 
-    def reserve(self, price: Decimal) -> None:
-        """Set money aside for a submit.
+    def reserve(self, amount: Decimal) -> None:
+        """Reserve an amount for a submit.
 
         Raises:
-            BudgetExceededError: There is not enough left.
+            BudgetExceededError: The budget doesn't allow it.
         """
         if self.budget is not None:
-            check_budget(self.budget, self._spent + self._reserved, price)
-        self._reserved += price
+            check_budget(self.budget, self.committed, amount)
+        self._reserved += amount
 
     def settle(self, reserved: Decimal, cost: Decimal) -> None:
-        """Replace what was set aside by what it cost, or by nothing."""
+        """Replace a reservation by the real cost, which may be 0."""
         self._reserved -= reserved
         self._spent += cost
 
+    def suspend(self, task_id: str, reserved: Decimal) -> None:
+        """Keep the reservation of a task that is no longer followed: the task may still cost money."""
+        self._suspended[task_id] = reserved
+
+    def resume(self, task_id: str) -> Decimal | None:
+        """Return the suspended reservation of a task, which the caller must settle; None if there is none."""
+        return self._suspended.pop(task_id, None)
+
     def _guess(self, megapixels: int) -> Decimal:
-        return _FIRST + _FURTHER * (megapixels - 1) if self.price_guess is None else self.price_guess
+        if self.price_guess is not None:
+            return self.price_guess
+        return _FIRST_MEGAPIXEL_PRICE + _NEXT_MEGAPIXEL_PRICE * (megapixels - 1)
 
 
-def check_budget(budget: Decimal, committed: Decimal, price: Decimal) -> None:
-    """Refuse a price that would pass the budget.
+def check_budget(budget: Decimal, committed: Decimal, amount: Decimal) -> None:
+    """Check that a budget allows an amount on top of what is committed; all in US dollars.
 
     Raises:
-        BudgetExceededError: It would.
+        BudgetExceededError: It doesn't.
     """
-    if committed + price > budget:
+    if committed + amount > budget:
         raise BudgetExceededError(
-            f"the budget of ${budget:f} doesn't allow another picture for about ${price:.2f}: "
-            f"${committed:f} are spent or set aside for tasks whose cost isn't known yet"
+            f"the budget of ${budget:f} doesn't allow another image for about ${amount:.2f}: "
+            f"${committed:f} are spent or reserved for tasks whose cost isn't known yet"
         )

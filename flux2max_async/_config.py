@@ -1,129 +1,170 @@
-"""What a session is set up with, from its arguments and the environment, checked before anything is sent."""
+"""The settings of a session, from its arguments and the environment, validated before anything is sent."""
 
 import ipaddress
 import math
 import os
 import re
 from decimal import Decimal, InvalidOperation
+from typing import Any
 from urllib.parse import urlsplit
+
+import attrs
 
 from flux2max_async._exceptions import ConfigurationError
 
 DEFAULT_BASE_URL = "https://cloud.vtrix.ai"
-# Nearly all hosts are like this; what may be an international name is checked by a codec that takes 13 ms to load.
-_PLAIN_HOST = re.compile(r"([\w:-]{1,63}\.)*[\w:-]{1,63}", re.ASCII)
-_MOST_DOLLARS = 10**9
 KEY_VARIABLE = "FLUX2MAX_API_KEY"
 URL_VARIABLE = "FLUX2MAX_BASE_URL"
 
+_MAX_DOLLARS = 10**9
+# Most hosts match this; any other is checked by the idna codec, whose import takes 13 ms.
+_ASCII_HOST = re.compile(r"([\w:-]{1,63}\.)*[\w:-]{1,63}", re.ASCII)
 
-def validate_api_key(api_key: str | None) -> str:
-    """Give the API key, which is never shown in an error.
+
+def validate_seconds(name: str, seconds: float, *, maximum: float = math.inf) -> float:
+    """Return a duration that is more than 0 and at most `maximum` seconds.
 
     Raises:
-        ConfigurationError: There is none, or it can't be one.
+        ConfigurationError: It isn't.
     """
+    if not _is_number(seconds) or not seconds > 0:
+        raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")
+    if seconds > maximum:
+        raise ConfigurationError(f"{name} must be at most {maximum:g} seconds, not {seconds!r}")
+    return seconds
+
+
+def validate_drain(seconds: float) -> float:
+    """Return the finite number of seconds for which closing a session waits for its tasks.
+
+    Raises:
+        ConfigurationError: It is negative, infinite or not a number.
+    """
+    if not _is_number(seconds) or not 0 <= seconds < math.inf:
+        raise ConfigurationError(f"drain must be 0 seconds or more, not {seconds!r}")
+    return seconds
+
+
+def parse_dollars(name: str, amount: Decimal | float | str | None) -> Decimal | None:
+    """Return an amount of US dollars, exactly as it is written.
+
+    Raises:
+        ConfigurationError: It is not a finite amount of 0 or more.
+    """
+    if amount is None:
+        return None
+    try:
+        dollars = Decimal(str(amount))
+    except InvalidOperation:
+        dollars = Decimal("NaN")
+    if isinstance(amount, bool) or not dollars.is_finite() or not 0 <= dollars <= _MAX_DOLLARS:
+        raise ConfigurationError(f"{name} must be an amount of US dollars, such as 5.00, not {amount!r}")
+    return dollars
+
+
+def _read_api_key(api_key: str | None) -> str:
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
     if not key:
         raise ConfigurationError(f"no API key: pass api_key or set {KEY_VARIABLE}")
     if not isinstance(key, str) or not all("!" <= character <= "~" for character in key):
+        # The message never shows the key.
         raise ConfigurationError(
             "the API key is malformed: it must be printable ASCII without spaces and line ends, and without 'Bearer'"
         )
     return key
 
 
-def validate_base_url(base_url: str | None) -> str:
-    """Give the gateway's address, without a slash at its end.
-
-    Raises:
-        ConfigurationError: It is no address to which a key could be sent safely.
-    """
+def _read_base_url(base_url: str | None) -> str:
     url = (os.environ.get(URL_VARIABLE) or DEFAULT_BASE_URL) if base_url is None else base_url
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-        if host and not _PLAIN_HOST.fullmatch(host):
+        host, _ = parts.hostname, parts.port  # the port is read because urlsplit validates it only then
+        if host and not _ASCII_HOST.fullmatch(host):
             host.encode("idna")
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigurationError("base_url is not a URL") from error
     if parts.username or parts.password:
         raise ConfigurationError("base_url must not hold a user name or password")
     if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or set(url) & set("?#\\ "):
-        # It isn't shown: a key may have found its way into it.
+        # The message doesn't show the URL: a key may have been pasted into it.
         raise ConfigurationError("base_url must look like https://host/prefix, without query, fragment and spaces")
-    if parts.scheme == "http" and not _is_this_machine(host):
-        raise ConfigurationError(f"base_url must be https for {host}: over http the key could be read on the way")
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ConfigurationError(f"base_url must be https for {host}: over http, others could read the API key")
     return url.rstrip("/")
 
 
-def validate_seconds(name: str, seconds: float, *, most: float = math.inf) -> float:
-    """Give a duration that is more than nothing, and no more than the most.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")
-    if seconds > most:
-        raise ConfigurationError(f"{name} must be at most {most:g} seconds, not {seconds!r}")
-    return seconds
-
-
-def validate_drain(seconds: float) -> float:
-    """Give how long closing waits for submitted tasks.
-
-    Raises:
-        ConfigurationError: It is no number of seconds.
-    """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-        raise ConfigurationError(f"drain must be 0 seconds or more, not {seconds!r}")
-    return seconds
-
-
-def validate_rate(name: str, rate: float | None) -> float:
-    """Give a rate that is more than nothing; None is no limit.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if rate is None:
-        return math.inf
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
-        raise ConfigurationError(f"{name} must be more than 0, or None for no limit, not {rate!r}")
-    return rate
-
-
-def validate_max_in_flight(places: int) -> int:
-    """Give the most tasks to keep in flight.
-
-    Raises:
-        ConfigurationError: It is less than one.
-    """
-    if isinstance(places, bool) or not isinstance(places, int) or places < 1:
-        raise ConfigurationError(f"max_in_flight must be an integer of at least 1, not {places!r}")
-    return places
-
-
-def validate_dollars(name: str, dollars: Decimal | float | str | None) -> Decimal | None:
-    """Give an amount of money, exactly as it is written; None is none.
-
-    Raises:
-        ConfigurationError: It is no amount that could be spent.
-    """
-    if dollars is None:
-        return None
-    try:
-        amount = Decimal(str(dollars))
-    except InvalidOperation:
-        amount = Decimal("NaN")
-    if isinstance(dollars, bool) or not amount.is_finite() or not 0 <= amount <= _MOST_DOLLARS:
-        raise ConfigurationError(f"{name} must be an amount of US dollars, such as 5.00, not {dollars!r}")
-    return amount
-
-
-def _is_this_machine(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _parse_budget(amount: Decimal | float | str | None) -> Decimal | None:
+    return parse_dollars("budget", amount)
+
+
+def _parse_price_guess(amount: Decimal | float | str | None) -> Decimal | None:
+    return parse_dollars("price_guess", amount)
+
+
+def _infinite_if_none(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+# ------------------------------------------------------------------ attrs validators
+
+
+def _validate_max_in_flight(_: Any, field: "attrs.Attribute[Any]", value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{field.name} must be an integer of at least 1, not {value!r}")
+
+
+def _validate_duration(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
+    validate_seconds(field.name, value)
+
+
+def _validate_rate(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
+    if not _is_number(value) or not value > 0:
+        raise ConfigurationError(f"{field.name} must be more than 0, or None for no limit, not {value!r}")
+
+
+def _validate_drain(_: Any, __: "attrs.Attribute[Any]", value: float) -> None:
+    validate_drain(value)
+
+
+def _validate_budget_scope(config: "SessionConfig", field: "attrs.Attribute[Any]", value: object) -> None:
+    if value not in (None, "session", "journal") or (value == "journal" and not config.has_journal):
+        raise ConfigurationError(f"{field.name} must be 'session', or 'journal' if there is a journal, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class SessionConfig:
+    """The settings of a session; `FluxSession` documents each of them.
+
+    Raises:
+        ConfigurationError: A setting is missing or wrong.
+    """
+
+    api_key: str = attrs.field(converter=_read_api_key, repr=False)
+    """None reads the environment."""
+    base_url: str = attrs.field(converter=_read_base_url)
+    """None reads the environment."""
+    max_in_flight: int = attrs.field(validator=_validate_max_in_flight)
+    max_polls_per_second: float = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
+    task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)
+    http_timeout: float = attrs.field(validator=_validate_duration)
+    drain: float = attrs.field(validator=_validate_drain)
+    budget: Decimal | None = attrs.field(converter=_parse_budget)
+    price_guess: Decimal | None = attrs.field(converter=_parse_price_guess)
+    has_journal: bool
+    budget_scope: str | None = attrs.field(validator=_validate_budget_scope)
+
+    @property
+    def budget_limits_journal(self) -> bool:
+        """Whether the budget limits everything in the journal, or only what this session spends."""
+        return self.has_journal and self.budget_scope != "session"

@@ -1,89 +1,97 @@
-"""What can go wrong, as one tree: catch `FluxError` for all of it, or a branch for what you can mend.
+"""The exceptions: one tree, so that `FluxError` catches all of them and each branch what can be handled alike.
 
     FluxError
-     ├── InvalidRequestError        the request is wrong; nothing was sent             (also a ValueError)
-     ├── ConfigurationError         the session can't be set up like this
-     ├── SessionClosedError         the session is not open (any more)
-     ├── TransportError             nothing was answered
-     ├── ProtocolError              answered, but not as the protocol says
-     ├── ResponseError              answered with an error
+     ├── InvalidRequestError        a parameter is wrong; nothing was sent             (also a ValueError)
+     ├── ConfigurationError         a setting of the session is missing or wrong
+     ├── SessionClosedError         the session was not entered, or is closed
+     ├── TransportError             no response: no connection, a reset, a timeout
+     ├── ProtocolError              a response that doesn't follow the protocol
+     ├── ResponseError              an error response
      │    ├── BadRequestError            400, 422
      │    ├── AuthenticationError        401
-     │    ├── InsufficientBalanceError   402, or a 403 that says so
+     │    ├── InsufficientBalanceError   402, or a 403 about the balance
      │    ├── PermissionDeniedError      any other 403
      │    ├── TaskNotFoundError          404
      │    ├── RateLimitedError           429
      │    └── ServerError                5xx
-     ├── TaskFailedError            the service says that the task failed
-     │    └── ContentModeratedError      the same prompt won't pass again
+     ├── TaskFailedError            the service reports that the task failed
+     │    └── ContentModeratedError      moderation refused it; the same request would fail again
      ├── DeadlineExceededError      the task took too long; attach() it later          (also a TimeoutError)
-     ├── SubmissionUncertainError   the submit went out, its answer was lost: it may cost money
-     ├── BudgetExceededError        the budget doesn't allow another picture; nothing was sent
+     ├── SubmissionUncertainError   the response to a submit was lost: a task may exist, and may cost money
+     ├── BudgetExceededError        the budget doesn't allow another image; nothing was sent
      ├── JournalError               the journal can't be read or written
-     ├── WebhookSignatureError      a delivery wasn't signed with the webhook's secret, or is too old
-     └── DownloadError              a picture could not be saved
-          └── ResultExpiredError         its url has expired, and no fresh one is to be had
+     ├── WebhookSignatureError      a webhook's signature is missing or wrong, or it is too old
+     └── DownloadError              an image could not be saved
+          └── ResultExpiredError         its URL has expired, and the service gave no new one
 
-Errors carry facts, not policy: `_retry` reads the facts and decides. All of them can be pickled.
+Errors carry facts, not policy: `_api.retry` reads the facts and decides. All of them can be pickled.
 """
+
+from functools import partial
+from typing import Any
 
 import attrs
 
 
-# Exceptions stay without slots: OSError and ValueError bring layouts of their own, and a FluxError may be both. Those
-# without fields of their own inherit all that attrs makes: making it again costs each 0.4 ms of the import.
+# Exceptions have no slots: OSError and ValueError have layouts of their own, and a FluxError may be either. Classes
+# without fields of their own are not decorated: that would cost 0.4 ms of import time for each.
 @attrs.define(slots=False, eq=False)
 class FluxError(Exception):
-    """Anything that this library raises for a reason of its own."""
+    """The base class of every error that this library raises."""
 
     message: str
     task_id: str | None = attrs.field(default=None, init=False, repr=False)
-    """The task that it is about, if there is one: what is paid for can be attached to later."""
+    """The task that the error is about, if there is one: `session.attach(task_id)` follows it again."""
 
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException's own would pass all fields by position.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init}
+        return partial(type(self), **fields), (), self.__dict__
+
 
 @attrs.define(slots=False, eq=False)
 class InvalidRequestError(FluxError, ValueError):
-    """The request can't be what the caller meant; nothing was sent."""
+    """A parameter is wrong; nothing was sent."""
 
-    field: str
-    """The parameter at fault: a field of `GenerationRequest`, or the argument's name."""
+    field: str = attrs.field(kw_only=True)
+    """The wrong parameter: a field of `GenerationRequest`, or an argument's name."""
 
 
 class ConfigurationError(FluxError):
-    """The session can't work with these settings: no key, a malformed key, an unsafe address, a senseless limit."""
+    """A setting is missing or wrong: no key, a malformed key, an unsafe base_url, a limit out of range."""
 
 
 class SessionClosedError(FluxError):
-    """The session is not open: not yet entered, or closed while something was still waited for."""
+    """The session is not open: it was not entered, or was closed before the outcome was known."""
 
 
 @attrs.define(slots=False, eq=False)
 class TransportError(FluxError):
-    """Nothing was answered: no connection, a reset, a TLS failure, or the request timeout."""
+    """There was no response: no connection, a reset, a TLS failure or a timeout."""
 
-    maybe_sent: bool = True
-    """False when it is certain that not a byte of the call was written."""
+    maybe_sent: bool = attrs.field(default=True, kw_only=True)
+    """False if it is certain that no byte of the HTTP request was written."""
 
 
 class ProtocolError(FluxError):
-    """An answer came, but it is not what the protocol says."""
+    """The response doesn't follow the protocol."""
 
 
 @attrs.define(slots=False, eq=False)
 class ResponseError(FluxError):
-    """The gateway answered and said no: an HTTP error, or a 200 that holds an error and no task id."""
+    """The service responded with an HTTP error, or with a 200 that holds an error and no task id."""
 
-    status: int
+    status: int = attrs.field(kw_only=True)
     """The HTTP status."""
-    code: str | None = None
+    code: str | None = attrs.field(default=None, kw_only=True)
     """The service's own error code, as text."""
-    request_id: str | None = None
-    """What to tell the service's support."""
-    retry_after: float | None = None
-    """Seconds the gateway asked us to wait, if it did."""
+    request_id: str | None = attrs.field(default=None, kw_only=True)
+    """The service's id of the HTTP request, for its support."""
+    retry_after: float | None = attrs.field(default=None, kw_only=True)
+    """Seconds to wait before the next attempt, if the service requested it."""
 
     def __str__(self) -> str:
         code = f", code {self.code}" if self.code else ""
@@ -92,7 +100,7 @@ class ResponseError(FluxError):
 
 
 class BadRequestError(ResponseError):
-    """A parameter is wrong (400, 422)."""
+    """The service refused a parameter (400, 422)."""
 
 
 class AuthenticationError(ResponseError):
@@ -100,68 +108,69 @@ class AuthenticationError(ResponseError):
 
 
 class InsufficientBalanceError(ResponseError):
-    """The account can't pay for another picture (402, or a 403 that says so)."""
+    """The account can't pay for another image (402, or a 403 about the balance)."""
 
 
 class PermissionDeniedError(ResponseError):
-    """The key may not do this (403)."""
+    """The API key may not be used for this (403)."""
 
 
 class TaskNotFoundError(ResponseError):
-    """The service knows no such task (404)."""
+    """The service knows no task with this id (404)."""
 
 
 class RateLimitedError(ResponseError):
-    """Too many calls, or too many tasks in flight (429)."""
+    """Too many HTTP requests, or too many tasks in flight (429)."""
 
 
 class ServerError(ResponseError):
-    """The service's own fault (5xx)."""
+    """The service itself failed (5xx)."""
 
 
 @attrs.define(slots=False, eq=False)
 class TaskFailedError(FluxError):
-    """The service accepted the task and then failed it."""
+    """The service reports that the task failed, or refused its content at the submit."""
 
-    # Always known here, so the type is narrower than the base's.
-    task_id: str  # pyright: ignore[reportIncompatibleVariableOverride]
-    code: str | None = None
+    task_id: str | None = attrs.field(default=None, kw_only=True)
+    """None if the content was refused at the submit."""
+    code: str | None = attrs.field(default=None, kw_only=True)
+    """The service's own error code, as text."""
 
 
 class ContentModeratedError(TaskFailedError):
-    """Moderation refused the prompt, an input image or the result: the same request won't pass again."""
+    """Moderation refused the prompt, an input image or the result; the same request would be refused again."""
 
 
 @attrs.define(slots=False, eq=False)
 class DeadlineExceededError(FluxError, TimeoutError):
-    """The task did not end within the session's `deadline`."""
+    """The task did not end within the session's `task_timeout`."""
 
-    task_id: str | None = None
-    """`session.attach(task_id)` takes it up again later: the work is paid for."""
+    task_id: str | None = attrs.field(default=None, kw_only=True)
+    """`session.attach(task_id)` follows the task again later: it is paid for. None if there is no task yet."""
 
 
 class SubmissionUncertainError(FluxError):
-    """The submit was written and its answer was lost: the task may exist, and may cost money.
+    """A submit was sent and its response was lost: the task may exist, and may cost money.
 
-    It is never repeated by this library; whether to pay a second time is the caller's decision.
+    This library never repeats such a submit; whether to risk a second payment is the caller's decision.
     """
 
 
 class BudgetExceededError(FluxError):
-    """What is spent, plus what tasks in flight will probably cost, leaves too little for another; nothing was sent."""
+    """The budget doesn't allow another image, given what is spent and reserved; nothing was sent."""
 
 
 class JournalError(FluxError):
-    """The journal can't be opened, read or written: its disk, another program, or what is in the file."""
+    """The journal can't be opened, read or written: a disk failure, another program, or an unexpected content."""
 
 
 class WebhookSignatureError(FluxError):
-    """A delivery to a webhook isn't the service's: its signature is missing, malformed or wrong, or it is too old."""
+    """The signature of a webhook is missing, malformed or wrong, or the webhook is too old."""
 
 
 class DownloadError(FluxError):
-    """A picture could not be fetched or written; nothing stands under the target's name."""
+    """An image could not be downloaded or written; there is no file under the target's name."""
 
 
 class ResultExpiredError(DownloadError):
-    """The picture's url has expired and the service gave no fresh one that works."""
+    """The image's URL has expired, and the service gave no new one that works."""

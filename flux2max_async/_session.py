@@ -1,57 +1,45 @@
-"""The session: lifetimes, places in flight, and the face that callers see."""
+"""The session: its lifetime, and the public methods."""
 
 import asyncio
-import math
 import platform
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from decimal import Decimal
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
-import anyio
 import attrs
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import build_poll
 from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
-from flux2max_async._config import (
-    validate_api_key,
-    validate_base_url,
-    validate_dollars,
-    validate_drain,
-    validate_max_in_flight,
-    validate_rate,
-    validate_seconds,
-)
+from flux2max_async._config import SessionConfig, validate_drain
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
-from flux2max_async._exceptions import (
-    ConfigurationError,
-    InvalidRequestError,
-    SessionClosedError,
-)
+from flux2max_async._exceptions import ConfigurationError, InvalidRequestError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest, as_request
-from flux2max_async._models.results import Completed, GeneratedImage, TaskSnapshot
+from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._polling.poller import TaskPoller
+from flux2max_async._polling.poller import PollingContext
 from flux2max_async._polling.schedules import PollSchedule
+from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
-from flux2max_async._tasks.supervisor import Supervisor, closed_error
+from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async._version import __version__
-from flux2max_async.journal import Journal
-from flux2max_async.journal._context import Books, ReusePolicy
-from flux2max_async.journal._entry import EntryState, JournalEntry
-from flux2max_async.journal._record import RequestRecord
-from flux2max_async.journal._serialization import snapshot_from_entry
+from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._protocol import Journal
+from flux2max_async.journal._record_factory import RecordFactory
+from flux2max_async.journal._reuse import ReusePolicy
 from flux2max_async.webhooks._inbox import WebhookInbox
+from flux2max_async.webhooks._registry import WebhookRegistry
 
 T = TypeVar("T")
 
@@ -63,34 +51,35 @@ class FluxSession:
 
     One session holds one connection pool, one in-flight limit and one learned poll schedule: share it, for a whole
     web application or a whole batch. It may be entered in one asyncio task and closed in another, and entered again
-    after it was closed. Closing it ends what is still waited for with `Failed(SessionClosedError)`, quickly, and logs
-    the ids of unfinished tasks in one line.
+    after it was closed, but it is used in one event loop at a time. Closing it ends what is still waited for with
+    `Failed(SessionClosedError)`, quickly, and logs the ids of unfinished tasks in one line.
 
-    A submit is repeated only when it certainly created nothing (no connection, 429, 503), until the deadline, and
-    then the last error is raised. A 429 slows the whole session: submits pause as long as the service says, then one
-    probes at a time. Polls are repeated on any transport error, 408, 429, 5xx, a 404 soon after the submit, and an
+    A submit is repeated only if it certainly created nothing (no connection, 429, 503), until the deadline, and then
+    the last error is raised. A 429 slows the whole session: submits pause as long as the service says, then one at a
+    time probes. Polls are repeated on any transport error, 408, 429, 5xx, a 404 soon after the submit, and an
     unreadable answer (five in a row are a ProtocolError), until the deadline.
 
     Args:
         api_key: The key; else the environment's FLUX2MAX_API_KEY.
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
-        max_in_flight: Places: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
-        schedule: When to poll; a `LearnedSchedule` where none is given.
-        task_timeout: Seconds for a task, from its submit; None waits without limit.
-        max_polls_per_second: Of all tasks together; None sets no limit. Polls become dearer, and so rarer, before it is
-            reached, and for a while after each 429.
-        http_timeout: Seconds for one HTTP exchange, the answer's last byte included.
+        max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
+        schedule: When to poll; by default, a `LearnedSchedule` of the session's own. One that is given is only read and
+            taught; it may serve several sessions.
+        task_timeout: Seconds for a task from its submit to its end; None sets no limit.
+        max_polls_per_second: For all tasks together; None sets no limit. As it is approached, and for a while after
+            each 429, polls cost more and are made less often.
+        http_timeout: Seconds for one HTTP exchange, the last byte of its answer included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
-        webhooks: Takes in the service's webhooks, where your server passes them on; polls then become rare.
-        drain: Seconds that closing gives submitted tasks to end before they are left, as servers do at their shutdown.
-        journal: Where intents, task ids and ends are kept, so that what is asked for again isn't paid for again: a
-            `SqliteJournal`. The session opens and closes it.
-        budget: US dollars. A submit whose probable cost, on top of what is spent and set aside, would pass it, is a
+        webhooks: Receives the service's webhooks from your server; polls then become rare.
+        drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
+        journal: Where intents, task ids and ends are recorded, so that a request that is repeated isn't paid for again:
+            a `SqliteJournal`. The session opens and closes it.
+        budget: US dollars. A submit whose probable cost, on top of what is spent and reserved, would exceed it raises
             BudgetExceededError; nothing is sent.
-        price_guess: US dollars that a request will probably cost, until the first one has told; by default 0.07, and
-            0.03 for each further megapixel of output and input.
-        budget_scope: "session" counts what this session spends, "journal" all that is in the journal, which is the
-            default where there is one.
+        price_guess: US dollars that a request will probably cost, until the first real cost is known; by default 0.07
+            for the first megapixel and 0.03 for each further one of output and input.
+        budget_scope: "session" counts what this session spends, "journal" everything in the journal; the latter is the
+            default if there is a journal.
 
     Raises:
         ConfigurationError: No key, a malformed key, http:// to another host, a senseless limit.
@@ -114,53 +103,70 @@ class FluxSession:
         price_guess: Decimal | float | str | None = None,
         budget_scope: Literal["session", "journal"] | None = None,
     ) -> None:
-        self._max_in_flight = validate_max_in_flight(max_in_flight)
-        self._deadline = math.inf if task_timeout is None else validate_seconds("task_timeout", task_timeout)
-        self._polls_per_second = validate_rate("max_polls_per_second", max_polls_per_second)
+        self._config = config = SessionConfig(
+            api_key=api_key,
+            base_url=base_url,
+            max_in_flight=max_in_flight,
+            task_timeout=task_timeout,
+            max_polls_per_second=max_polls_per_second,
+            http_timeout=http_timeout,
+            drain=drain,
+            budget=budget,
+            price_guess=price_guess,
+            budget_scope=budget_scope,
+            has_journal=journal is not None,
+        )
         if webhooks is not None and not isinstance(webhooks, WebhookInbox):
             raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
-        self._office = webhooks.office if webhooks else None
+        self._dispatcher = webhooks.dispatcher if webhooks else None
         self._transport = Transport(
-            validate_api_key(api_key),
-            validate_base_url(base_url),
+            config.api_key,
+            config.base_url,
             user_agent=_USER_AGENT,
-            timeout=validate_seconds("http_timeout", http_timeout),
+            timeout=config.http_timeout,
             http=http_session,
-            secrets=self._office.secrets if self._office else (),
+            secrets=self._dispatcher.secrets if self._dispatcher else (),
         )
-        self._drain = validate_drain(drain)
-        if budget_scope not in {None, "session", "journal"} or (budget_scope == "journal" and journal is None):
-            raise ConfigurationError(
-                f"budget_scope must be 'session', or 'journal' where there is one, not {budget_scope!r}"
-            )
-        self._books = Books(
-            Budget(validate_dollars("budget", budget), validate_dollars("price_guess", price_guess)),
+        self._journal = journal
+        self._records = RecordFactory(
             journal,
-            whole_journal=journal is not None and budget_scope != "session",
+            Budget(config.budget, config.price_guess),
+            limits_journal=config.budget_limits_journal,
             secrets=self._transport.secrets,
         )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
-        self._downloads = Downloader(self._transport, self._deadline, self.fetch)
+        self._downloader = Downloader(self._transport, config.task_timeout, self.fetch)
         self._supervisor: Supervisor | None = None
 
     # ------------------------------------------------------------------ lifetime
 
     async def __aenter__(self) -> Self:
-        if self._supervisor is not None and not self._supervisor.loop.is_closed():
+        if self._supervisor is not None and not self._supervisor.loop_is_closed:
+            self._supervisor.check_caller()
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        if self._office is not None:
-            self._office.open(self._books.journal, secrets=self._books.secrets, spawn=self._spawn_until_drain)
+        shutdown = Shutdown()
+        if self._dispatcher is not None:
+            spawn = self._spawn_until_drain
+            self._dispatcher.open(shutdown, self._journal, secrets=self._transport.secrets, spawn=spawn)
         try:
-            if self._books.journal is not None:
-                await self._books.journal.open(self._hear, listening=self._office is not None)
+            if self._journal is not None:
+                await self._journal.open(self._on_external_change, watch_changes=self._dispatcher is not None)
         except BaseException:
-            self._stop_listening()
+            self._close_dispatcher()
             raise
-        self._transport.open(self._max_in_flight)
+        self._transport.open(self._config.max_in_flight)
         self._stats.in_flight = self._stats.submitting = 0
-        gateway = ApiClient(self._transport, self._stats, self._max_in_flight, self._polls_per_second)
-        self._supervisor = Supervisor(gateway, self._stats, self._max_in_flight)
+        client = ApiClient(self._transport, self._stats, self._config.max_in_flight, self._config.max_polls_per_second)
+        registry = self._dispatcher.registry if self._dispatcher else WebhookRegistry()
+        registry.in_use = self._dispatcher is not None or self._journal is not None
+        self._supervisor = Supervisor(
+            PollingContext(client, self._schedule, registry, shutdown, self._config.task_timeout),
+            self._stats,
+            self._records,
+            max_in_flight=self._config.max_in_flight,
+            add_webhook=self._dispatcher.add_webhook if self._dispatcher else None,
+        )
         return self
 
     async def __aexit__(
@@ -169,30 +175,19 @@ class FluxSession:
         await self.aclose()
 
     async def aclose(self, *, drain: float | None = None) -> None:
-        """Close the session: what is still waited for ends with SessionClosedError. Doing it twice does no harm.
+        """Close the session: whatever is still waited for ends with SessionClosedError. It may be called twice.
 
         Args:
-            drain: Seconds that submitted tasks get to end first, and the pictures of a `stream(save_to=...)` to be
-                saved, while nothing more is submitted; by default, the session's own. A second call may shorten it.
+            drain: Seconds in which submitted tasks may still end, and the images of a `stream(save_to=...)` be saved,
+                while nothing more is submitted; by default, the session's own. A second call may shorten it.
         """
-        seconds = self._drain if drain is None else validate_drain(drain)
+        seconds = self._config.drain if drain is None else validate_drain(drain)
         supervisor = self._supervisor
-        if supervisor is None or supervisor.loop.is_closed():
+        if supervisor is None or supervisor.loop_is_closed:
             self._supervisor = None
             return
-        supervisor.hasten(seconds)
-        if supervisor.closing is None:
-            supervisor.closing = asyncio.create_task(self._close(supervisor))
-        try:
-            await asyncio.shield(supervisor.closing)
-        except asyncio.CancelledError:
-            if anyio.current_effective_deadline() > -math.inf:
-                raise
-            # In a cancelled scope of anyio nothing else could be waited for; this takes two seconds at most.
-            supervisor.hasten(0.0)
-            with anyio.CancelScope(shield=True):
-                await asyncio.shield(supervisor.closing)
-            raise
+        supervisor.check_caller()
+        await supervisor.shut_down(seconds, lambda: self._close(supervisor))
 
     # ------------------------------------------------------------------ requests
 
@@ -207,24 +202,28 @@ class FluxSession:
     ) -> Completed:
         """Submit one request and wait for it.
 
-        With a journal, what was asked for before, here or in another process, is not paid for again: the same key, or
-        without one the same content, gives the same task.
+        With a journal, what was requested before, here or in another process, is not paid for again: the same key, or
+        without a key the same content, returns the same task.
 
         Cancelling it (a web client that left, `asyncio.timeout`) cancels the wait. A call that is on the wire is
-        finished in the background so that its id is not lost, and the task keeps its place until it ends, since the
+        finished in the background so that its id is not lost, and the task keeps its slot until it ends, since the
         service counts it.
 
         Args:
             request: A prompt, or a whole request.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
-            params: Those of `GenerationRequest`; beside a whole request they replace its own.
+            params: Those of `GenerationRequest`; with a whole request they replace its own.
 
         Raises:
-            FluxError: It came to nothing; the tree in `flux2max_async._exceptions` tells the kinds apart.
+            FluxError: There is no image; `flux2max_async._exceptions` draws the tree of errors.
         """
-        poller = await self._start(as_request(request, **params), ReusePolicy(retry_failed, resubmit_uncertain))
-        return (await _waited_for(poller, poller.ended)).unwrap()
+        request = as_request(request, **params)
+        runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
+        outcome = await _wait(runner, runner.ended)
+        if isinstance(outcome, Failed):
+            raise outcome.error.with_traceback(None)
+        return outcome if outcome.request is request else attrs.evolve(outcome, request=request)
 
     async def submit(
         self,
@@ -235,26 +234,26 @@ class FluxSession:
         resubmit_uncertain: bool = False,
         **params: Any,
     ) -> GenerationTask:
-        """Wait for a free place, submit, and return as soon as the service has given the task an id.
+        """Wait for a free slot, submit, and return as soon as the service has given the task an id.
 
-        With a journal, it gives the task that there is already, as `generate()` does.
-
-        Cancelling it is like cancelling `generate()`.
+        With a journal, it returns the task that exists already, as `generate()` does. Cancelling it is like cancelling
+        `generate()`.
 
         Args:
             request: A prompt, or a whole request.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
-            params: Those of `GenerationRequest`; beside a whole request they replace its own.
+            params: Those of `GenerationRequest`; with a whole request they replace its own.
 
         Raises:
-            FluxError: There is no task, or nobody knows whether there is (SubmissionUncertainError).
+            FluxError: There is no task, or nobody knows whether there is one (SubmissionUncertainError).
         """
-        poller = await self._start(as_request(request, **params), ReusePolicy(retry_failed, resubmit_uncertain))
-        await _waited_for(poller, poller.answered)
-        if poller.task_id is None:
-            poller.ended.result().unwrap()
-        return GenerationTask(poller)
+        request = as_request(request, **params)
+        runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
+        await _wait(runner, runner.answered)
+        if runner.task_id is None:
+            runner.ended.result().unwrap()
+        return GenerationTask(runner)
 
     def stream(
         self,
@@ -268,69 +267,72 @@ class FluxSession:
     ) -> OutcomeStream:
         """Submit lazily (never more than max_in_flight ahead of the consumer) and yield each outcome as it comes.
 
-        A request or task that fails is yielded. What dooms all the rest (AuthenticationError,
-        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a disk on which no picture
-        can be saved) is yielded for the request that met it and stops new submissions; what is already submitted is
-        still polled and yielded, and then the error is raised. The same holds when the source itself raises.
+        A request or task that fails is yielded. What would fail for all the rest (AuthenticationError,
+        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a disk on which no image can
+        be saved) is yielded for the request that met it and stops new submissions; what is already submitted is still
+        polled and yielded, and then the error is raised. The same holds if the source itself raises.
 
-        With a journal, the same list can be streamed again, after whatever has ended the first run: what has ended is
-        yielded at once, what is a task is followed, and only the rest is submitted. A list with repeats stays one.
+        With a journal, the same list can be streamed again, whatever ended the first run: what has ended is yielded at
+        once, what is a task is polled, and only the rest is submitted. A list with repeats keeps its repeats.
 
         Args:
-            requests: Prompts or requests, from anything that can be iterated over; it may be endless. (With a journal,
-                an endless source had better give keys: what has none is counted, which takes memory.)
-            save_to: A folder into which the pictures are saved as soon as their tasks end; `Completed.saved` names the
-                files, or `save_error` tells why there are none. No other picture is ever replaced, and what is there
-                already according to the journal is not fetched again.
-            name: What to call an outcome's pictures, without or with an ending; by default, the request's key or the
-                task's id. Whatever a file's name can't hold is replaced, and further pictures are numbered.
+            requests: Prompts or requests, from any iterable; it may be endless. (With a journal, an endless source
+                should give keys: requests without keys are counted, which takes memory.)
+            save_to: A folder into which the images are saved as soon as their tasks end; `Completed.saved` names the
+                files, or `save_error` tells why some are missing. Saving has a bound of its own, twice
+                max_in_flight, before it holds up new submissions. No existing file is ever replaced, and what is there
+                already according to the journal is not downloaded again.
+            name: Returns the file name for an outcome's images, with or without a suffix; by default, the request's key
+                or the task's id. Characters that a file name can't hold are replaced, further images are numbered.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice; otherwise it is
                 yielded as Failed, with a SubmissionUncertainError.
         """
         if isinstance(requests, (str, GenerationRequest)):
-            raise InvalidRequestError("stream() takes many requests: put a single one into a list", "requests")
+            raise InvalidRequestError("stream() takes many requests: put a single one into a list", field="requests")
         if name is not None and save_to is None:
-            raise InvalidRequestError("name is for the files in save_to: give both", "name")
-        terms = ReusePolicy(
-            retry_failed, resubmit_uncertain, to_be_saved=save_to is not None, occurrences=Counter[str]()
+            raise InvalidRequestError("name is for the files in save_to: give both", field="name")
+        supervisor = self._get_supervisor()
+        supervisor.check_caller()
+        policy = ReusePolicy(
+            retry_failed, resubmit_uncertain, save_images=save_to is not None, occurrences=Counter[str]()
         )
         return OutcomeStream(
             requests,
-            start=lambda request: self._start(request, terms),
-            spawn=self._spawn,
-            ahead=self._max_in_flight,
-            saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloads.fetch),
+            start=partial(supervisor.start_request, policy=policy),
+            spawn=supervisor.spawn,
+            look_ahead=self._config.max_in_flight,
+            saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
+            check_caller=supervisor.check_caller,
         )
 
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
-        """Poll a task that was submitted earlier, here or in another process.
+        """Poll a task that was submitted earlier, here or in another process: at once, and without taking a slot.
 
-        It is looked at at once, with a deadline counted from now, and without taking a place.
+        Its deadline is counted from now. A task that this session follows already is that task: it is not polled twice,
+        and nothing is counted twice. With a journal, its end is recorded there.
 
         Args:
-            task_id: What the service called it.
-            request: What was asked for, if it is known; the outcome will name it.
+            task_id: The service's id of the task.
+            request: What was requested, if it is known; the outcome will name it.
         """
-        supervisor = self._running()
-        poller = self._poller(supervisor, request, _checked_id(task_id))
-        supervisor.follow(poller)
-        return GenerationTask(poller)
+        return GenerationTask(self._get_supervisor().attach(_checked_id(task_id), request))
 
     async def fetch(self, task_id: str, /) -> TaskSnapshot:
-        """Look at a task once, without waiting for anything.
+        """Poll a task once, without waiting for anything.
 
         Raises:
             FluxError: There was no answer, or none that is a task.
         """
-        supervisor = self._running()
-        return await supervisor.host(supervisor.gateway.poll(build_poll(_checked_id(task_id)), task_id))
+        supervisor = self._get_supervisor()
+        supervisor.check_open()
+        return await supervisor.run_foreground(supervisor.client.poll(build_poll(_checked_id(task_id)), task_id))
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
-        """Download a result: streamed, retried, whole or not at all, and without the API key.
+        """Download an image: streamed, retried, whole or not at all, and without the API key.
 
-        When its url has expired, the task is asked once for a fresh one. Folders that are missing are made; a file (or
-        a link) that is there already is replaced in the moment when the new one is whole.
+        If its URL has expired, the task is polled once for a fresh one. Missing folders are created; an existing file
+        or link is replaced in the moment in which the new one is complete.
 
         Args:
             image: One of `Completed.images`.
@@ -340,115 +342,75 @@ class FluxSession:
             The path.
 
         Raises:
-            ResultExpiredError: The url has expired, and so has the fresh one, if there was any.
-            DownloadError: The picture can't be fetched, is larger than 100 MB, or can't be written.
+            ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
+            DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written.
         """
-        return await self._running().host(self._downloads.save(image, Path(path)))
+        supervisor = self._get_supervisor()
+        supervisor.check_open()
+        return await supervisor.run_foreground(self._downloader.save(image, Path(path)))
 
     @property
     def stats(self) -> SessionStats:
-        """The counts so far."""
+        """A copy of the counters."""
         stats = attrs.evolve(self._stats)
         if isinstance(self._schedule, LearnedSchedule):
             stats.median_duration = self._schedule.percentile(50)
             stats.p90_duration = self._schedule.percentile(90)
         return stats
 
-    # ------------------------------------------------------------------ behind the face
+    # ------------------------------------------------------------------ internals
 
     async def _close(self, supervisor: Supervisor) -> None:
-        if self._office is not None:
-            self._office.mail.deaf = True
         try:
             await supervisor.drain()
             await supervisor.close()
         finally:
-            supervisor.abandon()  # where closing is cut short, as by a second Ctrl-C, the ids are left all the same
-            self._stop_listening()
+            supervisor.close_now()  # if closing is cut short, as by a second Ctrl-C, the ids are logged all the same
+            self._close_dispatcher()
             try:
-                if self._books.journal is not None:
-                    await self._books.journal.close()
+                if self._journal is not None:
+                    await self._journal.close()
             finally:
                 await self._transport.close()
                 self._supervisor = None
 
-    def _stop_listening(self) -> None:
-        if self._office is not None:
-            self._office.close()
+    def _close_dispatcher(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.close()
 
-    async def _start(self, request: GenerationRequest, terms: ReusePolicy) -> TaskRunner:
-        self._submitting()
-        # Who is cancelled already stops here; and a source that never waits leaves the event loop room.
-        await asyncio.sleep(0)
-        supervisor = self._submitting()
-        page = RequestRecord(self._books, request, terms) if self._books.needed else None
-        poller = self._poller(supervisor, request, page=page)
-        supervisor.follow(poller)
-        return poller
+    def _check_caller(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.check_caller()
 
-    def _hear(self, entries: list[JournalEntry]) -> None:
-        """Hear from the journal what other processes have done."""
-        if self._supervisor is None or self._supervisor.drained:
-            return
-        for entry in entries:
-            if entry.state is not EntryState.SUBMITTED:
-                if self._office is not None and self._office.mail.listeners(entry.task_id or ""):
-                    self._office.tell(snapshot_from_entry(entry))
-            elif entry.key not in self._supervisor.desk and not self._supervisor.closing:
-                self._inherit(self._supervisor, entry)
+    def _get_supervisor(self) -> Supervisor:
+        if self._supervisor is None:
+            raise closed_error()
+        return self._supervisor
 
-    def _inherit(self, supervisor: Supervisor, entry: JournalEntry) -> None:
-        """Follow what a process that is gone has left behind, so that it ends in the journal whoever asks for it."""
-        poller = self._poller(supervisor, None, entry.task_id, RequestRecord(self._books, None, ReusePolicy(), entry))
-        supervisor.desk[entry.key] = poller
-        supervisor.follow(poller)
+    def _on_external_change(self, entries: list[JournalEntry]) -> None:
+        if self._supervisor is not None:
+            self._supervisor.on_external_change(entries)
 
-    def _poller(
-        self,
-        supervisor: Supervisor,
-        request: GenerationRequest | None,
-        task_id: str | None = None,
-        page: RequestRecord | None = None,
-    ) -> TaskRunner:
-        mail = self._office.mail if self._office else None
-        hooked = self._office.asked(request) if self._office and request and task_id is None else None
-        lookout = TaskPoller(supervisor.gateway, self._schedule, self._deadline, request, mail)
-        return TaskRunner(
-            supervisor.gateway, lookout, request, supervisor.places, task_id, page, supervisor.desk, hooked
-        )
-
-    def _spawn(self, work: Coroutine[Any, Any, None], *, until_drain: bool = False) -> "asyncio.Task[None]":
-        try:
-            return self._running().spawn(work, until_drain=until_drain)
-        except SessionClosedError:
+    def _spawn(self, work: Coroutine[Any, Any, T], *, until_drain: bool = False) -> "asyncio.Task[T]":
+        if self._supervisor is None:
             work.close()
-            raise
+            raise closed_error()
+        return self._supervisor.spawn(work, until_drain=until_drain)
 
     def _spawn_until_drain(self, work: Coroutine[Any, Any, None]) -> None:
         self._spawn(work, until_drain=True)
 
-    def _running(self) -> Supervisor:
-        if self._supervisor is None or self._supervisor.drained:
-            raise closed_error()
-        return self._supervisor
 
-    def _submitting(self) -> Supervisor:
-        supervisor = self._running()
-        if supervisor.closing:
-            raise closed_error()
-        return supervisor
-
-
-async def _waited_for(poller: TaskRunner, future: "asyncio.Future[T]") -> T:
-    """Wait without owning: who is cancelled here withdraws what isn't submitted yet, and nothing else."""
+async def _wait(runner: TaskRunner, future: "asyncio.Future[T]") -> T:
+    """Wait without owning: a caller that is cancelled leaves the runner, and ends nothing else."""
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        poller.withdraw(SessionClosedError("the caller was cancelled before the request was submitted"))
+        runner.leave(SessionClosedError("the caller was cancelled before the request was submitted"))
         raise
 
 
 def _checked_id(task_id: str) -> str:
     if not isinstance(task_id, str) or not task_id:
-        raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", "task_id")
+        raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", field="task_id")
     return task_id

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,27 +12,25 @@ import attrs
 
 from flux2max_async._api.retry import is_disk_failure, is_fatal_for_batch
 from flux2max_async._downloads.saver import ImageSaver
-from flux2max_async._exceptions import FluxError, SessionClosedError
+from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
 
 Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
-
-_UNANSWERED = 5.0
-"""Seconds that leaving a stream waits for the ids of submits that are on the wire."""
-
-
 Start = Callable[[GenerationRequest], Awaitable[TaskRunner]]
-"""Waits for a place, then submits and follows in the background."""
+"""Starts a request and returns its runner, which the stream has joined."""
+
+_ANSWER_TIMEOUT = 5.0
+"""Seconds that closing a stream waits for the ids of submits that are on the wire."""
 
 
 class Spawn(Protocol):
-    """Runs something in the background, as long as the session is open."""
+    """Runs a coroutine in the background as long as the session is open."""
 
-    def __call__(self, work: Coroutine[Any, Any, None], *, until_drain: bool = False) -> "asyncio.Task[None]":
-        """Give the task that runs it; until_drain tells that it might never end by itself."""
+    def __call__(self, work: Coroutine[Any, Any, Any], *, until_drain: bool = False) -> "asyncio.Task[Any]":
+        """Return the task that runs it; `until_drain` if it might never end by itself."""
         ...
 
 
@@ -39,19 +38,31 @@ class OutcomeStream(AsyncIterator[Outcome]):
     """Outcomes in order of completion.
 
     Leaving it early, by `async with` or by dropping it, stops new submissions; what is submitted already is still
-    followed by the session, and `unfinished` names it.
+    polled by the session, and `unfinished` names it.
     """
 
-    def __init__(self, requests: Requests, *, start: Start, spawn: Spawn, ahead: int, saver: ImageSaver | None) -> None:
-        self._feed = _Feed(requests, start, spawn, ahead, saver)
+    def __init__(
+        self,
+        requests: Requests,
+        *,
+        start: Start,
+        spawn: Spawn,
+        look_ahead: int,
+        saver: ImageSaver | None,
+        check_caller: Callable[[], None],
+    ) -> None:
+        self._pipeline = _Pipeline(requests, start, spawn, look_ahead, saver)
+        self._check_caller = check_caller
 
     @property
     def unfinished(self) -> tuple[GenerationTask, ...]:
         """The tasks that were submitted and whose outcome was not delivered."""
-        return tuple(GenerationTask(poller) for poller in self._feed.undelivered if poller.task_id is not None)
+        runners = dict.fromkeys(item.runner for item in self._pipeline.undelivered)
+        return tuple(GenerationTask(runner) for runner in runners if runner.task_id is not None)
 
     async def __anext__(self) -> Outcome:
-        return await self._feed.next()
+        self._check_caller()
+        return await self._pipeline.next()
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,73 +74,109 @@ class OutcomeStream(AsyncIterator[Outcome]):
 
     async def aclose(self) -> None:
         """Stop submitting, and wait briefly until each submit on the wire has its id."""
-        await self._feed.close()
+        self._check_caller()
+        await self._pipeline.close()
 
     def __del__(self) -> None:
-        # Dropped in the middle of a loop: nobody will take what further submissions would cost.
-        if hasattr(self, "_feed"):
-            self._feed.drop()
+        # Dropped in the middle of a loop: nobody would take what further submissions cost.
+        if hasattr(self, "_pipeline"):
+            self._pipeline.drop()
 
 
-class _Feed:
-    """What goes on behind a stream. It doesn't know its stream, so that dropping that is noticed."""
+@attrs.define(eq=False)
+class _Item:
+    """One request of a stream; observes its runner."""
 
-    def __init__(self, requests: Requests, start: Start, spawn: Spawn, ahead: int, saver: ImageSaver | None) -> None:
-        self.undelivered: dict[TaskRunner, None] = {}
+    pipeline: "_Pipeline"
+    request: GenerationRequest
+    runner: TaskRunner
+
+    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
+        """Let the stream pull another request while this one waits for another process."""
+        self.pipeline.look_ahead.release(1 if waiting else -1)
+
+    def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:
+        """Pass the outcome on, to be saved or delivered."""
+        if outcome.request is not self.request:  # equal requests share a runner
+            outcome = attrs.evolve(outcome, request=self.request)
+        self.pipeline.on_ended(self, runner, outcome)
+
+
+class _Pipeline:
+    """What happens behind a stream. It has no reference to the stream, so that dropping the stream is noticed.
+
+    States of the producer: not started (until the first `next()`), pulling, exhausted (the source has ended or
+    failed), stopped (nothing more is submitted, not even what was pulled). After the last outcome `next()` raises `_error`, if
+    there is one. `close()` also stops the delivery.
+
+    Each pulled request is one item, which moves from running over saving, if there is a saver and the task completed,
+    to ready, and then to the consumer. Invariant: every item becomes ready on every path, since its runner ends on every
+    path and the end of its saving is observed by a callback, which is called even if saving is cancelled before its
+    first step. The same holds for the producer.
+    """
+
+    def __init__(
+        self, requests: Requests, start: Start, spawn: Spawn, look_ahead: int, saver: ImageSaver | None
+    ) -> None:
+        self.undelivered: dict[_Item, None] = {}
         """In order of submission."""
+        self.look_ahead = _LookAhead(look_ahead)
         self._start = start
         self._spawn = spawn
         self._saver = saver
-        self._pull = _puller(requests)
-        self._credit = _Credit(ahead)
-        """One for each request that may be pulled before another outcome is delivered."""
-        self._ready: deque[tuple[Outcome, TaskRunner | None]] = deque()
+        self._max_saving = 2 * look_ahead
+        """So many items may be saving without counting as look-ahead: downloads may take as long as tasks do."""
+        self._saving = 0
+        self._has_saved = False
+        """Until one image is on the disk, saving counts as look-ahead: a disk that is full costs no further task."""
+        self._next_request = _source(requests)
+        self._ready: deque[tuple[Outcome, _Item | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
-        self._doom: BaseException | None = None
-        """What to raise after the last outcome."""
-        self._dry = False
-        """Nothing more will be pulled."""
+        self._error: BaseException | None = None
+        self._exhausted = False
         self._stopped = False
-        """Nothing more will be submitted, of what was pulled neither."""
         self._closed = False
-        self._news: asyncio.Event | None = None
+        self._changed: asyncio.Event | None = None
+
+    # ------------------------------------------------------------------ the consumer
 
     async def next(self) -> Outcome:
-        if self._producer is None and not self._dry:
+        if self._producer is None and not self._exhausted:
             self._producer = self._spawn(self._produce(), until_drain=True)
+            self._producer.add_done_callback(self._on_producer_done)
         while not self._closed:
             if self._ready:
-                outcome, poller = self._ready.popleft()
-                if poller is not None:
-                    del self.undelivered[poller]
-                self._credit.give()
+                outcome, item = self._ready.popleft()
+                if item is not None:
+                    del self.undelivered[item]
+                self.look_ahead.release()
                 return outcome
-            if self._dry and not self.undelivered:
+            if self._exhausted and not self.undelivered:
                 break
-            self._news = self._news or asyncio.Event()
-            await self._news.wait()
-        doom, self._doom = self._doom, None
-        if doom is not None:
-            raise doom
+            self._changed = self._changed or asyncio.Event()
+            await self._changed.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         raise StopAsyncIteration
 
-    def stop(self, doom: FluxError | None) -> None:
-        """Submit nothing more; what is submitted already is followed and delivered, and then the doom raised."""
+    def stop(self, error: FluxError | None) -> None:
+        """Submit nothing more; deliver what is submitted already, and then raise the error."""
         if self._stopped:
             return
         self._stopped = True
-        if self._doom is None and not (self._dry and isinstance(doom, SessionClosedError)):
-            self._doom = doom
-        self._dry = True
+        if self._error is None and not (self._exhausted and isinstance(error, SessionClosedError)):
+            self._error = error
+        self._exhausted = True
         if self._producer is not None:
             self._producer.cancel()
-            reason = doom if isinstance(doom, FluxError) else SessionClosedError("the stream was left")
-            for poller in self.undelivered:
-                poller.withdraw(reason)
-        self._tell()
+            reason = error if isinstance(error, FluxError) else SessionClosedError("the stream was closed")
+            for item in self.undelivered:
+                item.runner.leave(reason)
+        self._notify()
 
     def drop(self) -> None:
-        """Stop from wherever the garbage collector runs, which may be another thread, or after the event loop's end."""
+        """Stop from the garbage collector, which may run in another thread, or after the event loop's end."""
         if self._producer is not None:
             with contextlib.suppress(RuntimeError):
                 self._producer.get_loop().call_soon_threadsafe(self.stop, None)
@@ -137,124 +184,150 @@ class _Feed:
     async def close(self) -> None:
         self.stop(None)
         self._closed = True
-        self._doom = None
-        self._tell()
-        if unanswered := [poller.answered for poller in self.undelivered if not poller.answered.done()]:
-            await asyncio.wait(unanswered, timeout=_UNANSWERED)
+        self._error = None
+        self._notify()
+        if unanswered := [item.runner.answered for item in self.undelivered if not item.runner.answered.done()]:
+            await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
+
+    # ------------------------------------------------------------------ the producer
 
     async def _produce(self) -> None:
         request: GenerationRequest | None = None
         try:
             if self._saver is not None:
                 await self._saver.prepare()
-            while True:
-                await self._credit.take()
-                item = await self._pull()
+            while not self._stopped:
+                await self.look_ahead.acquire()
+                pulled = await self._next_request()
                 try:
-                    request = as_request(item)
-                    poller = await self._start(request)
+                    request = as_request(pulled)
+                    item = _Item(self, request, await self._start(request))
                 except FluxError as error:
-                    self._refuse(request, error)
+                    self._reject(request, error)
                 else:
-                    poller.lend = self._credit.give
-                    self.undelivered[poller] = None
-                    poller.when_ended(self._arrived)
+                    self.undelivered[item] = None
+                    item.runner.add_observer(item)
                 request = None
         except StopAsyncIteration:
-            self._dry = True
-            self._tell()
+            self._exhausted = True
+            self._notify()
         except asyncio.CancelledError as cancelled:
             task = asyncio.current_task()
             if task is not None and not task.cancelling():
-                self._source_failed(RuntimeError("the source of the requests was cancelled"), cancelled)
+                self._on_source_failed(RuntimeError("the source of the requests was cancelled"), cancelled)
                 return
-            # Either the stream was stopped, or its session ends.
-            self.stop(SessionClosedError("the session was closed before all requests were submitted"))
-            if request is not None and isinstance(self._doom, FluxError):
-                self._refuse(request, self._doom)
+            self._stop_for_shutdown()
+            if request is not None and isinstance(self._error, FluxError):
+                self._reject(request, self._error)
             raise
         except BaseException as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
-            self._source_failed(error, error.__cause__)
+            self._on_source_failed(error, error.__cause__)
 
-    def _source_failed(self, error: BaseException, cause: BaseException | None) -> None:
-        """End with the source's own error, after all that it gave is delivered."""
+    def _on_producer_done(self, producer: "asyncio.Task[None]") -> None:
+        if producer.cancelled():  # perhaps before its first step
+            self._stop_for_shutdown()
+
+    def _stop_for_shutdown(self) -> None:
+        """Stop because the session drains or closes; if the stream itself has stopped the producer, do nothing."""
+        self.stop(SessionClosedError("the session was closed before all requests were submitted"))
+
+    def _on_source_failed(self, error: BaseException, cause: BaseException | None) -> None:
+        """End with the source's own error, after everything that the source has yielded is delivered."""
         error.__cause__ = cause
-        self._dry = True
-        self._doom = error
-        self._tell()
+        self._exhausted = True
+        self._error = error
+        self._notify()
 
-    def _arrived(self, poller: TaskRunner, outcome: Outcome) -> None:
-        if self._saver is None or isinstance(outcome, Failed):
-            self._deliver(poller, outcome)
-            return
-        try:
-            self._spawn(self._save(self._saver, poller, outcome))
-        except SessionClosedError as error:
-            self._deliver(poller, attrs.evolve(outcome, save_error=error))
-
-    async def _save(self, saver: ImageSaver, poller: TaskRunner, outcome: Completed) -> None:
-        saved = attrs.evolve(outcome, save_error=SessionClosedError("the session was closed before all was saved"))
-        try:
-            saved = await saver.save(outcome, poller.page)
-        finally:
-            if saved.save_error is not None and is_disk_failure(saved.save_error):
-                self.stop(saved.save_error)
-            self._deliver(poller, saved)
-
-    def _deliver(self, poller: TaskRunner, outcome: Outcome) -> None:
-        self._ready.append((outcome, poller))
-        if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
-            self.stop(outcome.error)
-        self._tell()
-
-    def _refuse(self, request: GenerationRequest | None, error: FluxError) -> None:
-        """Deliver a request that was pulled and never submitted: nothing pulled is lost."""
-        self._ready.append((Failed(None, request, error, 0.0, 0), None))
+    def _reject(self, request: GenerationRequest | None, error: FluxError) -> None:
+        """Deliver a request that was pulled and never submitted: nothing that was pulled is lost."""
+        self._ready.append((Failed(request=request, error=error), None))
         if _ends_the_stream(error):
             self.stop(error)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+    # ------------------------------------------------------------------ from the end of a task to its delivery
+
+    def on_ended(self, item: _Item, runner: TaskRunner, outcome: Outcome) -> None:
+        """Save the images of a completed task, if the stream saves, or deliver at once."""
+        if self._saver is None or isinstance(outcome, Failed):
+            self._deliver(item, outcome)
+            return
+        try:
+            saving = self._spawn(self._saver.save(outcome, runner.record))
+        except SessionClosedError as error:
+            self._deliver(item, attrs.evolve(outcome, save_error=error))
+            return
+        # The slot is free again: let the next request be submitted while the images are downloaded.
+        self._saving += 1
+        lent = self._has_saved and self._saving <= self._max_saving
+        self.look_ahead.release(int(lent))
+        saving.add_done_callback(partial(self._on_saved, item, outcome, lent))
+
+    def _on_saved(self, item: _Item, outcome: Completed, lent: bool, saving: "asyncio.Task[Completed]") -> None:  # noqa: FBT001 - bound by partial
+        self._saving -= 1
+        self.look_ahead.release(-int(lent))
+        if saving.cancelled():
+            error = SessionClosedError("the session was closed before all images were saved")
+            outcome = attrs.evolve(outcome, save_error=error)
+        elif (failure := saving.exception()) is not None:
+            unexpected = DownloadError(f"unexpected error while saving: {failure!r}")
+            unexpected.__cause__ = failure
+            outcome = attrs.evolve(outcome, save_error=unexpected)
+        else:
+            outcome = saving.result()
+            self._has_saved = self._has_saved or bool(outcome.saved)
+        if outcome.save_error is not None and is_disk_failure(outcome.save_error):
+            self.stop(outcome.save_error)
+        self._deliver(item, outcome)
+
+    def _deliver(self, item: _Item, outcome: Outcome) -> None:
+        self._ready.append((outcome, item))
+        if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
+            self.stop(outcome.error)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
 
-class _Credit:
-    """How many requests a stream may still pull before another outcome is delivered; below nothing, it is in debt."""
+class _LookAhead:
+    """How many requests a stream may still pull before another outcome is delivered; it may be negative.
 
-    __slots__ = ("_amount", "_given")
+    A semaphore that can be taken back: an item that doesn't hold a slot lends its share to the next request.
+    """
 
-    def __init__(self, amount: int) -> None:
-        self._amount = amount
-        self._given = asyncio.Event()
+    __slots__ = ("_available", "_released")
 
-    async def take(self) -> None:
-        """Wait for one."""
-        while self._amount < 1:
-            self._given.clear()
-            await self._given.wait()
-        self._amount -= 1
+    def __init__(self, available: int) -> None:
+        self._available = available
+        self._released = asyncio.Event()
 
-    def give(self, amount: int = 1) -> None:
-        """Give some, or take what has been given."""
-        self._amount += amount
-        self._given.set()
+    async def acquire(self) -> None:
+        while self._available < 1:
+            self._released.clear()
+            await self._released.wait()
+        self._available -= 1
+
+    def release(self, amount: int = 1) -> None:
+        self._available += amount
+        self._released.set()
 
 
 def _ends_the_stream(error: FluxError) -> bool:
     return is_fatal_for_batch(error) or isinstance(error, SessionClosedError)
 
 
-def _puller(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequest]]:
-    """Give what pulls one more request, and raises StopAsyncIteration at the end."""
+def _source(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequest]]:
+    """Return the coroutine function that yields the next request, and raises StopAsyncIteration at the end."""
     if isinstance(requests, AsyncIterable):
         return aiter(requests).__anext__
     iterator = iter(requests)
 
-    async def pull() -> str | GenerationRequest:
+    async def next_request() -> str | GenerationRequest:
         for request in iterator:
             return request
         raise StopAsyncIteration
 
-    return pull
+    return next_request

@@ -1,4 +1,4 @@
-"""The fixture `flux_emulator` for pytest. Costs nothing until it is asked for: the emulator is imported only then."""
+"""The pytest fixture `flux_emulator`. The emulator is imported only by tests that use the fixture."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def flux_emulator() -> "Iterator[Emulator]":
-    """An emulated FLUX.2 [max] gateway on 127.0.0.1 whose tasks take a tenth of a second.
+    """Return an emulated FLUX.2 [max] service on 127.0.0.1 whose tasks take a tenth of a second.
 
-    It runs in a thread of its own, so it serves synchronous and asynchronous tests, under any plugin, alike.
+    It runs in its own thread, so it serves synchronous and asynchronous tests with any plugin.
     """
-    from flux2max_async.emulator import Emulator  # noqa: PLC0415 - see above
+    from flux2max_async.emulator import Emulator  # noqa: PLC0415 - see the module's docstring
 
-    with Emulator(seconds=0.1, spread=0.0, seed=1) as gateway:
-        yield gateway
+    with Emulator(seconds=0.1, spread=0.0, seed=1) as emulator:
+        yield emulator

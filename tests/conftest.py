@@ -1,4 +1,4 @@
-"""What the tests share: virtual time, an emulated gateway, and a gateway that does as it is told."""
+"""Fixtures that the tests share: virtual time, an emulated gateway, and a scripted gateway."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from anyio.from_thread import start_blocking_portal
 from support.commands import ENVIRONMENT, KEY, Command, Run
 from support.scripted import ScriptedGateway
 from support.virtual_time import VirtualTimeLoop
-from support.webhooks import InboxServer, door
+from support.webhooks import InboxServer, running_inbox_server
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.cli import main
@@ -26,7 +26,7 @@ from flux2max_async.emulator import Emulator
 
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """Every asynchronous test runs on virtual time, unless it says otherwise."""
+    """Run every asynchronous test in virtual time by default."""
     return "asyncio", {"loop_factory": VirtualTimeLoop}
 
 
@@ -37,30 +37,30 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 async def gateway() -> AsyncIterator[Emulator]:
-    """An emulated gateway whose tasks take exactly 8 s."""
+    """Provide an emulated gateway whose tasks take exactly 8 s."""
     async with Emulator(seconds=8.0, spread=0.0, seed=1, pictures=False) as emulator:
         yield emulator
 
 
 @pytest.fixture
 async def session(gateway: Emulator) -> AsyncIterator[FluxSession]:
-    """A session on that gateway, which polls every second."""
+    """Provide a session on that gateway that polls every second."""
     async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as flux:
         yield flux
 
 
 @pytest.fixture
 async def scripted() -> AsyncIterator[ScriptedGateway]:
-    """A gateway that answers each call as its script says, byte by byte."""
-    async with ScriptedGateway() as script:
-        yield script
+    """Provide a gateway whose responses are scripted byte by byte."""
+    async with ScriptedGateway() as gateway:
+        yield gateway
 
 
 @pytest.fixture
-async def at() -> AsyncIterator[InboxServer]:
-    """A server on 127.0.0.1 with an inbox."""
-    async with door() as it:
-        yield it
+async def inbox_server() -> AsyncIterator[InboxServer]:
+    """Provide a server with an inbox on 127.0.0.1."""
+    async with running_inbox_server() as server:
+        yield server
 
 
 # ---------------------------------------------------------------------- the command line
@@ -68,7 +68,7 @@ async def at() -> AsyncIterator[InboxServer]:
 
 @pytest.fixture
 def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Works in an empty folder, in an environment that sets nothing."""
+    """Change to an empty folder, in an environment without any of our variables."""
     for name in ("FLUX2MAX_API_KEY", "FLUX2MAX_BASE_URL", "NO_COLOR", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
@@ -78,7 +78,7 @@ def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Emulator]]:
-    """Starts an emulated service and puts it into the environment."""
+    """Provide a function that starts an emulated service and sets the environment to use it."""
     with contextlib.ExitStack() as stack:
 
         def start(**options: Any) -> Emulator:
@@ -92,7 +92,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Emulator]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
-    """A service that answers as it is told, in the environment."""
+    """Provide a scripted gateway and set the environment to use it."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedGateway()) as gateway:
         monkeypatch.setenv("FLUX2MAX_API_KEY", gateway.api_key)
         monkeypatch.setenv("FLUX2MAX_BASE_URL", gateway.url)
@@ -101,7 +101,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
 
 @pytest.fixture
 def flux2max(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command with its output going to pipes."""
+    """Provide a function that runs the command with its output captured."""
 
     def run(*arguments: str) -> Run:
         monkeypatch.setattr(sys, "argv", ["flux2max", *arguments])
@@ -116,34 +116,34 @@ def flux2max(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def on_terminal(monkeypatch: pytest.MonkeyPatch, flux2max: Command) -> Command:
-    """Runs the command with both its outputs on a terminal of 80 columns."""
-    pty = pytest.importorskip("pty", reason="there are no pseudo terminals here")
+    """Provide a function that runs the command with stdout and stderr on a terminal of 80 columns."""
+    pty = pytest.importorskip("pty", reason="this platform has no pseudo terminals")
 
     def run(*arguments: str) -> Run:
         master, slave = pty.openpty()
-        shown: list[bytes] = []
+        chunks: list[bytes] = []
 
-        def watch() -> None:
-            with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        def read() -> None:
+            with contextlib.suppress(OSError):  # Linux reports the end of the terminal's output as EIO
                 while data := os.read(master, 65_536):
-                    shown.append(data)
+                    chunks.append(data)
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        with os.fdopen(slave, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", screen)
-            patch.setattr(sys, "stderr", screen)
-            done = flux2max(*arguments)
-        watcher.join()
+        reader = threading.Thread(target=read)
+        reader.start()
+        with os.fdopen(slave, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            patch.setattr(sys, "stderr", terminal)
+            result = flux2max(*arguments)
+        reader.join()
         os.close(master)
-        return attrs.evolve(done, out=b"".join(shown).decode())
+        return attrs.evolve(result, out=b"".join(chunks).decode())
 
     return run
 
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """A machine that can't write files of more than a megabyte."""
+    """Limit files that this process writes to one megabyte."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))

@@ -1,4 +1,4 @@
-"""The errors: their tree, their facts, their way through pickle; and the names that the package exports."""
+"""The exceptions: their tree, fields and pickling; and the public names of the package."""
 
 import asyncio
 import copy
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import attrs
 import pytest
 
 import flux2max_async
@@ -65,26 +66,26 @@ PARENTS: dict[type[FluxError], tuple[type[Exception], ...]] = {
     ResultExpiredError: (DownloadError,),
 }
 
-RESPONSE_FACTS: dict[str, object] = {"status": 429, "code": "too_many", "request_id": "r-1", "retry_after": 2.5}
-TASK_FACTS: dict[str, object] = {"task_id": "t1", "code": "boom"}
+RESPONSE_FIELDS: dict[str, object] = {"status": 429, "code": "too_many", "request_id": "r-1", "retry_after": 2.5}
+TASK_FIELDS: dict[str, object] = {"task_id": "t1", "code": "boom"}
 
-FACTS: dict[type[FluxError], dict[str, object]] = {
+FIELDS: dict[type[FluxError], dict[str, object]] = {
     FluxError: {},
     InvalidRequestError: {"field": "width"},
     ConfigurationError: {},
     SessionClosedError: {},
     TransportError: {"maybe_sent": False},
     ProtocolError: {},
-    ResponseError: RESPONSE_FACTS,
-    BadRequestError: RESPONSE_FACTS,
-    AuthenticationError: RESPONSE_FACTS,
-    InsufficientBalanceError: RESPONSE_FACTS,
-    PermissionDeniedError: RESPONSE_FACTS,
-    TaskNotFoundError: RESPONSE_FACTS,
-    RateLimitedError: RESPONSE_FACTS,
-    ServerError: RESPONSE_FACTS,
-    TaskFailedError: TASK_FACTS,
-    ContentModeratedError: TASK_FACTS,
+    ResponseError: RESPONSE_FIELDS,
+    BadRequestError: RESPONSE_FIELDS,
+    AuthenticationError: RESPONSE_FIELDS,
+    InsufficientBalanceError: RESPONSE_FIELDS,
+    PermissionDeniedError: RESPONSE_FIELDS,
+    TaskNotFoundError: RESPONSE_FIELDS,
+    RateLimitedError: RESPONSE_FIELDS,
+    ServerError: RESPONSE_FIELDS,
+    TaskFailedError: TASK_FIELDS,
+    ContentModeratedError: TASK_FIELDS,
     DeadlineExceededError: {"task_id": "t1"},
     SubmissionUncertainError: {},
     BudgetExceededError: {},
@@ -146,59 +147,57 @@ PUBLIC = {
 }
 
 
-def an_error(kind: type[FluxError]) -> FluxError:
-    """Make an error of a kind, with all its facts."""
-    return kind("it went wrong", **FACTS[kind])
+def create_error(error_type: type[FluxError]) -> FluxError:
+    """Return an error of a class, with all its fields."""
+    return error_type("it went wrong", **FIELDS[error_type])
 
 
-def drawn_tree() -> dict[str, str | None]:
-    """Read the tree that the module's docstring draws: each name with its parent's."""
+def documented_tree() -> dict[str, str | None]:
+    """Return the tree in the module's docstring: the parent of each class."""
     tree: dict[str, str | None] = {}
-    above: list[tuple[int, str]] = []
+    ancestors: list[tuple[int, str]] = []
     for line in inspect.getdoc(_exceptions).splitlines():  # type: ignore[union-attr]
-        if found := re.match(r"    ([ │├└─]*)([A-Z][A-Za-z]+Error)\b", line):
-            depth, name = len(found[1]), found[2]
-            while above and above[-1][0] >= depth:
-                above.pop()
-            tree[name] = above[-1][1] if above else None
-            above.append((depth, name))
+        if match := re.match(r"    ([ │├└─]*)([A-Z][A-Za-z]+Error)\b", line):
+            depth, name = len(match[1]), match[2]
+            while ancestors and ancestors[-1][0] >= depth:
+                ancestors.pop()
+            tree[name] = ancestors[-1][1] if ancestors else None
+            ancestors.append((depth, name))
     return tree
 
 
-every_kind = pytest.mark.parametrize("kind", PARENTS, ids=lambda kind: kind.__name__)
+every_class = pytest.mark.parametrize("error_type", PARENTS, ids=lambda error_type: error_type.__name__)
 
 # ---------------------------------------------------------------------- the tree
 
 
-@every_kind
-def test_each_error_stands_where_the_contract_puts_it(kind: type[FluxError]) -> None:
-    """The parents of each error are those that the contract names."""
-    parents = kind.__bases__
-
-    assert parents == PARENTS[kind]
+@every_class
+def test_the_bases_of_an_error_are_part_of_the_api(error_type: type[FluxError]) -> None:
+    """Each class has exactly the documented base classes."""
+    assert error_type.__bases__ == PARENTS[error_type]
 
 
-def test_the_docstring_draws_the_tree_as_it_is() -> None:
-    """The tree in the module's docstring has every error of the module, each below its parent, and nothing else."""
-    defined = [kind for kind in vars(_exceptions).values() if inspect.isclass(kind) and issubclass(kind, FluxError)]
-    tree = {kind.__name__: None if kind is FluxError else kind.__bases__[0].__name__ for kind in defined}
+def test_the_docstring_shows_the_whole_tree() -> None:
+    """The tree in the module's docstring contains every class of the module, below its parent, and nothing else."""
+    defined = [cls for cls in vars(_exceptions).values() if inspect.isclass(cls) and issubclass(cls, FluxError)]
+    tree = {cls.__name__: None if cls is FluxError else cls.__bases__[0].__name__ for cls in defined}
 
-    assert drawn_tree() == tree
+    assert documented_tree() == tree
     assert set(defined) == set(PARENTS)
 
 
 def test_an_invalid_request_is_a_value_error() -> None:
-    """Who catches ValueError around the building of a request catches ours."""
-    error = InvalidRequestError("width must be at least 64", "width")
+    """`except ValueError` catches the error about an invalid parameter."""
+    error = InvalidRequestError("width must be at least 64", field="width")
 
     with pytest.raises(ValueError, match="width must be at least 64"):
         raise error
 
 
 def test_a_missed_deadline_is_a_timeout() -> None:
-    """Who catches TimeoutError, by whichever name, catches ours, and finds the task's id in it."""
+    """`except TimeoutError`, by either of its names, catches the error, which has the task's id."""
     with pytest.raises(asyncio.TimeoutError) as caught:
-        raise DeadlineExceededError("too late", "t1")
+        raise DeadlineExceededError("too late", task_id="t1")
 
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.task_id == "t1"  # type: ignore[attr-defined]
@@ -207,38 +206,38 @@ def test_a_missed_deadline_is_a_timeout() -> None:
 # ---------------------------------------------------------------------- one error
 
 
-@every_kind
-def test_an_error_says_its_message_and_carries_its_facts(kind: type[FluxError]) -> None:
-    """The text of an error begins with its message, and every fact is an attribute."""
-    error = an_error(kind)
+@every_class
+def test_an_error_has_its_message_and_fields(error_type: type[FluxError]) -> None:
+    """The text of an error begins with its message, and every field is an attribute."""
+    error = create_error(error_type)
 
     assert error.message == "it went wrong"
     assert str(error).startswith("it went wrong")
-    assert {name: getattr(error, name) for name in FACTS[kind]} == FACTS[kind]
+    assert {name: getattr(error, name) for name in FIELDS[error_type]} == FIELDS[error_type]
 
 
-@every_kind
-def test_an_error_survives_pickle_and_copy(kind: type[FluxError]) -> None:
-    """What comes back from another process, or from copy, is the same kind with the same message and facts."""
-    error = an_error(kind)
-    twins = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-    twins += [copy.copy(error), copy.deepcopy(error)]
+@every_class
+def test_an_error_survives_pickle_and_copy(error_type: type[FluxError]) -> None:
+    """A copied or unpickled error has the same class, message and fields."""
+    error = create_error(error_type)
+    copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    copies += [copy.copy(error), copy.deepcopy(error)]
 
-    for twin in twins:
-        assert type(twin) is kind
-        assert str(twin) == str(error)
-        assert vars(twin) == vars(error)
-        assert twin.args == error.args
+    for copied in copies:
+        assert type(copied) is error_type
+        assert str(copied) == str(error)
+        assert vars(copied) == vars(error)
+        assert copied.args == error.args
 
 
-@every_kind
-def test_an_error_can_be_raised_chained_and_noted(kind: type[FluxError]) -> None:
-    """An error takes a cause, a note and a traceback, as any exception does."""
-    cause = OSError("the cable")
-    error = an_error(kind)
+@every_class
+def test_an_error_can_be_raised_chained_and_noted(error_type: type[FluxError]) -> None:
+    """An error has a cause, notes and a traceback like any exception."""
+    cause = OSError("disconnected")
+    error = create_error(error_type)
     error.add_note("while testing")
 
-    with pytest.raises(kind) as caught:
+    with pytest.raises(error_type) as caught:
         raise error from cause
 
     assert caught.value is error
@@ -247,19 +246,27 @@ def test_an_error_can_be_raised_chained_and_noted(kind: type[FluxError]) -> None
     assert error.__notes__ == ["while testing"]
 
 
-def test_two_errors_are_two() -> None:
-    """Errors are told apart by what they are, not by what they say, so that they can stand in sets and tracebacks."""
+def test_errors_are_compared_by_identity() -> None:
+    """Two errors with equal messages are not equal, and errors can be members of sets."""
     errors = {FluxError("same"), FluxError("same")}
 
     assert len(errors) == 2
 
 
-def test_facts_that_nobody_knows_are_none() -> None:
-    """Where the service said nothing, the facts are None; a lost call counts as sent until the contrary is certain."""
-    refusal = ResponseError("no", 500)
+@every_class
+def test_only_the_message_is_positional(error_type: type[FluxError]) -> None:
+    """Every field other than the message is keyword-only."""
+    positional = [field.name for field in attrs.fields(error_type) if field.init and not field.kw_only]
 
-    assert (refusal.code, refusal.request_id, refusal.retry_after) == (None, None, None)
-    assert TaskFailedError("no", "t1").code is None
+    assert positional == ["message"]
+
+
+def test_unknown_fields_are_none() -> None:
+    """What the service doesn't report is None; a failed HTTP request counts as sent unless the contrary is certain."""
+    response_error, task_error = ResponseError("no", status=500), TaskFailedError("no")
+
+    assert (response_error.code, response_error.request_id, response_error.retry_after) == (None, None, None)
+    assert (task_error.task_id, task_error.code) == (None, None)
     assert DeadlineExceededError("late").task_id is None
     assert TransportError("lost").maybe_sent is True
 
@@ -267,24 +274,24 @@ def test_facts_that_nobody_knows_are_none() -> None:
 # ---------------------------------------------------------------------- the package
 
 
-def test_the_package_exports_exactly_the_contract() -> None:
-    """`__all__` names what the contract names and nothing more, once each, and each name is there."""
-    found = {name: getattr(flux2max_async, name) for name in flux2max_async.__all__}
+def test_the_package_exports_exactly_the_public_names() -> None:
+    """`__all__` contains each public name once, and nothing else, and each can be imported."""
+    exported = {name: getattr(flux2max_async, name) for name in flux2max_async.__all__}
 
-    assert set(found) == PUBLIC
+    assert set(exported) == PUBLIC
     assert len(flux2max_async.__all__) == len(PUBLIC)
-    assert all(found[kind.__name__] is kind for kind in PARENTS)
+    assert all(exported[error_type.__name__] is error_type for error_type in PARENTS)
     assert set(dir(flux2max_async)) >= PUBLIC
 
 
-def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
-    """A misspelt name is told at once, in Python's own words."""
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A misspelt name is the usual AttributeError of a module."""
     with pytest.raises(AttributeError, match=r"module 'flux2max_async' has no attribute 'FluxSesion'"):
         _ = flux2max_async.FluxSesion
 
 
 def test_importing_the_package_does_not_start_an_http_client() -> None:
-    """The package alone loads neither aiohttp nor anyio; the first public name does, and then all names are there."""
+    """Importing the package imports neither aiohttp nor anyio; the first public name does, and then all are available."""
     script = """
 import json, sys
 import flux2max_async
@@ -301,8 +308,8 @@ print(json.dumps([before, after, sorted(set(flux2max_async.__all__) & set(global
     assert set(names) == PUBLIC
 
 
-def test_the_rooms_that_are_public_needn_t_be_imported() -> None:
-    """`flux2max_async.webhooks` and `flux2max_async.journal` are there as soon as the package is."""
+def test_public_modules_are_attributes_of_the_package() -> None:
+    """`flux2max_async.webhooks` and `flux2max_async.journal` need no import of their own."""
     script = "import flux2max_async as f; print(f.webhooks.verify.__name__, f.journal.SqliteJournal.__name__)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

@@ -1,4 +1,4 @@
-"""The session: its lifetime, its places, who waits for what, and what cancelling does."""
+"""The session: its lifetime, its slots, waiting, and cancellation."""
 
 import asyncio
 import gc
@@ -26,42 +26,44 @@ from flux2max_async import (
     GeneratedImage,
     GenerationRequest,
     InvalidRequestError,
+    Outcome,
     SessionClosedError,
     TaskStatus,
 )
 from flux2max_async._api.codec import HttpRequest
+from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async.emulator import Emulator
 
 
-async def test_many_can_await_one_task(session: FluxSession, gateway: Emulator) -> None:
-    """A task can be awaited many times, at once and later, and cancelling one wait touches no other."""
+async def test_task_is_awaited_many_times(session: FluxSession, gateway: Emulator) -> None:
+    """A task can be awaited many times, and cancelling one wait doesn't affect the others."""
     task = await session.submit("a cat")
-    impatient = asyncio.ensure_future(task.outcome())
+    cancelled_wait = asyncio.ensure_future(task.outcome())
     await anyio.sleep(1)
-    impatient.cancel()
+    cancelled_wait.cancel()
     outcomes = await asyncio.gather(task, task.outcome(), task)
 
-    assert impatient.cancelled()
+    assert cancelled_wait.cancelled()
     assert outcomes[0] is outcomes[1] is outcomes[2] is await task
     assert gateway.accepted["a cat"] == 1
 
 
-async def test_updates_tell_what_is_new(scripted: ScriptedGateway) -> None:
-    """updates() gives the newest snapshot, then each new status or progress, and ends with the task."""
+async def test_updates(scripted: ScriptedGateway) -> None:
+    """updates() yields the newest snapshot, then each new status or progress, and ends with the task."""
     progress = [0.1, 0.1, 0.4, 0.4, 0.4]
     scripted.polls = deque([*(answer(200, running(progress=p)) for p in progress), answer(200, completed())])
     async with session_on(scripted) as session:
         task = await session.submit("a cat")
         await anyio.sleep(2.5)
         seen = [snapshot async for snapshot in task.updates()]
-        again = [snapshot.status async for snapshot in task.updates()]
+        after_the_end = [snapshot.status async for snapshot in task.updates()]
 
     assert [snapshot.progress for snapshot in seen] == [0.1, 0.4, 1.0]
-    assert again == [TaskStatus.COMPLETED]
+    assert after_the_end == [TaskStatus.COMPLETED]
 
 
-async def test_updates_end_with_a_task_that_is_given_up(scripted: ScriptedGateway) -> None:
-    """A task that ends without a last snapshot ends its updates, too."""
+async def test_updates_of_a_timed_out_task(scripted: ScriptedGateway) -> None:
+    """Updates end with a task that ends without a final snapshot."""
     scripted.polls = deque([answer(200, running())])
     async with session_on(scripted, task_timeout=5.0) as session:
         task = await session.submit("a cat")
@@ -70,7 +72,7 @@ async def test_updates_end_with_a_task_that_is_given_up(scripted: ScriptedGatewa
     assert seen == [TaskStatus.IN_PROGRESS]
 
 
-async def test_a_handle_says_what_it_is(session: FluxSession) -> None:
+async def test_handle_repr(session: FluxSession) -> None:
     """A handle shows its id, request and newest snapshot."""
     task = await session.submit("a cat", seed=3)
 
@@ -78,11 +80,11 @@ async def test_a_handle_says_what_it_is(session: FluxSession) -> None:
     assert task.snapshot is not None
     assert task.snapshot.status is TaskStatus.PENDING
     assert repr(task) == f"<GenerationTask {task.id!r} pending>"
-    assert repr(session.attach("t7")) == "<GenerationTask 't7' not seen yet>"
+    assert repr(session.attach("t7")) == "<GenerationTask 't7' not polled yet>"
 
 
-async def test_params_replace_those_of_a_request(session: FluxSession) -> None:
-    """Parameters beside a whole request give a changed copy of it."""
+async def test_params_override_a_request(session: FluxSession) -> None:
+    """Parameters in addition to a request change a copy of it."""
     task = await session.submit(GenerationRequest("a cat", seed=3, width=64), seed=4)
 
     assert task.request == GenerationRequest("a cat", seed=4, width=64)
@@ -91,10 +93,8 @@ async def test_params_replace_those_of_a_request(session: FluxSession) -> None:
 @pytest.mark.parametrize(
     ("bad", "field"), [(7, "request"), ("", "prompt"), (None, "request"), (b"a cat", "request")], ids=repr
 )
-async def test_bad_requests_never_leave_the_house(
-    session: FluxSession, gateway: Emulator, bad: Any, field: str
-) -> None:
-    """What is no request is an error before anything is sent, and takes no place."""
+async def test_invalid_request_is_not_sent(session: FluxSession, gateway: Emulator, bad: Any, field: str) -> None:
+    """An invalid request raises before anything is sent, and takes no slot."""
     with pytest.raises(InvalidRequestError) as caught:
         await session.generate(bad)
 
@@ -103,35 +103,35 @@ async def test_bad_requests_never_leave_the_house(
 
 
 @pytest.mark.parametrize("task_id", ["", None, 5])
-async def test_bad_ids_are_refused(session: FluxSession, task_id: Any) -> None:
-    """attach() and fetch() say so when an id can't be one."""
+async def test_invalid_task_id(session: FluxSession, task_id: Any) -> None:
+    """attach() and fetch() refuse invalid ids."""
     with pytest.raises(InvalidRequestError, match="task_id"):
         session.attach(task_id)
     with pytest.raises(InvalidRequestError, match="task_id"):
         await session.fetch(task_id)
 
 
-# ---------------------------------------------------------------------- places
+# ---------------------------------------------------------------------- slots
 
 
-async def test_places_limit_what_is_in_flight(gateway: Emulator) -> None:
-    """No more tasks than places are ever running, waited for or not."""
+async def test_slots_limit_tasks_in_flight(gateway: Emulator) -> None:
+    """No more tasks than slots are running, whether or not they are awaited."""
     async with FluxSession(
         gateway.api_key, base_url=gateway.url, max_in_flight=3, schedule=FixedSchedule(0.5)
     ) as session:
-        most = 0
+        most_running = 0
         tasks = []
         for _ in range(9):
             tasks.append(await session.submit("a cat"))
-            most = max(most, sum(task.ends > anyio.current_time() for task in gateway.tasks.values()))
+            most_running = max(most_running, sum(task.ends > anyio.current_time() for task in gateway.tasks.values()))
         await asyncio.gather(*tasks)
 
         assert session.stats.in_flight == 0
-    assert most == 3
+    assert most_running == 3
 
 
-async def test_waiting_for_a_place_can_be_cancelled(gateway: Emulator) -> None:
-    """Who is cancelled while waiting for a place has sent nothing and holds no place."""
+async def test_cancelled_while_waiting_for_a_slot(gateway: Emulator) -> None:
+    """A call that is cancelled while it waits for a slot sends nothing and holds no slot."""
     async with FluxSession(gateway.api_key, base_url=gateway.url, max_in_flight=1) as session:
         first = await session.submit("a cat")
         with pytest.raises(TimeoutError):
@@ -143,8 +143,8 @@ async def test_waiting_for_a_place_can_be_cancelled(gateway: Emulator) -> None:
     assert gateway.accepted == {"a cat": 1, "a bird": 1}
 
 
-async def test_stats_count(gateway: Emulator) -> None:
-    """The stats count submits, ends, polls and dollars, and are a copy."""
+async def test_stats(gateway: Emulator) -> None:
+    """Stats count submits, ends, polls and dollars, and are a copy."""
     async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as session:
         before = session.stats
         await session.generate("a cat", width=2048, height=1024)
@@ -156,19 +156,19 @@ async def test_stats_count(gateway: Emulator) -> None:
     assert not failed.ok
     assert before.submitted == 0
     assert (stats.submitted, stats.completed, stats.failed, stats.in_flight) == (3, 1, 1, 1)
-    assert stats.polls == gateway.calls["poll"] - running_task_polls(gateway, running_task.id)
+    assert stats.polls == gateway.calls["poll"] - polls_of(gateway, running_task.id)
     assert stats.spent == Decimal("0.10")
 
 
-def running_task_polls(gateway: Emulator, task_id: str) -> int:
+def polls_of(gateway: Emulator, task_id: str) -> int:
     return gateway.tasks[task_id].polls
 
 
-# ---------------------------------------------------------------------- cancelling
+# ---------------------------------------------------------------------- cancellation
 
 
-async def test_a_cancelled_generate_leaves_its_task_in_its_place(gateway: Emulator) -> None:
-    """Cancelling cancels the wait: the task is polled to its end and keeps its place until then."""
+async def test_cancelled_generate_keeps_its_slot(gateway: Emulator) -> None:
+    """After generate() is cancelled, its task is polled to its end and holds its slot until then."""
     async with FluxSession(
         gateway.api_key, base_url=gateway.url, max_in_flight=1, schedule=FixedSchedule(1.0)
     ) as session:
@@ -182,22 +182,22 @@ async def test_a_cancelled_generate_leaves_its_task_in_its_place(gateway: Emulat
         assert session.stats.completed == 1
 
 
-@pytest.mark.parametrize("verb", ["generate", "submit"])
-async def test_a_call_on_the_wire_is_finished_in_the_background(scripted: ScriptedGateway, verb: str) -> None:
-    """Cancelled during the POST, the answer is still read, so that the id isn't lost, and the task is followed."""
+@pytest.mark.parametrize("method", ["generate", "submit"])
+async def test_submit_in_flight_is_finished_in_the_background(scripted: ScriptedGateway, method: str) -> None:
+    """If a call is cancelled during its POST, the response is still read and the task is polled."""
     scripted.submits = deque([answer(200, {"id": "t1"}, after=3.0)])
     async with session_on(scripted) as session:
         with anyio.move_on_after(1):
-            await getattr(session, verb)("a cat")
-        stats_then = session.stats
+            await getattr(session, method)("a cat")
+        stats_when_cancelled = session.stats
         await anyio.sleep(10)
 
-        assert (stats_then.submitted, session.stats.submitted, session.stats.completed) == (0, 1, 1)
+        assert (stats_when_cancelled.submitted, session.stats.submitted, session.stats.completed) == (0, 1, 1)
     assert len(scripted.of("POST")) == 1
 
 
-async def test_a_cancelled_submit_is_not_sent_again(scripted: ScriptedGateway) -> None:
-    """Cancelled between two tries, nothing more is sent, and the place is free again."""
+async def test_cancelled_between_attempts(scripted: ScriptedGateway) -> None:
+    """A submit that is cancelled between two attempts is not sent again, and releases its slot."""
     scripted.submits = deque([answer(429, b"", [("Retry-After", "20")]), answer(200, {"id": "t1"})])
     async with session_on(scripted, max_in_flight=1) as session:
         with anyio.move_on_after(5):
@@ -209,8 +209,8 @@ async def test_a_cancelled_submit_is_not_sent_again(scripted: ScriptedGateway) -
     assert posts == 1
 
 
-async def test_a_refusal_after_the_caller_left_is_not_repeated(scripted: ScriptedGateway) -> None:
-    """Cancelled during a POST that is then refused, nobody wants it any more: it isn't sent again."""
+async def test_refused_after_cancellation(scripted: ScriptedGateway) -> None:
+    """A POST that is refused after its call was cancelled is not sent again."""
     scripted.submits = deque([answer(429, b"", after=3.0), answer(200, {"id": "t1"})])
     async with session_on(scripted) as session:
         with anyio.move_on_after(1):
@@ -221,8 +221,8 @@ async def test_a_refusal_after_the_caller_left_is_not_repeated(scripted: Scripte
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 7.0])
-async def test_cancelling_at_any_moment_loses_nothing(scripted: ScriptedGateway, moment: float) -> None:
-    """Wherever a generate is cancelled, what was accepted is followed to its end, and the session stays usable."""
+async def test_cancelled_at_any_moment(scripted: ScriptedGateway, moment: float) -> None:
+    """Whenever generate() is cancelled, an accepted task is polled to its end and the session stays usable."""
     scripted.submits = deque([answer(503, b"", after=1.0), answer(200, {"id": "t1"}, after=1.0)])
     scripted.polls = deque([answer(200, running(), after=0.7), answer(200, completed(), after=0.7)])
     async with session_on(scripted, max_in_flight=1) as session:
@@ -240,17 +240,15 @@ async def test_cancelling_at_any_moment_loses_nothing(scripted: ScriptedGateway,
 # ---------------------------------------------------------------------- lifetime
 
 
-async def test_closing_is_quick_and_names_what_is_unfinished(
-    gateway: Emulator, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Closing ends every wait with SessionClosedError at once, and one line names the tasks."""
+async def test_closing_with_unfinished_tasks(gateway: Emulator, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing ends every wait with SessionClosedError at once, and logs the unfinished ids in one line."""
     session = FluxSession(gateway.api_key, base_url=gateway.url, max_in_flight=2)
     async with session:
         first, second = await session.submit("a cat"), await session.submit("a dog")
-        waits = [asyncio.ensure_future(first.outcome()), asyncio.ensure_future(session.generate("no place for me"))]
+        calls = [asyncio.ensure_future(first.outcome()), asyncio.ensure_future(session.generate("waits for a slot"))]
         await anyio.sleep(1)
         started = anyio.current_time()
-    outcome, refused = await asyncio.gather(*waits, return_exceptions=True)
+    outcome, refused = await asyncio.gather(*calls, return_exceptions=True)
 
     assert anyio.current_time() - started < 0.1
     assert isinstance(outcome, Failed)
@@ -263,21 +261,23 @@ async def test_closing_is_quick_and_names_what_is_unfinished(
     assert gateway.calls["submit"] == 2
 
 
-async def test_closing_waits_a_moment_for_an_id(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
-    """A submit that is answered a second after the session began to close is named in the log."""
-    scripted.submits = deque([answer(200, {"id": "late-one"}, after=1.0)])
+async def test_closing_waits_for_a_submit_in_flight(
+    scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A submit that is answered within a second of closing is logged with its id."""
+    scripted.submits = deque([answer(200, {"id": "late-1"}, after=1.0)])
     session = session_on(scripted)
     async with session:
         wait = asyncio.ensure_future(session.generate("a cat"))
         await anyio.sleep(0.5)
-    with pytest.raises(SessionClosedError, match="late-one"):
+    with pytest.raises(SessionClosedError, match="late-1"):
         await wait
 
-    assert "session closed; unfinished tasks: late-one" in caplog.text
+    assert "session closed; unfinished tasks: late-1" in caplog.text
 
 
-async def test_closing_does_not_wait_for_ever(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
-    """A submit that is never answered holds up closing for two seconds at most, and is said to be uncertain."""
+async def test_closing_with_a_hanging_submit(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
+    """A submit that is never answered delays closing by at most two seconds, and is logged as uncertain."""
     scripted.submits = deque([hang])
     session = session_on(scripted)
     async with session:
@@ -291,8 +291,8 @@ async def test_closing_does_not_wait_for_ever(scripted: ScriptedGateway, caplog:
     assert "a submit without an answer" in caplog.text
 
 
-async def test_a_closed_session_says_so(gateway: Emulator) -> None:
-    """Before it is entered and after it is closed, a session refuses to work, and closing it again does no harm."""
+async def test_closed_session(gateway: Emulator) -> None:
+    """A session refuses to work before it is entered and after it is closed; closing it twice is harmless."""
     session = FluxSession(gateway.api_key, base_url=gateway.url)
     with pytest.raises(SessionClosedError):
         await session.generate("a cat")
@@ -310,16 +310,16 @@ async def test_a_closed_session_says_so(gateway: Emulator) -> None:
         await anext(stream)
 
 
-async def test_a_session_is_entered_once_at_a_time(session: FluxSession) -> None:
-    """Entering a session that is open already is a mistake that is named."""
+async def test_session_is_entered_twice(session: FluxSession) -> None:
+    """Entering an open session raises SessionClosedError."""
     with pytest.raises(SessionClosedError, match="open already"):
         await session.__aenter__()
 
     assert (await session.generate("still works")).ok
 
 
-async def test_a_session_may_be_entered_and_left_in_different_tasks(gateway: Emulator) -> None:
-    """Fixtures and lifespans enter in one asyncio task and leave in another."""
+async def test_entered_and_closed_in_different_tasks(gateway: Emulator) -> None:
+    """A session may be entered in one asyncio task and closed in another, as fixtures and lifespans do."""
     session = FluxSession(gateway.api_key, base_url=gateway.url)
     await asyncio.create_task(session.__aenter__())
     outcome = await asyncio.create_task(session.generate("a cat"))
@@ -328,16 +328,16 @@ async def test_a_session_may_be_entered_and_left_in_different_tasks(gateway: Emu
     assert outcome.ok
 
 
-async def test_the_callers_own_errors_pass_unwrapped(gateway: Emulator) -> None:
-    """An error raised inside the session comes out as itself, not in an exception group."""
+async def test_errors_of_the_caller_are_not_wrapped(gateway: Emulator) -> None:
+    """An error raised inside the session is not wrapped in an exception group."""
     with pytest.raises(KeyError, match="mine"):
         async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
             await session.submit("a cat")
             raise KeyError("mine")
 
 
-async def test_closing_leaves_nothing_behind(gateway: Emulator) -> None:
-    """After closing, no asyncio task of ours is left, whatever was going on."""
+async def test_closing_leaves_no_asyncio_tasks(gateway: Emulator) -> None:
+    """After closing, none of the library's asyncio tasks is left."""
     before = asyncio.all_tasks()
     async with FluxSession(gateway.api_key, base_url=gateway.url, max_in_flight=2) as session:
         stream = session.stream(f"a cat {n}" for n in range(9))
@@ -349,8 +349,8 @@ async def test_closing_leaves_nothing_behind(gateway: Emulator) -> None:
 
 
 @pytest.mark.parametrize("loop_factory", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_one_session_serves_two_event_loops_one_after_the_other(loop_factory: Any) -> None:
-    """A session that was closed can be entered again, on another event loop, also uvloop's; its counts go on."""
+def test_session_on_two_event_loops(loop_factory: Any) -> None:
+    """A closed session can be entered on another event loop, including uvloop's; its counts continue."""
     with Emulator(seconds=0.05, spread=0.0, pictures=False) as gateway:
         session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(0.05))
 
@@ -365,12 +365,12 @@ def test_one_session_serves_two_event_loops_one_after_the_other(loop_factory: An
         assert session.stats.completed == 2
 
 
-def test_a_session_survives_a_loop_that_was_torn_down() -> None:
+def test_session_after_its_loop_ended() -> None:
     """A session whose event loop ended without closing it can be entered on the next one."""
     with Emulator(seconds=0.05, spread=0.0, pictures=False) as gateway:
         session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(0.05))
 
-        async def torn() -> None:
+        async def enter_only() -> None:
             await session.__aenter__()
             await session._transport.close()
 
@@ -378,13 +378,13 @@ def test_a_session_survives_a_loop_that_was_torn_down() -> None:
             async with session:
                 return await session.generate("a cat")
 
-        asyncio.run(torn())
+        asyncio.run(enter_only())
 
         assert asyncio.run(main()).ok
 
 
-async def test_a_borrowed_session_that_was_closed_is_said_to_be(scripted: ScriptedGateway) -> None:
-    """A borrowed aiohttp session that somebody closed is a SessionClosedError, and nothing is sent."""
+async def test_closed_http_session(scripted: ScriptedGateway) -> None:
+    """A borrowed aiohttp session that is closed raises SessionClosedError, and nothing is sent."""
     http = aiohttp.ClientSession()
     async with session_on(scripted, http_session=http) as session:
         await http.close()
@@ -397,14 +397,14 @@ async def test_a_borrowed_session_that_was_closed_is_said_to_be(scripted: Script
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        pytest.param({"max_in_flight": 0}, "max_in_flight", id="no places"),
+        pytest.param({"max_in_flight": 0}, "max_in_flight", id="no slots"),
         pytest.param({"task_timeout": 0}, "task_timeout", id="no time"),
-        pytest.param({"http_timeout": -1}, "http_timeout", id="less than no time"),
+        pytest.param({"http_timeout": -1}, "http_timeout", id="negative time"),
         pytest.param({"base_url": "http://example.com"}, "https", id="plain http"),
     ],
 )
-def test_a_senseless_session_is_never_made(options: dict[str, Any], named: str) -> None:
-    """Wrong settings are a ConfigurationError that names them, when the session is made."""
+def test_invalid_settings(options: dict[str, Any], named: str) -> None:
+    """Invalid settings are a ConfigurationError that names them, when the session is created."""
     with pytest.raises(ConfigurationError, match=named):
         FluxSession("key", **options)
 
@@ -412,8 +412,8 @@ def test_a_senseless_session_is_never_made(options: dict[str, Any], named: str) 
 # ---------------------------------------------------------------------- logging and secrets
 
 
-async def test_one_line_per_task(session: FluxSession, caplog: pytest.LogCaptureFixture) -> None:
-    """At INFO there is one line for each task when it ends, with its id, seconds and polls."""
+async def test_one_log_line_per_task(session: FluxSession, caplog: pytest.LogCaptureFixture) -> None:
+    """At INFO, there is one line for each task when it ends, with its id, seconds and polls."""
     good = await session.submit("a cat")
     bad = await session.submit("a dog [fail]")
     await asyncio.gather(good.outcome(), bad.outcome())
@@ -425,35 +425,35 @@ async def test_one_line_per_task(session: FluxSession, caplog: pytest.LogCapture
     assert all("polls" in line for line in lines)
 
 
-async def test_secrets_are_never_shown(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither the key nor a webhook secret is in any log line, error, repr or stats, even when the service echoes it."""
+async def test_secrets_are_masked(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the key nor a webhook secret is in any log, error, repr or stats, even if the service echoes it."""
     secret = "s3cret-of-the-hook"
     echo = {"error": {"code": "x", "message": f"wrong: {scripted.api_key} and {secret}"}}
     scripted.submits = deque([answer(400, echo), hang, answer(200, {"id": "t1"})])
     scripted.polls = deque([answer(500, echo), answer(401, {"message": f"bad key {scripted.api_key}"})])
-    shown = []
+    texts = []
     async with session_on(scripted) as session:
         for _ in range(3):
             task = None
             try:
                 task = await session.submit("a cat", webhook_url="https://app.example/hook", webhook_secret=secret)
-                shown.append(repr(await task.outcome()))
+                texts.append(repr(await task.outcome()))
                 await task
             except Exception as error:
                 while error is not None:
-                    shown.append(f"{error!r} {error} {vars(error)}")
+                    texts.append(f"{error!r} {error} {vars(error)}")
                     error = error.__cause__ or error.__context__  # type: ignore[assignment]
-            shown += [repr(task), repr(task and task.request)]
-        shown += [repr(session), repr(session.stats), repr(vars(session).keys())]
-    text = "\n".join([*shown, caplog.text])
+            texts += [repr(task), repr(task and task.request)]
+        texts += [repr(session), repr(session.stats), repr(vars(session).keys())]
+    text = "\n".join([*texts, caplog.text])
 
     assert "***" in text
     assert scripted.api_key not in text
     assert secret not in text
 
 
-async def test_a_real_clock_works_too() -> None:
-    """The fixture's virtual time is no condition: the same works against the wall clock, in a thread's gateway."""
+async def test_real_time() -> None:
+    """The session works in real time, with a gateway in another thread."""
     with Emulator(seconds=0.2, spread=0.0, pictures=False) as gateway:
 
         async def main() -> Completed:
@@ -468,13 +468,13 @@ async def test_a_real_clock_works_too() -> None:
     gc.collect()
 
 
-# ---------------------------------------------------------------------- hard exits
+# ---------------------------------------------------------------------- closing under adverse conditions
 
 
-async def test_closing_under_a_cancelled_scope_still_waits_for_an_id(
+async def test_closing_in_a_cancelled_scope_waits_for_a_submit(
     scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A session that is left because an anyio scope was cancelled gives a submit on the wire its moment, too."""
+    """A session closed by a cancelled anyio scope waits for a submit in flight as well."""
     scripted.submits = deque([answer(200, {"id": "paid-1"}, after=1.5)])
     with anyio.move_on_after(1):
         async with session_on(scripted) as session:
@@ -484,10 +484,10 @@ async def test_closing_under_a_cancelled_scope_still_waits_for_an_id(
 
 
 @pytest.mark.parametrize("steps", range(8))
-async def test_a_cancelled_close_still_names_the_unfinished(
+async def test_cancelled_close_logs_unfinished_tasks(
     scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
-    """However soon closing is cancelled itself, the ids of paid tasks are in the log, and a second close ends it."""
+    """If closing is cancelled, the ids of paid tasks are still logged, and a second close completes it."""
     scripted.polls = deque([answer(200, running())])
     session = session_on(scripted)
     await session.__aenter__()
@@ -502,8 +502,8 @@ async def test_a_cancelled_close_still_names_the_unfinished(
     assert "session closed; unfinished tasks: t1" in caplog.text
 
 
-async def test_closing_twice_at_once_waits_for_the_same_end(scripted: ScriptedGateway) -> None:
-    """A second close waits for the first, and between them the session refuses work and can't be entered."""
+async def test_concurrent_closes(scripted: ScriptedGateway) -> None:
+    """A second close waits for the first; meanwhile, the session refuses work and can't be entered."""
     scripted.submits = deque([hang])
     session = session_on(scripted)
     await session.__aenter__()
@@ -526,21 +526,21 @@ async def test_closing_twice_at_once_waits_for_the_same_end(scripted: ScriptedGa
 
 
 @pytest.mark.parametrize("task_timeout", [20.0, None])
-async def test_closing_ends_saves_and_fetches(
+async def test_closing_interrupts_saves_and_fetches(
     scripted: ScriptedGateway, tmp_path: Path, task_timeout: float | None
 ) -> None:
-    """A download or a look that is under way when the session is closed ends at once, and leaves no file."""
+    """A download or fetch in progress ends at once when the session is closed, and leaves no file."""
     scripted.polls = deque([hang])
     scripted.downloads = deque([raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", then="hang")])
-    image = GeneratedImage(f"{scripted.url}/0.jpeg", "image", "t1")
+    image = GeneratedImage(url=f"{scripted.url}/0.jpeg", type="image", task_id="t1")
     async with session_on(scripted, task_timeout=task_timeout) as session:
-        waits = [
+        calls = [
             asyncio.ensure_future(session.save(image, tmp_path / "a.jpeg")),
             asyncio.ensure_future(session.fetch("t1")),
         ]
         await anyio.sleep(1)
         started = anyio.current_time()
-    results = await asyncio.gather(*waits, return_exceptions=True)
+    results = await asyncio.gather(*calls, return_exceptions=True)
 
     assert anyio.current_time() - started < 0.1
     assert [type(result) for result in results] == [SessionClosedError, SessionClosedError]
@@ -548,8 +548,8 @@ async def test_closing_ends_saves_and_fetches(
 
 
 @pytest.mark.parametrize("behaviour", [answer(401, b""), answer(302, b""), answer(404, b"")], ids=["401", "302", "404"])
-async def test_every_error_about_a_paid_task_names_it(scripted: ScriptedGateway, behaviour: Any) -> None:
-    """Whatever ends the polling of a task, the error that generate() raises knows the task's id."""
+async def test_polling_errors_have_the_task_id(scripted: ScriptedGateway, behaviour: Any) -> None:
+    """Any error that ends the polling of a task has its id."""
     scripted.polls = deque([behaviour])
     async with session_on(scripted) as session:
         with pytest.raises(FluxError) as caught:
@@ -558,8 +558,8 @@ async def test_every_error_about_a_paid_task_names_it(scripted: ScriptedGateway,
     assert caught.value.task_id == "t1"
 
 
-async def test_failed_outcomes_hold_no_bodies(scripted: ScriptedGateway) -> None:
-    """Keeping the outcomes of a batch doesn't keep the pictures that were sent with it."""
+async def test_failed_outcomes_hold_no_request_bodies(scripted: ScriptedGateway) -> None:
+    """Failed outcomes keep no reference to the encoded input images."""
     scripted.submits = deque([answer(429, b""), answer(400, b"")])
     data = b"\x89PNG\r\n\x1a\n" + bytes(1_000_000)
     async with session_on(scripted) as session:
@@ -567,14 +567,14 @@ async def test_failed_outcomes_hold_no_bodies(scripted: ScriptedGateway) -> None
         await asyncio.wait([task])
         error = task.exception()
         gc.collect()
-        calls = [thing for thing in gc.get_objects() if isinstance(thing, HttpRequest) and thing.method == "POST"]
+        http_requests = [item for item in gc.get_objects() if isinstance(item, HttpRequest) and item.method == "POST"]
 
     assert isinstance(error, FluxError)
-    assert calls == []
+    assert http_requests == []
 
 
-async def test_an_attached_task_of_a_lost_loop_is_not_counted_for_ever(scripted: ScriptedGateway) -> None:
-    """Entering a session anew counts what is in flight from nothing."""
+async def test_in_flight_is_reset_on_enter(scripted: ScriptedGateway) -> None:
+    """Entering a session resets the number of tasks in flight."""
     session = session_on(scripted)
     async with session:
         session._stats.in_flight = 7
@@ -582,8 +582,8 @@ async def test_an_attached_task_of_a_lost_loop_is_not_counted_for_ever(scripted:
         assert session.stats.in_flight == 0
 
 
-def test_closing_after_the_loop_has_gone_is_no_error() -> None:
-    """A session whose event loop was closed under it can be closed on another one."""
+def test_closing_on_another_loop() -> None:
+    """A session whose event loop was closed can be closed on another one."""
     session = FluxSession("key", base_url="http://127.0.0.1:1")
     loop = asyncio.new_event_loop()
     loop.run_until_complete(session.__aenter__())
@@ -596,10 +596,8 @@ def test_closing_after_the_loop_has_gone_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("steps", range(10))
-async def test_a_request_withdrawn_in_its_first_moments_is_never_half_there(
-    scripted: ScriptedGateway, steps: int
-) -> None:
-    """Cancelled within the first steps of the event loop, a request is either not sent, or sent and followed."""
+async def test_cancelled_within_the_first_steps(scripted: ScriptedGateway, steps: int) -> None:
+    """A request that is cancelled within the first steps of the event loop is not sent, or sent and polled."""
     async with session_on(scripted) as session:
         call = asyncio.ensure_future(session.generate("a cat"))
         for _ in range(steps):
@@ -613,11 +611,22 @@ async def test_a_request_withdrawn_in_its_first_moments_is_never_half_there(
     assert stats.in_flight == 0
 
 
-async def test_who_asks_after_the_end_is_told_at_once(session: FluxSession) -> None:
-    """A listener that comes when the task has ended hears the outcome all the same."""
+async def test_an_observer_after_the_end_is_called_at_once(session: FluxSession) -> None:
+    """An observer that is added when the task has ended receives the outcome all the same."""
     task = await session.submit("a cat")
     outcome = await task.outcome()
-    heard: list[object] = []
-    task._poller.when_ended(lambda _, told: heard.append(told))
+    observer = _Observer()
+    task._runner.add_observer(observer)
 
-    assert heard == [outcome]
+    assert observer.outcomes == [outcome]
+
+
+class _Observer:
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
+        raise AssertionError
+
+    def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)

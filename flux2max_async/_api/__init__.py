@@ -1,1 +1,1 @@
-"""The HTTP API: one call, its retries and its limits."""
+"""The HTTP API of the service: exchanges, formats, errors, retries and limits."""

@@ -1,10 +1,10 @@
-"""How many polls all tasks together may make, and how much dearer that makes each of them.
+"""The limit for the polls of a session: a token bucket, and a poll cost that rises before the bucket is empty.
 
-Two things keep the polls of a session within its budget. A token bucket holds back what is too much, first come,
-first served; nobody is passed over. And before the bucket runs dry, polls become dearer: at its best moments a task is
-polled in inverse proportion to the root of the price, so polls that come f times too often want f² times the price.
+The bucket delays polls beyond the limit, in the order in which they are reserved. Before it is empty, the cost of a
+poll rises, so that schedules poll less often. A schedule polls at a rate that is inversely proportional to the square
+root of the cost, so a rate that is f times too high needs f² times the cost.
 
-Moments and durations are seconds on one clock that the caller reads.
+All times are seconds on one clock, which the caller reads.
 """
 
 import math
@@ -12,58 +12,62 @@ import math
 import attrs
 
 _WINDOW = 1.0
-"""Polls are counted for so long before the price is looked at again."""
-_FULL = 0.9
-"""The price aims at so much of the budget: the bucket is for bursts."""
-_STEP = 2.0
-"""However many come, the price follows as if they were at most so many times too many, or too few."""
-_FORGET = 10.0
-"""After so long without a poll there is no crowd any more."""
-_STRAIN = 3.0
-"""Refused polls and submits make polls at most so many times dearer than they are, ..."""
-_RELIEF = 30.0
-"""... which halves in so many seconds."""
+"""Seconds over which the rate of polls is measured before the load is adjusted."""
+_TARGET_UTILIZATION = 0.9
+"""The rate that the load aims at, as a fraction of the limit; the rest of the bucket serves bursts."""
+_MAX_RATE_RATIO = 2.0
+"""Limits one adjustment of the load, as if the rate were off by at most this factor."""
+_IDLE_RESET = 10.0
+"""Seconds without a poll after which the load is reset."""
+_MAX_BACKPRESSURE = 3.0
+"""The cost is raised to at most 1 + this by refusals."""
+_BACKPRESSURE_HALF_LIFE = 30.0
+"""Seconds."""
+_COST_STEP = 1.5
+"""The cost factor is a power of this, because schedules compute their polls anew for each value of it."""
 
 
 @attrs.define
 class PollLimiter:
-    """One budget for all pollers.
+    """The poll limit of one session.
 
     Args:
-        per_second: The most polls that all tasks together make; infinite for no limit. Those of a
-            second may come at once.
+        max_per_second: Maximum number of polls per second; infinite for no limit. The bucket holds those of one second.
     """
 
-    per_second: float
-    _next: float = attrs.field(default=-math.inf, init=False)
-    """The moment of the next token, had nobody ever waited."""
-    _since: float = attrs.field(default=-math.inf, init=False)
-    _count: int = attrs.field(default=0, init=False)
-    """Polls booked since then."""
-    _crowding: float = attrs.field(default=1.0, init=False)
-    _strain: float = attrs.field(default=0.0, init=False)
-    _strained_at: float = attrs.field(default=0.0, init=False)
+    max_per_second: float
+    _next_token: float = attrs.field(default=-math.inf, init=False)
+    """When the most recently reserved token becomes available."""
+    _window_start: float = attrs.field(default=-math.inf, init=False)
+    _window_polls: int = attrs.field(default=0, init=False)
+    _load: float = attrs.field(default=1.0, init=False)
+    """The cost factor that keeps the rate at its target; at least 1."""
+    _backpressure: float = attrs.field(default=0.0, init=False)
+    """The part of the cost factor that refusals add, as of `_backpressure_time`."""
+    _backpressure_time: float = attrs.field(default=0.0, init=False)
 
     def book(self, now: float) -> float:
-        """Book one poll; gives the seconds until it may be made."""
-        if now - self._since >= _WINDOW:
-            much = self._count / (now - self._since) / (_FULL * self.per_second)
-            self._crowding = max(self._crowding * min(max(much, 1 / _STEP), _STEP) ** 2, 1.0)
-            if now - self._since > _FORGET:
-                self._crowding = 1.0
-            self._since, self._count = now, 0
-        self._count += 1
-        self._next = max(self._next, now - 1.0) + 1 / self.per_second
-        return max(self._next - now, 0.0)
+        """Reserve one poll; return the seconds until it may be sent."""
+        window = now - self._window_start
+        if window >= _WINDOW:
+            rate_ratio = self._window_polls / window / (_TARGET_UTILIZATION * self.max_per_second)
+            self._load = max(self._load * min(max(rate_ratio, 1 / _MAX_RATE_RATIO), _MAX_RATE_RATIO) ** 2, 1.0)
+            if window > _IDLE_RESET:
+                self._load = 1.0
+            self._window_start, self._window_polls = now, 0
+        self._window_polls += 1
+        self._next_token = max(self._next_token, now - 1.0) + 1 / self.max_per_second
+        return max(self._next_token - now, 0.0)
 
     def refused(self, now: float) -> None:
-        """The service said that something was too much."""
-        self._strain = min(self._strain_at(now) + 1, _STRAIN)
-        self._strained_at = now
+        """Record that the service refused a submit or a poll with 429."""
+        self._backpressure = min(self._backpressure_at(now) + 1, _MAX_BACKPRESSURE)
+        self._backpressure_time = now
 
     def cost_factor(self, now: float) -> float:
-        """Tell how many times as dear as usual a poll is, in steps: for each the schedule finds its looks anew."""
-        return math.pow(1.5, round(math.log(self._crowding * (1 + self._strain_at(now)), 1.5)))
+        """Return how many times its normal cost a poll has now, rounded to a power of 1.5."""
+        factor = self._load * (1 + self._backpressure_at(now))
+        return math.pow(_COST_STEP, round(math.log(factor, _COST_STEP)))
 
-    def _strain_at(self, now: float) -> float:
-        return self._strain * math.exp2(-(now - self._strained_at) / _RELIEF)
+    def _backpressure_at(self, now: float) -> float:
+        return self._backpressure * math.exp2(-(now - self._backpressure_time) / _BACKPRESSURE_HALF_LIFE)

@@ -1,4 +1,4 @@
-"""Whether the same call may be made again, and after how long: facts in, decisions out."""
+"""The retry policy: whether a request may be sent again, and after which delay. Pure functions of the error."""
 
 import errno
 
@@ -18,19 +18,24 @@ from flux2max_async._exceptions import (
     TransportError,
 )
 
-NOT_VISIBLE_YET = 30.0
-"""For so many seconds after its submit, a task that the service doesn't know is only not visible yet."""
+NOT_FOUND_GRACE_PERIOD = 30.0
+"""Seconds after a submit during which a 404 may only mean that the new task is not visible yet."""
 
 _BASE_DELAY = 0.5
+"""Seconds."""
 _MAX_DELAY = 15.0
+"""Seconds."""
+_DISK_ERRNOS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR)
+)
 
 
 def may_submit_again(error: FluxError) -> bool:
-    """Tell whether it is certain that the same submit can't buy a second picture."""
+    """Return whether the failed submit has certainly created no task, so that a retry can't be paid for twice."""
     match error:
         case RateLimitedError():
             return True
-        case ServerError(status=503):  # answered before anything was accepted
+        case ServerError(status=503):  # sent before a submit is accepted
             return True
         case TransportError(maybe_sent=maybe_sent):
             return not maybe_sent
@@ -39,7 +44,7 @@ def may_submit_again(error: FluxError) -> bool:
 
 
 def is_uncertain(error: FluxError) -> bool:
-    """Tell whether a submit that ended like this may have created a task all the same."""
+    """Return whether the failed submit may have created a task."""
     match error:
         case TransportError(maybe_sent=maybe_sent):
             return maybe_sent
@@ -52,17 +57,17 @@ def is_uncertain(error: FluxError) -> bool:
 
 
 def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:
-    """Tell whether a failed poll was only a missed look.
+    """Return whether a failed poll says nothing about the task, so that it is polled again.
 
     Args:
-        error: What the poll came to.
+        error: The error of the poll.
         elapsed: Seconds since the submit; None for a task that was submitted elsewhere.
     """
     match error:
         case TransportError() | RateLimitedError() | ServerError():
             return True
         case TaskNotFoundError():
-            return elapsed is not None and elapsed < NOT_VISIBLE_YET
+            return elapsed is not None and elapsed < NOT_FOUND_GRACE_PERIOD
         case ResponseError(status=408):
             return True
         case _:
@@ -70,7 +75,7 @@ def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:
 
 
 def is_unreadable(error: FluxError) -> bool:
-    """Tell whether a poll was answered, but with nothing that can be read as a task."""
+    """Return whether a poll got a response that can't be parsed as a task."""
     match error:
         case ProtocolError():
             return True
@@ -81,7 +86,7 @@ def is_unreadable(error: FluxError) -> bool:
 
 
 def is_fatal_for_batch(error: FluxError) -> bool:
-    """Tell whether any further submit with the same key, budget and journal would meet the same refusal."""
+    """Return whether every further submit with the same key, budget and journal would fail in the same way."""
     return isinstance(
         error,
         (AuthenticationError, InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError),
@@ -89,19 +94,16 @@ def is_fatal_for_batch(error: FluxError) -> bool:
 
 
 def is_disk_failure(error: FluxError) -> bool:
-    """Tell whether any further picture would meet the same disk: it is full, read-only, or not ours to write on."""
+    """Return whether every further image would fail in the same way, because its disk is full or not writable."""
     cause = error.__cause__
-    return isinstance(error, DownloadError) and isinstance(cause, OSError) and cause.errno in _UNFIT
+    return isinstance(error, DownloadError) and isinstance(cause, OSError) and cause.errno in _DISK_ERRNOS
 
 
-_UNFIT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
-
-
-def backoff(failures: int, chance: float) -> float:
-    """Give the seconds to wait after so many failures in a row, at least one; doubles up to 15 s.
+def backoff(failures: int, jitter: float) -> float:
+    """Return the delay before the next attempt in seconds, which doubles with each failure up to 15 s.
 
     Args:
-        failures: Failures in a row.
-        chance: 0.0 to 1.0, drawn anew each time, so that many callers don't come back in step.
+        failures: The number of failures in a row, at least 1.
+        jitter: A new random number from 0.0 to 1.0, so that many callers don't retry at the same time.
     """
-    return min(_BASE_DELAY * 2.0 ** min(failures - 1, 10), _MAX_DELAY) * (0.5 + 0.5 * chance)
+    return min(_BASE_DELAY * 2.0 ** min(failures - 1, 10), _MAX_DELAY) * (0.5 + 0.5 * jitter)

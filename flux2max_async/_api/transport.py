@@ -1,9 +1,10 @@
-"""One call, one reply, no second try: the only room that knows aiohttp's client.
+"""HTTP exchanges over aiohttp, without retries. No other module uses aiohttp's client.
 
-What decides whether a submit may be repeated is whether a byte of it was written, and aiohttp doesn't say: its errors
-and timeouts look the same before and after. So the body of a submit notes when it is first asked for. And a submit
-never shares a connection: on one that the server has just closed, an honest submit would fail exactly like a lost
-answer.
+Whether a submit may be repeated depends on whether any byte of it was written. aiohttp doesn't report that: the same
+errors and timeouts occur before and after. So the body of a submit records when aiohttp begins to write it.
+
+Submits never reuse a connection. If the server has just closed a kept-alive connection, a submit on it fails exactly
+like one whose response was lost.
 """
 
 import asyncio
@@ -24,22 +25,26 @@ from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import FluxError, ProtocolError, SessionClosedError, TransportError
 
-_MAX_REPLY = 16_000_000
-_CHUNK = 65_536
-_CONNECTIONS = 100
-_MAX_CONNECTIONS = 500
+_MAX_RESPONSE_BYTES = 16_000_000
+_CHUNK_BYTES = 65_536
+_MIN_POOL_SIZE = 100
+_MAX_POOL_SIZE = 500
+_DOWNLOAD_POOL_SIZE = 100
+_CLOSE_TIMEOUT = 5.0
+"""Seconds."""
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
 class Transport:
-    """Makes calls to one gateway, with one key, over one aiohttp session.
+    """Exchanges HTTP messages with one base URL, and opens downloads from any host.
 
     Args:
-        api_key: Sent as the bearer token, to the gateway only.
-        base_url: Where the gateway is, path prefix included.
-        user_agent: How we introduce ourselves.
-        timeout: Seconds for one exchange, from waiting for a connection to the last byte of the answer.
-        http: A borrowed aiohttp session; it is never closed here.
-        secrets: What the service might echo beside the key, and no error may repeat.
+        api_key: The bearer token; sent to the base URL only.
+        base_url: The URL of the API, including any path prefix.
+        user_agent: The value of the User-Agent header.
+        timeout: Maximum duration of one exchange in seconds, from waiting for a connection to the last byte received.
+        http: A borrowed aiohttp session, which is never closed here. None: sessions of our own.
+        secrets: Texts besides the key that no error may show, even if the service echoes them.
     """
 
     def __init__(
@@ -54,121 +59,115 @@ class Transport:
     ) -> None:
         self._base_url = base_url
         self._host = urlsplit(base_url).hostname
-        self._agent = {"User-Agent": user_agent}
-        self._headers = {
-            **self._agent,
+        self._user_agent = {"User-Agent": user_agent}
+        self._api_headers = {
+            **self._user_agent,
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # an answer is small, and some borrowed sessions don't unpack
+            "Accept-Encoding": "identity",  # responses are small, and some borrowed sessions don't decompress
             "Authorization": f"Bearer {api_key}",
         }
         self.secrets: tuple[str, ...] = (api_key, *secrets)
         self._timeout = timeout
-        self._borrowed = http is not None
-        self._calls = http
-        self._downloads = http
+        self._is_borrowed = http is not None
+        self._api_session = http
+        self._download_session = http
 
-    def open(self, places: int) -> None:
-        """Make the connection pools; needs a running event loop.
+    def open(self, max_in_flight: int) -> None:
+        """Create the connection pools. Needs a running event loop.
 
         Args:
-            places: How many calls may go on at once.
+            max_in_flight: Maximum number of tasks in flight, which determines the size of the pool.
         """
-        if not self._borrowed:
-            # Downloads have a pool of their own: many slow ones must not keep polls from looking.
-            self._calls = _pool(max(_CONNECTIONS, min(places, _MAX_CONNECTIONS)))
-            self._downloads = _pool(_CONNECTIONS)
+        if not self._is_borrowed:
+            self._api_session = _create_session(max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE)))
+            # Downloads have their own pool, so that many slow ones can't delay polls.
+            self._download_session = _create_session(_DOWNLOAD_POOL_SIZE)
 
     async def close(self) -> None:
-        """Close the connections that are ours."""
-        if not self._borrowed:
-            # Must not be cut short, or sockets leak; doesn't take long.
+        """Close our own connections; a borrowed session stays open."""
+        if not self._is_borrowed:
+            # Sockets would leak if this were interrupted early. It normally takes milliseconds.
             with suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    for http in filter(None, (self._calls, self._downloads)):
-                        await http.close()
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    for session in filter(None, (self._api_session, self._download_session)):
+                        await session.close()
 
-    async def exchange(self, call: HttpRequest, *, within: float = math.inf) -> HttpResponse:
-        """Make one call and read its reply whole.
+    async def exchange(self, request: HttpRequest, *, within: float = math.inf) -> HttpResponse:
+        """Send a request and read the whole response.
 
         Args:
-            call: What to ask.
-            within: Seconds that the whole exchange may take, where that is less than the request timeout.
+            request: The request.
+            within: Maximum duration in seconds, if that is less than the HTTP timeout.
 
         Raises:
-            TransportError: Nothing was answered; `maybe_sent` tells whether a byte of the call was written.
-            ProtocolError: The answer was no HTTP, or endless.
+            TransportError: There was no complete response; `maybe_sent` is True if the request may have been written.
+            ProtocolError: The response is not valid HTTP, or is too large.
             SessionClosedError: The aiohttp session is closed.
         """
-        http = _usable(self._calls)
-        body = None if call.body is None else _NotingPayload(call.body)
-        url = URL(self._base_url + call.path, encoded=True)
+        session = _require_open(self._api_session)
+        payload = None if request.body is None else _SubmitPayload(request.body)
+        url = URL(self._base_url + request.path, encoded=True)
         failure: FluxError
         try:
-            async with asyncio.timeout(min(self._timeout, within)):
-                if body is None:
-                    exchange = http.get(
-                        url, headers=self._headers, allow_redirects=False, timeout=_NO_TIMEOUT, raise_for_status=False
-                    )
-                else:
-                    exchange = http.post(
-                        url,
-                        data=body,
-                        headers={**self._headers, "Connection": "close"},
-                        allow_redirects=False,
-                        timeout=_NO_TIMEOUT,
-                        raise_for_status=False,
-                        # It is the host that would be verified anyway. Naming it gives submits a pool of their own.
-                        server_hostname=self._host,
-                    )
-                async with exchange as response:
-                    content = await _read(response)
+            async with (
+                asyncio.timeout(min(self._timeout, within)),
+                self._send(session, url, payload) as response,
+            ):
+                content = await _read_content(response)
             return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            failure = _translated(error, maybe_sent=body is None or body.written)
+            failure = _translate_error(error, maybe_sent=payload is None or payload.is_written)
         try:
-            # Raised outside the handler: aiohttp's error knows the headers, the key among them, and goes no further.
+            # Raised outside the except block, so that aiohttp's error, which holds the headers and so the key, does not
+            # become its context.
             raise failure
         finally:
-            del failure, body  # or the error, which holds this frame, would hold the pictures that were sent
+            # The error's traceback refers to this frame, which would keep the input images in memory.
+            del failure, payload
+
+    def _send(
+        self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
+    ) -> "aiohttp.client._RequestContextManager":
+        if payload is None:
+            return session.get(
+                url, headers=self._api_headers, allow_redirects=False, timeout=_NO_TIMEOUT, raise_for_status=False
+            )
+        return session.post(
+            url,
+            data=payload,
+            headers={**self._api_headers, "Connection": "close"},
+            allow_redirects=False,
+            timeout=_NO_TIMEOUT,
+            raise_for_status=False,
+            # The host that would be verified anyway. aiohttp pools connections by it too, so submits get their own.
+            server_hostname=self._host,
+        )
 
     @asynccontextmanager
     async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
-        """Open a download from anywhere, without the key, following redirects.
+        """Open a download from any host, without the key, following redirects.
 
         Raises:
-            TransportError: Nothing was answered.
-            ProtocolError: The url or the answer is no HTTP.
+            TransportError: There was no response.
+            ProtocolError: The URL or the response is not valid HTTP.
             SessionClosedError: The aiohttp session is closed.
         """
-        http = _usable(self._downloads)
-        # A picture may take long on a slow line: what counts is that bytes keep coming.
+        session = _require_open(self._download_session)
+        # An image may take long on a slow connection: only a stall is a timeout.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
-        # Identity: the length and the ranges of what is stored are those of what is sent.
-        all_headers = {**self._agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
+        # With any other encoding, lengths and ranges would refer to the encoded content.
+        all_headers = {**self._user_agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
         try:
-            response = await http.get(url, headers=all_headers, timeout=timeout, raise_for_status=False)
+            response = await session.get(url, headers=all_headers, timeout=timeout, raise_for_status=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            failure = _translated(error, maybe_sent=True)
+            failure = _translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
         async with response:
             yield DownloadResponse(response)
 
 
-def _pool(connections: int) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), cookie_jar=aiohttp.DummyCookieJar())
-
-
-def _usable(http: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
-    if http is None or http.closed:
-        raise SessionClosedError("the HTTP session is closed")
-    return http
-
-
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
-
-
 class DownloadResponse:
-    """The answer to a download: its facts, then its bytes."""
+    """The response to a download: status and headers, and then its content."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
@@ -176,70 +175,80 @@ class DownloadResponse:
         self._content = response.content
 
     async def read(self) -> bytes:
-        """Read some more bytes; none at the end.
+        """Read the next bytes; empty at the end.
 
         Raises:
-            TransportError: The answer was cut.
+            TransportError: The connection was lost.
         """
         try:
-            return await self._content.read(_CHUNK)
+            return await self._content.read(_CHUNK_BYTES)
         except (aiohttp.ClientError, OSError) as error:
-            failure = _translated(error, maybe_sent=True)
+            failure = _translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
 
 
-class _NotingPayload(aiohttp.Payload):
-    """The body of a submit, which notes when it is first asked for, and keeps its connection for itself."""
+class _SubmitPayload(aiohttp.Payload):
+    """The body of a submit: records when it is written, refuses to be written twice, and closes its connection."""
 
     _autoclose = True
 
     def __init__(self, value: bytes) -> None:
         super().__init__(value, content_type="application/json")
         self._size = len(value)
-        self.written = False
+        self.is_written = False
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         await self.write_with_length(writer, None)
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        if self.written:
-            raise ConnectionError("a submit is never written twice")  # a middleware of a borrowed session may try
-        self.written = True
+        if self.is_written:
+            raise ConnectionError("a submit is never written twice")  # a borrowed session's middleware may try to
+        self.is_written = True
         cast("ResponseHandler", cast("StreamWriter", writer).protocol).force_close()
         view = memoryview(self._value)[:content_length]
-        # In pieces, so that a body of many megabytes leaves the event loop room to breathe.
-        for start in range(0, len(view), _CHUNK):
-            await writer.write(view[start : start + _CHUNK])
+        # In chunks, so that a body of many megabytes doesn't block the event loop.
+        for start in range(0, len(view), _CHUNK_BYTES):
+            await writer.write(view[start : start + _CHUNK_BYTES])
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return bytes(self._value).decode(encoding, errors)
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+def _create_session(pool_size: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=pool_size), cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
+    if session is None or session.closed:
+        raise SessionClosedError("the HTTP session is closed")
+    return session
+
+
+async def _read_content(response: aiohttp.ClientResponse) -> bytes:
     content = bytearray()
     while not response.content.at_eof():
         content += await response.content.readany()
-        if len(content) > _MAX_REPLY:
-            raise ProtocolError("the answer is larger than 16 MB")
+        if len(content) > _MAX_RESPONSE_BYTES:
+            raise ProtocolError("the response is larger than 16 MB")
     return bytes(content)
 
 
-def _translated(error: Exception, *, maybe_sent: bool) -> FluxError:
-    """Say in our words what went wrong, with a cause that holds no headers."""
+def _translate_error(error: Exception, *, maybe_sent: bool) -> FluxError:
+    """Return the FluxError for an error of aiohttp's, with a cause that contains no headers."""
     match error:
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
             result: FluxError = TransportError(f"no connection: {error}", maybe_sent=maybe_sent)
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
-            result = TransportError("the connection was closed before the whole answer had come", maybe_sent=maybe_sent)
+            result = TransportError("the connection was closed before the response was complete", maybe_sent=maybe_sent)
         case TimeoutError():
-            result = TransportError("no answer in time", maybe_sent=maybe_sent)
+            result = TransportError("the request timed out", maybe_sent=maybe_sent)
         case aiohttp.ClientResponseError() | aiohttp.NonHttpUrlClientError() | ValueError():
-            # Its repr shows the call's headers: it is described and dropped.
+            # The repr of such an error shows the request's headers: only its class is kept.
             if not maybe_sent:
                 return TransportError(f"no connection: {error.__class__.__name__}", maybe_sent=False)
-            return ProtocolError(f"no HTTP that can be read: {error.__class__.__name__}")
+            return ProtocolError(f"not valid HTTP: {error.__class__.__name__}")
         case _:
-            result = TransportError(f"the connection broke: {error}", maybe_sent=maybe_sent)
-    # Without its traceback, whose frames hold the headers too.
+            result = TransportError(f"the connection failed: {error}", maybe_sent=maybe_sent)
+    # Without its traceback, whose frames contain the headers too.
     result.__cause__ = error.with_traceback(None)
     return result

@@ -1,1 +1,1 @@
-"""Downloading and saving images."""
+"""Downloads: images into files, with safe names."""

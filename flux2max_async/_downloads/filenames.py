@@ -1,20 +1,24 @@
-"""Names for saved pictures that every file system accepts."""
+"""File names that are valid on every common file system."""
 
 import re
 import unicodedata
 
-_LONGEST = 120
-"""Bytes of a name: file systems allow 143 or 255, and a number and an ending are still to come."""
+_MAX_NAME_BYTES = 120
+"""File systems allow 143 or 255 bytes, and a number and a suffix are appended."""
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-_RESERVED = {"con", "prn", "aux", "nul", *(port + number for port in ("com", "lpt") for number in "123456789¹²³")}
+_RESERVED_NAMES = {"con", "prn", "aux", "nul", *(port + digit for port in ("com", "lpt") for digit in "123456789¹²³")}
 
 
 def file_name(text: str) -> str:
-    """Make a text fit to be a file's name everywhere."""
+    """Return a text as a portable file name, with other characters replaced by hyphens.
+
+    Raises:
+        TypeError: It is not text.
+    """
     if not isinstance(text, str):
         raise TypeError(f"a name must be text, not {type(text).__name__}")
     name = re.sub(r"[^\w.()+,=@ -]+", "-", unicodedata.normalize("NFC", text)).strip(" .-")
-    name = name.encode(errors="ignore")[:_LONGEST].decode(errors="ignore").rstrip(" .")
-    if name.partition(".")[0].strip().lower() in _RESERVED:
+    name = name.encode(errors="ignore")[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(" .")
+    if name.partition(".")[0].strip().lower() in _RESERVED_NAMES:
         name = f"_{name}"
     return name or "picture"

@@ -1,4 +1,4 @@
-"""Saving the pictures of a stream as its tasks end: named, whole, never over another picture, and never twice."""
+"""Saves the images of a stream as its tasks end: complete, under free names, and never twice."""
 
 import hashlib
 import itertools
@@ -11,64 +11,67 @@ from pathlib import Path
 import anyio.to_thread
 import attrs
 
-from flux2max_async._downloads.downloader import told_apart
+from flux2max_async._downloads.downloader import translate_write_errors
 from flux2max_async._downloads.filenames import file_name
 from flux2max_async._exceptions import DownloadError, FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
+from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import SavedFile
-from flux2max_async.journal._record import RequestRecord
 
-Fetch = Callable[[GeneratedImage, Path, Path], Awaitable[None]]
-"""Downloads a picture into a file that is there in the end only if it is whole; the other path is its later name."""
+Download = Callable[[GeneratedImage, Path, Path], Awaitable[None]]
+"""Downloads an image into a file that exists afterwards only if it is complete; errors name the second path."""
 
-_ENDINGS = {".jpeg", ".jpg", ".png", ".webp"}
+_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
 
 
 @attrs.define(eq=False)
 class ImageSaver:
-    """Saves into one folder.
+    """Saves the images of a stream into one folder.
+
+    Each image is downloaded into a part file of its own and then published under a free name: an existing file is never
+    replaced, and an image that is already there is not stored twice.
 
     Args:
-        folder: It is made if it isn't there.
-        name: What to call the pictures of an outcome; None calls them by the request's key, or else the task's id.
-        fetch: Downloads.
+        folder: Created if it doesn't exist.
+        name: Returns the file name for an outcome; None names files after the request's key, or else the task's id.
+        download: Downloads one image.
     """
 
     folder: Path
     name: Callable[[Completed], str] | None
-    fetch: Fetch
+    download: Download
 
     async def prepare(self) -> None:
-        """Make the folder and try to write into it.
+        """Create the folder, and check that it can be written to.
 
         Raises:
-            DownloadError: That isn't possible.
+            DownloadError: It can't.
         """
-        with told_apart(self.folder):
-            await anyio.to_thread.run_sync(_try_out, self.folder)
+        with translate_write_errors(self.folder):
+            await anyio.to_thread.run_sync(_check_writable, self.folder)
 
-    async def save(self, outcome: Completed, page: RequestRecord | None) -> Completed:
-        """Give the outcome with the paths of its pictures; what can't be saved is told by its `save_error`."""
-        files = list(page.files) if page else []
+    async def save(self, outcome: Completed, record: NullRecord) -> Completed:
+        """Return the outcome with the paths of its images; its `save_error` tells why some are missing."""
+        files = list(record.files)
         saved: list[Path] = []
         error: FluxError | None = None
         try:
             stem = self._stem(outcome)
-            with told_apart(self.folder / stem):
+            with translate_write_errors(self.folder / stem):
                 for image in outcome.images:
-                    if page is not None and page.interrupted:
-                        await anyio.to_thread.run_sync(_sweep, self.folder, _mark(image))
-                    there = await anyio.to_thread.run_sync(self._whole, files[image.index : image.index + 1])
-                    saved.append(there or await self._save(image, stem, outcome, files, page))
+                    if record.interrupted:
+                        await anyio.to_thread.run_sync(_remove_parts, self.folder, _part_prefix(image))
+                    known = files[image.index : image.index + 1]
+                    existing = await anyio.to_thread.run_sync(self._find_saved, known) if known else None
+                    saved.append(existing or await self._save(image, stem, outcome, files, record))
         except FluxError as failure:
             error = failure
-        if page is not None:
-            await page.saved()
-            outcome = attrs.evolve(outcome, journal_error=page.problem or outcome.journal_error)
-        return attrs.evolve(outcome, saved=tuple(saved), save_error=error)
+        await record.release()
+        journal_error = record.problem or outcome.journal_error
+        return attrs.evolve(outcome, saved=tuple(saved), save_error=error, journal_error=journal_error)
 
-    def _whole(self, known: list[SavedFile]) -> Path | None:
-        """Give where a picture that was saved earlier still is, the folder having moved perhaps."""
+    def _find_saved(self, known: list[SavedFile]) -> Path | None:
+        """Return where an image that was saved earlier is; the folder may have been moved."""
         for file in known:
             path = self.folder / file.path.name
             if path.is_file() and path.stat().st_size == file.size:
@@ -76,34 +79,29 @@ class ImageSaver:
         return None
 
     async def _save(
-        self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], page: RequestRecord | None
+        self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], record: NullRecord
     ) -> Path:
-        part = self.folder / f".{_mark(image)}.{secrets.token_hex(4)}.part"
-        await self.fetch(image, part, self.folder / stem)
+        part = self.folder / f".{_part_prefix(image)}.{secrets.token_hex(4)}.part"
+        await self.download(image, part, self.folder / stem)
         try:
-            return await self._publish(part, stem, outcome, image.index, files, page)
+            return await self._publish(part, stem, outcome, image.index, files, record)
         finally:
             part.unlink(missing_ok=True)
 
     async def _publish(
-        self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], page: RequestRecord | None
+        self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], record: NullRecord
     ) -> Path:
-        """Give a whole picture the first name that is free, or that it has already."""
-        ending = await anyio.to_thread.run_sync(_ending, part, outcome)
-        if (given := Path(stem).suffix).lower() in _ENDINGS:
-            stem, ending = stem.removesuffix(given), given
-        size = part.stat().st_size  # noqa: ASYNC240 - it was written just now
-        for number in itertools.count(1):
-            target = self.folder / f"{stem}{f'-{number}' if number > 1 else ''}{ending}"
-            if not await anyio.to_thread.run_sync(_is_free_for, target, part):
-                continue
-            if page is not None:
-                # First the name, then the file: whatever is found under the name later is this picture.
-                files[index : index + 1] = [SavedFile(target.absolute(), size)]
-                await page.saving(tuple(files))
-            if await anyio.to_thread.run_sync(_link, part, target):
-                return target
-        raise AssertionError  # pragma: no cover - the numbers don't end
+        """Give a complete image the first name that is free, or that the same image already has."""
+        number, published = 0, False
+        while not published:
+            number, target, size = await anyio.to_thread.run_sync(
+                _find_available, part, self.folder, stem, outcome, number + 1
+            )
+            # First the journal, then the file: a file that is found under this name later is this image.
+            files[index : index + 1] = [SavedFile(target.absolute(), size)]
+            await record.set_files(tuple(files))
+            published = await anyio.to_thread.run_sync(_link, part, target)
+        return target
 
     def _stem(self, outcome: Completed) -> str:
         if self.name is None:
@@ -111,30 +109,30 @@ class ImageSaver:
             return file_name(key or outcome.task_id)
         try:
             return file_name(self.name(outcome))
-        except Exception as error:  # noqa: BLE001 - it is the caller's
-            # Not as the cause: one with an errno would be taken for what the disk says.
-            raise DownloadError(f"no name for the picture: {error!r}")  # noqa: B904 - see above
+        except Exception as error:  # noqa: BLE001 - it is the caller's function
+            # Not as the cause: an error with an errno would be taken for the disk's.
+            raise DownloadError(f"no name for the image: {error!r}")  # noqa: B904 - see above
 
 
-def _mark(image: GeneratedImage) -> str:
-    """Mark the parts of a picture, so that those that are left behind can be told from those of others."""
+def _part_prefix(image: GeneratedImage) -> str:
+    """Return what the part files of an image begin with, so that they can be told from those of others."""
     return hashlib.sha256(f"{image.task_id} {image.index}".encode(errors="replace")).hexdigest()[:16]
 
 
-def _try_out(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    trial = folder / f".{secrets.token_hex(8)}.part"
-    trial.touch(exist_ok=False)
-    trial.unlink()
+    probe = folder / f".{secrets.token_hex(8)}.part"
+    probe.touch(exist_ok=False)
+    probe.unlink()
 
 
-def _sweep(folder: Path, mark: str) -> None:
-    """Remove what a killed process has left of a picture."""
-    for part in folder.glob(f".{mark}.*.part"):
+def _remove_parts(folder: Path, prefix: str) -> None:
+    """Remove what a killed process has left of an image."""
+    for part in folder.glob(f".{prefix}.*.part"):
         part.unlink(missing_ok=True)
 
 
-def _ending(part: Path, outcome: Completed) -> str:
+def _suffix(part: Path, outcome: Completed) -> str:
     with part.open("rb") as file:
         head = file.read(12)
     if head.startswith(b"\x89PNG"):
@@ -146,29 +144,41 @@ def _ending(part: Path, outcome: Completed) -> str:
     return f".{(outcome.request and outcome.request.output_format) or 'jpeg'}"
 
 
-def _is_free_for(target: Path, part: Path) -> bool:
-    """Tell whether nothing else is under a name: nothing at all, or the same picture."""
+def _find_available(part: Path, folder: Path, stem: str, outcome: Completed, first: int) -> tuple[int, Path, int]:
+    """Return the first number whose file name is available, that file, and the size of the image."""
+    suffix = _suffix(part, outcome)
+    if (given := Path(stem).suffix).lower() in _SUFFIXES:
+        stem, suffix = stem.removesuffix(given), given
+    for number in itertools.count(first):
+        target = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
+        if _is_available(target, part):
+            return number, target, part.stat().st_size
+    raise AssertionError  # pragma: no cover - count() doesn't end
+
+
+def _is_available(target: Path, part: Path) -> bool:
+    """Check whether a name is free, or belongs to the same image."""
     return not os.path.lexists(target) or _is_same(target, part)
 
 
 def _is_same(target: Path, part: Path) -> bool:
-    """Tell whether a name is that of the same picture."""
+    """Check whether a file holds the same image."""
     try:
         if not stat.S_ISREG(target.stat().st_mode):
-            return False  # opening a pipe would wait for ever
-        with target.open("rb") as there, part.open("rb") as new:
-            if os.fstat(there.fileno()).st_size != os.fstat(new.fileno()).st_size:
+            return False  # opening a pipe would block
+        with target.open("rb") as existing, part.open("rb") as new:
+            if os.fstat(existing.fileno()).st_size != os.fstat(new.fileno()).st_size:
                 return False
-            while piece := new.read(1 << 20):
-                if there.read(1 << 20) != piece:
+            while chunk := new.read(1 << 20):
+                if existing.read(1 << 20) != chunk:
                     return False
             return True
     except OSError:
-        return False  # a link to nothing, or not ours to read
+        return False  # a broken link, or a file that we may not read
 
 
 def _link(part: Path, target: Path) -> bool:
-    """Give a file its name unless the name is taken; tells whether the file is there now."""
+    """Give a file its name, unless the name is taken; return whether the image is stored under it now."""
     try:
         target.hardlink_to(part)
     except OSError:
@@ -179,7 +189,7 @@ def _link(part: Path, target: Path) -> bool:
 
 
 def _move(part: Path, target: Path) -> bool:
-    """Do what `_link` does where the file system has no links: an empty file holds the name until then."""
+    """Do what `_link` does on a file system without links: an empty file reserves the name."""
     try:
         target.touch(exist_ok=False)
     except FileExistsError:

@@ -1,1 +1,1 @@
-"""What is asked for and what comes back."""
+"""Requests, their input images, and the results of their tasks: immutable values without I/O of their own."""

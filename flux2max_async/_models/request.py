@@ -1,45 +1,62 @@
-"""What is asked for: requests and their reference pictures, checked where they are made.
+"""The request for one image, validated when it is created.
 
-Parameters and ranges are those of the vendor's page for FLUX.2 [max].
+Parameters and ranges are those of the vendor's documentation of FLUX.2 [max].
 """
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, TypedDict
 
 import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.images import (
     MAX_INPUT_IMAGES,
+    ImageSource,
     InputImage,
-    input_images_from,
+    convert_input_images,
     is_web_url,
-    shorten,
+    short_repr,
 )
 
 _MIN_SIDE = 64
-_MAX_TOLERANCE = 5
-_MAX_URL = 2083
-_DEEPEST = 100
-"""Levels of JSON in `extra`: more could neither be copied nor be written down."""
+"""Pixels."""
+_MAX_SAFETY_TOLERANCE = 5
+_MAX_URL_LENGTH = 2083
+_MAX_EXTRA_DEPTH = 100
+"""Levels of nested JSON; a request with many more could be neither copied nor serialized."""
 
-IMAGE_PARAMETERS = ("input_image", *(f"input_image_{n}" for n in range(2, MAX_INPUT_IMAGES + 1)))
-"""The service's names for the reference pictures, in order."""
+IMAGE_PARAMETERS = ("input_image", *(f"input_image_{number}" for number in range(2, MAX_INPUT_IMAGES + 1)))
+"""The names under which the input images are sent, in order."""
 
 
 class OutputFormat(StrEnum):
-    """How the picture is encoded."""
+    """The file format of the generated image."""
 
     JPEG = "jpeg"
     PNG = "png"
 
 
+class GenerationParams(TypedDict, total=False):
+    """The fields of `GenerationRequest` other than the prompt, as keyword arguments."""
+
+    input_images: Sequence[ImageSource]
+    seed: SupportsIndex | None
+    width: SupportsIndex | None
+    height: SupportsIndex | None
+    safety_tolerance: SupportsIndex | None
+    output_format: OutputFormat | Literal["jpeg", "png"] | None
+    webhook_url: str | None
+    webhook_secret: str | None
+    extra: Mapping[str, Any]
+    key: str | None
+
+
 @attrs.frozen(eq=False)
 class _FrozenMapping(Mapping[str, Any]):
-    """A mapping that can't be changed, compares like a dict, and can be pickled (a MappingProxyType can't)."""
+    """An immutable mapping that can be pickled, which a MappingProxyType can't."""
 
     _values: dict[str, Any]
 
@@ -56,147 +73,161 @@ class _FrozenMapping(Mapping[str, Any]):
         return repr(self._values)
 
 
-_NOTHING = _FrozenMapping({})
+_NO_EXTRA = _FrozenMapping({})
 
 
-def _output_format(value: OutputFormat | Literal["jpeg", "png"] | None) -> OutputFormat | None:
+# ------------------------------------------------------------------ attrs converters and validators
+
+
+def _convert_output_format(value: OutputFormat | Literal["jpeg", "png"] | None) -> OutputFormat | None:
     try:
         return None if value is None else OutputFormat(value)
     except ValueError:
         raise InvalidRequestError(
-            f"output_format must be 'jpeg' or 'png', not {shorten(value)}", "output_format"
+            f"output_format must be 'jpeg' or 'png', not {short_repr(value)}", field="output_format"
         ) from None
 
 
-def _extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
+def _convert_extra(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, _FrozenMapping):
         return value
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(f"extra must be a mapping of parameters, not {type(value).__name__}", "extra")
+        raise InvalidRequestError(f"extra must be a mapping of parameters, not {type(value).__name__}", field="extra")
     for name in value:
         if not isinstance(name, str):
-            raise InvalidRequestError(f"extra's names must be text, not {name!r}", "extra")
-        if name in _KNOWN:
-            raise InvalidRequestError(f"extra can't hold {name!r}: it is a parameter of its own", "extra")
+            raise InvalidRequestError(f"extra's names must be text, not {name!r}", field="extra")
+        if name in _KNOWN_PARAMETERS:
+            raise InvalidRequestError(f"extra can't hold {name!r}: it is a parameter of its own", field="extra")
     try:
-        # Through JSON and back: what can't be sent is found here, and the caller's later changes don't reach us.
+        # The round trip through JSON rejects what can't be sent, and copies what the caller may change later.
         values = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"extra must hold JSON values only: {error}", "extra") from error
-    if _is_deep(values, _DEEPEST):
-        raise InvalidRequestError(f"extra must not be nested more than {_DEEPEST} levels deep", "extra")
+        raise InvalidRequestError(f"extra must hold JSON values only: {error}", field="extra") from error
+    if _is_deeper_than(values, _MAX_EXTRA_DEPTH):
+        raise InvalidRequestError(f"extra must not be nested more than {_MAX_EXTRA_DEPTH} levels deep", field="extra")
     return _FrozenMapping(values)
 
 
-def _is_deep(value: Any, levels: int) -> bool:
+def _is_deeper_than(value: Any, levels: int) -> bool:
     match value:
         case dict() | list() if levels == 0:
             return True
         case dict():
-            return any(_is_deep(part, levels - 1) for part in value.values())
+            return any(_is_deeper_than(child, levels - 1) for child in value.values())
         case list():
-            return any(_is_deep(part, levels - 1) for part in value)
+            return any(_is_deeper_than(child, levels - 1) for child in value)
         case _:
             return False
 
 
-def _is_prompt(_: Any, __: Any, value: Any) -> None:
+def _validate_prompt(_: Any, __: Any, value: Any) -> None:
     if not isinstance(value, str):
-        raise InvalidRequestError(f"prompt must be text, not {type(value).__name__}", "prompt")
+        raise InvalidRequestError(f"prompt must be text, not {type(value).__name__}", field="prompt")
     if not value.strip():
-        raise InvalidRequestError("prompt must not be blank", "prompt")
+        raise InvalidRequestError("prompt must not be blank", field="prompt")
 
 
-def _is_integer(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+def _validate_integer(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise InvalidRequestError(f"{field.name} must be an integer or None, not {shorten(value)}", field.name)
+        raise InvalidRequestError(f"{field.name} must be an integer or None, not {short_repr(value)}", field=field.name)
     if value is not None and abs(value) >= 2**64:
-        raise InvalidRequestError(f"{field.name} must be an integer of at most 64 bits", field.name)
+        raise InvalidRequestError(f"{field.name} must be an integer of at most 64 bits", field=field.name)
 
 
-def _is_side(instance: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
-    _is_integer(instance, field, value)
+def _validate_side(instance: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
+    _validate_integer(instance, field, value)
     if value and value < _MIN_SIDE:
         raise InvalidRequestError(
             f"{field.name} must be at least {_MIN_SIDE} pixels, or 0 or None to let the model choose, not {value}",
-            field.name,
+            field=field.name,
         )
 
 
-def _is_tolerance(instance: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
-    _is_integer(instance, field, value)
-    if value is not None and not 0 <= value <= _MAX_TOLERANCE:
+def _validate_safety_tolerance(instance: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
+    _validate_integer(instance, field, value)
+    if value is not None and not 0 <= value <= _MAX_SAFETY_TOLERANCE:
         raise InvalidRequestError(
-            f"{field.name} must be from 0 (strictest) to {_MAX_TOLERANCE}, not {value}", field.name
+            f"{field.name} must be from 0 (strictest) to {_MAX_SAFETY_TOLERANCE}, not {value}", field=field.name
         )
 
 
-def _is_webhook(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+def _validate_webhook_url(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not is_web_url(value):
-        raise InvalidRequestError(f"{field.name} must be an http(s) URL, not {shorten(value)}", field.name)
-    if len(value) > _MAX_URL:
-        raise InvalidRequestError(f"{field.name} must have at most {_MAX_URL} characters, not {len(value)}", field.name)
+        raise InvalidRequestError(f"{field.name} must be an http(s) URL, not {short_repr(value)}", field=field.name)
+    if len(value) > _MAX_URL_LENGTH:
+        raise InvalidRequestError(
+            f"{field.name} must have at most {_MAX_URL_LENGTH} characters, not {len(value)}", field=field.name
+        )
 
 
-def _is_text(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
-    # The value may be a secret: it is never shown.
+def _validate_text(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+    # The value may be a secret, so the message never shows it.
     if value is not None and not isinstance(value, str):
-        raise InvalidRequestError(f"{field.name} must be text or None, not {type(value).__name__}", field.name)
+        raise InvalidRequestError(f"{field.name} must be text or None, not {type(value).__name__}", field=field.name)
     if value == "":
-        raise InvalidRequestError(f"{field.name} must not be empty; None leaves it out", field.name)
+        raise InvalidRequestError(f"{field.name} must not be empty; None omits it", field=field.name)
+
+
+# ------------------------------------------------------------------ the request
+
+
+def _convert_input_images(sources: Sequence[ImageSource]) -> tuple[InputImage, ...]:
+    return () if isinstance(sources, tuple) and not sources else convert_input_images(sources)
 
 
 @attrs.frozen
 class GenerationRequest:
-    """One picture to generate; immutable, hashable, and equal when all fields are equal.
+    """A request for one image; immutable, hashable, and equal if all fields are equal.
 
     Args:
-        prompt: What to draw; not blank.
-        input_images: At most 8 reference pictures, in order; see `InputImage` for what each can be.
-        seed: The same seed gives the same picture again.
+        prompt: The description of the image; not blank.
+        input_images: At most 8 images that the model edits or refers to, in order; see `InputImage` for the sources.
+        seed: The same seed generates the same image again.
         width: Pixels, at least 64; None or 0 lets the model choose.
         height: Pixels, at least 64; None or 0 lets the model choose.
-        safety_tolerance: 0 (strictest) to 5; None leaves it to the service (2).
-        output_format: "jpeg" or "png"; None leaves it to the service (jpeg).
-        webhook_url: Where the service posts the finished task; http(s), at most 2083 characters.
-        webhook_secret: What the service signs that post with; never shown.
-        extra: Parameters of the service that this library doesn't know yet, as JSON values. None isn't sent.
+        safety_tolerance: 0 (strictest) to 5; None uses the service's default (2).
+        output_format: "jpeg" or "png"; None uses the service's default (jpeg).
+        webhook_url: The http(s) URL to which the service posts the finished task; at most 2083 characters.
+        webhook_secret: The secret for the signature of that post; never shown.
+        extra: Parameters of the service that this library doesn't know yet, as JSON values; None values are not sent.
         key: Your own name for this request; never sent.
 
     Raises:
         InvalidRequestError: A parameter is wrong; `field` names it.
     """
 
-    prompt: str = attrs.field(validator=_is_prompt)
-    input_images: tuple[InputImage, ...] = attrs.field(default=(), converter=input_images_from, kw_only=True)
-    seed: int | None = attrs.field(default=None, validator=_is_integer, kw_only=True)
-    width: int | None = attrs.field(default=None, validator=_is_side, kw_only=True)
-    height: int | None = attrs.field(default=None, validator=_is_side, kw_only=True)
-    safety_tolerance: int | None = attrs.field(default=None, validator=_is_tolerance, kw_only=True)
-    output_format: OutputFormat | None = attrs.field(default=None, converter=_output_format, kw_only=True)
-    webhook_url: str | None = attrs.field(default=None, validator=_is_webhook, kw_only=True)
-    webhook_secret: str | None = attrs.field(default=None, validator=_is_text, repr=False, kw_only=True)
-    # Hashing skips it because its values may be lists; equality doesn't.
-    extra: Mapping[str, Any] = attrs.field(default=_NOTHING, converter=_extra, hash=False, kw_only=True)
-    key: str | None = attrs.field(default=None, validator=_is_text, kw_only=True)
+    prompt: str = attrs.field(validator=_validate_prompt)
+    input_images: tuple[InputImage, ...] = attrs.field(default=(), converter=_convert_input_images, kw_only=True)
+    seed: int | None = attrs.field(default=None, validator=_validate_integer, kw_only=True)
+    width: int | None = attrs.field(default=None, validator=_validate_side, kw_only=True)
+    height: int | None = attrs.field(default=None, validator=_validate_side, kw_only=True)
+    safety_tolerance: int | None = attrs.field(default=None, validator=_validate_safety_tolerance, kw_only=True)
+    output_format: OutputFormat | None = attrs.field(default=None, converter=_convert_output_format, kw_only=True)
+    webhook_url: str | None = attrs.field(default=None, validator=_validate_webhook_url, kw_only=True)
+    webhook_secret: str | None = attrs.field(default=None, validator=_validate_text, repr=False, kw_only=True)
+    # The hash omits it because its values may be lists; equality doesn't.
+    extra: Mapping[str, Any] = attrs.field(default=_NO_EXTRA, converter=_convert_extra, hash=False, kw_only=True)
+    key: str | None = attrs.field(default=None, validator=_validate_text, kw_only=True)
+
+
+_KNOWN_PARAMETERS = {"model", *IMAGE_PARAMETERS, *attrs.fields_dict(GenerationRequest)} - {"extra", "key"}
 
 
 def as_request(request: str | GenerationRequest, **params: Any) -> GenerationRequest:
-    """Make a request of a prompt and its parameters, or a changed copy of a request.
+    """Return a request made of a prompt and parameters, or a copy of a request with some parameters replaced.
 
     Raises:
-        InvalidRequestError: It is neither, or a parameter is wrong.
+        InvalidRequestError: A parameter is wrong, or `request` is neither a prompt nor a request.
     """
-    given: object = request
-    match given:
+    untyped: object = request
+    match untyped:
         case GenerationRequest():
-            return attrs.evolve(given, **params) if params else given
+            return attrs.evolve(untyped, **params) if params else untyped
         case str():
-            return GenerationRequest(given, **params)
+            return GenerationRequest(untyped, **params)
         case _:
-            raise InvalidRequestError(f"give a prompt or a GenerationRequest, not {type(given).__name__}", "request")
-
-
-_KNOWN = {"model", *IMAGE_PARAMETERS, *(field.name for field in attrs.fields(GenerationRequest))} - {"extra", "key"}
+            raise InvalidRequestError(
+                f"request must be a prompt or a GenerationRequest, not {type(untyped).__name__}", field="request"
+            )

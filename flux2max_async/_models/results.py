@@ -1,4 +1,4 @@
-"""What comes back: snapshots of a task, and the outcome that a request came to."""
+"""The results: snapshots of a task, and the outcome of a request."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,7 +14,7 @@ from flux2max_async._models.request import GenerationRequest
 
 
 class TaskStatus(StrEnum):
-    """Where a task stands. A status that nobody knows yet counts as IN_PROGRESS; `TaskSnapshot.raw` shows it."""
+    """The state of a task. An unknown status is read as IN_PROGRESS; `TaskSnapshot.raw` holds the original."""
 
     PENDING = "pending"
     IN_PROGRESS = "in_progress"
@@ -23,45 +23,44 @@ class TaskStatus(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to the task."""
-        return self in _ENDED
+        """Whether the task has completed or failed."""
+        return self in FINAL_STATUSES
 
 
-_ENDED = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
-
+FINAL_STATUSES = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
 
 NO_URL = "about:blank"
-"""Stands for the url of a picture that is known to exist, and has to be asked for anew."""
+"""The URL of an image whose real URL is unknown and has to be requested from the service."""
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Usage:
-    """What a task cost."""
+    """The cost of a task."""
 
     cost: Decimal | None = None
-    """US dollars, exact, parsed from the service's string; None where the service gives no readable amount."""
+    """US dollars, exact; None if the service gave no readable amount."""
     discount: Decimal | None = None
     extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
-    """What else the service says about it."""
+    """Whatever else the service reports."""
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class GeneratedImage:
-    """One picture of a completed task. `session.save()` downloads it."""
+    """An image of a completed task. `session.save()` downloads it."""
 
     url: str
-    """Short-lived: about 10 minutes at the model's maker."""
+    """Short-lived: it expires after about 10 minutes."""
     type: str
     task_id: str
     extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
-    """`jobId` and whatever else the service says."""
+    """`jobId` and whatever else the service reports."""
     index: int = 0
-    """The picture's place among its task's pictures."""
+    """The position among the task's images, from 0."""
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class TaskSnapshot:
-    """One answer about a task."""
+    """The state of a task, as reported in one response or webhook."""
 
     task_id: str
     status: TaskStatus
@@ -72,66 +71,66 @@ class TaskSnapshot:
     created_at: datetime | None = None
     """Timezone-aware."""
     error: TaskFailedError | None = None
-    """Set exactly when the status is FAILED."""
-    # What the service says freely may echo secrets: it can be reached, and isn't shown.
+    """Set if and only if the status is FAILED."""
+    # Both may echo secrets, so neither is in the repr.
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     raw: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
-    """The answer as it came."""
+    """The JSON object as it was received."""
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Completed:
-    """A request that came to pictures."""
+    """The outcome of a request whose images were generated."""
 
     ok: ClassVar[Literal[True]] = True
 
     task_id: str
-    request: GenerationRequest | None
+    request: GenerationRequest | None = None
     """None only for a task that was attached by its id alone."""
     images: tuple[GeneratedImage, ...]
     """Never empty."""
-    usage: Usage | None
-    metadata: Mapping[str, Any] = attrs.field(repr=False)
-    elapsed: float
-    """Seconds from the submit (or the attach) to the poll that saw the end."""
-    polls: int
+    usage: Usage | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
+    elapsed: float = 0.0
+    """Seconds from the submit (or the attach) to the poll or webhook that reported the end."""
+    polls: int = 0
     replayed: bool = False
-    """Whether it comes from the journal: then nothing was submitted or polled for it now."""
+    """Whether it was read from the journal, without a submit or poll."""
     saved: tuple[Path, ...] = ()
-    """The files, where the stream was told to save; in the order of the images."""
+    """The files that a stream with `save_to` wrote, in the order of the images."""
     save_error: FluxError | None = None
-    """Why not all pictures could be saved; `session.save()` may try again."""
+    """Why not all images could be saved; `session.save()` can try again."""
     journal_error: FluxError | None = None
-    """Why the journal doesn't know of this end: a rerun asks the service for it again."""
+    """Why the outcome could not be written to the journal; the next run polls the task again."""
 
     def unwrap(self) -> Self:
-        """Give the outcome itself; the counterpart of `Failed.unwrap()`."""
+        """Return the outcome itself; the counterpart of `Failed.unwrap()`."""
         return self
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Failed:
-    """A request that came to nothing, and why."""
+    """The outcome of a request without images, and the reason."""
 
     ok: ClassVar[Literal[False]] = False
 
-    task_id: str | None
-    """None where the request was refused or lost before it had an id."""
-    request: GenerationRequest | None
+    task_id: str | None = None
+    """None if the submit was refused, or its response was lost."""
+    request: GenerationRequest | None = None
     error: FluxError
-    elapsed: float
+    elapsed: float = 0.0
     """Seconds from the submit (or the attach) to the end."""
-    polls: int
+    polls: int = 0
     replayed: bool = False
-    """Whether it comes from the journal: then nothing was submitted or polled for it now."""
+    """Whether it was read from the journal, without a submit or poll."""
     journal_error: FluxError | None = None
-    """Why the journal doesn't know of this end."""
+    """Why the outcome could not be written to the journal."""
 
     def unwrap(self) -> Completed:
         """Raise the error."""
-        # The error may be raised for many waiters: each starts with a clean traceback.
+        # The error may be raised for many waiters, and each raise would extend the same traceback.
         raise self.error.with_traceback(None)
 
 
 Outcome = Completed | Failed
-"""What one request came to; `match` on the class or look at `ok`."""
+"""The outcome of a request; `match` on the class, or check `ok`."""

@@ -1,1 +1,1 @@
-"""When to poll, and following one task."""
+"""Polling schedules, and the poller that follows one task."""

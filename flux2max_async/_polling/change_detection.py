@@ -1,4 +1,4 @@
-"""A law that may change from one task to the next, and change back: a service that slows down, or is repaired."""
+"""AdaptiveHistogram: a distribution of durations that may change, and change back, from one task to the next."""
 
 import math
 from collections import deque
@@ -11,170 +11,183 @@ from attrs import validators
 
 from flux2max_async._polling.histogram import DurationHistogram, HistogramState
 
-_ALARM = 6.0
-"""A change is believed when it has become e^6 times as likely as none."""
-_SURPRISE = 3.0
-"""No single task counts for more than one that is so many deviations off."""
-_RECALL = 3.0
-"""A former law is taken up again when it has become e^3 times as likely as the present one."""
-_FEW = 4
-"""Before so many tasks have ended there is nothing that could change."""
-_FORMER = 3
-_REMEMBERED = 64
-_STEADY = 400.0
-_TINY = 0.001
+_ALARM_THRESHOLD = 6.0
+"""A change is assumed when it has become e^6 times as likely as no change."""
+_MAX_DEVIATION = 3.0
+"""Deviations of single durations are clipped to this many standard deviations."""
+_RECALL_THRESHOLD = 3.0
+"""A previous histogram replaces the current one when it has become e^3 times as likely."""
+_MIN_COUNT = 4
+"""Fewer observations than this are not a distribution that could change."""
+_MAX_PREVIOUS = 3
+_MAX_RECENT = 64
+_LONG_TERM_MEMORY = 400.0
+_EPSILON = 0.001
+"""Added to probabilities, so that their ratios are finite."""
 
 
 @attrs.frozen
 class AdaptiveHistogramState:
-    """What a changing law has learned, to be kept as JSON."""
+    """The learned part of an AdaptiveHistogram, as stored in JSON."""
 
-    present: HistogramState
-    former: list[HistogramState] = attrs.field(validator=validators.max_len(_FORMER))
-    steady: HistogramState | None
-    changes: float = attrs.field(validator=(validators.ge(0.0), validators.le(1e9)))
+    current: HistogramState
+    previous: list[HistogramState] = attrs.field(validator=validators.max_len(_MAX_PREVIOUS))
+    long_term: HistogramState | None
+    change_count: float = attrs.field(validator=(validators.ge(0.0), validators.le(1e9)))
 
 
 @attrs.define(eq=False)
 class AdaptiveHistogram:
-    """The present law, those before it, and a steady one of all tasks alike.
+    """The current distribution of durations, the previous ones, and the long-term one.
 
-    Two sums of likelihood ratios watch whether durations have become longer or shorter than foretold, by about their
-    own spread (Page, "Continuous Inspection Schemes", Biometrika 41, 1954). At an alarm the present law starts again
-    from the tasks since the sum began to rise, unless a former one has foretold these better. The steady law never
-    starts again: it is what to believe of tasks that may be the first under a law that nobody has seen yet.
+    A two-sided CUSUM test detects that durations have become longer or shorter than expected, by about one standard
+    deviation (Page, "Continuous Inspection Schemes", Biometrika 41, 1954). At an alarm the current histogram starts
+    again, from the observations since the sum began to rise. If a previous histogram explains the newest observations
+    better than the current one, the two are exchanged instead.
+
+    The long-term histogram exists from the first change on and never starts again: it is the best guess for tasks that
+    may be the first ones after another change. When no change has happened for a long time, it is dropped together with
+    the previous ones.
     """
 
-    present: DurationHistogram = attrs.field(factory=DurationHistogram)
-    steady: DurationHistogram | None = None
-    """There is none as long as nothing has changed."""
-    former: list[DurationHistogram] = attrs.field(factory=list)
-    changes: float = 0.0
-    """How many changes were noticed within the steady law's memory."""
-    _lead: float = attrs.field(default=0.0, init=False)
-    """The logarithm of how much better the present law has foretold the newest tasks than the steady one."""
-    _better: list[float] = attrs.field(init=False)
-    """For each former law the logarithm of how much better it has foretold the newest tasks than the present one."""
-    _rises: list[float] = attrs.field(init=False)
-    """The two sums: for longer, and for shorter."""
-    _since: list[int] = attrs.field(init=False)
-    """How many tasks ago each began to rise."""
-    _crowd: int = attrs.field(default=0, init=False)
-    """The most tasks that were in flight under the present law."""
-    _newest: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=_REMEMBERED), init=False, repr=False)
-    _starts: int = attrs.field(default=0, init=False)
+    current: DurationHistogram = attrs.field(factory=DurationHistogram)
+    long_term: DurationHistogram | None = None
+    previous: list[DurationHistogram] = attrs.field(factory=list)
+    """Newest first."""
+    change_count: float = 0.0
+    """Number of changes within the long-term histogram's memory."""
+    _current_score: float = attrs.field(default=0.0, init=False)
+    """Decaying sum of the log-likelihood ratios of the current histogram to the long-term one."""
+    _previous_scores: list[float] = attrs.field(init=False)
+    """For each previous histogram, the CUSUM of its log-likelihood ratios to the current one."""
+    _cusums: list[float] = attrs.field(init=False)
+    """For longer and for shorter durations."""
+    _cusum_lengths: list[int] = attrs.field(init=False)
+    """Number of observations since each of `_cusums` was last 0."""
+    _max_in_flight: int = attrs.field(default=0, init=False)
+    """Since the current histogram started."""
+    _recent: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=_MAX_RECENT), init=False, repr=False)
+    _current_version: int = attrs.field(default=0, init=False)
+    """Incremented whenever another histogram becomes the current one."""
 
     def __attrs_post_init__(self) -> None:
-        self._begin()
+        self._reset_detectors()
 
     @property
     def version(self) -> tuple[int, int, int]:
-        """What tells one state of the law from another."""
-        return self._starts, self.present.version, self.steady.version if self.steady else 0
+        """A value that differs whenever `mixture_cdf()` may differ for the same `in_flight`."""
+        return self._current_version, self.current.version, self.long_term.version if self.long_term else 0
 
     @property
     def settled(self) -> bool:
-        """Whether enough is known to speak of a law."""
-        return self.present.count >= _FEW
+        """Whether the current histogram has enough observations to compare durations with."""
+        return self.current.count >= _MIN_COUNT
 
-    def ended(self, unseen: int) -> Sequence[float]:
-        """Give the chance of having ended by each edge, while the ends of `unseen` tasks have not been seen yet."""
-        if self.steady is None:
-            return self.present.ended
-        changed = min(self.changes / (self.steady.count + 30) * unseen, 0.5)
-        trust = 1 / (1 + changed / (1 - changed) + math.exp(min(max(-self._lead, -30.0), 30.0)))
-        both = zip(self.present.ended, self.steady.ended, strict=True)
-        return [trust * present + (1 - trust) * steady for present, steady in both]
+    def mixture_cdf(self, in_flight: int) -> Sequence[float]:
+        """Return the probability that the next task has ended by each of BIN_EDGES.
 
-    def learn(self, first: float, last: float, unseen: int) -> None:
-        """Take in that a task ended between two places, and change the law when that makes a change likely.
-
-        Args:
-            first: The place by which it had not ended.
-            last: The place by which it had.
-            unseen: How many others are in flight.
+        The current and the long-term distribution are mixed: the more tasks are in flight, the more probable it is that
+        a change has happened that no observation shows yet.
         """
-        self._newest.append((first, last))
-        unread = [(first, last)]
-        recalled, since = self._recalled(first, last), self._changed_since(first, last, unseen)
+        if self.long_term is None:
+            return self.current.cdf
+        changed = min(self.change_count / (self.long_term.count + 30) * in_flight, 0.5)
+        weight = 1 / (1 + changed / (1 - changed) + math.exp(min(max(-self._current_score, -30.0), 30.0)))
+        pairs = zip(self.current.cdf, self.long_term.cdf, strict=True)
+        return [weight * current + (1 - weight) * long_term for current, long_term in pairs]
+
+    def learn(self, start: float, end: float, in_flight: int) -> None:
+        """Add the observation that a task ended between two bin positions, while `in_flight` others were running."""
+        self._recent.append((start, end))
+        observations = [(start, end)]
+        # Both detectors need every observation.
+        recalled, changed_since = self._find_better_previous(start, end), self._detect_change(start, end, in_flight)
         if recalled is not None:
-            self.present, self.former[recalled] = self.former[recalled], self.present
-            self._change()
-        elif since:
-            if self.present.count > 2 * _FEW:
-                self.former = [self.present, *self.former[: _FORMER - 1]]
-            if self.steady is None:
-                self.steady = deepcopy(self.present)
-                self.steady.memory = _STEADY
-            unread = list(self._newest)[-since:]
-            self.present = DurationHistogram()
-            self._change()
-        for one in unread:
-            if self.steady is not None:
-                ahead = (self.present.mass(*one) + _TINY) / (self.steady.mass(*one) + _TINY)
-                self._lead = self._lead * (1 - 1 / 15) + math.log(ahead)
-            self.present.learn(*one)
-        if self.steady is not None:
-            self.steady.learn(first, last)
-            self.changes *= 1 - 1 / _STEADY
-            if self.changes < 0.1:
-                self.steady, self.former, self._better = None, [], []
+            self.current, self.previous[recalled] = self.previous[recalled], self.current
+            self._on_change()
+        elif changed_since:
+            observations = list(self._recent)[-changed_since:]
+            self._start_again()
+        for observation in observations:
+            if self.long_term is not None:
+                ratio = self.current.probability(*observation) + _EPSILON
+                ratio /= self.long_term.probability(*observation) + _EPSILON
+                self._current_score = self._current_score * (1 - 1 / 15) + math.log(ratio)
+            self.current.learn(*observation)
+        if self.long_term is not None:
+            self.long_term.learn(start, end)
+            self.change_count *= 1 - 1 / _LONG_TERM_MEMORY
+            if self.change_count < 0.1:
+                self.long_term, self.previous, self._previous_scores = None, [], []
 
     def state(self) -> AdaptiveHistogramState:
-        """Give what was learned."""
-        steady = self.steady.state() if self.steady else None
-        return AdaptiveHistogramState(self.present.state(), [law.state() for law in self.former], steady, self.changes)
+        """Return what was learned."""
+        return AdaptiveHistogramState(
+            self.current.state(),
+            [histogram.state() for histogram in self.previous],
+            self.long_term.state() if self.long_term else None,
+            self.change_count,
+        )
 
     @classmethod
     def from_state(cls, state: AdaptiveHistogramState) -> Self:
-        """Go on from what was learned."""
-        steady = DurationHistogram.from_state(state.steady, _STEADY) if state.steady else None
+        """Return a histogram that continues from a state."""
         return cls(
-            DurationHistogram.from_state(state.present),
-            steady,
-            [DurationHistogram.from_state(law) for law in state.former],
-            state.changes,
+            DurationHistogram.from_state(state.current),
+            DurationHistogram.from_state(state.long_term, _LONG_TERM_MEMORY) if state.long_term else None,
+            [DurationHistogram.from_state(histogram) for histogram in state.previous],
+            state.change_count,
         )
 
-    def _change(self) -> None:
-        self.changes += 1
-        self._lead = 0.0
-        self._starts += 1
-        self._begin()
+    def _start_again(self) -> None:
+        if self.current.count > 2 * _MIN_COUNT:
+            self.previous = [self.current, *self.previous[: _MAX_PREVIOUS - 1]]
+        if self.long_term is None:
+            self.long_term = deepcopy(self.current)
+            self.long_term.memory = _LONG_TERM_MEMORY
+        self.current = DurationHistogram()
+        self._on_change()
 
-    def _begin(self) -> None:
-        self._better = [0.0] * len(self.former)
-        self._rises, self._since = [0.0, 0.0], [0, 0]
-        self._crowd = 0
+    def _on_change(self) -> None:
+        self.change_count += 1
+        self._current_score = 0.0
+        self._current_version += 1
+        self._reset_detectors()
 
-    def _recalled(self, first: float, last: float) -> int | None:
-        """Tell which former law to take up again, if any."""
-        if not self.former:
+    def _reset_detectors(self) -> None:
+        self._previous_scores = [0.0] * len(self.previous)
+        self._cusums, self._cusum_lengths = [0.0, 0.0], [0, 0]
+        self._max_in_flight = 0
+
+    def _find_better_previous(self, start: float, end: float) -> int | None:
+        """Return the index of the previous histogram that explains the newest observations better, if there is one."""
+        if not self.previous:
             return None
-        present = self.present.mass(first, last) + _TINY
-        for k, law in enumerate(self.former):
-            ahead = math.log((law.mass(first, last) + _TINY) / present)
-            self._better[k] = max(self._better[k] + ahead, 0.0)
-        best = max(self._better)
-        return self._better.index(best) if best > _RECALL else None
+        current = self.current.probability(start, end) + _EPSILON
+        for k, histogram in enumerate(self.previous):
+            log_ratio = math.log((histogram.probability(start, end) + _EPSILON) / current)
+            self._previous_scores[k] = max(self._previous_scores[k] + log_ratio, 0.0)
+        best = max(self._previous_scores)
+        return self._previous_scores.index(best) if best > _RECALL_THRESHOLD else None
 
-    def _changed_since(self, first: float, last: float, unseen: int) -> int:
-        """Tell how many tasks ago the law changed, or 0 where it didn't."""
-        # Of a crowd that began together the shortest end first: until all are seen, longer ones are no news.
-        self._crowd = max(self._crowd, unseen)
-        if self.present.count < _FEW + self._crowd:
+    def _detect_change(self, start: float, end: float, in_flight: int) -> int:
+        """Return how many observations ago the distribution changed; 0 if it has not."""
+        # Of tasks that start together, the short ones end first. Until all of them have ended, longer durations are
+        # no sign of a change.
+        self._max_in_flight = max(self._max_in_flight, in_flight)
+        if self.current.count < _MIN_COUNT + self._max_in_flight:
             return 0
-        deviation = _normal_quantile((self.present.chance(first) + self.present.chance(last)) / 2)
-        deviation = min(max(deviation, -_SURPRISE), _SURPRISE)
-        for k, further in enumerate((deviation, -deviation)):
-            self._rises[k] = max(self._rises[k] + further - 0.5, 0.0)
-            self._since[k] = self._since[k] + 1 if self._rises[k] else 0
-        highest = max(self._rises)
-        return self._since[self._rises.index(highest)] if highest > _ALARM else 0
+        deviation = _normal_quantile((self.current.cdf_at(start) + self.current.cdf_at(end)) / 2)
+        deviation = min(max(deviation, -_MAX_DEVIATION), _MAX_DEVIATION)
+        for k, increase in enumerate((deviation, -deviation)):
+            self._cusums[k] = max(self._cusums[k] + increase - 0.5, 0.0)
+            self._cusum_lengths[k] = self._cusum_lengths[k] + 1 if self._cusums[k] else 0
+        highest = max(self._cusums)
+        return self._cusum_lengths[self._cusums.index(highest)] if highest > _ALARM_THRESHOLD else 0
 
 
-def _normal_quantile(chance: float) -> float:
-    # Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.2.22: to 0.003.
-    t = math.sqrt(-2 * math.log(max(min(chance, 1 - chance), 1e-9)))
+def _normal_quantile(probability: float) -> float:
+    # Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.2.22: accurate to 0.003.
+    t = math.sqrt(-2 * math.log(max(min(probability, 1 - probability), 1e-9)))
     z = t - (2.30753 + 0.27061 * t) / (1 + 0.99229 * t + 0.04481 * t * t)
-    return z if chance > 0.5 else -z
+    return z if probability > 0.5 else -z

@@ -1,4 +1,4 @@
-"""How long tasks take: a law of durations, learned from the intervals within which tasks were seen to end."""
+"""DurationHistogram: the distribution of task durations, learned from the intervals within which tasks ended."""
 
 import math
 from bisect import bisect_left
@@ -9,193 +9,204 @@ from typing import Self
 import attrs
 from attrs import validators
 
+# The bins are equally wide in the logarithm of the duration: 2.5 % each, from 20 ms to 54 minutes.
 BINS = 480
-"""The law is a histogram of the logarithm of the seconds, ..."""
 BIN_WIDTH = 1 / 40
-"""... whose cells are as wide as a 40th of an e-fold, 2.5 %, ..."""
-SHORTEST = 0.02
-"""... and begin here, in seconds. They end after 54 minutes."""
-BIN_EDGES = tuple(SHORTEST * math.exp(BIN_WIDTH * k) for k in range(BINS + 1))
-"""The cells' borders, in seconds."""
+"""Width of a bin, in natural logarithms of seconds."""
+MIN_DURATION = 0.02
+"""Lower edge of the first bin, in seconds."""
+BIN_EDGES = tuple(MIN_DURATION * math.exp(BIN_WIDTH * k) for k in range(BINS + 1))
+"""In seconds."""
 
-_BELIEF = 0.5
-"""What is believed in the beginning counts for half an observation, ..."""
-_DOUBT = 0.005
-"""... and for so much of the law for ever: some tasks obey no law."""
-_SPREAD = 0.3
-"""The standard deviation of the logarithm that is expected of a service, worth one observation."""
-_SMOOTHING = 1.0
-"""An observation speaks for its neighbours as far as so many standard deviations, by the cube root of their number."""
-_REDRAW = 3
-"""The law is drawn anew when its observations have grown by a third."""
+_PRIOR_WEIGHT = 0.5
+"""The prior counts as much as this many observations."""
+_MIN_PRIOR_SHARE = 0.005
+"""The prior keeps this share for ever, because a few tasks follow no distribution."""
+_EXPECTED_DEVIATION = 0.3
+"""Standard deviation of the log-durations of a typical service; it counts as one observation."""
+_BANDWIDTH_FACTOR = 1.0
+"""Bandwidth of the smoothing, in standard deviations divided by the cube root of the number of observations."""
+_REBUILD_DIVISOR = 3
+"""The CDF is rebuilt when more than one third of the observations are new."""
+_MIN_WEIGHT = 1e-4
+"""Outermost bins with a smaller weight are treated as empty."""
 
 
 def bin_position(seconds: float) -> float:
-    """Give the place of a duration among the cells: the cell's number, and the way within."""
-    return min(math.log(seconds / SHORTEST) / BIN_WIDTH, BINS - 0.001) if seconds > SHORTEST else 0.0
+    """Return where a duration lies among the bins: the bin's number plus the fraction of its width."""
+    return min(math.log(seconds / MIN_DURATION) / BIN_WIDTH, BINS - 0.001) if seconds > MIN_DURATION else 0.0
 
 
-def seconds_at(bin_position: float) -> float:
-    """Give the duration at a place among the cells."""
-    return SHORTEST * math.exp(BIN_WIDTH * bin_position)
+def seconds_at(position: float) -> float:
+    """Return the duration at a bin position, in seconds."""
+    return MIN_DURATION * math.exp(BIN_WIDTH * position)
 
 
 def lognormal(median: float, deviation: float) -> list[float]:
-    """Give the chance of each cell under a lognormal law."""
-    ended = [math.erfc(math.log(median / edge) / deviation / math.sqrt(2)) / 2 for edge in BIN_EDGES]
-    ended[0], ended[-1] = 0.0, 1.0
-    cells = [max(later - earlier, 1e-9) for earlier, later in pairwise(ended)]
-    total = sum(cells)
-    return [cell / total for cell in cells]
+    """Return the probability of each bin under a lognormal distribution."""
+    cdf = [math.erfc(math.log(median / edge) / deviation / math.sqrt(2)) / 2 for edge in BIN_EDGES]
+    cdf[0], cdf[-1] = 0.0, 1.0
+    probabilities = [max(later - earlier, 1e-9) for earlier, later in pairwise(cdf)]
+    total = sum(probabilities)
+    return [probability / total for probability in probabilities]
 
 
-def quantile(ended: Sequence[float], share: float) -> float:
-    """Give the place by which a share of all has ended."""
-    k = min(max(bisect_left(ended, share), 1), BINS)
-    below, above = ended[k - 1], ended[k]
-    return k - 1 + min((share - below) / (above - below), 1.0) if above > below else float(k)
+def quantile(cdf: Sequence[float], probability: float) -> float:
+    """Return the bin position at which the CDF reaches a probability."""
+    k = min(max(bisect_left(cdf, probability), 1), BINS)
+    below, above = cdf[k - 1], cdf[k]
+    return k - 1 + min((probability - below) / (above - below), 1.0) if above > below else float(k)
 
 
-_GUESS = lognormal(9.0, 1.25)
-_NUMBER = (validators.ge(0.0), validators.le(1e9))
+_PRIOR = lognormal(9.0, 1.25)
+_COUNT_VALIDATORS = (validators.ge(0.0), validators.le(1e9))
 
 
 @attrs.frozen
 class HistogramState:
-    """What a law has learned, to be kept as JSON."""
+    """The learned part of a DurationHistogram, as stored in JSON."""
 
-    count: float = attrs.field(validator=_NUMBER)
-    first: int = attrs.field(validator=(validators.ge(0), validators.lt(BINS)))
-    """The number of the first cell that has a weight."""
-    weights: list[float] = attrs.field(validator=validators.deep_iterable(validators.and_(*_NUMBER)))
+    count: float = attrs.field(validator=_COUNT_VALIDATORS)
+    first_bin: int = attrs.field(validator=(validators.ge(0), validators.lt(BINS)))
+    """The bin of `weights[0]`."""
+    weights: list[float] = attrs.field(validator=validators.deep_iterable(validators.and_(*_COUNT_VALIDATORS)))
 
     def __attrs_post_init__(self) -> None:
-        if self.first + len(self.weights) > BINS or (self.count > 0) != (sum(self.weights) > 0):
-            raise ValueError("a law's weights must fit into its cells, and be there where its count is")
+        if self.first_bin + len(self.weights) > BINS:
+            raise ValueError(f"weights must end at bin {BINS} or before")
+        if (self.count > 0) != (sum(self.weights) > 0):
+            raise ValueError("weights must be above 0 if count is, and only then")
         if 0 < self.count < 1:
-            raise ValueError(f"a law's count must be 0 or at least 1, not {self.count!r}")
+            raise ValueError(f"count must be 0 or at least 1, not {self.count!r}")
 
 
 @attrs.define(eq=False)
 class DurationHistogram:
-    """What the durations seen so far tell of those to come.
+    """The distribution of durations.
 
-    An interval is spread over what the law says inside it. The histogram is smoothed, the less the more was seen; and a
-    broad guess never quite leaves.
+    An observation is an interval between two bin positions. Its weight is spread within the interval in proportion to
+    the current density. The weights are smoothed, with a bandwidth that shrinks as observations accumulate, and mixed
+    with a broad prior.
+
+    `learn()` only adds to the weights. The CDF changes in `_rebuild()`, when enough observations are new.
     """
 
     memory: float = 200.0
-    """An observation fades to a third while so many others follow."""
-    guess: list[float] = attrs.field(default=_GUESS, repr=False)
-    """What is believed before anything was seen: about 9 s, give or take a factor of three and a half."""
+    """An observation's weight decays to 1 / e while this many others follow."""
+    prior: list[float] = attrs.field(default=_PRIOR, repr=False)
+    """Probability of each bin before anything was observed. The default: 9 s, give or take a factor of 3.5."""
     count: float = attrs.field(default=0.0, init=False)
-    """How many observations the weights are worth."""
-    ended: list[float] = attrs.field(init=False, repr=False)
-    """The chance of having ended by each edge."""
+    """Sum of the weights, in observations."""
+    cdf: list[float] = attrs.field(init=False, repr=False)
+    """The probability that a task has ended by each of BIN_EDGES."""
     version: int = attrs.field(default=0, init=False)
-    """Grows whenever the law is drawn anew."""
+    """Incremented whenever the CDF changes."""
     _weights: list[float] = attrs.field(factory=lambda: [0.0] * BINS, init=False, repr=False)
-    _steps: list[float] = attrs.field(factory=lambda: [0.0] * BINS, init=False, repr=False)
-    """By how much the whole cells gain on the cell before, in multiples of `_cells`, when the law is drawn."""
-    _newest: float = attrs.field(default=1.0, init=False)
-    """The weight of an observation made now: it grows, instead of all the earlier ones fading."""
-    _unread: int = attrs.field(default=0, init=False)
-    """Observations since the law was drawn."""
-    _cells: list[float] = attrs.field(init=False, repr=False)
-    """The chance of each cell before the last smoothing: to spread intervals by the law would blur it ever more."""
-    _sums: list[float] = attrs.field(init=False, repr=False)
-    """The chance of having ended by each edge under that."""
+    """Of each bin, without those of `_density_steps`."""
+    _density_steps: list[float] = attrs.field(factory=lambda: [0.0] * BINS, init=False, repr=False)
+    """Weights of the bins that lie wholly within an observed interval, as a difference array over the bins: the running
+    sum times `_probabilities` is a bin's weight."""
+    _observation_weight: float = attrs.field(default=1.0, init=False)
+    """Weight of an observation made now. It grows, instead of all earlier weights decaying."""
+    _new_observations: int = attrs.field(default=0, init=False)
+    """Observations since the last rebuild."""
+    _probabilities: list[float] = attrs.field(init=False, repr=False)
+    """Probability of each bin after the first smoothing only: spreading intervals by `cdf` would blur it ever more."""
+    _probability_sums: list[float] = attrs.field(init=False, repr=False)
+    """The CDF of `_probabilities`."""
 
     def __attrs_post_init__(self) -> None:
-        self._cells = self.guess
-        self.ended = self._sums = [0.0, *accumulate(self.guess)]
+        self._probabilities = self.prior
+        self.cdf = self._probability_sums = [0.0, *accumulate(self.prior)]
 
-    def chance(self, bin_position: float) -> float:
-        """Give the chance of having ended by a place among the cells."""
-        k = int(bin_position)
-        return self.ended[k] + (bin_position - k) * (self.ended[k + 1] - self.ended[k])
+    def cdf_at(self, position: float) -> float:
+        """Return the probability that a task has ended by a bin position."""
+        k = int(position)
+        return self.cdf[k] + (position - k) * (self.cdf[k + 1] - self.cdf[k])
 
-    def mass(self, first: float, last: float) -> float:
-        """Give the chance of ending between two places; one and the same place stands for its cell."""
-        k = int(last)
-        return self.chance(last) - self.chance(first) if last - first > 0.01 else self.ended[k + 1] - self.ended[k]
+    def probability(self, start: float, end: float) -> float:
+        """Return the probability that a task ends between two bin positions, or within the bin if they are equal."""
+        k = int(end)
+        return self.cdf_at(end) - self.cdf_at(start) if end - start > 0.01 else self.cdf[k + 1] - self.cdf[k]
 
-    def learn(self, first: float, last: float) -> None:
-        """Take in that a task ended between two places."""
-        fading = 1 - 1 / self.memory
-        self._newest /= fading
-        self.count = self.count * fading + 1
-        i, j = int(first), int(last)
+    def learn(self, start: float, end: float) -> None:
+        """Add the observation that a task ended between two bin positions."""
+        decay = 1 - 1 / self.memory
+        self._observation_weight /= decay
+        self.count = self.count * decay + 1
+        i, j = int(start), int(end)
         if i == j:
-            self._weights[j] += self._newest
+            self._weights[j] += self._observation_weight
         else:
-            cells, sums = self._cells, self._sums
-            left, right = cells[i] * (i + 1 - first), cells[j] * (last - j)
-            density = self._newest / (left + sums[j] - sums[i + 1] + right)
+            probabilities, sums = self._probabilities, self._probability_sums
+            left, right = probabilities[i] * (i + 1 - start), probabilities[j] * (end - j)
+            density = self._observation_weight / (left + sums[j] - sums[i + 1] + right)
             self._weights[i] += density * left
             self._weights[j] += density * right
-            self._steps[i + 1] += density
-            self._steps[j] -= density
-        self._unread += 1
-        if self._unread > self.count / _REDRAW:
-            self._draw()
+            self._density_steps[i + 1] += density
+            self._density_steps[j] -= density
+        self._new_observations += 1
+        if self._new_observations > self.count / _REBUILD_DIVISOR:
+            self._rebuild()
 
     def state(self) -> HistogramState:
-        """Give what was learned."""
-        weights = self._whole()
-        kept = [k for k, weight in enumerate(weights) if weight > 1e-4] or [0]
-        return HistogramState(
-            self.count, kept[0], [float(f"{weight:.3g}") for weight in weights[kept[0] : kept[-1] + 1]]
-        )
+        """Return what was learned."""
+        weights = self._all_weights()
+        used = [k for k, weight in enumerate(weights) if weight > _MIN_WEIGHT] or [0]
+        rounded = [float(f"{weight:.3g}") for weight in weights[used[0] : used[-1] + 1]]
+        return HistogramState(self.count, used[0], rounded)
 
     @classmethod
-    def from_state(cls, state: HistogramState, memory: float = 200.0, guess: list[float] = _GUESS) -> Self:
-        """Go on from what was learned."""
-        law = cls(memory, guess)
-        law._weights[state.first : state.first + len(state.weights)] = state.weights
-        law.count = state.count
+    def from_state(cls, state: HistogramState, memory: float = 200.0, prior: list[float] = _PRIOR) -> Self:
+        """Return a histogram that continues from a state."""
+        histogram = cls(memory, prior)
+        histogram._weights[state.first_bin : state.first_bin + len(state.weights)] = state.weights
+        histogram.count = state.count
         if state.count:
-            law._draw()
-        return law
+            histogram._rebuild()
+        return histogram
 
-    def _draw(self) -> None:
+    def _rebuild(self) -> None:
+        """Compute the CDF from the weights."""
         self.version += 1
-        self._unread = 0
-        self._weights = weights = self._whole()
-        self._steps = [0.0] * BINS
-        self._newest = 1.0
-        low = next(k for k, weight in enumerate(weights) if weight > 1e-4)
-        high = next(k for k in range(BINS, 0, -1) if weights[k - 1] > 1e-4)
-        seen = weights[low:high]
-        mean = sum(k * weight for k, weight in enumerate(seen)) / self.count
-        squares = sum((k - mean) ** 2 * weight for k, weight in enumerate(seen)) + (_SPREAD / BIN_WIDTH) ** 2
-        reach = _SMOOTHING * math.sqrt(squares / (self.count + 1)) / self.count ** (1 / 3)
-        half, whole = int(reach / 2 + 0.5), int(reach + 0.5)
+        self._new_observations = 0
+        self._weights = weights = self._all_weights()
+        self._density_steps = [0.0] * BINS
+        self._observation_weight = 1.0
+        low = next(k for k, weight in enumerate(weights) if weight > _MIN_WEIGHT)
+        high = next(k for k in range(BINS, 0, -1) if weights[k - 1] > _MIN_WEIGHT)
+        used = weights[low:high]
+        mean = sum(k * weight for k, weight in enumerate(used)) / self.count
+        squares = sum((k - mean) ** 2 * weight for k, weight in enumerate(used))
+        squares += (_EXPECTED_DEVIATION / BIN_WIDTH) ** 2
+        bandwidth = _BANDWIDTH_FACTOR * math.sqrt(squares / (self.count + 1)) / self.count ** (1 / 3)
+        half, whole = int(bandwidth / 2 + 0.5), int(bandwidth + 0.5)
         low, high = max(low - half - whole, 0), min(high + half + whole, BINS)
-        once = _smooth(weights[low:high], half)
-        self._cells, self._sums = self._with_guess(once, low)
-        _, self.ended = self._with_guess(_smooth(once, whole), low)
+        smoothed = _moving_sum(weights[low:high], half)
+        self._probabilities, self._probability_sums = self._mix_with_prior(smoothed, low)
+        _, self.cdf = self._mix_with_prior(_moving_sum(smoothed, whole), low)
 
-    def _whole(self) -> list[float]:
-        """Give the weights, what the whole cells have gained among them, so that they add up to the count."""
-        gains = zip(self._weights, accumulate(self._steps), self._cells, strict=True)
-        weights = [weight + max(density, 0.0) * cell for weight, density, cell in gains]
+    def _all_weights(self) -> list[float]:
+        """Return the weight of each bin, those of `_density_steps` included, scaled so that their sum is the count."""
+        parts = zip(self._weights, accumulate(self._density_steps), self._probabilities, strict=True)
+        weights = [weight + max(density, 0.0) * probability for weight, density, probability in parts]
         scale = self.count / (sum(weights) or 1.0)
         return [weight * scale for weight in weights]
 
-    def _with_guess(self, weights: list[float], low: int) -> tuple[list[float], list[float]]:
-        doubt = max(_BELIEF / (self.count + _BELIEF), _DOUBT)
-        share = (1 - doubt) / sum(weights)
-        cells = [doubt * cell for cell in self.guess]
-        high = low + len(weights)
-        cells[low:high] = [cell + share * weight for cell, weight in zip(cells[low:high], weights, strict=True)]
-        return cells, [0.0, *accumulate(cells)]
+    def _mix_with_prior(self, weights: list[float], first_bin: int) -> tuple[list[float], list[float]]:
+        """Return each bin's probability, and the CDF, of the weights and the prior together."""
+        prior_share = max(_PRIOR_WEIGHT / (self.count + _PRIOR_WEIGHT), _MIN_PRIOR_SHARE)
+        factor = (1 - prior_share) / sum(weights)
+        mixed = [prior_share * probability for probability in self.prior]
+        bins = slice(first_bin, first_bin + len(weights))
+        mixed[bins] = [probability + factor * weight for probability, weight in zip(mixed[bins], weights, strict=True)]
+        return mixed, [0.0, *accumulate(mixed)]
 
 
-def _smooth(weights: list[float], reach: int) -> list[float]:
-    """Spread each weight evenly over its neighbours."""
+def _moving_sum(weights: list[float], reach: int) -> list[float]:
+    """Return, for each bin, the sum of the weights of the bins at most `reach` away."""
     if not reach:
         return weights
-    beyond = [0.0] * reach
-    sums = [0.0, *accumulate([*beyond, *weights, *beyond])]
+    padding = [0.0] * reach
+    sums = [0.0, *accumulate([*padding, *weights, *padding])]
     return [after - before for before, after in zip(sums, sums[2 * reach + 1 :], strict=False)]

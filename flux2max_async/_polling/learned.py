@@ -1,8 +1,8 @@
-"""The schedule that learns: polls where the end is likely, at a price for each."""
+"""LearnedSchedule: learns how long tasks take, and polls when they are likely to have ended."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from weakref import WeakSet
 
 import attrs
@@ -30,35 +30,41 @@ from flux2max_async._polling.predictors import (
     ProgressModelState,
     ProgressReading,
     features_of,
-    part_of,
+    progress_segment,
 )
-from flux2max_async._polling.schedules import PollPlan, positive
+from flux2max_async._polling.schedules import CostAwarePlan, validate_positive
 
-_EARLY = 25
-"""One task in so many is looked at once more, early, lest ends that come early are never seen as such."""
-_GOLDEN = 0.618034
-_SOON = 0.05
-"""Where progress is worth asking for, the first look comes when so many tasks have ended; ..."""
-_GAIN = 1.1
-"""... and it is where looking by its word, and once more, costs so much less than looking by the law."""
-_MINIMUM = 0.05
-"""One task is not polled more often than this, in seconds."""
-_STEPS = 2
-"""Tasks whose scales differ by less than half an e-fold share their looks: only the price is rounded by that."""
-_FAILURES = 200.0
+_MIN_DELAY = 0.05
+"""In seconds."""
+_MIN_PROGRESS = 0.02
+"""Lower progress predicts nothing."""
+_TASKS_PER_EARLY_POLL = 25
+"""One task in this many gets an early first poll. Otherwise the schedule would never learn that tasks have begun to end
+before its usual first poll."""
+_GOLDEN_RATIO = 0.618034
+_FIRST_READING_QUANTILE = 0.05
+"""If progress is worth reading, the first poll comes when this share of the tasks has ended."""
+_MIN_READING_GAIN = 1.1
+"""Progress is worth reading if polling without it costs this many times as much."""
+_SCALE_STEPS = 2
+"""PollTimes are computed for scales rounded to 1 / 2 of an e-fold; only the price is affected by the rounding."""
+_MAX_CACHED_POLL_TIMES = 128
+"""About 40 kB each."""
+_FAILURE_MEMORY = 200.0
+"""The failure rate is that of about this many tasks."""
 
 
 @attrs.frozen
 class _State:
-    """What a schedule has learned, to be kept as JSON."""
+    """The learned part of a LearnedSchedule, as stored in JSON."""
 
-    law: AdaptiveHistogramState
-    failures: HistogramState
-    failing: float = attrs.field(validator=(validators.ge(0.0), validators.le(1.0)))
-    ended: float = attrs.field(validator=(validators.ge(0.0), validators.le(_FAILURES)))
-    effort: DurationRegression
+    durations: AdaptiveHistogramState
+    failure_durations: HistogramState
+    failure_rate: float = attrs.field(validator=(validators.ge(0.0), validators.le(1.0)))
+    finished: float = attrs.field(validator=(validators.ge(0.0), validators.le(_FAILURE_MEMORY)))
+    regression: DurationRegression
     progress: ProgressModelState
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
@@ -66,158 +72,176 @@ _converter = cattrs.Converter(forbid_extra_keys=True)
 
 @attrs.define(eq=False, repr=False)
 class LearnedSchedule:
-    """Learns how long tasks take, and polls where the end is likely.
+    """Learns how long tasks take, and polls when they are likely to have ended.
 
-    The law is a histogram of the logarithm of the seconds, learned from the intervals between the last two polls; it
-    starts as a broad guess, fades slowly, and starts again when the tasks no longer agree with it. Failures have a law
-    of their own. The size asked for, the input images and the tasks in flight stretch the law as far as they proved to
-    matter; progress replaces it once it has foretold the ends better. A poll comes when the delay to be expected
-    outweighs its price (Barlow, Hunter and Proschan, "Optimum Checking Procedures", J. SIAM 11(4), 1963).
+    Durations are learned as a histogram of their logarithms, from the interval between the last two polls of each task.
+    It begins as a broad prior, forgets slowly, and starts again when the durations change. Failures have a histogram of
+    their own. A regression scales the durations by the size of the image, the number of input images and the number of
+    tasks in flight, as far as these prove to matter; reported progress replaces the histogram once it predicts better.
+    A poll is made when the expected delay outweighs its price (Barlow, Hunter and Proschan, "Optimum Checking
+    Procedures", J. SIAM 11(4), 1963).
+
+    Several sessions can share a schedule, even if polls cost them differently: see `CostAwarePlan`.
 
     Args:
-        poll_price: How many seconds of waiting one poll is worth: smaller polls more and notices sooner.
+        poll_price: How many seconds of delay one poll is worth: a lower price makes more polls, which see ends sooner.
 
     Raises:
-        ConfigurationError: The price is not a number of more than 0 seconds.
+        ConfigurationError: `poll_price` is not a finite number above 0.
     """
 
-    _price: float = attrs.field(
-        default=0.1, kw_only=True, alias="poll_price", validator=lambda _, __, price: positive("poll_price", price)
+    _poll_price: float = attrs.field(
+        default=0.1,
+        kw_only=True,
+        alias="poll_price",
+        validator=lambda _, __, price: validate_positive("poll_price", price),
     )
-    cost_factor: float = attrs.field(default=1.0, init=False)
-    """How many times as dear as usual a poll is for now: a session raises it where the service has too much to do."""
-    _law: AdaptiveHistogram = attrs.field(factory=AdaptiveHistogram, init=False)
-    """Of the tasks that completed, in seconds of a usual task."""
-    _failures: DurationHistogram = attrs.field(factory=lambda: DurationHistogram(_FAILURES), init=False)
-    _failing: float = attrs.field(default=0.0, init=False)
-    """The share of the newest tasks that failed."""
-    _ended: float = attrs.field(default=0.0, init=False)
-    """How many tasks that share is of."""
-    _effort: DurationRegression = attrs.field(factory=DurationRegression, init=False)
-    _foresight: ProgressModel = attrs.field(factory=ProgressModel, init=False)
-    _plans: "WeakSet[_LearnedPlan]" = attrs.field(factory=WeakSet, init=False)
-    """The tasks in flight; those that are given up fall out by themselves."""
+    _durations: AdaptiveHistogram = attrs.field(factory=AdaptiveHistogram, init=False)
+    """Durations of completed tasks, divided by the tasks' scales."""
+    _failure_durations: DurationHistogram = attrs.field(factory=lambda: DurationHistogram(_FAILURE_MEMORY), init=False)
+    _failure_rate: float = attrs.field(default=0.0, init=False)
+    """Share of the newest tasks that failed."""
+    _finished: float = attrs.field(default=0.0, init=False)
+    """Number of tasks that the failure rate is computed from."""
+    _regression: DurationRegression = attrs.field(factory=DurationRegression, init=False)
+    _progress: ProgressModel = attrs.field(factory=ProgressModel, init=False)
+    _in_flight: "WeakSet[_LearnedPlan]" = attrs.field(factory=WeakSet, init=False)
+    """Weak, because plans of tasks that nobody follows any more are dropped without `finish()`."""
     _begun: int = attrs.field(default=0, init=False)
-    _looks: dict[tuple[tuple[int, int] | None, int], PollTimes] = attrs.field(factory=dict, init=False)
-    """Under the laws and the price of `_drawn`: by the law of progress, if it is one, and by the scale's logarithm."""
-    _drawn: object = attrs.field(default=None, init=False)
+    _poll_times: dict[tuple[float, int, tuple[int, int] | None], PollTimes] = attrs.field(factory=dict, init=False)
+    """Cache, by price, rounded log-scale, and segment and version of the progress model's histogram if that is used."""
+    _poll_times_version: object = attrs.field(default=None, init=False)
+    """Versions of the histograms that `_poll_times` was computed from."""
 
     @property
     def poll_price(self) -> float:
-        """How many seconds of waiting one poll is worth now; setting it sets what it is worth usually."""
-        return self._price * self.cost_factor
-
-    @poll_price.setter
-    def poll_price(self, price: float) -> None:
-        self._price = price
+        """How many seconds of delay one poll is worth."""
+        return self._poll_price
 
     def __repr__(self) -> str:
-        return f"LearnedSchedule(poll_price={self._price!r})"
+        return f"LearnedSchedule(poll_price={self._poll_price!r})"
 
-    def begin(self, request: GenerationRequest | None) -> PollPlan:
-        """Plan the polling of a task that is being submitted now; None for a task known by its id alone."""
-        traits = features_of(request, len(self._plans))
+    def begin(self, request: GenerationRequest | None) -> CostAwarePlan:
+        """Return the plan for a task that is being submitted now; `request` is None if only the task's id is known."""
+        features = features_of(request, len(self._in_flight))
         self._begun += 1
-        early = 1.0
-        if self._begun % _EARLY == 0 and self._law.settled:
-            # Spread evenly, in the logarithm, over a tenth to all of the way to the first look.
-            early = 0.1 ** (self._begun / _EARLY * _GOLDEN % 1)
-        plan = _LearnedPlan(self, traits, self._effort.scale(traits), early)
-        self._plans.add(plan)
+        first_poll_factor = 1.0
+        if self._begun % _TASKS_PER_EARLY_POLL == 0 and self._durations.settled:
+            # Log-uniform between a tenth and all of the time to the first poll.
+            first_poll_factor = 0.1 ** (self._begun / _TASKS_PER_EARLY_POLL * _GOLDEN_RATIO % 1)
+        plan = _LearnedPlan(self, features, self._regression.scale(features), first_poll_factor)
+        self._in_flight.add(plan)
         return plan
 
     def percentile(self, percent: float) -> float | None:
-        """Give the seconds within which so many of a hundred tasks complete; None before any has."""
-        if not self._law.present.count:
+        """Return the seconds within which `percent` % of the tasks complete; None before the first has completed."""
+        durations = self._durations.current
+        if not durations.count:
             return None
-        return seconds_at(quantile(self._law.present.ended, min(max(percent / 100, 0.0), 1.0)))
+        return seconds_at(quantile(durations.cdf, min(max(percent / 100, 0.0), 1.0)))
 
     def state(self) -> dict[str, Any]:
-        """Give what was learned as a small JSON value, for `from_state`."""
+        """Return what was learned as a small JSON value for `from_state`."""
         state = _State(
-            self._law.state(), self._failures.state(), self._failing, self._ended, self._effort, self._foresight.state()
+            self._durations.state(),
+            self._failure_durations.state(),
+            self._failure_rate,
+            self._finished,
+            self._regression,
+            self._progress.state(),
         )
         value: dict[str, Any] = _converter.unstructure(state)
         return value
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, poll_price: float = 0.1) -> Self:
-        """Go on from what an earlier schedule had learned.
+        """Return a schedule that continues from what an earlier one has learned.
 
         Args:
-            state: What `state` gave, perhaps through JSON.
-            poll_price: How many seconds of waiting one poll is worth.
+            state: What `state()` returned, possibly stored as JSON in between.
+            poll_price: How many seconds of delay one poll is worth.
 
         Raises:
-            ConfigurationError: The state is of another version, or no such state at all; or the price is senseless.
+            ConfigurationError: The state is of another version or invalid, or `poll_price` is invalid.
         """
         schedule = cls(poll_price=poll_price)
         try:
             learned = _converter.structure(state, _State)
         except Exception as error:
             reasons = "; ".join(cattrs.transform_error(error, path="state", format_exception=_reason))
-            raise ConfigurationError(f"state must be what LearnedSchedule.state() gave: {reasons}") from error
-        schedule._law = AdaptiveHistogram.from_state(learned.law)
-        schedule._failures = DurationHistogram.from_state(learned.failures, _FAILURES)
-        schedule._failing, schedule._ended = learned.failing, learned.ended
-        schedule._effort = learned.effort
-        schedule._foresight = ProgressModel.from_state(learned.progress)
+            raise ConfigurationError(f"state must be what LearnedSchedule.state() returned: {reasons}") from error
+        schedule._durations = AdaptiveHistogram.from_state(learned.durations)
+        schedule._failure_durations = DurationHistogram.from_state(learned.failure_durations, _FAILURE_MEMORY)
+        schedule._failure_rate, schedule._finished = learned.failure_rate, learned.finished
+        schedule._regression = learned.regression
+        schedule._progress = ProgressModel.from_state(learned.progress)
         return schedule
 
-    def next_look(self, plan: "_LearnedPlan", elapsed: float, *, first: bool) -> float:
-        """Give the moment of the next poll of a task, in seconds from its submit."""
-        drawn = self._law.version, self._failures.version, self.poll_price
-        if drawn != self._drawn:
-            self._drawn = drawn
-            self._looks.clear()
-        scale, foresight = plan.scale, self._foresight
-        if plan.said is not None and foresight.proven(part_of(plan.said[1])):
-            at, progress = plan.said
-            return self._looks_at(at / progress, part_of(progress)).after(elapsed * progress / at) * at / progress
-        looks = self._looks_at(scale)
-        if first and foresight.proven(foresight.best):
-            ended = self._law.present.ended
-            usual = seconds_at(quantile(ended, 0.5)) * scale
-            asking = self.poll_price + self._looks_at(usual, foresight.best).cost() * usual
-            if _GAIN * asking < looks.cost() * scale:
-                return seconds_at(quantile(ended, _SOON)) * scale
-        return looks.after(elapsed / scale) * scale
+    def next_poll_at(self, plan: "_LearnedPlan", elapsed: float, *, cost_factor: float, is_first: bool) -> float:
+        """Return when to poll a task next, in seconds from its submit."""
+        price = self._poll_price * cost_factor
+        version = self._durations.version, self._failure_durations.version
+        if version != self._poll_times_version:
+            self._poll_times_version = version
+            self._poll_times.clear()
+        scale, model = plan.scale, self._progress
+        if plan.reading is not None and model.trusts(segment := progress_segment(plan.reading[1])):
+            at, progress = plan.reading
+            poll_times = self._poll_times_for(at / progress, price, segment)
+            return poll_times.after(elapsed * progress / at) * at / progress
+        poll_times = self._poll_times_for(scale, price)
+        if is_first and model.trusts(model.best_segment):
+            cdf = self._durations.current.cdf
+            median = seconds_at(quantile(cdf, 0.5)) * scale
+            cost_with_progress = price + self._poll_times_for(median, price, model.best_segment).cost() * median
+            if _MIN_READING_GAIN * cost_with_progress < poll_times.cost() * scale:
+                return seconds_at(quantile(cdf, _FIRST_READING_QUANTILE)) * scale
+        return poll_times.after(elapsed / scale) * scale
 
     def learn(self, plan: "_LearnedPlan", not_before: float, by: float, *, completed: bool) -> None:
-        """Take in when a task ended, in seconds from its submit."""
-        self._plans.discard(plan)
-        self._ended = min(self._ended + 1, _FAILURES)
-        self._failing += ((not completed) - self._failing) / self._ended
+        """Add the observation of a task that ended between `not_before` and `by` seconds after its submit."""
+        self._in_flight.discard(plan)
+        self._finished = min(self._finished + 1, _FAILURE_MEMORY)
+        self._failure_rate += ((not completed) - self._failure_rate) / self._finished
         if not completed:
-            self._failures.learn(bin_position(not_before), bin_position(by))
+            self._failure_durations.learn(bin_position(not_before), bin_position(by))
             return
-        law = self._law.present
-        first, last = bin_position(not_before / plan.scale), bin_position(by / plan.scale)
-        for said in plan.told.values():
-            self._foresight.learn(said, not_before, by, law, plan.scale)
-        if self._law.settled:
-            middle = quantile(law.ended, (law.chance(first) + law.chance(last)) / 2)
-            self._effort.learn(plan.traits, (middle - quantile(law.ended, 0.5)) * BIN_WIDTH)
-        self._law.learn(first, last, len(self._plans))
+        durations = self._durations.current
+        start, end = bin_position(not_before / plan.scale), bin_position(by / plan.scale)
+        for reading in plan.readings.values():
+            self._progress.learn(reading, not_before, by, durations, plan.scale)
+        if self._durations.settled:
+            middle = quantile(durations.cdf, (durations.cdf_at(start) + durations.cdf_at(end)) / 2)
+            self._regression.learn(plan.features, (middle - quantile(durations.cdf, 0.5)) * BIN_WIDTH)
+        self._durations.learn(start, end, len(self._in_flight))
 
-    def _looks_at(self, scale: float, part: int | None = None) -> PollTimes:
-        """Give the looks for tasks of such a scale, or for those that take so long by what progress told in a part."""
-        step = round(_STEPS * math.log(scale))
-        told = None if part is None else (part, self._foresight.laws[part].version)
-        looks = self._looks.get((told, step))
-        if looks is None:
-            ended = self._all_ended(step) if part is None else self._foresight.laws[part].ended
-            looks = self._looks[told, step] = PollTimes(ended, self.poll_price / math.exp(step / _STEPS))
-        return looks
+    def _poll_times_for(self, scale: float, price: float, segment: int | None = None) -> PollTimes:
+        """Return the poll times for durations in multiples of `scale`.
 
-    def _all_ended(self, step: int) -> Sequence[float]:
-        """Give the chance of having ended by each edge, completed or failed, for tasks of about such a scale."""
-        ended = self._law.ended(len(self._plans))
-        if not self._failing:
-            return ended
-        shift = round(step / _STEPS / BIN_WIDTH)
-        failed = [self._failures.ended[min(max(k + shift, 0), BINS)] for k in range(BINS + 1)]
-        return [one + self._failing * (other - one) for one, other in zip(ended, failed, strict=True)]
+        Args:
+            scale: The task's scale; with `segment`, the linear estimate of its duration.
+            price: Seconds of delay that one poll is worth.
+            segment: The segment of the task's progress if that is to be used.
+        """
+        log_scale = round(_SCALE_STEPS * math.log(scale))
+        source = None if segment is None else (segment, self._progress.ratios[segment].version)
+        key = price, log_scale, source
+        poll_times = self._poll_times.get(key)
+        if poll_times is None:
+            cdf = self._cdf(log_scale) if segment is None else self._progress.ratios[segment].cdf
+            if len(self._poll_times) >= _MAX_CACHED_POLL_TIMES:
+                del self._poll_times[next(iter(self._poll_times))]
+            poll_times = self._poll_times[key] = PollTimes(cdf, price / math.exp(log_scale / _SCALE_STEPS))
+        return poll_times
+
+    def _cdf(self, log_scale: int) -> Sequence[float]:
+        """Return the probability that a task has ended, completed or failed, by each of BIN_EDGES times its scale."""
+        completed = self._durations.mixture_cdf(len(self._in_flight))
+        if not self._failure_rate:
+            return completed
+        shift = round(log_scale / _SCALE_STEPS / BIN_WIDTH)
+        failed = [self._failure_durations.cdf[min(max(k + shift, 0), BINS)] for k in range(BINS + 1)]
+        return [a + self._failure_rate * (b - a) for a, b in zip(completed, failed, strict=True)]
 
 
 def _reason(error: BaseException, type: type | None) -> str:
@@ -226,29 +250,36 @@ def _reason(error: BaseException, type: type | None) -> str:
 
 @attrs.define(eq=False)
 class _LearnedPlan:
+    # Not derived from CostAwarePlan, which has no __slots__: a session may have very many plans.
+    supports_cost_factor: ClassVar[bool] = True
+
     _schedule: LearnedSchedule
-    traits: Features
+    features: Features
     scale: float
-    """How many times as long as usual the task should take."""
-    _early: float
-    """The first look comes after this part of its time."""
-    said: ProgressReading | None = None
-    """The highest progress, and when it was told."""
-    told: dict[int, ProgressReading] = attrs.field(factory=dict)
-    """The same for each part of its way."""
-    _first: bool = True
+    """Expected duration as a multiple of those in the schedule's histogram."""
+    _first_poll_factor: float
+    """The first poll comes after this fraction of the usual time."""
+    reading: ProgressReading | None = None
+    """Of the highest progress."""
+    readings: dict[int, ProgressReading] = attrs.field(factory=dict)
+    """Of the highest progress in each segment."""
+    _is_first: bool = True
     _finished: bool = False
 
-    def next_delay(self, elapsed: float, progress: float | None) -> float:
-        if progress is not None and elapsed > 0 and 0.02 <= progress < 1 and (not self.said or progress > self.said[1]):
-            self.said = self.told[part_of(progress)] = elapsed, progress
-        look = self._schedule.next_look(self, elapsed, first=self._first)
-        if self._first:
-            self._first = False
-            look *= self._early
-        return max(_MINIMUM, look - elapsed)
+    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float = 1.0) -> float:
+        if progress is not None and elapsed > 0:
+            self._record_reading(elapsed, progress)
+        poll_at = self._schedule.next_poll_at(self, elapsed, cost_factor=cost_factor, is_first=self._is_first)
+        if self._is_first:
+            self._is_first = False
+            poll_at *= self._first_poll_factor
+        return max(_MIN_DELAY, poll_at - elapsed)
 
     def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
         if not self._finished:
             self._finished = True
             self._schedule.learn(self, min(not_before, by), by, completed=completed)
+
+    def _record_reading(self, elapsed: float, progress: float) -> None:
+        if _MIN_PROGRESS <= progress < 1 and (self.reading is None or progress > self.reading[1]):
+            self.reading = self.readings[progress_segment(progress)] = elapsed, progress

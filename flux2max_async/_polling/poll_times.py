@@ -1,9 +1,10 @@
-"""When to look at something whose law is known: at the first moment at which one more second costs more than a look.
+"""The optimal times to poll a task whose duration has a known distribution.
 
-After a look at t in vain, the next one is due at the first moment u at which the odds of the end having come between
-them, S(t) / S(u) - 1, reach e^x - 1, where S is the chance of still running, h(u) the rate of ending, and x solves
-e^x - 1 - x = price * h(u). For a constant rate this is exact (Barlow, Hunter and Proschan, "Optimum Checking
-Procedures", J. SIAM 11(4), 1963); for others it comes within a few per cent of the optimum.
+Polling costs the delay from the end to the poll that finds it, plus a price per poll. After a poll at t that found the
+task running, the next one is due at the first time u at which the odds that the task has ended since, S(t) / S(u) - 1,
+reach e^x - 1. Here S is the survival function, h the hazard, and x solves e^x - 1 - x = price * h(u). For a constant
+hazard this is exact (Barlow, Hunter and Proschan, "Optimum Checking Procedures", J. SIAM 11(4), 1963); for others it is
+within a few per cent of the optimum.
 """
 
 from bisect import bisect_left, bisect_right
@@ -13,81 +14,83 @@ from math import log1p, sqrt
 
 from flux2max_async._polling.histogram import BIN_EDGES, bin_position
 
-_SPANS = tuple(end - start for start, end in zip(BIN_EDGES, BIN_EDGES[2:], strict=False))
-"""The seconds of each two neighbouring cells."""
-_HARDLY = 1e-4
-"""No look is due before so many have ended, ..."""
-_BEYOND = 1e-5
-"""... and the law tells nothing when no more than so many still run."""
+_DOUBLE_WIDTHS = tuple(end - start for start, end in zip(BIN_EDGES, BIN_EDGES[2:], strict=False))
+"""Width of each two adjacent bins, in seconds."""
+_MIN_CDF = 1e-4
+"""No poll is due before the CDF exceeds this."""
+_MIN_SURVIVAL = 1e-5
+"""Beyond the edge with this survival, the distribution is not used any more."""
 
 
 class PollTimes:
-    """The moments to look, whatever the moment of the look before."""
+    """The time of the next poll after a poll at any time."""
 
-    __slots__ = ("_cost", "_end", "_first", "_goals", "_peaks", "_price", "_running")
+    __slots__ = ("_cost", "_first", "_last_edge", "_max_thresholds", "_price", "_survival", "_thresholds")
 
-    def __init__(self, ended: Sequence[float], price: float) -> None:
-        """Prepare the looks for a law.
+    def __init__(self, cdf: Sequence[float], price: float) -> None:
+        """Prepare the poll times for a distribution.
 
         Args:
-            ended: For each edge of the cells the chance of having ended by then.
-            price: How many seconds of waiting one look is worth.
+            cdf: The probability that the task has ended by each of BIN_EDGES.
+            price: Seconds of delay that one poll is worth.
         """
         self._price = price
-        self._running = running = [1 - chance + 1e-12 for chance in ended]
-        first, self._end = bisect_right(ended, _HARDLY), bisect_left(ended, 1 - _BEYOND) - 1
-        goals = [2.0] * first
-        known = slice(first - 1, self._end), slice(first, self._end + 1), slice(first + 1, self._end + 2)
-        for before, s, after, span in zip(*(running[part] for part in known), _SPANS[first - 1 :], strict=False):
-            y = price * (before - after) / (s * span)
-            # e^x = 1 + y + x, put into itself once from a root that is right for small y: within 3 % of x.
-            goals.append(s * (1 + y + log1p(y + sqrt(2 * y))))
-        self._goals = goals = [*goals, 0.0]
-        """For each edge u the chance S(t) of still running that is low enough for a look at u: S(u) e^x."""
-        self._peaks = list(accumulate(reversed(goals), max))[::-1]
-        """The highest of the goals from each edge on."""
+        self._survival = survival = [1 - probability + 1e-12 for probability in cdf]
+        first, last = bisect_right(cdf, _MIN_CDF), bisect_left(cdf, 1 - _MIN_SURVIVAL) - 1
+        self._last_edge = last
+        thresholds = [2.0] * first
+        neighbours = survival[first - 1 : last], survival[first : last + 1], survival[first + 1 : last + 2]
+        for before, s, after, width in zip(*neighbours, _DOUBLE_WIDTHS[first - 1 :], strict=False):
+            y = price * (before - after) / (s * width)
+            # e^x = 1 + y + x, with one fixed-point step from the root for small y: within 3 % of x.
+            thresholds.append(s * (1 + y + log1p(y + sqrt(2 * y))))
+        # For each edge u, the highest survival S(t) at the last poll for which a poll at u is due: S(u) e^x.
+        self._thresholds = thresholds = [*thresholds, 0.0]
+        # For each edge, the maximum of its threshold and of all later ones.
+        self._max_thresholds = list(accumulate(reversed(thresholds), max))[::-1]
         self._cost: float | None = None
         self._first = self._after(0.0)
 
     def after(self, elapsed: float) -> float:
-        """Give the moment of the look that follows one at `elapsed`, both in seconds from the start."""
+        """Return the time of the poll that follows one at `elapsed`, both in seconds from the submit."""
         return self._after(elapsed) if elapsed else self._first
 
     def cost(self) -> float:
-        """Estimate what looking costs on average, delay and looks together, in seconds."""
+        """Return the approximate mean cost of polling a task, delay and price of the polls together, in seconds."""
         if self._cost is None:
-            ways = zip(self._running, self._running[1:], BIN_EDGES, BIN_EDGES[1:], strict=False)
-            # At a rate of h the delay to be expected and the looks cost sqrt(2 price / h) together, nearly.
+            bins = zip(self._survival, self._survival[1:], BIN_EDGES, BIN_EDGES[1:], strict=False)
+            # At a hazard h, the expected delay and the polls cost about sqrt(2 price / h) together.
             self._cost = self._price + sum(
-                sqrt((s - after) * s * 2 * self._price * (end - start)) for s, after, start, end in ways
+                sqrt((s - after) * s * 2 * self._price * (end - start)) for s, after, start, end in bins
             )
         return self._cost
 
     def _after(self, elapsed: float) -> float:
-        at = bin_position(elapsed)
-        k = int(at)
-        if k >= self._end:
-            # What has lasted for t will end within as long again as likely as not: a rate of about 1 / t.
+        position = bin_position(elapsed)
+        k = int(position)
+        if k >= self._last_edge:
+            # A task that has run for t, longer than any other, has about even odds to end within another t: a hazard
+            # of about 1 / t.
             return elapsed + sqrt(2 * self._price * elapsed)
-        running, goals = self._running, self._goals
-        s = running[k] + (at - k) * (running[k + 1] - running[k])
-        k = self._due(k + 1, s)
-        while self._peaks[k] > s:
-            # Another moment comes later, as after the first of two modes. The earlier look is worth its price only if
-            # it saves that much waiting.
+        survival, thresholds = self._survival, self._thresholds
+        s = survival[k] + (position - k) * (survival[k + 1] - survival[k])
+        k = self._first_due_edge(k + 1, s)
+        while self._max_thresholds[k] > s:
+            # The condition stops holding and holds again later, as between two modes. The poll at k is made only if
+            # the delay that it saves is worth its price.
             later = k
-            while goals[later] <= s:
+            while thresholds[later] <= s:
                 later += 1
-            later = self._due(later, s)
-            if (BIN_EDGES[later] - BIN_EDGES[k]) * (s - running[k]) > self._price * running[k]:
+            later = self._first_due_edge(later, s)
+            if (BIN_EDGES[later] - BIN_EDGES[k]) * (s - survival[k]) > self._price * survival[k]:
                 break
             k = later
-        above, below = goals[k - 1] - s, s - goals[k]
+        above, below = thresholds[k - 1] - s, s - thresholds[k]
         return BIN_EDGES[k] - (BIN_EDGES[k] - BIN_EDGES[k - 1]) * (below / (above + below) if above > 0 else 0.0)
 
-    def _due(self, k: int, s: float) -> int:
-        """Give the first edge from the k-th on at which a look is due."""
-        goals = self._goals
-        while goals[k] > s:
+    def _first_due_edge(self, k: int, survival: float) -> int:
+        """Return the first edge, from the k-th on, at which a poll is due after one at the given survival."""
+        thresholds = self._thresholds
+        while thresholds[k] > survival:
             k += 1
         return k

@@ -1,10 +1,9 @@
-"""The lookout: follows one task by looking at it now and then, and by listening for the webhook that may be faster."""
+"""Polls one task until it ends, and takes the webhook that may be faster."""
 
 import asyncio
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import attrs
@@ -15,316 +14,297 @@ from flux2max_async._api.retry import backoff, is_unreadable, may_poll_again
 from flux2max_async._exceptions import DeadlineExceededError, FluxError, ProtocolError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
-from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._polling.schedules import PollPlan, PollSchedule
+from flux2max_async._polling.schedules import PollSchedule
+from flux2max_async._polling.updates import SnapshotFeed, Wakeup
+from flux2max_async._shutdown import Shutdown
 from flux2max_async.webhooks._registry import WebhookRegistry
 
-log = logging.getLogger("flux2max_async")
+log = logging.getLogger("flux2max_async.polling")
 
-_UNREADABLE_IN_A_ROW = 5
-_JITTER, _MOST_JITTER = 0.1, 0.25
-_LAST_LOOK = 1.0
+_MAX_UNREADABLE_IN_A_ROW = 5
+_JITTER, _MAX_JITTER = 0.1, 0.25
+"""Delays vary by so much of themselves, and by so many seconds at most."""
+_FINAL_POLL_MARGIN = 1.0
+"""Seconds before the deadline at which a task is polled for the last time."""
+_CLOCK_TOLERANCE = 0.01
+"""Seconds by which a timer may fire early."""
+
+
+@attrs.frozen
+class PollingContext:
+    """What the pollers of a session share."""
+
+    client: ApiClient
+    schedule: PollSchedule
+    registry: WebhookRegistry
+    shutdown: Shutdown
+    task_timeout: float
+    """Seconds from a task's submit, or from its attach, to its deadline."""
+
+
+@attrs.frozen(kw_only=True)
+class PollStart:
+    """What is known of a task when its polling starts."""
+
+    task_id: str
+    request: GenerationRequest | None
+    started: float
+    """When it was submitted, or attached, on the event loop's clock."""
+    deadline: float
+    age: float | None
+    """Seconds from its submit to `started`; None if nobody here knows when it was submitted."""
+    submitted_here: bool
+    """Whether the schedule may learn from it."""
+    expects_webhook: bool
 
 
 @attrs.define(eq=False, repr=False)
 class TaskPoller:
-    """What is seen of one task."""
+    """Polls one task.
 
-    gateway: ApiClient
-    schedule: PollSchedule
-    seconds: float
-    """From the submit, or from the attach, to giving up."""
-    request: GenerationRequest | None
-    mail: WebhookRegistry | None = None
-    """Where webhooks come in."""
+    The loop in `run()` repeats three steps until the feed has a final snapshot:
 
-    snapshot: TaskSnapshot | None = attrs.field(default=None, init=False)
+    - waiting: sleep until the next poll is due. The plan decides when, and after a failed poll the backoff does. A
+      final poll comes just before the deadline and just before the session's drain ends. Pauses that the service asked for
+      and the session's poll limit delay a poll; the limit never delays the final one.
+    - polling: one GET. A failed poll is not a failed task: it is repeated, but for the failures that
+      `may_poll_again()` calls final.
+    - ended: `run()` returns the final snapshot, or raises the reason why the task is not followed any more.
+
+    Any time, `on_webhook()` can publish a final snapshot: it cuts the sleep short or abandons the poll on the wire.
+    """
+
+    _context: PollingContext
+    _start: PollStart
+    _feed: SnapshotFeed
     polls: int = attrs.field(default=0, init=False)
-    told: bool = attrs.field(default=False, init=False)
-    """Whether a webhook has brought the end."""
-    started: float = attrs.field(default=attrs.Factory(lambda self: self.gateway.now(), takes_self=True), init=False)
-    """The moment of the submit that was accepted, or of the attach."""
-    deadline: float = attrs.field(
-        default=attrs.Factory(lambda self: self.started + self.seconds, takes_self=True), init=False
-    )
-    """The moment of giving up."""
-    age: float | None = attrs.field(default=None, init=False)
-    """Seconds from the submit to `started`; None where the submit wasn't seen by anybody we know."""
-    learning: bool = attrs.field(default=False, init=False)
-    """Whether the schedule may learn from the task: only where its submit was seen here."""
-    _hooked: bool = attrs.field(default=False, init=False)
-    """Whether its submit asked for a webhook of ours."""
-
-    _task_id: str = attrs.field(default="", init=False)
-    _over: bool = attrs.field(default=False, init=False)
-    """Whether nothing more will be seen."""
-    _last_look: float = attrs.field(default=math.inf, init=False)
-    """The moment shortly before the session closes, once that is known."""
+    ended_by_webhook: bool = attrs.field(default=False, init=False)
+    _wakeup: Wakeup = attrs.field(factory=Wakeup, init=False)
+    _last_poll_at: float = attrs.field(default=0.0, init=False)
+    """When the last poll was answered or given up; at first, when polling began."""
     _progress: float | None = attrs.field(default=None, init=False)
-    """What the newest look said of it; a webhook's word has another moment."""
-    _planned: bool = attrs.field(default=False, init=False)
-    """Whether it sleeps until the next look as planned, and for no other reason."""
-    _looked: float = attrs.field(default=0.0, init=False)
-    """The moment of the last look, or of the first plan."""
-    _interval: float | None = attrs.field(default=None, init=False)
-    """Seconds from the last look to the next as planned, where webhooks aren't expected."""
+    """What the newest poll reported; progress in a webhook was measured at an unknown time."""
     _running_until: float = attrs.field(default=0.0, init=False)
-    """Seconds from the submit to the newest poll that saw the task running."""
-    _missed: int = attrs.field(default=0, init=False)
-    """Looks missed in a row."""
-    _unreadable: int = attrs.field(default=0, init=False)
-    """Answers in a row that could not be read."""
-    _hurry: bool = attrs.field(default=False, init=False)
-    """Whether there is a reason to look at once."""
-    _watchers: int = attrs.field(default=0, init=False)
-    """How many follow the updates."""
-    _news: asyncio.Event | None = attrs.field(default=None, init=False)
-    _nap: "asyncio.Future[bool] | None" = attrs.field(default=None, init=False)
-    """Resolved when a sleep is over: True if nothing has cut it short."""
+    """Seconds from the submit to the newest poll that found the task running."""
+    _failed_polls: int = attrs.field(default=0, init=False)
+    """In a row."""
+    _unreadable_answers: int = attrs.field(default=0, init=False)
+    """In a row."""
+    _poll_now: bool = attrs.field(default=False, init=False)
+    """Whether a webhook that can't be read calls for a poll."""
     _exchange: asyncio.Timeout | None = attrs.field(default=None, init=False)
-    """Around a poll that is on the wire."""
+    """Around the poll that is on the wire."""
 
     @property
     def elapsed(self) -> float:
         """Seconds since the submit, or the attach."""
-        return self.gateway.now() - self.started
+        return self._context.client.now() - self._start.started
 
-    def take_over(self, snapshot: TaskSnapshot, started: float, deadline: float, *, hooked: bool) -> None:
-        """Follow a task that has just been submitted here."""
-        self.started, self.deadline, self.age = started, deadline, 0.0
-        self.learning, self._hooked = True, hooked
-        self._progress = snapshot.progress
-        self.see(snapshot)
+    def listen(self) -> None:
+        """Take webhooks for the task from now on, and those that have arrived already."""
+        self._feed.on_first_watcher = self._on_first_watcher
+        if self._context.registry.in_use:
+            early = self._context.registry.add(self._start.task_id, self)
+            if early is not None:
+                self.on_webhook(early)
 
-    def take_up(self, *, age: float) -> None:
-        """Follow a task that was submitted by somebody else, so many seconds ago."""
-        self.started = self.gateway.now()
-        self.deadline = self.started + self.seconds
-        self.age = age
-
-    def listen(self, task_id: str) -> None:
-        """Listen for webhooks of the task from now on, and take what has come already."""
-        self._task_id = task_id
-        if self.mail is not None and (early := self.mail.expect(task_id, self)) is not None:
-            self.hear(early)
-
-    def end(self) -> None:
-        """Nothing more will be seen."""
-        self._over = True
-        if self.mail is not None:
-            self.mail.forget(self._task_id, self)
-        self._tell()
-
-    def see(self, snapshot: TaskSnapshot) -> None:
-        """Take in what the service says; the first end stands, whatever it says later."""
-        if not self._has_ended():
-            self.snapshot = snapshot
-            self._tell()
-
-    def hear(self, snapshot: TaskSnapshot | None) -> None:
-        """A webhook tells of the task; None where what it tells can't be read, which is a reason to look."""
-        if self._has_ended():
+    def on_webhook(self, snapshot: TaskSnapshot | None) -> None:
+        """Process a verified webhook; None, if its content can't be read, is a reason to poll at once."""
+        if self._feed.ended:
             return
         if snapshot is None:
-            self._hurry = True
-        elif snapshot.status.ended or _progress(snapshot) > _progress(self.snapshot):
-            self.see(snapshot)
-        self.told = self._has_ended()
-        if self.told and self._exchange is not None:
-            self._exchange.reschedule(0.0)
-        if self.told or self._hurry:
-            self._wake()
+            self._poll_now = True
+            self._wakeup.wake()
+        elif snapshot.status.ended:
+            self._feed.publish(snapshot)
+            self.ended_by_webhook = True
+            if self._exchange is not None:
+                self._exchange.reschedule(0.0)
+            self._wakeup.wake()
+        elif (snapshot.progress or 0.0) > self._feed.progress:
+            self._feed.publish(snapshot)
 
-    def hurry(self, until: float) -> None:
-        """The session closes at a moment, if it isn't infinitely far: look once more shortly before."""
-        if until < math.inf:
-            now = self.gateway.now()
-            self._last_look = until - min(_LAST_LOOK, (until - now) / 10)
-            if self._planned:
-                self._wake()
+    async def wait_closed(self) -> None:
+        """Wait until the end has been recorded, or the task is not followed any more."""
+        await self._feed.wait_closed()
 
     def replan(self) -> None:
-        """A poll may have become less dear than it was when the next look was planned."""
-        if self._hooked and self._planned:
-            self._wake()
+        """Plan the next poll anew: what it depends on has changed."""
+        self._wakeup.wake()
 
-    async def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
-        """Give the newest snapshot, then each that says something new, until the end."""
-        said = None
-        self._watchers += 1
-        if self._watchers == 1:
-            self.replan()  # of progress only polls tell, whatever brings the end
-        try:
-            while True:
-                snapshot = self.snapshot
-                if snapshot is not None and (snapshot.status, snapshot.progress) != said:
-                    said = (snapshot.status, snapshot.progress)
-                    yield snapshot
-                elif self._over:
-                    return
-                else:
-                    await self._next_news()
-        finally:
-            self._watchers -= 1
-
-    async def until_over(self) -> None:
-        """Wait until nothing more will be seen: the end is recorded if need be, or the task is followed no more."""
-        while not self._over:
-            await self._next_news()
-
-    async def look(self) -> TaskSnapshot:
-        """Look until the task has ended.
+    async def run(self) -> TaskSnapshot:
+        """Poll until the task has ended; call `listen()` first.
 
         Raises:
-            FluxError: It is not followed to its end, and this is why.
+            FluxError: Why the task is not followed to its end.
         """
-        call = build_poll(self._task_id)
-        plan = self.schedule.begin(self.request)
-        self._looked = self.gateway.now()
-        while not self._has_ended():
-            if await self._wait_for_look(plan) and await self._pause():
-                wait = self.gateway.book_poll()
-                if wait == 0 or (await self._sleep(wait) and await self._pause()):
-                    await self._poll(call)
-        snapshot, elapsed = self.snapshot, self.elapsed
+        request = build_poll(self._start.task_id)
+        plan = _Plan(self._context.schedule, self._start.request)
+        self._progress = self._feed.snapshot.progress if self._feed.snapshot else None
+        self._last_poll_at = self._context.client.now()
+        while not self._feed.ended:
+            if await self._wait_until_due(plan):
+                await self._poll(request)
+        return self._ended(plan)
+
+    def close(self) -> None:
+        """Take no more webhooks: the end has been recorded, or the task is not followed any more."""
+        if self._context.registry.in_use:
+            self._context.registry.remove(self._start.task_id, self)
+
+    def _ended(self, plan: "_Plan") -> TaskSnapshot:
+        snapshot, elapsed, start = self._feed.snapshot, self.elapsed, self._start
         assert snapshot is not None
-        if self.learning:
-            plan.finish(elapsed if self.told else self._running_until, elapsed, completed=snapshot.error is None)
-        if self._hooked and self.mail is not None and (self.told or self.polls):
-            self.mail.noticed(told=self.told)
+        if start.submitted_here:
+            not_before = elapsed if self.ended_by_webhook else self._running_until
+            plan.finish(not_before, elapsed, completed=snapshot.error is None)
+        if start.expects_webhook and (self.ended_by_webhook or self.polls):
+            self._context.registry.record_end(by_webhook=self.ended_by_webhook)
         return snapshot
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ when to poll
 
-    async def _wait_for_look(self, plan: PollPlan) -> bool:
-        """Sleep until the next look is due; False where something has cut it short."""
-        self._planned = True
-        try:
-            return await self._sleep(self._delay(plan))
-        finally:
-            self._planned = False
+    async def _wait_until_due(self, plan: "_Plan") -> bool:
+        """Sleep until the next poll may be made; return False if it has to be planned anew, or is not needed."""
+        if not await self._sleep(self._delay(plan)):
+            return False
+        limited = self._context.client.submit_limiter.refused
+        if limited and not await self._wait_out_pause():
+            return False
+        return await self._wait_for_reservation() and (not limited or await self._wait_out_pause())
 
-    def _delay(self, plan: PollPlan) -> float:
-        if self._hurry:
-            self._hurry = False
-            return 0.0
-        if self._missed:
-            return self._left_of(backoff(self._missed, random.random()))
-        if self.snapshot is None:
-            return 0.0  # submitted elsewhere: it may have ended long ago
-        delay = self._planned_delay(plan)
-        delay = self._left_of(delay + min(_JITTER * delay, _MOST_JITTER) * random.uniform(-1, 1))
-        # If the deadline comes first, a last look shortly before it may still save what is paid for.
-        last = min(self.deadline - min(_LAST_LOOK, self.seconds / 10), self._last_look)
-        now = self.gateway.now()
-        return max(0.0, last - now) if self._looked < last - 0.01 and now + delay > last else delay
+    async def _wait_for_reservation(self) -> bool:
+        """Wait for the session's poll limit, but not beyond the final poll; return False if the task has ended."""
+        now, reserved_for = self._context.client.now, self._context.client.reserve_poll() + self._context.client.now()
+        # Waking up doesn't lose the reservation.
+        while not self._feed.ended and (wait := min(reserved_for - now(), self._until_final_poll())) > 0:
+            await self._sleep(wait)
+        return not self._feed.ended
 
-    def _planned_delay(self, plan: PollPlan) -> float:
-        """Ask the plan; where a webhook will probably bring the end, a poll is dearer, and comes later."""
-        cost_factor = self.mail.cost_factor if self._hooked and self.mail and not self._watchers else 1.0
-        elapsed = self._looked - self.started
-        if isinstance(self.schedule, LearnedSchedule):
-            self.schedule.cost_factor = self.gateway.cost_factor() * cost_factor
-            return plan.next_delay(elapsed, self._progress)
-        if self._interval is None:  # it is asked for once after each look
-            self._interval = plan.next_delay(elapsed, self._progress)
-        # At a constant rate of ending, the best interval grows as the root of the price.
-        return self._interval * math.sqrt(cost_factor)
-
-    def _left_of(self, delay: float) -> float:
-        """Give what is left of a delay that began with the last look: who is woken in between doesn't start anew."""
-        return max(0.0, self._looked + delay - self.gateway.now())
-
-    async def _pause(self) -> bool:
-        """Wait as long as the service has asked everybody to; False where something has cut it short."""
-        while (pause := self.gateway.pause(random.random())) > 0:
+    async def _wait_out_pause(self) -> bool:
+        """Wait as long as the service asked all calls to wait; return False if woken."""
+        while (pause := self._context.client.pause(random.random())) > 0:
             if not await self._sleep(pause):
                 return False
         return True
 
+    def _delay(self, plan: "_Plan") -> float:
+        """Return the seconds until the next poll is due."""
+        if self._poll_now:
+            return 0.0
+        if self._failed_polls:
+            return self._remaining(backoff(self._failed_polls, random.random()))
+        if self._feed.snapshot is None:
+            return 0.0  # submitted elsewhere: it may have ended long ago
+        delay = self._planned_delay(plan)
+        delay = self._remaining(delay + min(_JITTER * delay, _MAX_JITTER) * random.uniform(-1, 1))
+        return min(delay, self._until_final_poll())
+
+    def _planned_delay(self, plan: "_Plan") -> float:
+        """Return the plan's delay; it grows with the cost of a poll.
+
+        Where a webhook will probably bring the end, a poll costs more. But webhooks report no progress: while somebody
+        follows the updates, polls are as cheap as without webhooks.
+        """
+        elapsed = self._last_poll_at - self._start.started
+        expected = self._start.expects_webhook and not self._feed.watchers
+        webhook_factor = self._context.registry.cost_factor if expected else 1.0
+        if plan.cost_aware:
+            return plan.next_delay(
+                elapsed, self._progress, cost_factor=self._context.client.poll_cost_factor() * webhook_factor
+            )
+        return plan.next_delay(elapsed, self._progress, cost_factor=webhook_factor)
+
+    def _until_final_poll(self) -> float:
+        """Return the seconds until the final poll; infinity once it has been made."""
+        margin = min(_FINAL_POLL_MARGIN, self._context.task_timeout / 10)
+        final_poll_at = min(self._start.deadline - margin, self._context.shutdown.final_poll_at)
+        if self._last_poll_at >= final_poll_at - _CLOCK_TOLERANCE:
+            return math.inf
+        return max(0.0, final_poll_at - self._context.client.now())
+
+    def _remaining(self, delay: float) -> float:
+        """Return what is left of a delay that began with the last poll: waking up doesn't restart it."""
+        return max(0.0, self._last_poll_at + delay - self._context.client.now())
+
     async def _sleep(self, delay: float) -> bool:
-        """Sleep, within the deadline; False where something has cut it short."""
-        remaining = self.deadline - self.gateway.now()
-        undisturbed = await self._rest(min(delay, max(remaining, 0.0)))
+        """Sleep, but not beyond the deadline; return False if woken, or if the task has ended."""
+        remaining = self._start.deadline - self._context.client.now()
+        undisturbed = await self._wakeup.sleep(min(delay, max(remaining, 0.0)))
         if undisturbed and delay >= remaining:
             raise DeadlineExceededError(
-                f"task {self._task_id} has not ended within {self.seconds:g} s; attach() it later", self._task_id
+                f"task {self._start.task_id} has not ended within {self._context.task_timeout:g} s; attach() it later",
+                task_id=self._start.task_id,
             )
-        return undisturbed
+        return undisturbed and not self._feed.ended
 
-    async def _rest(self, delay: float) -> bool:
-        loop = asyncio.get_running_loop()
-        self._nap = loop.create_future()
-        timer = loop.call_later(delay, _resolve, self._nap, True)  # noqa: FBT003 - it is the future's value
-        try:
-            return await self._nap and not self._has_ended()
-        finally:
-            timer.cancel()
-            self._nap = None
+    def _on_first_watcher(self) -> None:
+        if self._start.expects_webhook:
+            self._wakeup.wake()
 
-    def _wake(self) -> None:
-        if self._nap is not None:
-            _resolve(self._nap, False)  # noqa: FBT003 - as above
+    # ------------------------------------------------------------------ one poll
 
-    # ------------------------------------------------------------------ a look
-
-    async def _poll(self, call: HttpRequest) -> None:
-        asked = self.gateway.now()
+    async def _poll(self, request: HttpRequest) -> None:
+        client, start = self._context.client, self._start
+        sent_at = client.now()
         self.polls += 1
+        self._poll_now = False
         try:
             async with asyncio.timeout(None) as self._exchange:
-                snapshot = await self.gateway.poll(
-                    call, self._task_id, request=self.request, within=self.deadline - asked
+                snapshot = await client.poll(
+                    request, start.task_id, request=start.request, within=start.deadline - sent_at
                 )
         except (TimeoutError, FluxError) as error:
-            if not self._has_ended():  # else a webhook was faster
-                self._miss(error)
+            if not self._feed.ended:  # otherwise a webhook was faster
+                self._on_failed_poll(error)
         else:
-            self._missed = self._unreadable = 0
-            if not snapshot.status.ended:
-                self._running_until = asked - self.started
+            self._failed_polls = self._unreadable_answers = 0
             self._progress = snapshot.progress
-            self.see(snapshot)
+            self._feed.publish(snapshot)
+            if not self._feed.ended:
+                self._running_until = sent_at - start.started
             log.debug(
-                "task %s: poll %d: %s, progress %s", self._task_id, self.polls, snapshot.status, snapshot.progress
+                "task %s: poll %d: %s, progress %s", start.task_id, self.polls, snapshot.status, snapshot.progress
             )
         finally:
             self._exchange = None
-            self._looked = self.gateway.now()
-            self._interval = None
+            self._last_poll_at = client.now()
 
-    def _miss(self, error: Exception) -> None:
-        """Take note of a look that brought nothing; raises where another one would be pointless."""
+    def _on_failed_poll(self, error: Exception) -> None:
+        """Count a failed poll; raise if another one would be pointless."""
+        age = self._start.age
         if not isinstance(error, FluxError) or not may_poll_again(
-            error, elapsed=None if self.age is None else self.age + self.elapsed
+            error, elapsed=None if age is None else age + self.elapsed
         ):
             raise error
-        self._missed += 1
-        self._unreadable = self._unreadable + 1 if is_unreadable(error) else 0
-        if self._unreadable == _UNREADABLE_IN_A_ROW:
+        self._failed_polls += 1
+        self._unreadable_answers = self._unreadable_answers + 1 if is_unreadable(error) else 0
+        if self._unreadable_answers == _MAX_UNREADABLE_IN_A_ROW:
             raise ProtocolError(
-                f"task {self._task_id}: {_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
+                f"task {self._start.task_id}: {_MAX_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
             ) from error
-        self.gateway.note_retry()
-        log.warning("task %s: poll %d missed (%s)", self._task_id, self.polls, error)
-
-    def _has_ended(self) -> bool:
-        return self.snapshot is not None and self.snapshot.status.ended
-
-    async def _next_news(self) -> None:
-        self._news = self._news or asyncio.Event()
-        await self._news.wait()
-
-    def _tell(self) -> None:
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+        self._context.client.count_retry()
+        log.warning("task %s: poll %d failed (%s)", self._start.task_id, self.polls, error)
 
 
-def _progress(snapshot: TaskSnapshot | None) -> float:
-    return (snapshot and snapshot.progress) or 0.0
+class _Plan:
+    """A plan of the session's schedule, whether or not it takes the cost of a poll into account."""
 
+    def __init__(self, schedule: PollSchedule, request: GenerationRequest | None) -> None:
+        self._plan: Any = schedule.begin(request)
+        self.cost_aware: bool = getattr(self._plan, "supports_cost_factor", False)
+        self._asked_at = math.nan
+        self._delay = 0.0
 
-def _resolve(future: "asyncio.Future[Any]", value: object) -> None:
-    if not future.done():
-        future.set_result(value)
+    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float) -> float:
+        if self.cost_aware:
+            delay: float = self._plan.next_delay(elapsed, progress, cost_factor=cost_factor)
+            return delay
+        if elapsed != self._asked_at:  # ask once per poll, however often the poll is planned anew
+            self._asked_at = elapsed
+            self._delay = self._plan.next_delay(elapsed, progress)
+        # At a constant rate of ending, the best interval grows with the square root of a poll's cost.
+        return self._delay * math.sqrt(cost_factor)
+
+    def finish(self, not_before: float, by: float, *, completed: bool) -> None:
+        self._plan.finish(not_before, by, completed=completed)

@@ -1,4 +1,4 @@
-"""What tells one task's duration from another's: what was asked for, how many tasks are under way, and progress."""
+"""What distinguishes the durations of tasks: DurationRegression by their requests, ProgressModel by their progress."""
 
 import math
 from collections.abc import Iterable
@@ -11,136 +11,154 @@ from flux2max_async._models.request import GenerationRequest
 from flux2max_async._polling.histogram import DurationHistogram, HistogramState, bin_position, lognormal
 
 Features = tuple[float, float, float]
-"""Of a task at its submit: the logarithm of the megapixels, the number of input images, and the logarithm of one more
-than the number of tasks under way."""
+"""Of a task at its submit: log of the megapixels, number of input images, log(1 + number of tasks in flight)."""
 
 
 def features_of(request: GenerationRequest | None, in_flight: int) -> Features:
-    """Tell what is known of a task at its submit; a size that the model chooses counts as a megapixel."""
-    waiting = math.log1p(in_flight)
+    """Return the features of a task at its submit; a size chosen by the model counts as one megapixel."""
+    log_in_flight = math.log1p(in_flight)
     if request is None:
-        return 0.0, 0.0, waiting
-    size = math.log(request.width * request.height / 2**20) if request.width and request.height else 0.0
-    return size, float(len(request.input_images)), waiting
+        return 0.0, 0.0, log_in_flight
+    log_size = math.log(request.width * request.height / 2**20) if request.width and request.height else 0.0
+    return log_size, float(len(request.input_images)), log_in_flight
 
 
-_MEMORY = 300.0
-_TRUST = 2.0
-"""What is expected of the traits is worth so many tasks."""
-_EXPECTED = (0.5, 0.12, 0.0)
+_REGRESSION_MEMORY = 300.0
+_RIDGE = 2.0
+"""The prior coefficients count as much as this many tasks."""
+_PRIOR_COEFFICIENTS = (0.5, 0.12, 0.0)
 
 
-def _finite(_: object, field: "attrs.Attribute[Any]", value: Iterable[float]) -> None:
+def _validate_finite(_: object, field: "attrs.Attribute[Any]", value: Iterable[float]) -> None:
     if not all(abs(number) < 1e9 for number in value):
         raise ValueError(f"{field.name} must be finite numbers, not {value!r}")
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
 class DurationRegression:
-    """How many times as long as usual a task takes by its traits: a ridge regression that forgets."""
+    """Ridge regression of the log-duration on a task's features, with decaying weights."""
 
-    slopes: Features = attrs.field(default=_EXPECTED, validator=_finite)
-    """By how much each trait raises the logarithm of the duration."""
-    usual: Features = attrs.field(default=(0.0, 0.0, 0.0), validator=_finite)
-    """The mean of each trait."""
-    count: float = attrs.field(default=0.0, validator=(validators.ge(0.0), validators.le(_MEMORY)))
-    sums: tuple[float, float, float, float, float, float, float, float, float] = attrs.field(
-        default=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), validator=_finite
+    coefficients: Features = attrs.field(default=_PRIOR_COEFFICIENTS, validator=_validate_finite)
+    means: Features = attrs.field(default=(0.0, 0.0, 0.0), validator=_validate_finite)
+    """Of the features."""
+    count: float = attrs.field(default=0.0, validator=(validators.ge(0.0), validators.le(_REGRESSION_MEMORY)))
+    cross_products: tuple[float, float, float, float, float, float, float, float, float] = attrs.field(
+        default=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), validator=_validate_finite
     )
-    """Of the traits' products with each other, and then with the logarithm of the duration."""
+    """Sums of the products of centred features: xx, xy, xz, yy, yz, zz; then of each with the log-duration."""
 
-    def scale(self, traits: Features) -> float:
-        """Give how many times as long as usual such a task takes."""
-        (a, b, c), (p, q, r), (x, y, z) = self.slopes, self.usual, traits
-        return math.exp(min(max(a * (x - p) + b * (y - q) + c * (z - r), -3.0), 3.0))
+    def scale(self, features: Features) -> float:
+        """Return the expected duration of a task, as a multiple of the duration at the mean features."""
+        (a, b, c), (mean_x, mean_y, mean_z), (x, y, z) = self.coefficients, self.means, features
+        return math.exp(min(max(a * (x - mean_x) + b * (y - mean_y) + c * (z - mean_z), -3.0), 3.0))
 
-    def learn(self, traits: Features, longer: float) -> None:
-        """Take in that a task took e^longer times as long as its traits had foretold."""
-        self.count = min(self.count + 1, _MEMORY)
-        (a, b, c), (p, q, r), (x, y, z) = self.slopes, self.usual, traits
-        x, y, z = x - p, y - q, z - r
-        self.usual = p + x / self.count, q + y / self.count, r + z / self.count
-        t = min(max(longer, -1.5), 1.5) + a * x + b * y + c * z
-        fading = 1 - 1 / _MEMORY
-        xx, xy, xz, yy, yz, zz, xt, yt, zt = self.sums
-        xx, xy, xz = xx * fading + x * x, xy * fading + x * y, xz * fading + x * z
-        yy, yz, zz = yy * fading + y * y, yz * fading + y * z, zz * fading + z * z
-        xt, yt, zt = xt * fading + x * t, yt * fading + y * t, zt * fading + z * t
-        self.sums = xx, xy, xz, yy, yz, zz, xt, yt, zt
-        # One sweep of Gauss and Seidel for each task.
-        a = (_TRUST * _EXPECTED[0] + xt - xy * b - xz * c) / (_TRUST + xx)
-        b = (_TRUST * _EXPECTED[1] + yt - xy * a - yz * c) / (_TRUST + yy)
-        c = (_TRUST * _EXPECTED[2] + zt - xz * a - yz * b) / (_TRUST + zz)
-        self.slopes = a, b, c
+    def learn(self, features: Features, log_residual: float) -> None:
+        """Add the observation that a task took e^log_residual times as long as expected."""
+        self.count = min(self.count + 1, _REGRESSION_MEMORY)
+        (a, b, c), (mean_x, mean_y, mean_z), (x, y, z) = self.coefficients, self.means, features
+        x, y, z = x - mean_x, y - mean_y, z - mean_z
+        self.means = mean_x + x / self.count, mean_y + y / self.count, mean_z + z / self.count
+        t = min(max(log_residual, -1.5), 1.5) + a * x + b * y + c * z
+        decay = 1 - 1 / _REGRESSION_MEMORY
+        xx, xy, xz, yy, yz, zz, xt, yt, zt = self.cross_products
+        xx, xy, xz = xx * decay + x * x, xy * decay + x * y, xz * decay + x * z
+        yy, yz, zz = yy * decay + y * y, yz * decay + y * z, zz * decay + z * z
+        xt, yt, zt = xt * decay + x * t, yt * decay + y * t, zt * decay + z * t
+        self.cross_products = xx, xy, xz, yy, yz, zz, xt, yt, zt
+        # One Gauss-Seidel iteration per task.
+        prior_a, prior_b, prior_c = _PRIOR_COEFFICIENTS
+        a = (_RIDGE * prior_a + xt - xy * b - xz * c) / (_RIDGE + xx)
+        b = (_RIDGE * prior_b + yt - xy * a - yz * c) / (_RIDGE + yy)
+        c = (_RIDGE * prior_c + zt - xz * a - yz * b) / (_RIDGE + zz)
+        self.coefficients = a, b, c
 
 
 ProgressReading = tuple[float, float]
-"""A moment, in seconds from the submit, and the progress that a poll told then."""
+"""Seconds from the submit to a poll, and the progress that it reported."""
 
-_RATIO = lognormal(1.0, 0.7)
+_RATIO_PRIOR = lognormal(1.0, 0.7)
 _RATIO_MEMORY = 100.0
-_PARTS = 5
-"""Progress that is not linear is something else in each part of its way."""
-_PROVEN = 6.0
-"""Progress is believed when it has foretold the newest ends e^6 times as well as the law of all tasks, ..."""
-_MOST = 2.0
-"""... where no single task counts for more than e^2."""
-_TINY = 0.001
+_SEGMENTS = 5
+"""The range of progress is divided into this many segments, because progress need not be linear."""
+_TRUST_THRESHOLD = 6.0
+"""Progress is used when it has explained the newest durations e^6 times as well as the histogram of all tasks."""
+_MAX_LOG_RATIO = 2.0
+"""Log-likelihood ratios of single tasks are clipped to this."""
+_EPSILON = 0.001
+"""Added to probabilities, so that their ratios are finite."""
 
 
-def part_of(progress: float) -> int:
-    """Tell in which part of its way a progress of less than 1 is."""
-    return int(progress * _PARTS)
+def progress_segment(progress: float) -> int:
+    """Return the segment of a progress below 1."""
+    return int(progress * _SEGMENTS)
 
 
 @attrs.define(eq=False)
 class ProgressModel:
-    """How well progress foretells the end: by parts, the laws of the true duration as a multiple of what it says."""
+    """How well progress predicts the duration.
 
-    laws: list[DurationHistogram] = attrs.field(
-        factory=lambda: [DurationHistogram(_RATIO_MEMORY, _RATIO) for _ in range(_PARTS)]
+    The linear estimate of a reading is elapsed time / progress. For each segment of progress, a histogram holds the
+    distribution of the actual duration as a multiple of this estimate.
+    """
+
+    ratios: list[DurationHistogram] = attrs.field(
+        factory=lambda: [DurationHistogram(_RATIO_MEMORY, _RATIO_PRIOR) for _ in range(_SEGMENTS)]
     )
-    leads: list[float] = attrs.field(factory=lambda: [0.0] * _PARTS)
-    """The logarithm of how much better progress has foretold the newest ends than the law of all tasks."""
+    """By segment."""
+    scores: list[float] = attrs.field(factory=lambda: [0.0] * _SEGMENTS)
+    """By segment: decaying sum of the log-likelihood ratios of this model to the histogram of all tasks."""
 
     @property
-    def best(self) -> int:
-        """The part of its way in which progress is worth most."""
-        return self.leads.index(max(self.leads))
+    def best_segment(self) -> int:
+        """The segment in which progress predicts best."""
+        return self.scores.index(max(self.scores))
 
-    def proven(self, part: int) -> bool:
-        """Whether progress is worth believing in a part of its way."""
-        return self.leads[part] > _PROVEN
+    def trusts(self, segment: int) -> bool:
+        """Check whether progress in a segment predicts better than the histogram of all tasks."""
+        return self.scores[segment] > _TRUST_THRESHOLD
 
     def learn(
-        self, said: ProgressReading, not_before: float, by: float, blind: DurationHistogram, scale: float
+        self, reading: ProgressReading, not_before: float, by: float, baseline: DurationHistogram, scale: float
     ) -> None:
-        """Take in when a task ended that had said so much, and that the law of all tasks, too, has foretold."""
-        at, progress = said
-        part, guess, since = part_of(progress), at / progress, max(not_before, at)
-        law = self.laws[part]
-        first, last = bin_position(since / guess), bin_position(by / guess)
-        seeing = law.mass(first, last) / (1 - law.chance(bin_position(progress)) + _TINY)
-        chance = blind.mass(bin_position(since / scale), bin_position(by / scale)) / (
-            1 - blind.chance(bin_position(at / scale)) + _TINY
+        """Add the observation of a task that had this reading and ended between `not_before` and `by` seconds.
+
+        Args:
+            reading: The task's reading in one of the segments.
+            not_before: Seconds from the submit to the last poll that found the task running.
+            by: Seconds from the submit to the poll that found it ended.
+            baseline: The histogram of all tasks, to compare the prediction with.
+            scale: The task's expected duration as a multiple of those in `baseline`.
+        """
+        elapsed, progress = reading
+        segment, estimate, running_until = progress_segment(progress), elapsed / progress, max(not_before, elapsed)
+        ratios = self.ratios[segment]
+        start, end = bin_position(running_until / estimate), bin_position(by / estimate)
+        # Both likelihoods are conditional on the task running at the time of the reading.
+        likelihood = ratios.probability(start, end) / (1 - ratios.cdf_at(bin_position(progress)) + _EPSILON)
+        baseline_likelihood = baseline.probability(bin_position(running_until / scale), bin_position(by / scale)) / (
+            1 - baseline.cdf_at(bin_position(elapsed / scale)) + _EPSILON
         )
-        ahead = min(max(math.log((seeing + _TINY) / (chance + _TINY)), -_MOST), _MOST)
-        self.leads[part] = self.leads[part] * (1 - 1 / 20) + ahead
-        law.learn(first, last)
+        log_ratio = math.log((likelihood + _EPSILON) / (baseline_likelihood + _EPSILON))
+        log_ratio = min(max(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
+        self.scores[segment] = self.scores[segment] * (1 - 1 / 20) + log_ratio
+        ratios.learn(start, end)
 
     def state(self) -> "ProgressModelState":
-        """Give what was learned."""
-        return ProgressModelState([law.state() for law in self.laws], self.leads)
+        """Return what was learned."""
+        return ProgressModelState([histogram.state() for histogram in self.ratios], self.scores)
 
     @classmethod
     def from_state(cls, state: "ProgressModelState") -> Self:
-        """Go on from what was learned."""
-        return cls([DurationHistogram.from_state(law, _RATIO_MEMORY, _RATIO) for law in state.laws], state.leads)
+        """Return a model that continues from a state."""
+        ratios = [DurationHistogram.from_state(histogram, _RATIO_MEMORY, _RATIO_PRIOR) for histogram in state.ratios]
+        return cls(ratios, state.scores)
 
 
 @attrs.frozen
 class ProgressModelState:
-    """What was learned of progress, to be kept as JSON."""
+    """The learned part of a ProgressModel, as stored in JSON."""
 
-    laws: list[HistogramState] = attrs.field(validator=(validators.min_len(_PARTS), validators.max_len(_PARTS)))
-    leads: list[float] = attrs.field(validator=(validators.min_len(_PARTS), validators.max_len(_PARTS), _finite))
+    ratios: list[HistogramState] = attrs.field(validator=(validators.min_len(_SEGMENTS), validators.max_len(_SEGMENTS)))
+    scores: list[float] = attrs.field(
+        validator=(validators.min_len(_SEGMENTS), validators.max_len(_SEGMENTS), _validate_finite)
+    )

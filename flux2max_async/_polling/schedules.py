@@ -1,7 +1,7 @@
-"""When to look at a task next: the schedules, pure, with neither clock nor chance of their own."""
+"""The protocols of poll schedules, and two simple schedules. Pure: no clock and no randomness."""
 
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import attrs
 
@@ -10,14 +10,17 @@ from flux2max_async._models.request import GenerationRequest
 
 
 class PollPlan(Protocol):
-    """The polling of one task."""
+    """The polling of one task.
+
+    A plan whose delays should grow when polls become more expensive can support `CostAwarePlan` as well.
+    """
 
     def next_delay(self, elapsed: float, progress: float | None) -> float:
-        """Give the seconds from now to the next poll.
+        """Return the seconds from the last poll to the next one.
 
         Args:
-            elapsed: Seconds since the submit.
-            progress: What the newest poll said, 0.0 to 1.0, if it said anything.
+            elapsed: Seconds from the submit to the last poll; 0.0 before the first.
+            progress: Progress reported by the last poll, 0.0 to 1.0; None if it reported none.
         """
         ...
 
@@ -25,9 +28,32 @@ class PollPlan(Protocol):
         """Learn from a task that ended.
 
         Args:
-            not_before: Seconds from the submit to the last poll that saw the task running.
-            by: Seconds from the submit to the poll that saw its end; equal to `not_before` where a webhook told.
-            completed: False for a task that failed; failed tasks have durations of their own kind.
+            not_before: Seconds from the submit to the last poll that found the task running.
+            by: Seconds from the submit to the poll that found it ended; equal to `not_before` if a webhook reported
+                the end.
+            completed: False if the task failed. Failed tasks have a distribution of durations of their own.
+        """
+        ...
+
+
+class CostAwarePlan(PollPlan, Protocol):
+    """A plan that takes the current cost of a poll into account.
+
+    Any schedule's plans may support this, not only those of LearnedSchedule. A plan supports it if its class has the
+    attribute `supports_cost_factor = True`; a class that derives from this one has it. The session then passes
+    `cost_factor` to every call of `next_delay`, and may call it again with the same `elapsed` and another factor.
+    """
+
+    supports_cost_factor: ClassVar[bool] = True
+
+    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float = 1.0) -> float:
+        """Return the seconds from the last poll to the next one.
+
+        Args:
+            elapsed: Seconds from the submit to the last poll; 0.0 before the first.
+            progress: Progress reported by the last poll, 0.0 to 1.0; None if it reported none.
+            cost_factor: How many times as expensive as usual a poll is now: more than 1.0 when the service or the
+                session limits the rate of polls, or when a webhook will probably report the end.
         """
         ...
 
@@ -36,7 +62,7 @@ class PollSchedule(Protocol):
     """Decides when tasks are polled. Pure: it can be driven in virtual time."""
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:
-        """Plan the polling of a task that is being submitted now; None for a task known by its id alone."""
+        """Return the plan for a task that is being submitted now; `request` is None if only the task's id is known."""
         ...
 
 
@@ -47,29 +73,29 @@ class FixedSchedule:
     interval: float
 
     def __attrs_post_init__(self) -> None:
-        positive("interval", self.interval)
+        validate_positive("interval", self.interval)
 
-    def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - every request is alike
-        """Plan the polling of one task."""
+    def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - all requests are treated alike
+        """Return the plan for one task."""
         return _FixedPlan(self.interval)
 
 
 @attrs.frozen
 class ExponentialSchedule:
-    """Polls after `initial` seconds, then waits `factor` times as long each time, up to `maximum` seconds."""
+    """Polls after `initial` seconds; each further delay is `factor` times the one before, up to `maximum` seconds."""
 
     initial: float = 0.5
     factor: float = attrs.field(default=2.0, kw_only=True)
     maximum: float = attrs.field(default=10.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        positive("initial", self.initial)
-        positive("maximum", self.maximum)
+        validate_positive("initial", self.initial)
+        validate_positive("maximum", self.maximum)
         if not isinstance(self.factor, (int, float)) or not 1 <= self.factor < math.inf:
             raise ConfigurationError(f"factor must be at least 1, not {self.factor!r}")
 
-    def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - every request is alike
-        """Plan the polling of one task."""
+    def begin(self, request: GenerationRequest | None) -> PollPlan:  # noqa: ARG002 - all requests are treated alike
+        """Return the plan for one task."""
         return _ExponentialPlan(min(self.initial, self.maximum), self.factor, self.maximum)
 
 
@@ -77,7 +103,7 @@ class ExponentialSchedule:
 class _FixedPlan:
     _interval: float
 
-    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it looks at neither
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - the protocol's signature
         return self._interval
 
     def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
@@ -90,7 +116,7 @@ class _ExponentialPlan:
     _factor: float
     _maximum: float
 
-    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it looks at neither
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - the protocol's signature
         delay = self._delay
         self._delay = min(delay * self._factor, self._maximum)
         return delay
@@ -99,6 +125,7 @@ class _ExponentialPlan:
         pass
 
 
-def positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} must be more than 0 seconds, not {value!r}")
+def validate_positive(name: str, seconds: float) -> None:
+    """Raise ConfigurationError unless `seconds` is a finite number above 0."""
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise ConfigurationError(f"{name} must be more than 0 seconds, not {seconds!r}")

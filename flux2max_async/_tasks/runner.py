@@ -1,91 +1,145 @@
-"""The poller coroutine: one per request, from its submit to its end."""
+"""Runs one request: look it up, submit it if need be, poll its task to the end, and record the outcome."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import attrs
 
-from flux2max_async._api.client import ApiClient, SubmitCancellation
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot
-from flux2max_async._polling.poller import TaskPoller
-from flux2max_async.journal._context import KeyConflict
-from flux2max_async.journal._record import RequestRecord
+from flux2max_async._models.results import Completed, Failed, Outcome
+from flux2max_async._polling.poller import PollingContext, PollStart, TaskPoller
+from flux2max_async._polling.updates import SnapshotFeed
+from flux2max_async._tasks.cancellation import SubmitCancellation
+from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async.journal._budget_record import NullRecord
+from flux2max_async.journal._reuse import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 
-log = logging.getLogger("flux2max_async")
+log = logging.getLogger("flux2max_async.tasks")
 
-_OVERTAKEN_IN_A_ROW = 20
+_MAX_KEY_CONFLICTS = 20
+"""In a row, before the journal is taken for broken."""
 
 
 def _future() -> "asyncio.Future[Any]":
     return asyncio.get_running_loop().create_future()
 
 
+class RunnerObserver(Protocol):
+    """Follows a runner; its methods are called synchronously and must not raise."""
+
+    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
+        """Called when the runner begins, or ceases, to wait for another process that follows the request."""
+
+    def on_ended(self, runner: "TaskRunner", outcome: Outcome) -> None:
+        """Called in the moment of the end, before anything else can happen."""
+
+
+@attrs.frozen
+class RunnerContext:
+    """What the runners of a session share."""
+
+    polling: PollingContext
+    slots: asyncio.Semaphore
+    """One has to be free before a submit; it is held until the task ends."""
+    add_webhook: Callable[[GenerationRequest], GenerationRequest] | None
+    """Returns the request with the session's webhook, or unchanged; None if the session has none."""
+    single_flight: SingleFlight
+    check_caller: Callable[[], None]
+    """Raises if the calling process or event loop is not the session's."""
+
+
 @attrs.define(eq=False, repr=False)
 class TaskRunner:
-    """Follows one task. It outlives whoever waits for it, and its end is an outcome, never an exception."""
+    """Runs one request, and outlives whoever waits for it. Its end is an outcome, never an exception.
 
-    gateway: ApiClient
-    """Where the task is, or is to be."""
-    lookout: TaskPoller
-    """What follows the task, once it is one."""
+    States: looking up (`record.find_existing()`), waiting for a slot, submitting, polling, recording, ended. `answered`
+    is resolved once there is a task id, or never will be one; `ended` with the outcome. Only `run()` moves forward;
+    `cancel_submit()` ends a runner that has not been submitted, `close_now()` ends any. `ended` is resolved on every
+    path, also if the asyncio task that runs `run()` is cancelled before its first step: whoever cancels it calls
+    `close_now()`.
+
+    Several callers may share a runner. Each one joins and, if it goes before the end, leaves; when the last one has
+    left, what is not submitted yet is not submitted.
+    """
+
     request: GenerationRequest | None
-    """What is to be drawn, or was; None for a task known by its id alone."""
-    places: asyncio.Semaphore
-    """Where one has to be free before a submit; it is taken until the end."""
+    """What is generated; None for a task known by its id alone."""
+    record: NullRecord
+    _context: RunnerContext
     task_id: str | None = None
-    """Given for a task that was submitted elsewhere."""
-    page: RequestRecord | None = None
-    """What the books say of the request, where they are kept."""
-    desk: dict[str, "TaskRunner"] = attrs.field(factory=dict[str, "TaskRunner"])
-    """The pollers of a session by the keys of their requests: the same request is followed once."""
-    hooked: GenerationRequest | None = None
-    """The request as it is submitted, where it asks for a webhook of ours."""
-
-    lend: Callable[[int], None] | None = attrs.field(default=None, init=False)
-    """Lends the place in a stream to the next request while another process follows this one, and takes it back."""
-    leader: "TaskRunner | None" = attrs.field(default=None, init=False)
-    """Who follows the same request already."""
+    feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
     answered: "asyncio.Future[None]" = attrs.field(factory=_future, init=False)
-    """Resolved once the task has an id, or never will have one."""
     ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
-    """Resolved with the outcome."""
-
-    _listeners: list[Callable[["TaskRunner", Outcome], None]] = attrs.field(factory=list, init=False)
-    _lent: bool = attrs.field(default=False, init=False)
-    _placed: bool = attrs.field(default=False, init=False)
-    """Whether it takes one of the places."""
-    _outcome: Outcome | None = attrs.field(default=None, init=False)
-    """What it has come to, while that is being written down."""
-    _patience: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
+    poller: TaskPoller | None = attrs.field(default=None, init=False)
+    _observers: list[RunnerObserver] = attrs.field(factory=list[RunnerObserver], init=False)
+    _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
+    _created: float = attrs.field(factory=lambda: asyncio.get_running_loop().time(), init=False)
+    _callers: int = attrs.field(default=0, init=False)
+    _waiting_elsewhere: bool = attrs.field(default=False, init=False)
+    _holds_slot: bool = attrs.field(default=False, init=False)
+    _recorded: bool = attrs.field(default=False, init=False)
+    """Whether the outcome is recorded already: it is a replay, or another runner has recorded it."""
+    _unrecorded: Outcome | None = attrs.field(default=None, init=False)
+    """The outcome while it is being recorded."""
 
     @property
-    def snapshot(self) -> TaskSnapshot | None:
-        """What the service has said of the task last."""
-        return (self.leader or self).lookout.snapshot
+    def polls(self) -> int:
+        """How many polls were made."""
+        return 0 if self.poller is None else self.poller.polls
 
-    def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
-        """Give the newest snapshot, then each that says something new, until the end."""
-        return (self.leader or self).lookout.updates()
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the submit, or before it since the request."""
+        return asyncio.get_running_loop().time() - self._created if self.poller is None else self.poller.elapsed
 
-    def when_ended(self, listener: Callable[["TaskRunner", Outcome], None]) -> None:
-        """Tell the outcome in the moment of the end, before anything else can happen."""
+    # ------------------------------------------------------------------ callers
+
+    def join(self, policy: ReusePolicy) -> None:
+        """Count a caller; what it allows to be submitted again is allowed from now on."""
+        self._callers += 1
+        if self._callers > 1:
+            self.record.policy = self.record.policy.merge(policy)
+
+    def leave(self, reason: FluxError) -> None:
+        """Count a caller out; the last one to leave cancels the submit."""
+        self._callers -= 1
+        if not self._callers:
+            self.cancel_submit(reason)
+
+    def rejoin(self) -> bool:
+        """Take back a cancelled submit for a new caller; return False if it is too late."""
+        return not self.ended.done() and self._cancellation.revoke()
+
+    async def wait(self) -> Outcome:
+        """Wait for the outcome; cancelling the wait cancels nothing else."""
+        self.check_caller()
+        return await asyncio.shield(self.ended)
+
+    def check_caller(self) -> None:
+        """Check that whoever waits for the end does so in the session's event loop; once it has ended, any will do."""
+        if not self.ended.done():
+            self._context.check_caller()
+
+    def add_observer(self, observer: RunnerObserver) -> None:
+        """Call the observer from now on; at once if the runner has ended."""
         if self.ended.done():
-            listener(self, self.ended.result())
-        else:
-            self._listeners.append(listener)
+            observer.on_ended(self, self.ended.result())
+            return
+        self._observers.append(observer)
+        if self._waiting_elsewhere:
+            observer.on_waiting_elsewhere(waiting=True)
 
-    def withdraw(self, reason: FluxError) -> None:
-        """Don't submit what is not submitted yet. A call on the wire is finished, and what it creates is followed."""
-        self._patience.end(reason)
+    def cancel_submit(self, reason: FluxError) -> None:
+        """Don't submit what isn't submitted yet. A call on the wire is finished, and the task it creates is polled."""
+        self._cancellation.cancel(reason)
 
-    def abandon(self) -> None:
-        """End at once, as the session does."""
-        if self._outcome is not None:
-            self._end(self._outcome)
+    def close_now(self) -> None:
+        """End at once, because the session does."""
+        if self._unrecorded is not None:
+            self._end(self._unrecorded)
             return
         if self.task_id is None:
             message = "the session was closed while a submit was unanswered: a task may exist and cost money"
@@ -93,175 +147,187 @@ class TaskRunner:
             message = f"the session was closed before task {self.task_id} had ended; attach() it later"
         self._end(self._failed(SessionClosedError(message)))
 
-    async def run(self) -> None:
-        """Submit if need be, then look until the end."""
-        try:
-            outcome = await self._come_to_an_end()
-        except BaseException:
-            if not self.ended.done():  # not the session has ended it, but the event loop
-                log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
-            self.abandon()
-            raise
-        self._outcome = outcome
-        try:
-            if self.page is not None and self.leader is None and not outcome.replayed:
-                usage = self.snapshot and self.snapshot.usage
-                outcome = await self.page.close(outcome, usage.cost if usage else None)
-        finally:
-            self._end(outcome)
+    # ------------------------------------------------------------------ the run
 
-    async def _come_to_an_end(self) -> Outcome:
+    async def run(self) -> None:
+        """Run the request to its end."""
         try:
-            if self.task_id is not None:
-                return await self._follow()
-            if self.page is not None:
-                return await self._by_the_book(self.page)
-            await self._submit()
-            return await self._look()
+            self._unrecorded = outcome = await self._run()
+            if not self._recorded:
+                usage = self.feed.snapshot and self.feed.snapshot.usage
+                self._unrecorded = outcome = await self.record.finish(outcome, usage.cost if usage else None)
+        except BaseException:
+            if not self.ended.done() and self._unrecorded is None:
+                # Not the session has ended this runner, but the event loop.
+                log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
+            self.close_now()
+            raise
+        self._end(outcome)
+
+    async def _run(self) -> Outcome:
+        try:
+            for _ in range(_MAX_KEY_CONFLICTS):
+                match await self._find_existing():
+                    case Replay(outcome=outcome):
+                        self.task_id, self._recorded = outcome.task_id, True
+                        return outcome
+                    case Resume(task_id=task_id, age=age):
+                        return await self._resume(task_id, age)
+                    case Submit():
+                        try:
+                            start = await self._submit()
+                        except KeyConflictError:
+                            self._release_slot()
+                        else:
+                            return await self._poll(start)
+            return self._failed(JournalError(f"the journal neither begins {self.record.key!r} nor returns its entry"))
         except FluxError as error:
             return self._failed(error)
         except Exception as error:
-            log.exception("task %s: polling broke", self.task_id)
-            broken = FluxError(f"polling broke: {error!r}")
-            broken.__cause__ = error
-            return self._failed(broken)
+            log.exception("task %s: unexpected error", self.task_id)
+            unexpected = FluxError(f"unexpected error: {error!r}")
+            unexpected.__cause__ = error
+            return self._failed(unexpected)
 
-    async def _by_the_book(self, page: RequestRecord) -> Outcome:
-        """Submit only what was never submitted before, by anybody."""
-        async with self._patience.waiting():
-            await page.identify()
-        overtaken = 0
-        while overtaken < _OVERTAKEN_IN_A_ROW:
-            leader = self if page.key is None else self.desk.setdefault(page.key, self)
-            if leader is not self:
-                page.check_same(leader.page)
-                if (outcome := await self._share(leader)) is not None:
-                    return outcome
-                continue
-            try:
-                async with self._patience.waiting():
-                    known = await page.look_up(self._wait_elsewhere)
-            finally:
-                self._lend(back=True)
-            if isinstance(known, str):
-                return await self._resume(page, known)
-            if known is not None:
-                self.task_id = known.task_id
-                return known
-            try:
-                await self._submit()
-            except KeyConflict:
-                self._give_place_back()
-                overtaken += 1
-            else:
-                return await self._look()
-        raise JournalError(f"the journal says neither that {page.key!r} can be begun, nor what became of it")
-
-    async def _share(self, leader: "TaskRunner") -> Outcome | None:
-        """Wait for the end that somebody else brings; None where it is of no use to others."""
-        # Without patience: what withdraws this one withdraws the other too, if its submit isn't on the wire.
-        self.leader = leader
-        await asyncio.shield(leader.answered)
-        if leader.task_id is not None:
-            self._name(leader.task_id)
-        outcome = await asyncio.shield(leader.ended)
-        assert self.page is not None
-        assert leader.page is not None
-        if isinstance(outcome, Failed) and (
-            outcome.task_id is None
-            or isinstance(outcome.error, SessionClosedError)
-            or (outcome.replayed and self.page.terms.retry_failed)
-        ):
-            self.leader = None
-            return None
-        self.page.entry = leader.page.entry
-        self.task_id = outcome.task_id
-        return attrs.evolve(outcome, request=self.request)
-
-    async def _resume(self, page: RequestRecord, task_id: str) -> Outcome:
-        """Follow a task that an earlier session has submitted."""
-        self.lookout.take_up(age=page.age())
-        self._name(task_id)
-        return await self._follow()
-
-    async def _submit(self) -> None:
-        assert self.request is not None
-        async with self._patience.waiting():
-            await self.places.acquire()
-            self._placed = True
-        snapshot, started, deadline = await self.gateway.submit(
-            self.hooked or self.request, seconds=self.lookout.seconds, patience=self._patience, intent=self.page
-        )
-        self._name(snapshot.task_id)
-        self.lookout.take_over(snapshot, started, deadline, hooked=self.hooked is not None)
-
-    async def _follow(self) -> Outcome:
-        """Look at a task that was submitted elsewhere."""
-        self.gateway.follow()
-        return await self._look()
-
-    async def _look(self) -> Outcome:
-        """Look until the end at a task that counts as being in flight."""
-        assert self.task_id is not None
-        self.lookout.listen(self.task_id)
+    async def _find_existing(self) -> Replay | Resume | Submit:
+        if self.record.key is None:  # then there is nothing to wait for
+            return await self.record.find_existing(self._on_waiting_elsewhere)
         try:
-            if self.page is not None and self.lookout.learning:
-                await self.page.submitted(self.task_id)
-            _resolve(self.answered, None)
-            seen = await self.lookout.look()
+            async with self._cancellation.guard():
+                return await self.record.find_existing(self._on_waiting_elsewhere)
         finally:
-            self.gateway.release()
-        if seen.error is not None:
-            return self._failed(seen.error)
-        elapsed, polls = self.lookout.elapsed, self.lookout.polls
-        return Completed(self.task_id, self.request, seen.images, seen.usage, seen.metadata, elapsed, polls)
+            self._set_waiting(waiting=False)
 
-    def _wait_elsewhere(self, task_id: str | None) -> None:
-        """Another process follows the request."""
+    async def _submit(self) -> PollStart:
+        assert self.request is not None
+        if self._context.slots.locked():
+            async with self._cancellation.guard():
+                await self._context.slots.acquire()
+                self._holds_slot = True
+        else:
+            await self._context.slots.acquire()
+            self._holds_slot = True
+        add_webhook = self._context.add_webhook
+        request = self.request if add_webhook is None else add_webhook(self.request)
+        polling = self._context.polling
+        accepted = await polling.client.submit(
+            request, task_timeout=polling.task_timeout, cancellation=self._cancellation, record=self.record
+        )
+        self.feed.publish(accepted.snapshot)
+        return PollStart(
+            task_id=accepted.snapshot.task_id,
+            request=self.request,
+            started=accepted.started,
+            deadline=accepted.deadline,
+            age=0.0,
+            submitted_here=True,
+            expects_webhook=request is not self.request,
+        )
+
+    async def _resume(self, task_id: str, age: float | None) -> Outcome:
+        """Follow a task that was submitted earlier; together with whoever follows it here already."""
+        leader = self._context.single_flight.by_task_id.setdefault(task_id, self)
+        if leader is not self:
+            self.record, self.feed, self._recorded = leader.record, leader.feed, True
+            self._set_task_id(task_id)
+            return attrs.evolve(await asyncio.shield(leader.ended), request=self.request)
+        polling = self._context.polling
+        polling.client.add_in_flight()
+        now = polling.client.now()
+        return await self._poll(
+            PollStart(
+                task_id=task_id,
+                request=self.request,
+                started=now,
+                deadline=now + polling.task_timeout,
+                age=age,
+                submitted_here=False,
+                expects_webhook=False,
+            )
+        )
+
+    async def _poll(self, start: PollStart) -> Outcome:
+        """Poll a task that counts as in flight."""
+        polling = self._context.polling
+        self.poller = TaskPoller(polling, start, self.feed)
+        try:
+            self.poller.listen()
+            if start.submitted_here:
+                self.task_id = start.task_id
+                self._context.single_flight.by_task_id[start.task_id] = self
+                await self.record.mark_submitted(start.task_id)
+            self._set_task_id(start.task_id)
+            end = await self.poller.run()
+        finally:
+            polling.client.remove_in_flight()
+        if end.error is not None:
+            return self._failed(end.error)
+        return Completed(
+            task_id=start.task_id,
+            request=self.request,
+            images=end.images,
+            usage=end.usage,
+            metadata=end.metadata,
+            elapsed=polling.client.now() - start.started,
+            polls=self.poller.polls,
+        )
+
+    # ------------------------------------------------------------------ state changes
+
+    def _on_waiting_elsewhere(self, task_id: str | None) -> None:
         if task_id is not None:
-            self._name(task_id)
-        self._lend(back=False)
+            self._set_task_id(task_id)
+        self._set_waiting(waiting=True)
 
-    def _lend(self, *, back: bool) -> None:
-        if self.lend is not None and self._lent is back:
-            self._lent = not back
-            self.lend(-1 if back else 1)
+    def _set_waiting(self, *, waiting: bool) -> None:
+        if waiting is not self._waiting_elsewhere:
+            self._waiting_elsewhere = waiting
+            for observer in self._observers:
+                observer.on_waiting_elsewhere(waiting=waiting)
 
-    def _name(self, task_id: str) -> None:
+    def _set_task_id(self, task_id: str) -> None:
         self.task_id = task_id
         _resolve(self.answered, None)
 
     def _end(self, outcome: Outcome) -> None:
         if self.ended.done():
             return
-        if self.page is not None and self.page.key is not None and self.desk.get(self.page.key) is self:
-            del self.desk[self.page.key]
-        self.lookout.end()
-        self._give_place_back()
+        self._leave_single_flight()
+        self.feed.close()
+        if self.poller is not None and self._context.polling.registry.in_use:
+            self.poller.close()
+        self._release_slot()
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
-        for listener in self._listeners:
-            listener(self, outcome)
+        for observer in self._observers:
+            observer.on_ended(self, outcome)
         if isinstance(outcome, Completed):
             log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)
         else:
             name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
             log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
 
-    def _give_place_back(self) -> None:
-        if self._placed:
-            self._placed = False
-            self.places.release()
+    def _leave_single_flight(self) -> None:
+        by_key, by_task_id = self._context.single_flight.by_key, self._context.single_flight.by_task_id
+        if self.record.key is not None and by_key.get(self.record.key) is self:
+            del by_key[self.record.key]
+        if self.task_id is not None and by_task_id.get(self.task_id) is self:
+            del by_task_id[self.task_id]
+
+    def _release_slot(self) -> None:
+        if self._holds_slot:
+            self._holds_slot = False
+            self._context.slots.release()
 
     def _failed(self, error: FluxError) -> Failed:
         if error.task_id is None:
             error.task_id = self.task_id
-        # Their frames hold the body of the submit, pictures and all; whoever keeps the outcome should not keep those.
+        # The frames of a traceback hold the body of the submit, images included; an outcome must not keep them.
         link: BaseException | None = error
         while link is not None:
             link.__traceback__ = None
             link = link.__cause__ or link.__context__
-        return Failed(self.task_id, self.request, error, self.lookout.elapsed, self.lookout.polls)
+        return Failed(task_id=self.task_id, request=self.request, error=error, elapsed=self.elapsed, polls=self.polls)
 
 
 def _resolve(future: "asyncio.Future[Any]", value: object) -> None:

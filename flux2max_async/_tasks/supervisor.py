@@ -1,80 +1,215 @@
-"""The supervisor: under it run the pollers of a session, from its entering to its leaving."""
+"""Starts and owns what runs in the background of a session, from its opening to its close."""
 
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine
+import os
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from flux2max_async._api.client import ApiClient
-from flux2max_async._exceptions import SessionClosedError
-from flux2max_async._models.results import Completed, Outcome
-from flux2max_async._stats import SessionStats
-from flux2max_async._tasks.runner import TaskRunner
+import anyio
 
-log = logging.getLogger("flux2max_async")
+from flux2max_async._exceptions import ConfigurationError, SessionClosedError
+from flux2max_async._models.request import GenerationRequest
+from flux2max_async._models.results import Completed, Outcome
+from flux2max_async._polling.poller import PollingContext
+from flux2max_async._shutdown import closed_error
+from flux2max_async._stats import SessionStats
+from flux2max_async._tasks.runner import RunnerContext, TaskRunner
+from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async.journal._budget_record import NullRecord
+from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._record_factory import RecordFactory
+from flux2max_async.journal._reuse import ReusePolicy
+from flux2max_async.journal._serialization import snapshot_from_entry
+
+log = logging.getLogger("flux2max_async.tasks")
 
 T = TypeVar("T")
 
-_LAST_ANSWERS = 2.0
+_ANSWER_TIMEOUT = 2.0
 """Seconds that closing waits for the answers to submits on the wire: without its id, a paid task is lost."""
-
-_BREATH = 0.05
-"""Seconds for whoever has waited for a task to begin saving its pictures."""
+_SETTLE_TIME = 0.05
+"""Seconds in which callers that were waiting for an outcome can begin to save its images."""
 
 
 class Supervisor:
-    """What runs in the background of a session between its entering and its leaving.
+    """Owns the background tasks of a session.
 
-    It holds plain asyncio tasks. No task group or cancel scope stays open in the caller's task, where it would wrap
-    the caller's own errors and forbid leaving in another task; and unlike in a group, no task's fault ends the others.
+    It holds plain asyncio tasks. A task group or cancel scope would stay open in the caller's task, wrap the caller's
+    own errors and forbid closing in another task; and in a group, one task's error ends all others.
+
+    One runner serves all callers that ask for the same key or the same task (see `SingleFlight`).
+
+    The shutdown goes OPEN -> DRAINING -> CLOSED:
+
+    - OPEN: `start_request()` and `attach()` start runners, `spawn()` other work.
+    - DRAINING (`drain()`): submits that are not on the wire and the producers of streams are cancelled; everything else
+      goes on until it ends or the deadline comes.
+    - CLOSED (`close()`): submits on the wire get two seconds for their answers, then every runner is ended by
+      `close_now()` and every asyncio task is cancelled and awaited.
+
+    Invariant: whatever was started ends with a result on every path, also if it is cancelled before its first step.
+    Runners are ended explicitly; for other work, use `add_done_callback()` on what `spawn()` returns.
     """
 
-    def __init__(self, gateway: ApiClient, stats: SessionStats, places: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.gateway = gateway
-        self.places = asyncio.Semaphore(places)
-        self.desk: dict[str, TaskRunner] = {}
-        """The pollers by the keys of their requests, where there is a journal."""
-        self.closing: asyncio.Task[None] | None = None
-        """What closes the session, once it is being closed: then nothing more is submitted."""
-        self.drained = False
-        """Whether nothing at all may be begun any more."""
-        self._until = math.inf
-        """The moment at which draining ends, once the session is being closed."""
-        self._draining: asyncio.Timeout | None = None
+    def __init__(
+        self,
+        polling: PollingContext,
+        stats: SessionStats,
+        records: RecordFactory,
+        *,
+        max_in_flight: int,
+        add_webhook: Callable[[GenerationRequest], GenerationRequest] | None,
+    ) -> None:
+        self.shutdown = polling.shutdown
+        self.client = polling.client
+        self.single_flight = SingleFlight()
+        self._polling = polling
+        self._records = records
+        self._context = RunnerContext(
+            polling,
+            slots=asyncio.Semaphore(max_in_flight),
+            add_webhook=add_webhook,
+            single_flight=self.single_flight,
+            check_caller=self.check_caller,
+        )
+        self._closing: asyncio.Task[None] | None = None
+        """Closes the session, once that has begun."""
+        self._loop = asyncio.get_running_loop()
+        self._process_id = os.getpid()
         self._stats = stats
-        self._pollers: set[TaskRunner] = set()
+        self._draining: asyncio.Timeout | None = None
+        self._runners: set[TaskRunner] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._endless: set[asyncio.Task[Any]] = set()
+        self._producers: set[asyncio.Task[Any]] = set()
+        """Those of the tasks that may never end by themselves; draining cancels them."""
+
+    @property
+    def loop_is_closed(self) -> bool:
+        """Whether the session's event loop has ended without closing the session."""
+        return self._loop.is_closed()
+
+    def check_caller(self) -> None:
+        """Check that the session is used in the process and event loop that opened it.
+
+        Raises:
+            ConfigurationError: It is not.
+            SessionClosedError: Its event loop has ended.
+        """
+        if os.getpid() != self._process_id:
+            raise ConfigurationError(
+                f"this session was opened in process {self._process_id} and is used in process {os.getpid()}, forked "
+                "from it: open a session of its own in each process"
+            )
+        if self._loop.is_closed():
+            raise SessionClosedError("the event loop in which this session was opened has ended")
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is not self._loop:
+            raise ConfigurationError(
+                f"this session was opened in the event loop {self._loop!r} and is used in {loop or 'no event loop'!r}: "
+                "open a session of its own in each event loop"
+            )
+
+    def check_open(self) -> None:
+        """Check that the session is open, here.
+
+        Raises:
+            SessionClosedError: It is closed.
+            ConfigurationError: It was opened in another process or event loop.
+        """
+        self.check_caller()
+        if self.shutdown.closed:
+            raise closed_error()
+
+    # ------------------------------------------------------------------ starting
+
+    async def start_request(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
+        """Return the runner of a request, which the caller has joined.
+
+        Raises:
+            InvalidRequestError: A local image can't be read, or the key belongs to another request.
+            SessionClosedError: The session is closed or draining.
+            ConfigurationError: It was opened in another process or event loop.
+        """
+        self.check_caller()
+        if self.shutdown.draining:
+            raise closed_error()
+        # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
+        await asyncio.sleep(0)
+        if self._records.keeps_nothing:
+            record = NullRecord(policy=policy)
+        else:
+            record = await self._records.create(request, policy)
+        if self.shutdown.draining:
+            raise closed_error()
+        if record.key is None:
+            runner = self._start_runner(request, record)
+        else:
+            runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
+            if runner.record is not record:
+                runner.record.check_same(record)
+        runner.join(policy)
+        return runner
+
+    def attach(self, task_id: str, request: GenerationRequest | None) -> TaskRunner:
+        """Return the runner of a task that was submitted earlier."""
+        self.check_open()
+        runner = self.single_flight.by_task_id.get(task_id)
+        return runner or self._start_runner(request, self._records.attach(task_id, request), task_id)
+
+    def on_external_change(self, entries: list[JournalEntry]) -> None:
+        """Process what the journal reports: tasks that a dead process left behind, and ends recorded by others."""
+        if self.shutdown.closed:
+            return
+        for entry in entries:
+            if entry.state is EntryState.SUBMITTED:
+                if not self.shutdown.draining:
+                    self._adopt(entry)
+            elif (listener := self._polling.registry.listener(entry.task_id or "")) is not None:
+                listener.on_webhook(snapshot_from_entry(entry))
+
+    def _adopt(self, entry: JournalEntry) -> None:
+        """Follow a task that a dead process left behind, so that its end is in the journal whoever asks for it."""
+        if entry.key not in self.single_flight.by_key and entry.task_id not in self.single_flight.by_task_id:
+            record = self._records.adopt(entry)
+            self.single_flight.get_or_create(entry.key, lambda: self._start_runner(None, record, entry.task_id))
+
+    def _start_runner(
+        self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
+    ) -> TaskRunner:
+        runner = TaskRunner(request, record, self._context, task_id)
+        if task_id is not None:
+            self.single_flight.by_task_id[task_id] = runner
+        self._runners.add(runner)
+        runner.add_observer(self)
+        self.spawn(runner.run())
+        return runner
 
     def spawn(self, work: Coroutine[Any, Any, T], *, until_drain: bool = False) -> "asyncio.Task[T]":
-        """Run something until it ends or the session does.
+        """Run a coroutine until it ends or the session closes.
 
         Args:
-            work: What to run.
-            until_drain: Whether it ends where draining begins, because it might never end by itself.
+            work: The coroutine.
+            until_drain: Whether draining cancels it, because it might never end by itself.
+
+        Raises:
+            SessionClosedError: The session is closed.
         """
-        task = self.loop.create_task(work)
-        for tasks in (self._tasks, self._endless) if until_drain else (self._tasks,):
+        if self.shutdown.closed:
+            work.close()
+            raise closed_error()
+        task = self._loop.create_task(work)
+        for tasks in (self._tasks, self._producers) if until_drain else (self._tasks,):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         return task
 
-    def follow(self, poller: TaskRunner) -> None:
-        """Run a poller to its end."""
-
-        def ended(poller: TaskRunner, outcome: Outcome) -> None:
-            self._pollers.discard(poller)
-            self._count(poller, outcome)
-
-        self._pollers.add(poller)
-        poller.when_ended(ended)
-        poller.lookout.hurry(self._until)
-        self.spawn(poller.run())
-
-    async def host(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run something that its caller waits for, but that closing doesn't.
+    async def run_foreground(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine for a caller that waits for it; closing the session ends it.
 
         Raises:
             SessionClosedError: The session was closed meanwhile.
@@ -88,68 +223,94 @@ class Supervisor:
                 raise closed_error() from None
             raise
 
+    # ------------------------------------------------------------------ shutdown
+
+    async def shut_down(self, seconds: float, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `close()` in a task of its own, once, and wait for it; cancelling the wait doesn't cut it short.
+
+        Args:
+            seconds: How long the drain may take; a second call may shorten it.
+            close: Drains and closes the session.
+        """
+        self.set_deadline(seconds)
+        self._closing = self._closing or self._loop.create_task(close())
+        try:
+            await asyncio.shield(self._closing)
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() > -math.inf:
+                raise
+            # In a cancelled scope of anyio nothing else could be awaited; this takes two seconds at most.
+            self.set_deadline(0.0)
+            with anyio.CancelScope(shield=True):
+                await asyncio.shield(self._closing)
+            raise
+
+    def set_deadline(self, seconds: float) -> None:
+        """Submit nothing more, and end the drain in `seconds` at the latest."""
+        self.shutdown.begin_drain(self._loop.time(), seconds)
+        for runner in self._runners:
+            if runner.poller is not None:
+                runner.poller.replan()
+        if self._draining is not None and not self._draining.expired():
+            self._draining.reschedule(self.shutdown.deadline)
+
     async def drain(self) -> None:
-        """Submit nothing more, and let what is submitted end, and be saved, until the moment that `hasten` has set."""
-        if self._until <= self.loop.time():
+        """Let submitted tasks end, and their images be saved, until the deadline."""
+        if self.shutdown.deadline <= self._loop.time():
             return
-        for poller in list(self._pollers):
-            poller.withdraw(closed_error())
-        for task in list(self._endless):
+        for runner in list(self._runners):
+            runner.cancel_submit(closed_error())
+        for task in list(self._producers):
             task.cancel()
         try:
-            async with asyncio.timeout_at(self._until) as self._draining:
-                await asyncio.sleep(_BREATH)
-                while tasks := self._tasks - self._endless:
+            async with asyncio.timeout_at(self.shutdown.deadline) as self._draining:
+                await asyncio.sleep(_SETTLE_TIME)
+                while tasks := self._tasks - self._producers:
                     await asyncio.wait(tasks)
-                    await asyncio.sleep(_BREATH)
+                    await asyncio.sleep(_SETTLE_TIME)
         except TimeoutError:
-            pass  # the rest is left
+            pass  # what has not ended by now is left unfinished
         finally:
             self._draining = None
 
-    def hasten(self, seconds: float) -> None:
-        """Drain no longer than so many seconds from now."""
-        self._until = min(self._until, self.loop.time() + seconds)
-        for poller in self._pollers:
-            poller.lookout.hurry(self._until)
-        if self._draining is not None and not self._draining.expired():
-            self._draining.reschedule(self._until)
-
     async def close(self) -> None:
-        """End everything: what is on the wire gets a moment, what is still waited for SessionClosedError."""
-        self.drained = True
-        for poller in list(self._pollers):
-            poller.withdraw(closed_error())
-        # Without its id, a paid task is lost: give what is on the wire a moment.
-        if unanswered := [poller.answered for poller in self._pollers if not poller.answered.done()]:
-            await asyncio.wait(unanswered, timeout=_LAST_ANSWERS)
-        self.abandon()
+        """End everything: calls on the wire within two seconds, the rest at once with SessionClosedError."""
+        self.shutdown.finish()
+        for runner in list(self._runners):
+            runner.cancel_submit(closed_error())
+        if unanswered := [runner.answered for runner in self._runners if not runner.answered.done()]:
+            await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
+        self.close_now()
         if tasks := list(self._tasks):
             await asyncio.wait(tasks)
 
-    def abandon(self) -> None:
-        """End everything at once, and leave the ids of what is unfinished."""
-        unfinished = [poller for poller in self._pollers if not poller.ended.done()]
+    def close_now(self) -> None:
+        """End everything at once, and log the ids of what is unfinished."""
+        self.shutdown.finish()
+        unfinished = list(self._runners)
         for task in self._tasks:
             task.cancel()
-        for poller in unfinished:
-            poller.abandon()
+        for runner in unfinished:
+            runner.close_now()
         if unfinished:
-            ids = ", ".join(poller.task_id or "(a submit without an answer)" for poller in unfinished)
+            ids = ", ".join(runner.task_id or "(a submit without an answer)" for runner in unfinished)
             log.warning("session closed; unfinished tasks: %s", ids)
 
-    def _count(self, poller: TaskRunner, outcome: Outcome) -> None:
+    # ------------------------------------------------------------------ observing runners
+
+    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
+        """Do nothing: a runner that waits for another process takes nothing from this one."""
+
+    def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:
+        """Count the outcome."""
+        self._runners.discard(runner)
         if isinstance(outcome, Completed):
             self._stats.completed += 1
         else:
             self._stats.failed += 1
         self._stats.replayed += outcome.replayed
-        self._stats.webhooks += poller.lookout.told
-        snapshot = poller.lookout.snapshot
-        if snapshot and snapshot.usage and snapshot.usage.cost:
-            self._stats.spent += snapshot.usage.cost
-
-
-def closed_error() -> SessionClosedError:
-    """Say that there is no open session."""
-    return SessionClosedError("the session is closed: use it inside `async with FluxSession(...)`")
+        if runner.poller is not None:
+            self._stats.webhooks += runner.poller.ended_by_webhook
+            snapshot = runner.feed.snapshot
+            if snapshot and snapshot.usage and snapshot.usage.cost:
+                self._stats.spent += snapshot.usage.cost

@@ -1,17 +1,18 @@
-"""The command `flux2max`, as far as it works without its extras: it says which one is missing."""
+"""The command `flux2max`. This module needs no optional package, so that it can name the extra that is missing."""
 
 import io
 import os
 import sys
 
 _EXTRAS = {"typer": "cli", "rich": "cli", "dotenv": "cli", "jinja2": "cli", "PIL": "emulator"}
+"""The extra that installs each optional package."""
 
 
 def main() -> None:
-    """Run the command that the arguments name."""
-    _open_what_is_closed()
+    """Run the subcommand in `sys.argv`."""
+    _prepare_standard_streams()
     try:
-        from flux2max_async.cli._app import app  # noqa: PLC0415 - it needs an extra
+        from flux2max_async.cli._app import app  # noqa: PLC0415 - it needs the extra `cli`
 
         app(prog_name="flux2max")
     except ModuleNotFoundError as error:
@@ -21,11 +22,12 @@ def main() -> None:
         sys.exit(f"flux2max: {package} is missing: pip install 'flux2max_async[{_EXTRAS[package]}]'")
 
 
-def _open_what_is_closed() -> None:
-    """See to it that whatever can't be shown is written all the same, and that nothing is written nowhere."""
+def _prepare_standard_streams() -> None:
+    """Replace standard streams that are closed, and escape characters that the terminal's encoding doesn't have."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who has started us
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - for good
+        if getattr(sys, name) is None:  # the parent process has closed it
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open to the end
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # pragma: no branch - unless somebody has put something else there
+        if isinstance(stream, io.TextIOWrapper):  # pragma: no branch - unless the stream was replaced
             stream.reconfigure(errors="backslashreplace")

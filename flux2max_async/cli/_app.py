@@ -1,9 +1,11 @@
-"""The commands of `flux2max` and their options; what they do stands in the rooms beside, imported when it is done.
+"""The subcommands of `flux2max`. Results go to stdout, all messages to stderr.
 
-What is asked for goes to stdout, and what is said about it to stderr.
+`flux2max --help` must be quick, so each subcommand imports what it needs when it runs.
 """
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,13 +16,15 @@ import flux2max_async as flux
 from flux2max_async.cli import _options as options
 
 if TYPE_CHECKING:
-    from flux2max_async.cli._config import Access
+    from flux2max_async.cli._config import ServiceSettings
     from flux2max_async.cli._summary import Command
 
 _FORMATS: dict[str, Literal["jpeg", "png"]] = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
+"""The image formats by the suffixes of output files."""
+_UNFINISHED_HINT = "unfinished tasks continue at the service; flux2max download TASK_ID saves the picture"
 
-# Without rich's panels, help and usage errors are plain text everywhere, and come in half the time. Tracebacks with the
-# values of variables, the other thing that typer could do with rich, might show the API key.
+# rich is off: without its panels, help and usage errors are plain text and come in half the time, and its tracebacks
+# with the values of variables could show the API key.
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -29,8 +33,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
-    if wanted:
+def _show_version(is_requested: bool) -> None:  # noqa: FBT001 - typer passes it by position
+    if is_requested:
         typer.echo(f"flux2max {flux.__version__}")
         raise typer.Exit
 
@@ -39,14 +43,15 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
 def flux2max(
     context: typer.Context,
     *,
-    version: Annotated[  # noqa: ARG001 - it is its callback that answers
+    version: Annotated[  # noqa: ARG001 - its callback handles it
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Generate pictures with FLUX.2 [max].
 
-    The key is read from the variable FLUX2MAX_API_KEY, from --key-file, or asked for. Options have variables, too:
-    --max-in-flight is FLUX2MAX_MAX_IN_FLIGHT. A file .env in the working folder can hold them all.
+    The API key comes from the variable FLUX2MAX_API_KEY, from --key-file, or from a prompt. Options can be set by
+    variables as well: --max-in-flight by FLUX2MAX_MAX_IN_FLIGHT. A file .env in the working folder can contain all
+    variables.
     """
     if Path(".env").exists():
         from flux2max_async.cli._config import read_dotenv
@@ -54,75 +59,69 @@ def flux2max(
 
         with errors_as_lines():
             context.obj = read_dotenv()
-        # Options and variables come before what stands there.
+        # As defaults, because options and environment variables take precedence over the file.
         context.default_map = {
             name: {option.name: context.obj[option.envvar] for option in command.params if option.envvar in context.obj}
             for name, command in context.command.commands.items()  # type: ignore[attr-defined]
         }
 
 
-def _typed(context: typer.Context) -> "Command":
-    """Give the command as it was typed, with what stood in the environment written out."""
-    import sys
+def _settings(context: typer.Context, key_file: Path | None, base_url: str | None) -> "ServiceSettings":
+    from flux2max_async.cli._config import ServiceSettings
 
+    return ServiceSettings(context.obj or {}, base_url, key_file)
+
+
+def _command_line(context: typer.Context) -> "Command":
+    """Return the command line, with the options that environment variables have set written out."""
     from flux2max_async.cli._summary import Command
 
-    given = [option for option in context.command.params if isinstance(option, TyperOption)]
-    spelled: list[str] = []
-    for option in given:
-        source = context.get_parameter_source(str(option.name))
-        # The gateway's address stands there beside the key, which can't be written out: whoever goes on sets both.
-        if source is not None and source.name == "ENVIRONMENT" and option.name != "base_url":
-            spelled += [option.opts[0], os.environ[str(option.envvar)]]
-    valued = [name for option in given if not option.is_flag for name in option.opts]
-    name, *rest = sys.argv[1:]
-    return Command([name, *spelled, *rest], valued)
+    params = [param for param in context.command.params if isinstance(param, TyperOption)]
+    from_environment: list[str] = []
+    for param in params:
+        source = context.get_parameter_source(str(param.name))
+        # The base URL stays a variable: it belongs with the key, which must not be written out.
+        if source is not None and source.name == "ENVIRONMENT" and param.name != "base_url":
+            from_environment += [param.opts[0], os.environ[str(param.envvar)]]
+    name, *arguments = sys.argv[1:]
+    return Command(
+        [name, *from_environment, *arguments],
+        options_with_value=[name for param in params if not param.is_flag for name in param.opts],
+    )
 
 
-def _access(context: typer.Context, key_file: Path | None, base_url: str | None) -> "Access":
-    from flux2max_async.cli._config import Access
-
-    return Access(context.obj or {}, base_url, key_file)
-
-
-def _unfinished() -> str:
-    return "what is unfinished goes on; flux2max fetch TASK_ID saves it"
-
-
-# ---------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------- single tasks
 
 
 @app.command(epilog="Example: flux2max generate 'my cat on the moon' -i cat.jpeg -o moon.png")
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    prompt: options.Prompt,
     *,
     image: options.Images = None,
     width: options.Width = None,
     height: options.Height = None,
     seed: options.Seed = None,
-    output_format: options.Format = None,
-    safety_tolerance: options.Tolerance = None,
+    output_format: options.ImageFormat = None,
+    safety_tolerance: options.SafetyTolerance = None,
     output: options.Output = None,
     task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
-    emulator: Annotated[
-        bool, typer.Option("--emulator", help="Try it out without a key: the picture is a drawing made on the spot.")
-    ] = False,
+    emulator: options.UseEmulator = False,
 ) -> None:
     """Generate one picture and save it.
 
-    Without --format, the ending of the output file decides. The file's path goes to stdout, everything else to stderr.
+    Without --format, the suffix of the output file sets the format. The path of the file is printed on stdout,
+    everything else on stderr.
     """
     import asyncio
-    import logging
 
-    from flux2max_async.cli import _tasks as single
+    from flux2max_async.cli import _tasks as tasks
     from flux2max_async.cli._requests_file import picture
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
-    with errors_as_lines(_unfinished), log_to(Complaints(logging.WARNING)):
+    with errors_as_lines(lambda: _UNFINISHED_HINT), log_to(Complaints(logging.WARNING)):
         request = flux.GenerationRequest(
             prompt,
             input_images=[picture(source, Path()) for source in image or ()],
@@ -132,14 +131,8 @@ def generate(
             output_format=output_format or (_FORMATS.get(output.suffix.lower()) if output else None),
             safety_tolerance=safety_tolerance,
         )
-        opened: single.Opened
-        if emulator:
-            from flux2max_async.emulator import Emulator
-
-            opened = single.session_on(Emulator(seconds=2.0), task_timeout)
-        else:
-            opened = _access(context, key_file, base_url).session(schedule=single.watched(), task_timeout=task_timeout)
-        asyncio.run(single.generate(opened, request, output))
+        session = tasks.open_session(None if emulator else _settings(context, key_file, base_url), task_timeout)
+        asyncio.run(tasks.generate(session, request, output))
 
 
 @app.command(epilog="Example: flux2max status 6a107b75677f6cbdcc22af58")
@@ -151,18 +144,18 @@ def status(
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
 ) -> None:
-    """Look at a task once and say how it stands."""
+    """Show the status of a task."""
     import asyncio
 
-    from flux2max_async.cli import _tasks as single
+    from flux2max_async.cli import _tasks as tasks
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
-        asyncio.run(single.status(_access(context, key_file, base_url), task_id, as_json=as_json))
+        asyncio.run(tasks.status(_settings(context, key_file, base_url), task_id, as_json=as_json))
 
 
-@app.command(epilog="Example: flux2max fetch 6a107b75677f6cbdcc22af58 -o moon.png")
-def fetch(
+@app.command(epilog="Example: flux2max download 6a107b75677f6cbdcc22af58 -o moon.png")
+def download(
     context: typer.Context,
     task_id: options.TaskId,
     *,
@@ -171,101 +164,72 @@ def fetch(
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
 ) -> None:
-    """Wait for the end of a task and save its picture.
+    """Wait until a task has ended and save its picture.
 
-    It may have been submitted here or on any other machine.
+    The task may have been submitted on another machine.
     """
     import asyncio
-    import logging
 
-    from flux2max_async.cli import _tasks as single
+    from flux2max_async.cli import _tasks as tasks
     from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
 
     with errors_as_lines(), log_to(Complaints(logging.WARNING)):
-        opened = _access(context, key_file, base_url).session(schedule=single.watched(), task_timeout=task_timeout)
-        asyncio.run(single.fetch(opened, task_id, output))
+        session = tasks.open_session(_settings(context, key_file, base_url), task_timeout)
+        asyncio.run(tasks.download(session, task_id, output))
 
 
-# ---------------------------------------------------------------------- many pictures
+# ---------------------------------------------------------------------- batches
 
 
 @app.command(epilog="Example: flux2max batch prompts.csv --width 1024 --repeat 4 --budget 20")
 def batch(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A .txt, .jsonl or .csv file, or - for standard input.")],
+    file: options.RequestsFile,
     *,
-    out: Annotated[
-        Path | None,
-        options.option("--out", metavar="DIR", text="Output folder. Default: flux2max-<FILE's name>.", variable="OUT"),
-    ] = None,
-    form: Annotated[
-        Literal["txt", "jsonl", "csv"] | None,
-        typer.Option("--as", metavar="txt|jsonl|csv", help="What FILE is, if its ending doesn't tell."),
-    ] = None,
-    repeat: Annotated[
-        int,
-        options.option(
-            "--repeat", metavar="N", min=1, text="Pictures per line, with consecutive seeds.", variable="REPEAT"
-        ),
-    ] = 1,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt for lines that have none.")] = None,
+    out: options.Out = None,
+    file_format: options.FileFormat = None,
+    repeat: options.Repeat = 1,
+    prompt: options.DefaultPrompt = None,
     image: options.Images = None,
     width: options.Width = None,
     height: options.Height = None,
     seed: options.Seed = None,
-    output_format: options.Format = None,
-    safety_tolerance: options.Tolerance = None,
-    webhook_url: Annotated[
-        str | None,
-        options.option("--webhook-url", metavar="URL", text="Where finished tasks are posted.", variable="WEBHOOK_URL"),
-    ] = None,
-    extra: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter of the service.")
-    ] = None,
-    max_in_flight: Annotated[
-        int, options.option("--max-in-flight", metavar="N", text="Tasks running at once.", variable="MAX_IN_FLIGHT")
-    ] = 24,
-    budget: Annotated[
-        str | None,
-        options.option("--budget", metavar="DOLLARS", text="Limit for all runs together.", variable="BUDGET"),
-    ] = None,
-    price_guess: Annotated[
-        str | None,
-        options.option(
-            "--price-guess", metavar="DOLLARS", text="Assumed for a picture until one is paid.", variable="PRICE_GUESS"
-        ),
-    ] = None,
+    output_format: options.ImageFormat = None,
+    safety_tolerance: options.SafetyTolerance = None,
+    webhook_url: options.WebhookUrl = None,
+    extra: options.Extra = None,
+    max_in_flight: options.MaxInFlight = 24,
+    budget: options.Budget = None,
+    price_guess: options.PriceGuess = None,
     task_timeout: options.TaskTimeout = 600.0,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit again what has failed.")] = False,
-    resubmit_uncertain: Annotated[
-        bool, typer.Option("--resubmit-uncertain", help="Submit again what may exist already (may be paid twice).")
-    ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out the lines that are bad.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")] = False,
+    retry_failed: options.RetryFailed = False,
+    resubmit_uncertain: options.ResubmitUncertain = False,
+    skip_bad: options.SkipBad = False,
+    dry_run: options.DryRun = False,
+    yes: options.Yes = False,
     as_json: options.AsJson = False,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
 ) -> None:
-    """Generate the pictures of a file, or go on with them.
+    """Generate the pictures of a file, or continue an earlier run.
 
-    FILE holds a prompt a line (.txt), an object a line (.jsonl), or a table (.csv), whose columns are named as the
-    fields: prompt, input_images, seed, width, height, safety_tolerance, output_format, webhook_url, webhook_secret,
-    extra, key. Options hold for all lines that don't say otherwise. All lines are checked before anything is sent.
+    FILE has one prompt per line (.txt), one JSON object per line (.jsonl), or is a table (.csv). The columns are named
+    like the fields of the objects: prompt, input_images, seed, width, height, safety_tolerance, output_format,
+    webhook_url, webhook_secret, extra, key. Options apply to all lines that don't set the field. All lines are checked
+    before anything is sent.
 
-    DIR holds the pictures, index.html to look at them, results.jsonl, and journal.db: with it, the same command again
-    pays for nothing twice. Ctrl-C stops submitting and waits for what is running; twice leaves at once.
+    DIR contains the pictures, index.html to view them, results.jsonl, and journal.db: with it, running the same command
+    again pays for nothing twice. Ctrl-C stops submitting and waits for the running tasks; a second Ctrl-C exits at
+    once.
     """
-    from flux2max_async._config import validate_dollars
-    from flux2max_async.cli._batch import Batch, do
+    from flux2max_async._config import parse_dollars
+    from flux2max_async.cli._batch import BatchOptions, run_batch
     from flux2max_async.cli._requests_file import defaults_of
     from flux2max_async.cli._terminal import errors_as_lines
-    from flux2max_async.journal._context import ReusePolicy
+    from flux2max_async.journal._reuse import ReusePolicy
 
-    access = _access(context, key_file, base_url)
-    with errors_as_lines(result=lambda: "the same command goes on"):
+    settings = _settings(context, key_file, base_url)
+    with errors_as_lines(lambda: "run the same command again to go on"):
         defaults = defaults_of(
             extra or (),
             prompt=prompt,
@@ -276,73 +240,68 @@ def batch(
             output_format=output_format,
             safety_tolerance=safety_tolerance,
             webhook_url=webhook_url,
-            # Not as an option: it would stay in the shell's history.
-            webhook_secret=access.variable("FLUX2MAX_WEBHOOK_SECRET"),
+            # There is no option for the secret: the shell's history would keep it.
+            webhook_secret=settings.get_variable("FLUX2MAX_WEBHOOK_SECRET"),
         )
-        code = do(
-            Batch(
-                file=file,
-                form=form,
-                defaults=defaults,
-                repeat=repeat,
-                skip_bad=skip_bad,
-                out=out,
-                access=access,
-                max_in_flight=max_in_flight,
-                task_timeout=task_timeout,
-                budget=validate_dollars("budget", budget),
-                price_guess=validate_dollars("price_guess", price_guess),
-                terms=ReusePolicy(retry_failed, resubmit_uncertain),
-                dry_run=dry_run,
-                yes=yes,
-                as_json=as_json,
-                command=_typed(context),
-            )
+        batch_options = BatchOptions(
+            file=file,
+            file_format=file_format,
+            defaults=defaults,
+            repeat=repeat,
+            skip_bad=skip_bad,
+            out=out,
+            settings=settings,
+            max_in_flight=max_in_flight,
+            task_timeout=task_timeout,
+            budget=parse_dollars("budget", budget),
+            price_guess=parse_dollars("price_guess", price_guess),
+            reuse_policy=ReusePolicy(retry_failed, resubmit_uncertain),
+            dry_run=dry_run,
+            yes=yes,
+            as_json=as_json,
+            command=_command_line(context),
         )
+        code = run_batch(batch_options)
     raise typer.Exit(code)
 
 
 @app.command(epilog="Example: flux2max journal pictures")
-def journal(folder: options.Folder, *, as_json: options.AsJson = False) -> None:
-    """Tell what a batch's journal knows.
+def journal(folder: options.BatchFolder, *, as_json: options.AsJson = False) -> None:
+    """Show what a batch's journal contains.
 
-    Counts, dollars, what is running, and what is uncertain.
+    Prints counts, dollars, and the requests that are running or uncertain.
     """
-    from flux2max_async.cli._inspect import tell_journal
+    from flux2max_async.cli._inspect import print_journal
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
-        tell_journal(folder, as_json=as_json)
+        print_journal(folder, as_json=as_json)
 
 
 @app.command(epilog="Example: flux2max gallery pictures")
-def gallery(folder: options.Folder) -> None:
-    """Make a batch's index.html anew, and its results.jsonl."""
-    from flux2max_async.cli._inspect import make_gallery
+def gallery(folder: options.BatchFolder) -> None:
+    """Write a batch's index.html and results.jsonl again."""
+    from flux2max_async.cli._inspect import rebuild_gallery
     from flux2max_async.cli._terminal import errors_as_lines
 
     with errors_as_lines():
-        make_gallery(folder)
+        rebuild_gallery(folder)
 
 
-# ---------------------------------------------------------------------- without a key
+# ---------------------------------------------------------------------- the emulator
 
 
 @app.command(epilog="Example: flux2max demo --count 60 --seconds 4 --out pictures")
 def demo(
     *,
-    count: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="How many pictures.")] = 24,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where they are saved.")] = Path(
-        "flux2max-demo"
-    ),
-    seconds: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long most tasks take.")] = 8.0,
-    failing: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="How many fail, from 0 to 1.")
-    ] = 0.0,
+    count: options.Count = 24,
+    out: options.DemoFolder = Path("flux2max-demo"),
+    seconds: options.Seconds = 8.0,
+    failing: options.Failing = 0.0,
 ) -> None:
     """Generate many pictures at once with an emulated service.
 
-    It runs in this process and needs no key; submits, polls and downloads are as real as with the service itself.
+    The emulator runs in this process and needs no key; submits, polls and downloads are real HTTP calls.
     """
     from flux2max_async.cli._demo import Demo
     from flux2max_async.emulator import Emulator
@@ -353,32 +312,21 @@ def demo(
 @app.command(epilog="Example: flux2max emulate --port 8765 --fault server_error=0.1")
 def emulate(
     *,
-    port: Annotated[
-        int, typer.Option(metavar="PORT", min=0, max=65535, help="Where to listen; 0 takes any free port.")
-    ] = 8765,
-    seconds: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long most tasks take.")] = 8.0,
-    spread: Annotated[
-        float, typer.Option(min=0.0, metavar="SHARE", help="Spread of their durations; 0: all alike.")
-    ] = 0.3,
-    failing: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="How many tasks fail, from 0 to 1.")
-    ] = 0.0,
-    fault: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SHARE", help="Share of calls that meet it, as server_error=0.1."),
-    ] = None,
-    balance: Annotated[
-        str | None, typer.Option(metavar="DOLLARS", help="Money in the account; by default, plenty.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes runs repeatable.")] = None,
+    port: options.Port = 8765,
+    seconds: options.Seconds = 8.0,
+    spread: options.Spread = 0.3,
+    failing: options.Failing = 0.0,
+    fault: options.Faults = None,
+    balance: options.Balance = None,
+    seed: options.EmulatorSeed = None,
 ) -> None:
     """Serve an emulated gateway on 127.0.0.1.
 
-    It is there to try things out without a bill. Put the two lines that it prints into a file .env in another folder,
-    and run flux2max there.
+    To try things out for free, put the two lines that it prints into a file .env in another folder and run flux2max
+    there.
     """
-    from flux2max_async._config import validate_dollars
-    from flux2max_async.cli._emulate import faults_of
+    from flux2max_async._config import parse_dollars
+    from flux2max_async.cli._emulate import parse_faults
     from flux2max_async.cli._terminal import errors_as_lines
     from flux2max_async.emulator import Emulator
     from flux2max_async.emulator.__main__ import serve
@@ -389,9 +337,9 @@ def emulate(
             seconds=seconds,
             spread=spread,
             failing=failing,
-            faults=faults_of(fault or ()),
-            balance=validate_dollars("balance", balance),
+            faults=parse_faults(fault or ()),
+            balance=parse_dollars("balance", balance),
             seed=seed,
-            api_key="emulated",  # the same each time, for who has written it down
+            api_key="emulated",  # always the same, so that a .env file stays valid
         )
         serve(gateway)

@@ -1,4 +1,4 @@
-"""The command `batch`: a sheet read and checked, a plan said and agreed to, the run, and what it has come to."""
+"""The command `batch`: read and check the file, show the plan and ask for consent, run it, and print the summary."""
 
 import asyncio
 import json
@@ -13,212 +13,233 @@ import attrs
 import typer
 
 import flux2max_async as flux
-from flux2max_async.cli._config import Access
+from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._gallery import Gallery, write_all
 from flux2max_async.cli._output_dir import Folder
 from flux2max_async.cli._parsers import READERS, guessed_form
-from flux2max_async.cli._plan import Plan, checked_against, left_behind, plan, rounded
+from flux2max_async.cli._plan import Plan, find_orphans, make_plan, reject_key_conflicts, round_up
 from flux2max_async.cli._requests_file import Line, Sheet, read_sheet
 from flux2max_async.cli._runner import Job, Report, run
-from flux2max_async.cli._summary import Command, advice, kind_of, summary
+from flux2max_async.cli._summary import Command, display_state, suggest_command, summary
 from flux2max_async.cli._terminal import Screen, complain, line, pictures, somebody_can_be_asked, tell, tell_exactly
-from flux2max_async.journal._context import ReusePolicy
+from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._reuse import ReusePolicy
 
 _STANDARD_INPUT = "-"
+_MAX_VALUE_LENGTH = 100
+"""Characters of a parameter that a dry run shows."""
 
 
 @attrs.frozen(kw_only=True)
-class Batch:
-    """What is asked for, as the options say it."""
+class BatchOptions:
+    """The options of the command."""
 
     file: str
-    form: str | None
+    file_format: str | None
+    """One of `READERS`; None infers it from the suffix, or from the content of standard input."""
     defaults: Mapping[str, Any] = attrs.field(repr=False)
+    """The fields of lines that don't set them."""
     repeat: int
     skip_bad: bool
     out: Path | None
-    access: Access
+    settings: ServiceSettings
     max_in_flight: int
     task_timeout: float
     budget: Decimal | None
     price_guess: Decimal | None
-    terms: ReusePolicy
+    reuse_policy: ReusePolicy
     dry_run: bool
     yes: bool
     as_json: bool
     command: Command
-    """The one that was typed."""
+    """The command line itself."""
 
 
-def do(batch: Batch) -> int:
-    """Run a batch, or go on with it; gives the exit code.
+def run_batch(options: BatchOptions) -> int:
+    """Run a batch, or continue it, and return the exit code.
 
     Raises:
-        FluxError: It couldn't be begun.
+        FluxError: The batch couldn't be started.
     """
-    sheet = _read(batch)
-    folder = Folder(batch.out or _own_folder(batch.file))
+    sheet = _read_requests(options)
+    folder = Folder(options.out or _default_folder(options.file))
     entries = asyncio.run(folder.entries())
-    sheet = checked_against(sheet, entries)
-    for bad in sheet.bad:
-        tell(f"{batch.file}:{bad.number}: {bad.field}: {bad.reason}")
-    if sheet.bad and not batch.skip_bad:
-        count = len({bad.number for bad in sheet.bad})
-        those = "a line is" if count == 1 else f"{count} lines are"
-        complain(f"{those} bad, so nothing was sent; --skip-bad leaves them out")
+    sheet = reject_key_conflicts(sheet, entries)
+    if not _check_lines(options, sheet):
         return 2
-    if not sheet.lines:
-        complain(f"{batch.file} has no prompts")
-        return 2
-    earlier, lost = left_behind(sheet.lines, entries)
-    lines = [*sheet.lines, *earlier]
-    todo = plan(lines, entries, batch.terms, batch.price_guess)
+    orphans, lost = find_orphans(sheet.lines, entries)
+    lines = [*sheet.lines, *orphans]
+    plan = make_plan(lines, entries, options.reuse_policy, options.price_guess)
     schedule = flux.LearnedSchedule()
-    session = batch.access.session(
-        needs_key=not batch.dry_run,
-        max_in_flight=batch.max_in_flight,
-        task_timeout=batch.task_timeout,
-        budget=batch.budget,
-        price_guess=batch.price_guess,
+    session = options.settings.create_session(
+        needs_key=not options.dry_run,
+        max_in_flight=options.max_in_flight,
+        task_timeout=options.task_timeout,
+        budget=options.budget,
+        price_guess=options.price_guess,
         schedule=schedule,
         journal=flux.SqliteJournal(folder.database),
     )
-    if batch.dry_run:
-        _show(todo, batch)
+    if options.dry_run:
+        _show_dry_run(options, plan)
         return 0
-    tell(todo.told(batch.budget))
-    if earlier:
-        tell(f"{len(earlier)} of them no longer in {batch.file}, but paid for")
-    for entry in lost:
-        complain(f"submitted and no longer in {batch.file}: {entry.key}; to have it: flux2max fetch {entry.task_id}")
-    if (refusal := _refusal(batch, todo, folder)) is not None:
-        return refusal
+    _show_plan(options, plan, orphans, lost)
+    if (code := _ask_for_consent(options, plan, folder)) is not None:
+        return code
     folder.make()
     folder.gather(lines, entries)
-    report = asyncio.run(
-        run(
-            Job(
-                folder=folder,
-                plan=todo,
-                session=session,
-                schedule=schedule,
-                places=batch.max_in_flight,
-                budget=batch.budget,
-                as_json=batch.as_json,
-            )
-        )
+    job = Job(
+        folder=folder,
+        plan=plan,
+        session=session,
+        schedule=schedule,
+        places=options.max_in_flight,
+        budget=options.budget,
+        as_json=options.as_json,
     )
-    code = _conclude(batch, folder, sheet.lines, lines, report)
+    report = asyncio.run(run(job))
+    code = _finish(options, folder, sheet.lines, orphans, report)
     if report.stuck:
         os._exit(code)
     return code
 
 
-def _own_folder(file: str) -> Path:
-    """Name the folder after the file.
+def _default_folder(file: str) -> Path:
+    """Return an output folder named after the file.
 
     Raises:
-        ConfigurationError: It would have another name in the next run.
+        ConfigurationError: The name would be another one in the next run, which then would pay for everything again.
     """
     if file == _STANDARD_INPUT:
         return Path("flux2max-batch")
     if not Path(file).is_file():
-        raise flux.ConfigurationError(f"{file!r} is not a regular file: say with --out where the pictures go")
+        raise flux.ConfigurationError(f"{file!r} is not a regular file: specify the output folder with --out")
     return Path(f"flux2max-{Path(file).stem}")
 
 
-def _read(batch: Batch) -> Sheet:
-    """Read the sheet.
+def _read_requests(options: BatchOptions) -> Sheet:
+    """Read the requests file.
 
     Raises:
-        ConfigurationError: It can't be read.
+        ConfigurationError: The file can't be read, or its format is unknown.
     """
-    path = Path(batch.file)
+    is_stdin, path = options.file == _STANDARD_INPUT, Path(options.file)
     try:
-        data = sys.stdin.buffer.read() if batch.file == _STANDARD_INPUT else path.read_bytes()
+        data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
     except OSError as error:
-        raise flux.ConfigurationError(f"can't read {batch.file!r}: {error.strerror}") from error
-    form = batch.form
-    if form is None and batch.file == _STANDARD_INPUT:
-        form = guessed_form(data)
-        if form is None:
-            raise flux.ConfigurationError("standard input may be prompts or a table: say which with --as")
-    form = form or path.suffix.lower().removeprefix(".")
-    if form not in READERS:
-        raise flux.ConfigurationError(f"{batch.file!r} is neither .txt nor .jsonl nor .csv: say which with --as")
-    folder = Path() if batch.file == _STANDARD_INPUT else path.parent
-    return read_sheet(data, form, folder=folder, defaults=batch.defaults, repeat=batch.repeat)
+        raise flux.ConfigurationError(f"can't read {options.file!r}: {error.strerror}") from error
+    file_format = options.file_format
+    if file_format is None and is_stdin:
+        file_format = guessed_form(data)
+        if file_format is None:
+            raise flux.ConfigurationError("standard input may be prompts or a table: specify the format with --as")
+    file_format = file_format or path.suffix.lower().removeprefix(".")
+    if file_format not in READERS:
+        raise flux.ConfigurationError(f"{options.file!r} is not .txt, .jsonl or .csv: specify the format with --as")
+    folder = Path() if is_stdin else path.parent
+    return read_sheet(data, file_format, folder=folder, defaults=options.defaults, repeat=options.repeat)
 
 
-def _show(todo: Plan, batch: Batch) -> None:
-    """Show what would be sent."""
-    for item in todo.lines:
-        price = todo.prices.get(item.key)
+def _check_lines(options: BatchOptions, sheet: Sheet) -> bool:
+    """Report bad lines, and check whether the batch can go on."""
+    for bad in sheet.bad:
+        tell(f"{options.file}:{bad.number}: {bad.field}: {bad.reason}")
+    if sheet.bad and not options.skip_bad:
+        count = len({bad.number for bad in sheet.bad})
+        problem = "1 line is bad" if count == 1 else f"{count} lines are bad"
+        complain(f"{problem}, so nothing was sent; --skip-bad skips bad lines")
+        return False
+    if not sheet.lines:
+        complain(f"{options.file} has no prompts")
+        return False
+    return True
+
+
+def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost: Sequence[JournalEntry]) -> None:
+    tell(plan.describe(options.budget))
+    if orphans:
+        tell(f"{len(orphans)} of them: no longer in {options.file}, but already paid for")
+    for entry in lost:
+        complain(
+            f"{options.file} no longer has {entry.key}, which was submitted; "
+            f"to save its picture: flux2max download {entry.task_id}"
+        )
+
+
+def _show_dry_run(options: BatchOptions, plan: Plan) -> None:
+    """Print the requests that would be submitted; as JSON, print all requests."""
+    for item in plan.lines:
+        price = plan.prices.get(item.key)
         params = dict(item.content.description)
-        if batch.as_json:
-            fate = todo.fates[item.key].name.lower()
-            cost = None if price is None else str(rounded(price))
-            typer.echo(json.dumps({"key": item.key, "line": item.number, "fate": fate, "cost": cost, "params": params}))
+        if options.as_json:
+            action = plan.actions[item.key].value
+            cost = None if price is None else str(round_up(price))
+            row = {"key": item.key, "line": item.number, "fate": action, "cost": cost, "params": params}
+            typer.echo(json.dumps(row))
         elif price is not None:
             prompt = params.pop("prompt")
-            more = "".join(f", {name} {_short(value)}" for name, value in params.items())
-            typer.echo(line(f"{item.key}: {prompt}{more}, ${rounded(price)}"))
-    tell(f"dry run: {todo.told(batch.budget)}")
+            others = "".join(f", {name} {_truncate(value)}" for name, value in params.items())
+            typer.echo(line(f"{item.key}: {prompt}{others}, ${round_up(price)}"))
+    tell(f"dry run: {plan.describe(options.budget)}")
 
 
-def _short(value: Any) -> str:
+def _truncate(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:99]}…"
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 1]}…"
 
 
-def _refusal(batch: Batch, todo: Plan, folder: Folder) -> int | None:
-    """Ask before money is spent, where somebody sits at a terminal; gives the exit code where nobody agrees."""
-    if batch.yes or not todo.prices:
+def _ask_for_consent(options: BatchOptions, plan: Plan, folder: Folder) -> int | None:
+    """Ask on the terminal before money is spent; return the exit code without consent, and None with it.
+
+    Without a terminal, no consent is needed, except to pay again for what `results.jsonl` lists as paid for.
+    """
+    if options.yes or not plan.prices:
         return None
-    paid = folder.paid_without_journal(todo.lines)
+    paid = folder.paid_without_journal(plan.lines)
     if paid:
-        known = f"{pictures(paid)} that {folder.results.name} knows"
-        complain(f"{folder.database} is gone, and {known} would be paid again")
+        complain(f"{folder.database} is missing: {pictures(paid)} in {folder.results.name} would be paid for again")
     if somebody_can_be_asked():
         if typer.confirm("Go on?", err=True):
             return None
         complain("nothing was sent")
         return 1
     if paid or sys.stderr.isatty():
-        complain("nobody can be asked, so nothing was sent: add --yes to go ahead")
+        complain("can't ask for confirmation, so nothing was sent: add --yes to go ahead")
         return 2
     return None
 
 
-def _conclude(batch: Batch, folder: Folder, asked: Sequence[Line], lines: Sequence[Line], report: Report) -> int:
-    """Write down and say what it has come to; gives the exit code.
+def _finish(
+    options: BatchOptions, folder: Folder, lines: Sequence[Line], orphans: Sequence[Line], report: Report
+) -> int:
+    """Write the results and the gallery, print the summary, and return the exit code.
 
     Args:
-        batch: What was asked for.
-        folder: Where it is.
-        asked: What stands in the sheet.
-        lines: That, and what an earlier run has left.
-        report: What the run has come to.
+        options: The options of the command.
+        folder: The output folder.
+        lines: The requests in the file.
+        orphans: The requests that an earlier run has left.
+        report: The result of the run.
     """
-    # The journal has the last word: it knows what other processes have done, too.
+    # The journal decides: it also has what other processes have done meanwhile.
     entries = asyncio.run(folder.entries())
-    folder.gather(lines, entries)
+    folder.gather([*lines, *orphans], entries)
     gallery = Gallery(folder.path, hurry=len(report.signals) > 1)
-    trouble = write_all(folder, list(folder.rows.values()), gallery, running=False)
-    rows = [folder.rows[item.key] for item in asked]
-    rest = plan(asked, entries, ReusePolicy(), batch.price_guess)
-    Screen(sys.stderr if batch.as_json else sys.stdout).show(*summary(rows, report, rest.spent))
-    if trouble is not None:
-        complain(trouble)
+    write_error = write_all(folder, list(folder.rows.values()), gallery, running=False)
+    rows = [folder.rows[item.key] for item in lines]
+    next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess)
+    Screen(sys.stderr if options.as_json else sys.stdout).show(*summary(rows, report, next_plan.spent))
+    if write_error is not None:
+        complain(write_error)
     if report.stopped is not None:
         complain(f"stopped: {report.stopped}")
-    done = sum(kind_of(row) == "done" for row in rows)
-    page = "" if trouble else f"; to look at them: {gallery.path}"
-    tell(f"{done} of {pictures(len(rows))} in {folder.path}{page}")
-    if (todo := advice(batch.command, rows, report, rest, batch.budget)) is not None:
-        why, command = todo
-        same = " (with the same standard input)" if batch.file == _STANDARD_INPUT else ""
-        tell_exactly(f"{why}{same}: {command}")
-    if done == len(rows) and trouble is None and not report.unheard and not report.stuck:
+    done = sum(display_state(row) == "done" for row in rows)
+    hint = "" if write_error else f"; to view them: {gallery.path}"
+    tell(f"{done} of {pictures(len(rows))} in {folder.path}{hint}")
+    if (suggestion := suggest_command(options.command, rows, report, next_plan, options.budget)) is not None:
+        purpose, command = suggestion
+        condition = " (with the same standard input)" if options.file == _STANDARD_INPUT else ""
+        tell_exactly(f"{purpose}{condition}: {command}")
+    if done == len(rows) and write_error is None and not report.unheard and not report.stuck:
         return 0
     return 128 + report.signals[0] if report.signals else 1

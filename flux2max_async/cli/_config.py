@@ -1,4 +1,4 @@
-"""Where the commands have their settings from: options, FLUX2MAX_* variables, a file `.env`, and then defaults."""
+"""Settings of the commands: options come first, then FLUX2MAX_* variables, then the file `.env`, then defaults."""
 
 import logging
 import os
@@ -13,76 +13,84 @@ import flux2max_async as flux
 from flux2max_async._config import KEY_VARIABLE, URL_VARIABLE
 from flux2max_async.cli._terminal import Complaints, complain, line, log_to, somebody_can_be_asked, tell
 
-PREFIX = "FLUX2MAX_"
-_KEPT_IN = ".env"
+_PREFIX = "FLUX2MAX_"
+_DOTENV_FILE = ".env"
 
 
 def read_dotenv() -> dict[str, str]:
-    """Read our variables from the file `.env` in the working folder; there may be none."""
-    path = Path(_KEPT_IN)
+    """Return the FLUX2MAX_* variables in the working folder's file `.env`; none if there is no such file."""
+    path = Path(_DOTENV_FILE)
     if not path.is_file():
         return {}
-    import dotenv  # noqa: PLC0415 - hardly anybody needs it
+    import dotenv  # noqa: PLC0415 - only users of a .env file need it
 
     try:
-        with log_to(Complaints(logging.WARNING), "dotenv"):  # which names the lines that it can't read
+        with log_to(Complaints(logging.WARNING), "dotenv"):  # dotenv logs a warning for each line that it can't parse
             values = dotenv.dotenv_values(path, interpolate=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # it may be somebody else's: what is missing will be told
-        complain(f"can't read {_KEPT_IN}: {getattr(error, 'strerror', None) or 'it is no text'}")
+    except (OSError, ValueError) as error:
+        # Not fatal: the file may belong to another program, and a setting that is missing is reported later.
+        complain(f"can't read {_DOTENV_FILE}: {_failure_reason(error)}")
         return {}
-    return {name: value for name, value in values.items() if name.startswith(PREFIX) and value}
+    return {name: value for name, value in values.items() if name.startswith(_PREFIX) and value}
 
 
 @attrs.frozen
-class Access:
-    """How to get at the service."""
+class ServiceSettings:
+    """Where the service is, and where its API key comes from."""
 
     dotenv: Mapping[str, str] = attrs.field(repr=False)
-    """What stands in `.env`."""
+    """The variables in `.env`."""
     base_url: str | None = None
     key_file: Path | None = None
 
-    def variable(self, name: str) -> str | None:
-        """Give an environment's variable, or what `.env` says of it."""
+    def get_variable(self, name: str) -> str | None:
+        """Return a variable of the environment, or else of `.env`."""
         return os.environ.get(name) or self.dotenv.get(name)
 
-    def session(self, *, needs_key: bool = True, **settings: Any) -> "flux.FluxSession":
-        """Make a session, which is still to be entered; one that needs no key is only to check the settings.
+    def create_session(self, *, needs_key: bool = True, **options: Any) -> "flux.FluxSession":
+        """Create a session, which the caller has to enter.
+
+        Args:
+            needs_key: Whether the session will be entered; False only checks the options.
+            **options: FluxSession's.
 
         Raises:
-            ConfigurationError: There is no key, or something is wrong with the settings.
+            ConfigurationError: There is no API key, or an option is invalid.
         """
         if not needs_key:
-            return flux.FluxSession("none", base_url=self.base_url, **settings)
-        key = self.key()
+            return flux.FluxSession("none", base_url=self.base_url, **options)
+        key = self.read_key()
         if self.base_url and self.base_url == self.dotenv.get(URL_VARIABLE) and key != self.dotenv.get(KEY_VARIABLE):
-            # A folder that somebody else has packed could send a key of ours to an address of his.
-            tell(f"gateway: {line(self.base_url)} (as {_KEPT_IN} says)")
-        return flux.FluxSession(key, base_url=self.base_url, **settings)
+            # A .env file in a folder from somebody else could direct the user's own key to a foreign address.
+            tell(f"gateway: {line(self.base_url)} (from {_DOTENV_FILE})")
+        return flux.FluxSession(key, base_url=self.base_url, **options)
 
-    def key(self) -> str:
-        """Give the API key: from the file that was named, the environment, `.env`, or who sits at the terminal.
+    def read_key(self) -> str:
+        """Return the API key from the key file, the environment, `.env` or a prompt on the terminal, in this order.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: There is none, or the key file can't be read.
         """
         if self.key_file is not None:
-            return self._key_in(self.key_file)
-        if key := self.variable(KEY_VARIABLE):
+            return _read_key_file(self.key_file)
+        if key := self.get_variable(KEY_VARIABLE):
             return key
         if somebody_can_be_asked():
             return str(typer.prompt("API key", hide_input=True, err=True))
         raise flux.ConfigurationError(
-            f"no API key: set {KEY_VARIABLE}, in the environment or in {_KEPT_IN}, or name a file with --key-file"
+            f"no API key: set {KEY_VARIABLE} in the environment or in {_DOTENV_FILE}, or pass a file with --key-file"
         )
 
-    @staticmethod
-    def _key_in(file: Path) -> str:
-        try:
-            key = file.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
-            raise flux.ConfigurationError(f"can't read the key file {str(file)!r}: {reason}") from error
-        if not key:
-            raise flux.ConfigurationError(f"the key file {str(file)!r} is empty")
-        return key
+
+def _read_key_file(file: Path) -> str:
+    try:
+        key = file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise flux.ConfigurationError(f"can't read the key file {str(file)!r}: {_failure_reason(error)}") from error
+    if not key:
+        raise flux.ConfigurationError(f"the key file {str(file)!r} is empty")
+    return key
+
+
+def _failure_reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or "it is not UTF-8 text"

@@ -1,4 +1,4 @@
-"""The demo: many pictures at once by an emulated service, saved as they come, live on a terminal."""
+"""The command `demo`: generate many pictures at once with the emulator, with a live display on a terminal."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @attrs.define
 class Demo:
-    """What is drawn, and how far it has come."""
+    """One run of the demo."""
 
     count: int
     folder: Path
@@ -31,10 +31,10 @@ class Demo:
     saved: int = 0
     failed: int = 0
     task_seconds: float = 0.0
-    """What the saved pictures' tasks took, together."""
+    """The total duration of the tasks whose pictures were saved."""
 
     def run(self) -> int:
-        """Draw it all; gives the exit code."""
+        """Generate all pictures and return the exit code."""
         with errors_as_lines(result=self._result), log_to(logging.NullHandler()):
             asyncio.run(self._run())
         if self.failed:
@@ -42,7 +42,7 @@ class Demo:
         return 1 if self.failed else 0
 
     async def _run(self) -> None:
-        saving: set[asyncio.Task[None]] = set()
+        saves: set[asyncio.Task[None]] = set()
         schedule = flux.LearnedSchedule()
         async with (
             self.gateway,
@@ -53,36 +53,36 @@ class Demo:
                 try:
                     async with session.stream(_requests(self.count)) as stream:
                         async for outcome in stream:
-                            # Beside the stream, so that the next outcome needn't wait.
-                            saving.add(asyncio.create_task(self._take(outcome, session, board)))
+                            # In a task of its own, so that a slow download doesn't delay the next outcome.
+                            saves.add(asyncio.create_task(self._save(outcome, session, board)))
                 finally:
-                    await _all_of(saving)
-        for task in saving:
-            task.result()  # raises where nobody reads the pipe
-        self._summarize(board)
+                    await _wait_for_saves(saves)
+        for save in saves:
+            save.result()  # raises if standard output is closed
+        self._print_summary(board)
 
-    async def _take(self, outcome: "flux.Outcome", session: "flux.FluxSession", board: Board) -> None:
-        """Save an outcome's picture, or tell why there is none."""
+    async def _save(self, outcome: "flux.Outcome", session: "flux.FluxSession", board: Board) -> None:
+        """Save the picture of an outcome, or print why there is none."""
         assert outcome.request is not None
         name = str(outcome.request.key)
         try:
-            picture = outcome.unwrap()
-            await session.save(picture.images[0], self.folder / f"{name}.jpeg")
+            completed = outcome.unwrap()
+            await session.save(completed.images[0], self.folder / f"{name}.jpeg")
         except flux.FluxError as error:
             self.failed += 1
             board.failed += 1
             self._print(Text.assemble(("failed", "red"), f" {name}: {line(error)}"))
         else:
             self.saved += 1
-            self.task_seconds += picture.elapsed
+            self.task_seconds += completed.elapsed
             board.take(name, outcome)
             if not self.screen.is_interactive:
-                self._print(Text(f"saved {name}.jpeg ({picture.elapsed:.1f} s, {polls(picture)})"))
+                self._print(Text(f"saved {name}.jpeg ({completed.elapsed:.1f} s, {polls(completed)})"))
 
     def _result(self) -> str:
         return f"{self.saved} of {self.count} pictures are saved in {self.folder}"
 
-    def _summarize(self, board: Board) -> None:
+    def _print_summary(self, board: Board) -> None:
         stats = board.session.stats
         cells = {
             "done": str(self.saved),
@@ -98,27 +98,28 @@ class Demo:
         if self.screen.is_interactive:
             self.screen.print(text, soft_wrap=True)
         else:
-            # Where nobody reads the pipe any more, rich would raise SystemExit, which tears the event loop apart.
+            # Not screen.print(): on a broken pipe, rich raises SystemExit, which would break out of the event loop.
             typer.echo(text.plain)
 
 
-async def _all_of(saving: "set[asyncio.Task[None]]") -> None:
-    """Wait until what has come is saved, after Ctrl-C as well, whether that came before or comes now."""
-    saved = asyncio.gather(*saving, return_exceptions=True)
+async def _wait_for_saves(saves: "set[asyncio.Task[None]]") -> None:
+    """Wait until all saves have ended, even if this wait is cancelled (by Ctrl-C), before or meanwhile."""
+    all_saves = asyncio.gather(*saves, return_exceptions=True)
     try:
-        await asyncio.shield(saved)
+        await asyncio.shield(all_saves)
     except asyncio.CancelledError:
-        await saved
+        await all_saves
         raise
 
 
 def _requests(count: int) -> "Iterator[flux.GenerationRequest]":
-    """Give requests whose keys are their files' names."""
+    """Yield requests with the names of their files as keys; the prompts repeat with a number added."""
+    digits = max(2, len(str(count)))
     for index in range(count):
-        again, place = divmod(index, len(_PROMPTS))
-        prompt = f"{_PROMPTS[place]}, no. {again + 1}" if again else _PROMPTS[place]
+        repetition, position = divmod(index, len(_PROMPTS))
+        prompt = f"{_PROMPTS[position]}, no. {repetition + 1}" if repetition else _PROMPTS[position]
         words = re.findall(r"\w+", prompt.lower())
-        yield flux.GenerationRequest(prompt, key="-".join([f"{index + 1:0{max(2, len(str(count)))}}", *words]))
+        yield flux.GenerationRequest(prompt, key="-".join([f"{index + 1:0{digits}}", *words]))
 
 
 _PROMPTS = (

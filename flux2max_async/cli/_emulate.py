@@ -1,4 +1,4 @@
-"""The emulator, served by hand: what it is told to do wrong."""
+"""The command `emulate`: the faults that the emulator injects."""
 
 from collections.abc import Iterable
 
@@ -6,21 +6,21 @@ import flux2max_async as flux
 from flux2max_async.emulator import Fault
 
 
-def faults_of(told: Iterable[str]) -> dict[Fault, float]:
-    """Read the shares of calls that meet faults, as in "server_error=0.1".
+def parse_faults(options: Iterable[str]) -> dict[Fault, float]:
+    """Parse options such as "server_error=0.1" into the share of calls that each fault hits, from 0 to 1.
 
     Raises:
-        ConfigurationError: There is no such fault, or that is no share.
+        ConfigurationError: There is no such fault, or the share is invalid.
     """
     faults: dict[Fault, float] = {}
-    for one in told:
-        name, _, share = one.partition("=")
+    for option in options:
+        name, _, share = option.partition("=")
         try:
             faults[Fault(name)] = float(share)
-            right = 0 <= faults[Fault(name)] <= 1
+            is_valid = 0 <= faults[Fault(name)] <= 1
         except ValueError:
-            right = False
-        if not right:
+            is_valid = False
+        if not is_valid:
             names = ", ".join(fault.value for fault in Fault)
-            raise flux.ConfigurationError(f"{one!r} must look like server_error=0.1; the faults are {names}")
+            raise flux.ConfigurationError(f"{option!r} must be like server_error=0.1; the faults are {names}")
     return faults

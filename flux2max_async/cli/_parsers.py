@@ -60,12 +60,12 @@ def objects(text: str) -> Raw:
             try:
                 fields = json.loads(line, object_pairs_hook=_named_once)
             except (ValueError, RecursionError) as error:
-                yield number, InvalidRequestError(f"not valid JSON: {error}", "line")
+                yield number, InvalidRequestError(f"not valid JSON: {error}", field="line")
                 continue
             if isinstance(fields, dict):
                 yield number, {name: value for name, value in fields.items() if value is not None}
             else:
-                yield number, InvalidRequestError('not an object, as in {"prompt": "a cat"}', "line")
+                yield number, InvalidRequestError('not an object, as in {"prompt": "a cat"}', field="line")
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> Fields:
@@ -88,7 +88,7 @@ def table(text: str) -> Raw:
                 return
         elif len(cells) > len(columns):
             problem = f"the line has {len(cells)} cells, but the first one names {len(columns)} columns"
-            yield number, InvalidRequestError(problem, "line")
+            yield number, InvalidRequestError(problem, field="line")
         else:
             yield number, _fields_of(zip(columns, cells, strict=False))
 
@@ -107,7 +107,7 @@ def _records(text: str) -> Iterator[tuple[int, list[str] | InvalidRequestError]]
         except csv.Error as error:
             endless = "unexpected end" in str(error)
             reason = "a quote is opened and never closed, so that all that follows belongs to it" if endless else error
-            yield number, InvalidRequestError(f"not valid CSV: {reason}", "line")
+            yield number, InvalidRequestError(f"not valid CSV: {reason}", field="line")
         else:
             if any(cell.strip() for cell in cells):
                 yield number, cells
@@ -130,7 +130,7 @@ def _table_in(text: str) -> tuple[int, str, Iterator[str]]:
 def _problems_of(columns: list[str]) -> list[InvalidRequestError]:
     problems = [unknown(name) for name in columns if name and name not in FIELDS]
     problems += [
-        InvalidRequestError("the first line names this column twice", name)
+        InvalidRequestError("the first line names this column twice", field=name)
         for name, count in Counter(columns).items()
         if count > 1 and name in FIELDS
     ]
@@ -145,7 +145,7 @@ def _fields_of(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError
             continue
         try:
             if not name:
-                return InvalidRequestError(f"{text[:80]!r} stands in a column without a name", "line")
+                return InvalidRequestError(f"{text[:80]!r} stands in a column without a name", field="line")
             if name in _NUMBERS:
                 fields[name] = _integer(text)
             elif name == "input_images":
@@ -157,7 +157,7 @@ def _fields_of(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError
                 fields[name] = text
         except (ValueError, RecursionError):
             wanted = "an integer" if name in _NUMBERS else 'JSON, as in {"name": 1}'
-            return InvalidRequestError(f"{name} must be {wanted}, not {text[:80]!r}", name)
+            return InvalidRequestError(f"{name} must be {wanted}, not {text[:80]!r}", field=name)
     return fields
 
 
@@ -170,7 +170,7 @@ def _integer(text: str) -> int:
 def unknown(name: str) -> InvalidRequestError:
     close = difflib.get_close_matches(name, FIELDS, 1)
     hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(FIELDS)}"
-    return InvalidRequestError(f"there is no field {name[:80]!r}: {hint}", name[:80])
+    return InvalidRequestError(f"there is no field {name[:80]!r}: {hint}", field=name[:80])
 
 
 READERS: dict[str, Callable[[str], Raw]] = {"txt": prompts, "jsonl": objects, "csv": table}

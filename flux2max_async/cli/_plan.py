@@ -1,7 +1,7 @@
-"""What a batch is about to do: which of its requests are known already, and what the others will probably cost."""
+"""The plan of a batch: which of its requests the journal knows already, and what the others will probably cost."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_UP, Decimal
 from enum import Enum
 from pathlib import Path
@@ -16,174 +16,201 @@ from flux2max_async._models.request import GenerationRequest
 from flux2max_async.cli._output_dir import is_lost
 from flux2max_async.cli._requests_file import BadLine, Line, Sheet, picture
 from flux2max_async.cli._terminal import pictures
-from flux2max_async.journal._context import ReusePolicy
 from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._reuse import ReusePolicy
 
 _CENT = Decimal("0.01")
 
 
-class Fate(Enum):
-    """What becomes of a request in this run; the value says how many there are of it."""
+class Action(Enum):
+    """What a run does with a request; the value is its name in the JSON output of a dry run."""
 
-    DONE = "{} done already"
-    FOLLOWED = "{} running"
-    FAILED = "{} failed earlier (--retry-failed tries again)"
-    UNCERTAIN = "{} uncertain (--resubmit-uncertain may pay twice)"
-    NEW = "{} to be submitted"
-    AGAIN = "{} failed, to be submitted again"
-    RISKED = "{} uncertain, to be submitted again (may be paid twice)"
+    REPLAY = "done"
+    RESUME = "followed"
+    SKIP_FAILED = "failed"
+    SKIP_UNCERTAIN = "uncertain"
+    SUBMIT = "new"
+    RETRY_FAILED = "again"
+    RESUBMIT_UNCERTAIN = "risked"
 
 
-_BUYS = (Fate.NEW, Fate.AGAIN, Fate.RISKED)
+_DESCRIPTIONS = {
+    Action.REPLAY: "done already",
+    Action.RESUME: "running",
+    Action.SKIP_FAILED: "failed earlier (--retry-failed tries again)",
+    Action.SKIP_UNCERTAIN: "uncertain (--resubmit-uncertain may pay twice)",
+    Action.SUBMIT: "to be submitted",
+    Action.RETRY_FAILED: "failed, to be submitted again",
+    Action.RESUBMIT_UNCERTAIN: "uncertain, to be submitted again (may be paid twice)",
+}
+_RESUBMITS = (Action.RETRY_FAILED, Action.RESUBMIT_UNCERTAIN)
+_SUBMITS = (Action.SUBMIT, *_RESUBMITS)
 
 
 @attrs.frozen
 class Plan:
-    """What is about to be done."""
+    """What a run is about to do."""
 
     lines: list[Line]
-    """In the order in which they are to be asked for: first what is paid for already, since urls are short-lived."""
-    terms: ReusePolicy
-    fates: dict[str, Fate]
+    """In the order of the stream: requests that are paid for come first, since their URLs are short-lived."""
+    reuse_policy: ReusePolicy
+    actions: dict[str, Action]
+    """By the requests' keys."""
     prices: dict[str, Decimal]
-    """US dollars that each of those that are to be submitted will probably cost."""
-    dearest: Decimal
-    """US dollars that a session with a budget may set aside for one of them."""
+    """The probable cost in US dollars of each request that will be submitted, by its key."""
+    max_reservation: Decimal
+    """The most that a session with a budget may reserve for one of these requests, in US dollars."""
     spent: Decimal
     """US dollars that all runs so far have cost."""
     committed: Decimal
-    """US dollars that count against a budget: what is spent, and what is set aside."""
+    """US dollars that count against a budget: spent or reserved."""
 
     @property
-    def cost(self) -> Decimal:
-        """US dollars that all of them together will probably cost."""
+    def total_price(self) -> Decimal:
+        """The probable cost of everything that will be submitted, in US dollars."""
         return sum(self.prices.values(), Decimal(0))
 
     @property
-    def needed(self) -> Decimal:
-        """A budget that is enough if each of them costs what may be set aside for the dearest."""
-        return rounded(self.committed + self.dearest * len(self.prices))
+    def sufficient_budget(self) -> Decimal:
+        """A budget that is enough even if each request costs as much as the largest reservation."""
+        return round_up(self.committed + self.max_reservation * len(self.prices))
 
-    def consenting(self) -> Iterator[tuple[list[Line], ReusePolicy]]:
-        """Give the lines with the terms on which they are taken: what is paid for again was planned to be, and told."""
-        again = [line for line in self.lines if self.fates[line.key] in {Fate.AGAIN, Fate.RISKED}]
-        others = [line for line in self.lines if self.fates[line.key] not in {Fate.AGAIN, Fate.RISKED}]
+    def lines_by_reuse_policy(self) -> Iterator[tuple[list[Line], ReusePolicy]]:
+        """Yield lists of lines, each with the policy to stream it with.
+
+        Only the requests that this plan resubmits get the user's policy: for all others, whatever happens to them
+        after the plan was made, the user has not agreed to pay again.
+        """
+        resubmitted = [item for item in self.lines if self.actions[item.key] in _RESUBMITS]
+        others = [item for item in self.lines if self.actions[item.key] not in _RESUBMITS]
         yield others, ReusePolicy()
-        if again:
-            yield again, self.terms
+        if resubmitted:
+            yield resubmitted, self.reuse_policy
 
-    def told(self, budget: Decimal | None) -> str:
-        """Say it in one line."""
-        counts = Counter(self.fates.values())
-        parts = [fate.value.format(counts[fate]) for fate in Fate if counts[fate]]
-        text = f"{pictures(len(self.lines))}: {', '.join(parts)}"
+    def describe(self, budget: Decimal | None) -> str:
+        """Return a line with the counts and the probable cost."""
+        counts = Counter(self.actions.values())
+        parts = [f"{counts[action]} {text}" for action, text in _DESCRIPTIONS.items() if counts[action]]
+        description = f"{pictures(len(self.lines))}: {', '.join(parts)}"
         if self.prices:
-            text += f", for about ${rounded(self.cost)}"
+            description += f", for about ${round_up(self.total_price)}"
             if budget is not None:
                 left = max(budget - self.committed, Decimal(0))
-                text += f"; the budget leaves ${rounded(left)}"
-                if left < self.cost:
-                    text += ", which isn't enough for all"
-        return text
+                description += f"; the budget leaves ${round_up(left)}"
+                if left < self.total_price:
+                    description += ", which isn't enough for all"
+        return description
 
 
-def plan(
-    lines: Iterable[Line], entries: Iterable[JournalEntry], terms: ReusePolicy, price_guess: Decimal | None
+def make_plan(
+    lines: Sequence[Line], entries: Sequence[JournalEntry], reuse_policy: ReusePolicy, price_guess: Decimal | None
 ) -> Plan:
-    """Find out what is to be done."""
-    every = list(entries)
-    newest = {entry.key: entry for entry in every}
-    ordered = sorted(lines, key=lambda line: fate_of(newest.get(line.key), terms) in _BUYS)
-    fates = {line.key: fate_of(newest.get(line.key), terms) for line in ordered}
-    ledger, seen = Budget(None, price_guess), dict[int, Decimal]()
-    for line in ordered:
-        entry, size = newest.get(line.key), line.content.megapixels
+    """Decide what to do with each line, by what the journal knows about it, and estimate the cost."""
+    newest = newest_entries(entries)
+    actions = {item.key: _choose_action(newest.get(item.key), reuse_policy) for item in lines}
+    ordered = sorted(lines, key=lambda item: actions[item.key] in _SUBMITS)
+    budget, highest_costs = Budget(None, price_guess), dict[int, Decimal]()
+    for item in ordered:
+        entry, size = newest.get(item.key), item.content.megapixels
         if entry is not None and entry.state is EntryState.COMPLETED and entry.cost:
-            ledger.saw(size, entry.cost)
-            seen[size] = max(seen.get(size, Decimal(0)), entry.cost)
-    sizes = {line.key: line.content.megapixels for line in ordered if fates[line.key] in _BUYS}
+            budget.observe(size, entry.cost)
+            highest_costs[size] = max(highest_costs.get(size, Decimal(0)), entry.cost)
+    sizes = {item.key: item.content.megapixels for item in ordered if actions[item.key] in _SUBMITS}
     return Plan(
-        ordered,
-        terms,
-        fates,
-        {key: _price(size, seen, price_guess) for key, size in sizes.items()},
-        max(map(ledger.price, sizes.values()), default=Decimal(0)),
-        sum((entry.cost for entry in every if entry.cost is not None), Decimal(0)),
-        sum((entry.outlay for entry in every), Decimal(0)),
+        lines=ordered,
+        reuse_policy=reuse_policy,
+        actions=actions,
+        prices={key: _estimate_price(size, highest_costs, price_guess) for key, size in sizes.items()},
+        max_reservation=max(map(budget.estimate, sizes.values()), default=Decimal(0)),
+        spent=total_cost(entries),
+        committed=sum((entry.committed for entry in entries), Decimal(0)),
     )
 
 
-def _price(megapixels: int, seen: Mapping[int, Decimal], price_guess: Decimal | None) -> Decimal:
-    """Give what a picture will probably cost: what others of its size did, or what the guess makes of other sizes."""
-    if megapixels in seen:
-        return seen[megapixels]
-    guess = Budget(None, price_guess).price
-    scaled = [cost * guess(megapixels) / guess(size) for size, cost in seen.items() if guess(size)]
+def newest_entries(entries: Iterable[JournalEntry]) -> dict[str, JournalEntry]:
+    """Return the newest entry of each key; a journal lists its entries from the oldest to the newest."""
+    return {entry.key: entry for entry in entries}
+
+
+def total_cost(entries: Iterable[JournalEntry]) -> Decimal:
+    """Return the US dollars that the service has charged for all entries together."""
+    return sum((entry.cost for entry in entries if entry.cost is not None), Decimal(0))
+
+
+def _estimate_price(megapixels: int, highest_costs: Mapping[int, Decimal], price_guess: Decimal | None) -> Decimal:
+    """Return the probable cost of a picture in US dollars.
+
+    It is the highest cost of its own size if that is known, else the highest that the costs of other sizes imply.
+    """
+    if megapixels in highest_costs:
+        return highest_costs[megapixels]
+    guess = Budget(None, price_guess).estimate
+    scaled = [cost * guess(megapixels) / guess(size) for size, cost in highest_costs.items() if guess(size)]
     return max(scaled, default=guess(megapixels))
 
 
-def fate_of(entry: JournalEntry | None, terms: ReusePolicy) -> Fate:
-    """Tell what becomes of a request of which the journal knows this."""
+def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy) -> Action:
     if entry is None or entry.state is EntryState.REFUSED:
-        return Fate.NEW
+        return Action.SUBMIT
     if is_lost(entry):
-        return Fate.RISKED if terms.resubmit_uncertain else Fate.UNCERTAIN
+        return Action.RESUBMIT_UNCERTAIN if reuse_policy.resubmit_uncertain else Action.SKIP_UNCERTAIN
     match entry.state:
         case EntryState.COMPLETED:
-            return Fate.DONE
+            return Action.REPLAY
         case EntryState.FAILED:
-            return Fate.AGAIN if terms.retry_failed else Fate.FAILED
+            return Action.RETRY_FAILED if reuse_policy.retry_failed else Action.SKIP_FAILED
         case _:
-            return Fate.FOLLOWED
+            return Action.RESUME
 
 
-def checked_against(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
-    """Find the lines whose keys belong to other requests in the journal: they are bad, too."""
-    newest = {entry.key: entry for entry in entries}
+def reject_key_conflicts(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
+    """Mark the lines as bad whose keys belong to other requests in the journal."""
+    newest = newest_entries(entries)
     lines: list[Line] = []
     bad = list(sheet.bad)
-    for line in sheet.lines:
-        entry = newest.get(line.key)
-        if entry is None or entry.state is EntryState.REFUSED or entry.content == line.content.fingerprint:
-            lines.append(line)
+    for item in sheet.lines:
+        entry = newest.get(item.key)
+        if entry is None or entry.state is EntryState.REFUSED or entry.fingerprint == item.content.fingerprint:
+            lines.append(item)
         else:
-            reason = f"key {line.key!r} is that of another request in the journal, for {entry.prompt[:80]!r}"
-            bad.append(BadLine(line.number, "key", reason))
-    return Sheet(lines, sorted(bad, key=lambda one: one.number))
+            reason = f"key {item.key!r} belongs to another request in the journal, for {entry.prompt[:80]!r}"
+            bad.append(BadLine(item.number, "key", reason))
+    return Sheet(lines, sorted(bad, key=lambda bad_line: bad_line.number))
 
 
-def left_behind(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
-    """Find what a run that is gone has paid for and left unfinished, and what stands in the sheet no more.
+def find_orphans(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
+    """Find what an earlier run has paid for and left unfinished, and whose lines are no longer in the file.
 
     Returns:
-        Those that can be asked for again by what the journal knows of them, and the others.
+        The requests that can be rebuilt from their journal entries, and the entries of the others.
     """
-    newest = {entry.key: entry for entry in entries}
-    for line in lines:
-        newest.pop(line.key, None)
-    found: list[Line] = []
+    newest = newest_entries(entries)
+    for item in lines:
+        newest.pop(item.key, None)
+    rebuilt: list[Line] = []
     others: list[JournalEntry] = []
     for entry in newest.values():
         unsaved = entry.state is EntryState.COMPLETED and entry.owner is not None
         if entry.holder is None and (entry.state is EntryState.SUBMITTED or unsaved):
-            again = _line_of(entry)
-            if again is not None and again.content.fingerprint == entry.content:
-                found.append(again)
+            orphan = _line_from_entry(entry)
+            if orphan is not None and orphan.content.fingerprint == entry.fingerprint:
+                rebuilt.append(orphan)
             else:
                 others.append(entry)
-    return found, others
+    return rebuilt, others
 
 
-def _line_of(entry: JournalEntry) -> Line | None:
+def _line_from_entry(entry: JournalEntry) -> Line | None:
+    """Rebuild a request; return None if that is impossible: an input image was deleted, or was passed as bytes."""
     params: dict[str, Any] = dict(entry.request)
     try:
         images = [picture(source, Path()) for source in params.pop("input_images", ())]
         request = GenerationRequest(**params, input_images=images, key=entry.key)
         return Line(0, request, fingerprint_request(request))
     except (InvalidRequestError, TypeError):
-        return None  # a picture is gone, say, or was given as bytes
+        return None
 
 
-def rounded(dollars: Decimal) -> Decimal:
+def round_up(dollars: Decimal) -> Decimal:
     """Round an amount up to whole cents."""
     return dollars.quantize(_CENT, ROUND_UP)

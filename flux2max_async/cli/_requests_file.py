@@ -111,13 +111,13 @@ def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
     for told in extra:
         name, equals, value = told.partition("=")
         if not equals or not name:
-            raise InvalidRequestError(f"extra must look like name=value, not {told!r}", "extra")
+            raise InvalidRequestError(f"extra must look like name=value, not {told!r}", field="extra")
         try:
             more[name] = json.loads(value)
         except ValueError:
             more[name] = value
         except RecursionError as error:
-            raise InvalidRequestError(f"{name} in extra is nested too deeply", "extra") from error
+            raise InvalidRequestError(f"{name} in extra is nested too deeply", field="extra") from error
     if more:
         defaults["extra"] = more
     trial: Fields = {"prompt": "a trial", **defaults}
@@ -131,7 +131,7 @@ def _request(fields: Fields, folder: Path) -> GenerationRequest:
             raise unknown(name)
         _check_texts(name, value)
     if "prompt" not in fields:
-        raise InvalidRequestError("prompt is missing", "prompt")
+        raise InvalidRequestError("prompt is missing", field="prompt")
     images = fields.get("input_images", ())
     if isinstance(images, (list, tuple)):
         images = [picture(image, folder) for image in images]
@@ -144,9 +144,9 @@ def _check_texts(name: str, value: Any) -> None:
     match value:
         case str():
             if any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise InvalidRequestError(f"{name} is not UTF-8: save the file in that encoding", name)
+                raise InvalidRequestError(f"{name} is not UTF-8: save the file in that encoding", field=name)
             if "\0" in value:
-                raise InvalidRequestError(f"{name} holds a NUL: the file may be UTF-16, save it as UTF-8", name)
+                raise InvalidRequestError(f"{name} holds a NUL: the file may be UTF-16, save it as UTF-8", field=name)
         case list():
             for part in value:
                 _check_texts(name, part)
@@ -165,7 +165,7 @@ def picture(source: Any, folder: Path) -> Any:
     try:
         return folder / Path(source).expanduser()
     except RuntimeError as error:
-        raise InvalidRequestError(f"can't find {source[:80]!r}: {error}", "input_images") from error
+        raise InvalidRequestError(f"can't find {source[:80]!r}: {error}", field="input_images") from error
 
 
 def _repeated(request: GenerationRequest, times: int) -> Iterator[tuple[GenerationRequest, str]]:
@@ -210,5 +210,5 @@ class _Names:
             if self._counts[key] > 1:
                 key = f"{key}-{self._counts[key]}"
         if (owner := self._owners.setdefault(key, number)) != number:
-            raise InvalidRequestError(f"key {key!r} is that of line {owner} already: each needs its own", "key")
+            raise InvalidRequestError(f"key {key!r} is that of line {owner} already: each needs its own", field="key")
         return Line(number, attrs.evolve(request, key=key), content)

@@ -121,7 +121,7 @@ async def run(job: Job) -> Report:
 async def _take_all(job: Job, board: Board, report: Report, outlet: Outlet | None) -> None:
     """Take each outcome as it comes."""
     try:
-        for lines, terms in job.plan.consenting():
+        for lines, terms in job.plan.lines_by_reuse_policy():
             stream = board.session.stream(
                 [line.request for line in lines],
                 save_to=job.folder.path,

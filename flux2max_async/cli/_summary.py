@@ -1,4 +1,4 @@
-"""The end of a batch, told: a table, failures grouped by their reasons, and the command to go on with."""
+"""The summary at the end of a batch: a table, failures grouped by reason, and the command that goes on."""
 
 import itertools
 import re
@@ -18,12 +18,15 @@ from flux2max_async.cli._runner import Report
 from flux2max_async.cli._terminal import line, table
 from flux2max_async.journal._entry import EntryState
 
-_WRONG = ("unsaved", EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED)
-_RARE = ("uncertain", "refused", "unsaved", "running", "waiting")
+_PROBLEM_STATES = ("unsaved", EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED)
+_OPTIONAL_COLUMNS = ("uncertain", "refused", "unsaved", "running", "waiting")
+"""The states that the table shows only if requests are in them."""
+_CONSENT_OPTIONS = ("--retry-failed", "--resubmit-uncertain")
+"""The options by which a user agrees to pay again; they hold for one run and are never carried over to the next."""
 
 
-def kind_of(row: Row) -> str:
-    """Say how a request stands, in one word."""
+def display_state(row: Row) -> str:
+    """Return the state of a request as the summary names it."""
     match row.state:
         case EntryState.COMPLETED:
             return "done" if row.files else "unsaved"
@@ -34,94 +37,93 @@ def kind_of(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row], report: Report, spent: Decimal) -> list[RenderableType]:
-    """Tell what a run has come to."""
-    kinds = Counter(map(kind_of, rows))
-    counts = {kind: str(kinds[kind]) for kind in ("done", "failed", *_RARE) if kinds[kind] or kind not in _RARE}
+    """Return the table of states, a line with time and cost, and a line for each reason of failure."""
+    states = Counter(map(display_state, rows))
+    columns = ["done", "failed", *(state for state in _OPTIONAL_COLUMNS if states[state])]
     facts = [clock(report.seconds), f"${spent:.2f} spent"]
     if report.task_seconds:
-        facts.insert(
-            1, f"{sum(report.task_seconds) / len(report.task_seconds):.1f} s and {report.polls:.1f} polls a task"
-        )
-    return [table(counts), ", ".join(facts), *_reasons(rows)]
+        mean = sum(report.task_seconds) / len(report.task_seconds)
+        facts.insert(1, f"{mean:.1f} s and {report.polls:.1f} polls a task")
+    return [table({state: str(states[state]) for state in columns}), ", ".join(facts), *_failure_reasons(rows)]
 
 
-def _reasons(rows: Iterable[Row]) -> list[str]:
-    """Group what went wrong by its reason, the most frequent first; each with one example."""
+def _failure_reasons(rows: Iterable[Row]) -> list[str]:
+    """Group failures by state and reason; return a line with an example for each group, the largest group first."""
     examples: dict[tuple[str, str], Row] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        if (kind := kind_of(row)) in _WRONG:
-            # Ids and amounts don't make another reason.
+        if (state := display_state(row)) in _PROBLEM_STATES:
+            # Messages that differ only in ids and numbers are the same reason.
             reason = re.sub(r"\b[0-9a-f]{8,}\b|\d+", "#", (row.error or "").replace(row.task_id or "\0", "#"))
-            examples.setdefault((kind, reason), row)
-            counts[kind, reason] += 1
+            examples.setdefault((state, reason), row)
+            counts[state, reason] += 1
     return [
-        f"{count} {kind}: {line(row.error)}, e.g. {line(row.key)} ({line(row.prompt)[:60].rstrip()})"
-        for (kind, reason), count in counts.most_common()
-        for row in (examples[kind, reason],)
+        f"{count} {state}: {line(row.error)}, e.g. {line(row.key)} ({line(row.prompt)[:60].rstrip()})"
+        for (state, reason), count in counts.most_common()
+        for row in (examples[state, reason],)
     ]
 
 
 @attrs.frozen
 class Command:
-    """The command that has just ended."""
+    """The command line of the run that has just ended."""
 
     arguments: Sequence[str]
-    """Its name and all that follows, settings of the environment among it."""
-    valued: Collection[str]
-    """The options that are followed by a value."""
+    """The subcommand and its arguments, including the options that were set by environment variables."""
+    options_with_value: Collection[str]
+    """The names of the options that take a value."""
 
-    def changed(self, *, without: Collection[str], add: Sequence[str] = ()) -> str:
-        """Write it as it would have to be typed, with other options."""
+    def render(self, *, without: Collection[str], add: Sequence[str] = ()) -> str:
+        """Return the command as shell text, with some options removed and others added."""
         name, *rest = self.arguments
         kept: list[str] = []
         words = iter(rest)
         for word in words:
-            if word == "--":  # what follows is no option
+            if word == "--":  # only positional arguments follow
                 return shlex.join(["flux2max", name, *kept, *add, word, *words])
-            whole = [word, *itertools.islice(words, word in self.valued)]
+            option = [word, *itertools.islice(words, word in self.options_with_value)]
             if word.partition("=")[0] not in without:
-                kept += whole
+                kept += option
         return shlex.join(["flux2max", name, *kept, *add])
 
 
-def advice(
-    command: Command, rows: Sequence[Row], report: Report, rest: Plan, budget: Decimal | None
+def suggest_command(
+    command: Command, rows: Sequence[Row], report: Report, next_plan: Plan, budget: Decimal | None
 ) -> tuple[str, str] | None:
-    """Say what the next command is for, and give it; None where there is nothing left to do.
+    """Return what the next command would do, and the command itself; None if nothing is left to do.
 
     Args:
-        command: The one that has just ended.
-        rows: How all requests stand.
-        report: What the run has come to.
-        rest: What the next run would do.
-        budget: What has limited it.
+        command: The command that has just ended.
+        rows: The states of all requests in the file.
+        report: The result of the run.
+        next_plan: What the same command would do next.
+        budget: The run's budget in US dollars.
     """
-    kinds = Counter(map(kind_of, rows))
-    left = kinds["running"] + kinds[WAITING] + kinds["unsaved"]
-    # Whoever goes on doesn't pay again, or twice, for what this run has just paid for again.
-    consents = ("--retry-failed", "--resubmit-uncertain")
+    states = Counter(map(display_state, rows))
+    left = states["running"] + states[WAITING] + states["unsaved"]
     if left:
         match report.stopped:
             case flux.BudgetExceededError() if budget is not None:
-                return f"to go on, with a budget for the other {left}", command.changed(
-                    without=(*consents, "--budget"), add=("--budget", str(rest.needed))
+                return f"to go on, with a budget for the other {left}", command.render(
+                    without=(*_CONSENT_OPTIONS, "--budget"), add=("--budget", str(next_plan.sufficient_budget))
                 )
             case flux.InsufficientBalanceError():
-                why = "to go on, once the account has been topped up"
+                purpose = "to go on, once the account has been topped up"
             case flux.AuthenticationError() | flux.PermissionDeniedError():
-                why = "to go on, with another key"
+                purpose = "to go on, with another key"
             case _:
-                why = "to go on"
-        return why, command.changed(without=consents)
-    whys: list[str] = []
-    flags: list[str] = []
-    if kinds["refused"]:
-        whys.append(f"submit the {kinds['refused']} refused again, once that is mended")
-    if kinds["failed"]:
-        flags.append("--retry-failed")
-        whys.append(f"submit the {kinds['failed']} failed again")
-    if kinds["uncertain"]:
-        flags.append("--resubmit-uncertain")
-        whys.append(f"submit the {kinds['uncertain']} uncertain again (may be paid twice)")
-    return (f"to {' and '.join(whys)}", command.changed(without=consents, add=flags)) if whys else None
+                purpose = "to go on"
+        return purpose, command.render(without=_CONSENT_OPTIONS)
+    purposes: list[str] = []
+    consent: list[str] = []
+    if states["refused"]:
+        purposes.append(f"submit the {states['refused']} refused again, once that is fixed")
+    if states["failed"]:
+        consent.append("--retry-failed")
+        purposes.append(f"submit the {states['failed']} failed again")
+    if states["uncertain"]:
+        consent.append("--resubmit-uncertain")
+        purposes.append(f"submit the {states['uncertain']} uncertain again (may be paid twice)")
+    if not purposes:
+        return None
+    return f"to {' and '.join(purposes)}", command.render(without=_CONSENT_OPTIONS, add=consent)

@@ -1,4 +1,4 @@
-"""One picture or one task: generated, looked at, or fetched, while somebody watches."""
+"""The commands `generate`, `status` and `download`, each for a single task."""
 
 import json
 import re
@@ -6,113 +6,139 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import flux2max_async as flux
-from flux2max_async.cli._config import Access
+from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._terminal import Screen, line, polls, tell
 
-if TYPE_CHECKING:
-    from flux2max_async.emulator import Emulator
+SessionContext = AbstractAsyncContextManager["flux.FluxSession"]
 
-Opened = AbstractAsyncContextManager["flux.FluxSession"]
-
-_ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+"""The suffixes of an image's URL that are kept in its file name."""
 
 
-def watched() -> "flux.PollSchedule":
-    """Give the schedule for one task while somebody is watching: a refusal is told early, and the line moves."""
-    return flux.ExponentialSchedule(0.25, factor=1.5, maximum=1.0)
+def open_session(settings: ServiceSettings | None, task_timeout: float) -> SessionContext:
+    """Return a context that opens a session with the settings; if they are None, with an emulator.
+
+    Raises:
+        ConfigurationError: There is no API key, or an option is invalid.
+    """
+    if settings is None:
+        return _emulator_session(task_timeout)
+    return settings.create_session(schedule=_interactive_schedule(), task_timeout=task_timeout)
 
 
 @asynccontextmanager
-async def session_on(gateway: "Emulator", task_timeout: float) -> "AsyncGenerator[flux.FluxSession]":
-    """Give a session on an emulated service."""
-    async with (
-        gateway,
-        flux.FluxSession(gateway.api_key, base_url=gateway.url, schedule=watched(), task_timeout=task_timeout) as session,
-    ):
-        yield session
+async def _emulator_session(task_timeout: float) -> "AsyncGenerator[flux.FluxSession]":
+    from flux2max_async.emulator import Emulator  # noqa: PLC0415 - it needs the extra `emulator`
+
+    async with Emulator(seconds=2.0) as gateway:
+        session = flux.FluxSession(
+            gateway.api_key, base_url=gateway.url, schedule=_interactive_schedule(), task_timeout=task_timeout
+        )
+        async with session:
+            yield session
 
 
-async def generate(opened: Opened, request: "flux.GenerationRequest", output: Path | None) -> None:
-    """Generate a picture and save it."""
-    async with opened as session:
-        with _status_line("submitting") as show:
+def _interactive_schedule() -> "flux.PollSchedule":
+    """Return a schedule for a user who waits at the terminal: early first polls, then one per second."""
+    return flux.ExponentialSchedule(0.25, factor=1.5, maximum=1.0)
+
+
+async def generate(context: SessionContext, request: "flux.GenerationRequest", output: Path | None) -> None:
+    """Generate and save a picture.
+
+    Args:
+        context: Opens the session.
+        request: The request to submit.
+        output: The file to write; None names it after the task.
+    """
+    async with context as session:
+        with _status_line("submitting") as show_status:
             task = await session.submit(request)
             tell(f"task {task.id} submitted")
-            picture = await _followed(task, show)
-            ending = f".{request.output_format or 'jpeg'}"
-            paths = await _save(session, picture, output, ending)
-    _show_result(picture, paths)
+            completed = await _wait_for(task, show_status)
+            paths = await _save(session, completed, output, f".{request.output_format or 'jpeg'}")
+    _print_result(completed, paths)
 
 
-async def fetch(opened: Opened, task_id: str, output: Path | None) -> None:
-    """Wait for the end of a task and save its pictures."""
-    async with opened as session:
-        with _status_line("looking") as show:
-            picture = await _followed(session.attach(task_id), show)
-            ending = Path(urlsplit(picture.images[0].url).path).suffix.lower()
-            paths = await _save(session, picture, output, ending if ending in _ENDINGS else ".jpeg")
-    _show_result(picture, paths)
+async def download(context: SessionContext, task_id: str, output: Path | None) -> None:
+    """Wait until a task has ended and save its pictures.
+
+    Args:
+        context: Opens the session.
+        task_id: The task's id.
+        output: The file to write; None names it after the task.
+    """
+    async with context as session:
+        with _status_line("connecting") as show_status:
+            completed = await _wait_for(session.attach(task_id), show_status)
+            suffix = Path(urlsplit(completed.images[0].url).path).suffix.lower()
+            paths = await _save(session, completed, output, suffix if suffix in _SUFFIXES else ".jpeg")
+    _print_result(completed, paths)
 
 
-async def status(access: Access, task_id: str, *, as_json: bool) -> None:
-    """Look at a task once and say how it stands."""
-    async with access.session() as session:
-        seen = await session.fetch(task_id)
+async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> None:
+    """Poll a task once and print its status."""
+    async with settings.create_session() as session:
+        snapshot = await session.fetch(task_id)
     if as_json:
-        typer.echo(json.dumps(seen.raw, ensure_ascii=True))
+        typer.echo(json.dumps(snapshot.raw, ensure_ascii=True))
         return
-    progress = "" if seen.progress is None or seen.status.ended else f", {seen.progress:.0%}"
-    rows = [("status", seen.status.replace("_", " ") + progress)]
-    if seen.created_at is not None:
-        rows.append(("created", f"{seen.created_at:%Y-%m-%d %H:%M:%S} UTC"))
-    if seen.usage is not None and seen.usage.cost is not None:
-        rows.append(("cost", f"${seen.usage.cost:f}"))
-    if seen.error is not None:
-        rows.append(("error", seen.error.message))
-    rows += [("url", image.url) for image in seen.images]
+    rows = [("status", _describe_status(snapshot))]
+    if snapshot.created_at is not None:
+        rows.append(("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"))
+    if snapshot.usage is not None and snapshot.usage.cost is not None:
+        rows.append(("cost", f"${snapshot.usage.cost:f}"))
+    if snapshot.error is not None:
+        rows.append(("error", snapshot.error.message))
+    rows += [("url", image.url) for image in snapshot.images]
     for name, value in rows:
         typer.echo(f"{name:<8} {line(value)}")
 
 
-async def _followed(task: "flux.GenerationTask", show: Callable[[str], None]) -> "flux.Completed":
+async def _wait_for(task: "flux.GenerationTask", show_status: Callable[[str], None]) -> "flux.Completed":
     async for snapshot in task.updates():
-        progress = "" if snapshot.progress is None else f", {snapshot.progress:.0%}"
-        show(snapshot.status.replace("_", " ") + progress)
+        show_status(_describe_status(snapshot))
     return await task
 
 
-async def _save(session: "flux.FluxSession", picture: "flux.Completed", output: Path | None, ending: str) -> list[Path]:
-    """Save a task's pictures, each into a file of its own."""
-    # The id may be anything: keep what is safe in a file's name.
-    name = re.sub(r"[^\w.-]+", "-", picture.task_id)
-    first = output or Path(f"flux2max-{name}{ending}")
-    targets = [first, *(first.with_stem(f"{first.stem}-{number}") for number in range(2, len(picture.images) + 1))]
+def _describe_status(snapshot: "flux.TaskSnapshot") -> str:
+    progress = "" if snapshot.progress is None or snapshot.status.ended else f", {snapshot.progress:.0%}"
+    return snapshot.status.replace("_", " ") + progress
+
+
+async def _save(
+    session: "flux.FluxSession", completed: "flux.Completed", output: Path | None, suffix: str
+) -> list[Path]:
+    """Save each image of a task to its own file; number the files from the second on."""
+    # A task id is arbitrary text of the service: only characters that are safe in a file name are kept.
+    name = re.sub(r"[^\w.-]+", "-", completed.task_id)
+    first = output or Path(f"flux2max-{name}{suffix}")
+    paths = [first, *(first.with_stem(f"{first.stem}-{number}") for number in range(2, len(completed.images) + 1))]
     try:
-        return [await session.save(image, target) for image, target in zip(picture.images, targets, strict=True)]
+        return [await session.save(image, path) for image, path in zip(completed.images, paths, strict=True)]
     except flux.DownloadError as error:
-        raise flux.DownloadError(f"task {picture.task_id} is completed, but not saved: {error}") from error
+        raise flux.DownloadError(f"task {completed.task_id} is completed, but not saved: {error}") from error
 
 
-def _show_result(picture: "flux.Completed", paths: list[Path]) -> None:
+def _print_result(completed: "flux.Completed", paths: list[Path]) -> None:
     for path in paths:
         typer.echo(path)
-    cost = picture.usage and picture.usage.cost
-    bill = "" if cost is None else f", ${cost:f}"
-    tell(f"{picture.elapsed:.1f} s, {polls(picture)}{bill}")
+    cost = completed.usage and completed.usage.cost
+    charge = "" if cost is None else f", ${cost:f}"
+    tell(f"{completed.elapsed:.1f} s, {polls(completed)}{charge}")
 
 
 @contextmanager
-def _status_line(first: str) -> Generator[Callable[[str], None]]:
-    """Show a line on a terminal while something is done; what is given changes it."""
+def _status_line(text: str) -> Generator[Callable[[str], None]]:
+    """Show a status line while the terminal is interactive; yield the function that changes its text."""
     screen = Screen(sys.stderr)
-    live = Progress(
+    progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
@@ -120,6 +146,6 @@ def _status_line(first: str) -> Generator[Callable[[str], None]]:
         transient=True,
         redirect_stdout=False,
     )
-    row = live.add_task(first, total=None)
-    with live if screen.is_interactive else nullcontext():
-        yield lambda text: live.update(row, description=text)
+    row = progress.add_task(text, total=None)
+    with progress if screen.is_interactive else nullcontext():
+        yield lambda description: progress.update(row, description=description)

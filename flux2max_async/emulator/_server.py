@@ -1,4 +1,4 @@
-"""The emulated service as a real HTTP server on this machine."""
+"""The HTTP server of the emulated service."""
 
 import asyncio
 import contextlib
@@ -19,33 +19,38 @@ from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
 from flux2max_async.emulator._images.scenes import draw
-from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Refusal, Service, read_submit
+from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Service
+from flux2max_async.emulator._validation import ServiceError, parse_submit
 from flux2max_async.emulator._webhook_sender import Delivery, Webhooks, WebhookSender
 
-Effect = Callable[[], Awaitable[web.StreamResponse]]
+Handler = Callable[[], Awaitable[web.StreamResponse]]
 
-_SMALL_BODY = 20_000
-_MAX_BODY = 300_000_000  # eight input images of 20 MB, as base64
+_MAX_INLINE_BODY_BYTES = 20_000
+"""Larger bodies are validated in a thread, because decoding input images takes long."""
+_MAX_BODY_BYTES = 300_000_000  # eight input images of 20 MB, as base64
 
 
 class Emulator:
     """A gateway on 127.0.0.1. Enter it with `async with`, or with `with`, which runs it in a thread of its own.
 
     Args:
-        seconds: The median of a task's duration, which is lognormal.
-        spread: The standard deviation of its logarithm; 0 makes all tasks equally long.
-        seed: Makes durations, ids and faults the same in each run.
-        time_scale: How many seconds of the service pass in one real second.
-        max_in_flight: Tasks running at once before submits are refused with 429.
-        failing: The share of tasks that fail; a prompt with "[fail]" in it always does.
-        moderated: The share of tasks that moderation refuses; a prompt with "[moderate]" in it always is.
-        faults: The share of submits and polls that meet each `Fault`.
-        url_lifetime: Seconds of the service that a result's url is valid.
-        balance: US dollars that the account holds; None for plenty.
-        webhooks: How finished tasks are posted to where their submits ask for; None for `Webhooks()`.
-        pictures: False serves every result as the same tiny picture, for measurements.
-        api_key: The only key that is let in; one is made where none is given.
-        port: Where to listen; 0 takes any free port.
+        seconds: Median duration of a task. Durations are lognormal.
+        spread: Standard deviation of the logarithm of a duration; 0 makes all durations equal.
+        seed: Makes durations, ids and faults the same in every run.
+        time_scale: Seconds of the service per real second.
+        max_in_flight: Limit on running tasks; further submits are refused with 429.
+        failing: Share of tasks that fail; a prompt that contains "[fail]" always does.
+        moderated: Share of tasks that moderation refuses; a prompt that contains "[moderate]" always is.
+        faults: Share of submits and polls that meet each `Fault`.
+        url_lifetime: Seconds of the service until a result URL expires.
+        balance: US dollars in the account; None for unlimited.
+        webhooks: How finished tasks are posted to the webhook URLs of their submits; None for `Webhooks()`.
+        pictures: False serves the same tiny image for every result, for measurements.
+        api_key: The only API key that is accepted; None generates one.
+        port: Port to listen on; 0 takes any free port.
+
+    Raises:
+        ValueError: There is no such fault.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Emulator:
         max_in_flight: int = 24,
         failing: float = 0.0,
         moderated: float = 0.0,
-        faults: Mapping[Fault, float] | None = None,
+        faults: Mapping[Fault, float] | Mapping[str, float] | None = None,
         url_lifetime: float = 600.0,
         balance: Decimal | None = None,
         webhooks: Webhooks | None = None,
@@ -67,60 +72,77 @@ class Emulator:
         port: int = 0,
     ) -> None:
         self._service = Service(
-            seconds, spread, time_scale, max_in_flight, failing, moderated, faults or {}, url_lifetime, balance, seed
+            seconds=seconds,
+            spread=spread,
+            time_scale=time_scale,
+            max_in_flight=max_in_flight,
+            failing=failing,
+            moderated=moderated,
+            faults=faults or {},
+            url_lifetime=url_lifetime,
+            balance=balance,
+            seed=seed,
         )
-        self._postman = WebhookSender(webhooks or Webhooks(), self._service, self._link)
+        self._webhook_sender = WebhookSender(webhooks or Webhooks(), self._service, self._result_url)
         self.api_key: str = api_key or f"emulated-{secrets.token_hex(12)}"
-        self._pictures = pictures
+        self._draws_images = pictures
         self._port = port
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
-        self._thread = contextlib.ExitStack()
+        self._exit_stack = contextlib.ExitStack()
 
-    # ------------------------------------------------------------------ what a test wants to know
+    # ------------------------------------------------------------------ state
 
     @property
     def url(self) -> str:
-        """The base url to give to a client."""
+        """The base URL for clients."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
     def accepted(self) -> Counter[str]:
-        """How many POSTs became a task, per prompt: more than 1 means that somebody paid twice."""
+        """Number of created tasks per prompt. More than 1 means that the client paid twice."""
         return self._service.accepted
 
     @property
     def calls(self) -> Counter[str]:
-        """How many calls came in, per endpoint: "submit", "poll" and "download"; and how many went out: "webhook"."""
+        """Number of calls to "submit", "poll" and "download", and number of attempts to post a "webhook"."""
         return self._service.calls
 
     @property
     def tasks(self) -> dict[str, EmulatedTask]:
-        """The tasks by their id, in order of submission."""
+        """The tasks by id, in order of submission."""
         return self._service.tasks
 
     @property
     def deliveries(self) -> list[Delivery]:
-        """The attempts to post finished tasks that are over, in the order in which they were."""
-        return self._postman.deliveries
+        """The completed attempts to post finished tasks, in the order in which they ended."""
+        return self._webhook_sender.deliveries
 
     @property
     def balance(self) -> Decimal | None:
-        """US dollars left; set it to top the account up."""
+        """US dollars in the account. Set it to top up the account."""
         return self._service.balance
 
     @balance.setter
     def balance(self, dollars: Decimal | None) -> None:
         self._service.balance = dollars
 
-    def script(self, endpoint: Endpoint, *faults: Fault | None) -> None:
-        """Decide what the next calls to an endpoint meet, one fault each; None lets a call pass."""
+    def script(self, endpoint: Endpoint, *faults: Fault | str | None) -> None:
+        """Set the faults that the next calls to an endpoint meet, one fault per call.
+
+        Args:
+            endpoint: "submit", "poll" or "download".
+            faults: Any fault can be used with any endpoint; None lets a call succeed.
+
+        Raises:
+            ValueError: There is no such endpoint or fault.
+        """
         self._service.script(endpoint, faults)
 
     # ------------------------------------------------------------------ lifetime
 
     async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=_MAX_BODY)
+        app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_post("/model/v1/generation", self._submit)
         app.router.add_get("/model/v1/generation/task/{id}", self._poll)
         app.router.add_get("/results/{id}", self._download)
@@ -138,83 +160,85 @@ class Emulator:
         self._closing.set()
         assert self._runner is not None
         try:
-            # Must not be cut short, or the port stays taken.
+            # Shielded, because the port would stay in use if this were cancelled.
             with anyio.move_on_after(5, shield=True):
                 await self._runner.cleanup()
         finally:
-            # When nothing is accepted any more, or more would be expected.
+            # After the server has stopped, because submits schedule webhooks.
             with anyio.move_on_after(5, shield=True):
-                await self._postman.close()
+                await self._webhook_sender.close()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal())
             stack.enter_context(portal.wrap_async_context_manager(self))
-            self._thread = stack.pop_all()
+            self._exit_stack = stack.pop_all()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._thread.close()
+        self._exit_stack.close()
 
     # ------------------------------------------------------------------ endpoints
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
-        async def effect() -> web.StreamResponse:
+        async def handle() -> web.StreamResponse:
             try:
                 body = await request.json()
             except ValueError as error:
-                raise Refusal(400, "invalid_json", "the body is no JSON") from error
-            # Input pictures are decoded to be measured, which takes its time.
-            large = (request.content_length or 0) > _SMALL_BODY
-            ask = await anyio.to_thread.run_sync(read_submit, body) if large else read_submit(body)
-            task = self._service.accept(ask, now=_now(), epoch=time.time())
-            self._postman.expect(task)
+                raise ServiceError(400, "invalid_json", "the body is not valid JSON") from error
+            model = request.headers.get("X-Model")
+            if (request.content_length or 0) > _MAX_INLINE_BODY_BYTES:
+                parsed = await anyio.to_thread.run_sync(parse_submit, body, model)
+            else:
+                parsed = parse_submit(body, model)
+            task = self._service.accept(parsed, now=_now(), epoch=time.time())
+            self._webhook_sender.schedule(task)
             return self._json(self._service.describe(task, "", _now()))
 
-        return await self._answer(request, "submit", effect)
+        return await self._respond(request, "submit", handle)
 
     async def _poll(self, request: web.Request) -> web.StreamResponse:
-        async def effect() -> web.StreamResponse:
+        async def handle() -> web.StreamResponse:
             now = _now()
             task = self._service.find(request.match_info["id"], now)
             task.polls += 1
-            return self._json(self._service.describe(task, self._link(task, now), now))
+            return self._json(self._service.describe(task, self._result_url(task, now), now))
 
-        return await self._answer(request, "poll", effect)
+        return await self._respond(request, "poll", handle)
 
     async def _download(self, request: web.Request) -> web.StreamResponse:
-        async def effect() -> web.StreamResponse:
+        async def handle() -> web.StreamResponse:
             task_id, _, _ = request.match_info["id"].rpartition(".")
             task = self._service.tasks.get(task_id)
             if task is None:
                 raise self._service.not_found()
             if _now() > float(request.query.get("expires", "0")):
-                raise Refusal(403, "expired", "the url has expired")
-            picture = await self._picture(task)
+                raise ServiceError(403, "expired", "the url has expired")
+            data = await self._image(task)
             headers = {"Accept-Ranges": "bytes", "ETag": f'"{task.id}"'}
             start = request.http_range.start or 0
             if start and request.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
-                headers["Content-Range"] = f"bytes {start}-{len(picture) - 1}/{len(picture)}"
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 return web.Response(
-                    status=206, body=picture[start:], content_type=f"image/{task.output_format}", headers=headers
+                    status=206, body=data[start:], content_type=f"image/{task.output_format}", headers=headers
                 )
-            return web.Response(body=picture, content_type=f"image/{task.output_format}", headers=headers)
+            return web.Response(body=data, content_type=f"image/{task.output_format}", headers=headers)
 
-        return await self._answer(request, "download", effect)
+        return await self._respond(request, "download", handle)
 
-    async def _answer(self, request: web.Request, endpoint: Endpoint, effect: Effect) -> web.StreamResponse:
-        """Let a call take effect and be answered, as far as the fault that it meets allows."""
+    async def _respond(self, request: web.Request, endpoint: Endpoint, handler: Handler) -> web.StreamResponse:
+        """Run the handler of a call and return its response, except for what the fault that the call meets changes."""
         fault = self._service.next_fault(endpoint)
         if fault is Fault.RESET_BEFORE:
             return _reset(request)
         try:
             self._check_key(request, endpoint)
-            self._service.refuse(fault)
-            response = await effect()
-        except Refusal as refusal:
-            return _refused(refusal)
+            self._service.raise_for_fault(fault)
+            response = await handler()
+        except ServiceError as error:
+            return _error_response(error)
         match fault:
             case Fault.RESET_AFTER:
                 return _reset(request)
@@ -222,7 +246,7 @@ class Emulator:
                 await self._closing.wait()
                 return _reset(request)
             case Fault.CUT:
-                return await _cut(request, response)
+                return await _send_half(request, response)
             case Fault.GARBAGE:
                 return web.Response(
                     text="<html><body><h1>Welcome to nginx!</h1></body></html>", content_type="text/html"
@@ -234,20 +258,20 @@ class Emulator:
         key = request.headers.get("Authorization")
         if endpoint == "download":
             if key is not None:
-                raise Refusal(400, "key_leaked", "the key must not be sent to where pictures are stored")
+                raise ServiceError(400, "key_leaked", "the API key must not be sent to result URLs")
         elif key != f"Bearer {self.api_key}":
-            raise Refusal(401, "unauthorized", "the API key is missing or wrong")
+            raise ServiceError(401, "unauthorized", "the API key is missing or wrong")
 
     def _json(self, body: dict[str, Any]) -> web.Response:
         return web.json_response(body, headers={"X-Request-Id": secrets.token_hex(8)})
 
-    def _link(self, task: EmulatedTask, now: float) -> str:
-        """Give the url of a task's result, which is valid from now on for a while."""
+    def _result_url(self, task: EmulatedTask, now: float) -> str:
+        """Return the URL of a task's result; its lifetime starts at `now`."""
         expires = now + self._service.url_lifetime / self._service.time_scale
         return f"{self.url}/results/{task.id}.{task.output_format}?expires={expires!r}"
 
-    async def _picture(self, task: EmulatedTask) -> bytes:
-        if not self._pictures:
+    async def _image(self, task: EmulatedTask) -> bytes:
+        if not self._draws_images:
             return _draw("", 0, 64, 64, task.output_format, ())
         return await anyio.to_thread.run_sync(
             _draw, task.prompt, task.seed, task.width, task.height, task.output_format, task.input_images
@@ -263,32 +287,32 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _refused(refusal: Refusal) -> web.Response:
+def _error_response(error: ServiceError) -> web.Response:
     headers = {"X-Request-Id": secrets.token_hex(8)}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = f"{refusal.retry_after:g}"
-    error = {"code": refusal.code, "message": refusal.message}
-    return web.json_response({"error": error}, status=refusal.status, headers=headers)
+    if error.retry_after is not None:
+        headers["Retry-After"] = f"{error.retry_after:g}"
+    body = {"error": {"code": error.code, "message": error.message}}
+    return web.json_response(body, status=error.status, headers=headers)
 
 
 def _reset(request: web.Request) -> web.Response:
-    """Break the connection with a reset, as a crashed proxy does."""
-    if request.transport is not None:  # pragma: no branch - unless the client has just left
+    """Reset the TCP connection, as a crashed proxy does."""
+    if request.transport is not None:  # pragma: no branch - None if the client has just disconnected
         connection: socket.socket = request.transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         request.transport.abort()
-    return web.Response()  # goes nowhere
+    return web.Response()  # aiohttp needs one, but cannot send it
 
 
-async def _cut(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Send the head and half of the body, then hang up."""
+async def _send_half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Send the headers and half of the body, then close the connection."""
     assert isinstance(response, web.Response)
     body = response.body
     assert isinstance(body, bytes)
-    half = web.StreamResponse(status=response.status, headers=response.headers)
-    half.content_length = len(body)
-    await half.prepare(request)
-    await half.write(body[: len(body) // 2])
-    if request.transport is not None:  # pragma: no branch - unless the client has just left
+    partial = web.StreamResponse(status=response.status, headers=response.headers)
+    partial.content_length = len(body)
+    await partial.prepare(request)
+    await partial.write(body[: len(body) // 2])
+    if request.transport is not None:  # pragma: no branch - None if the client has just disconnected
         request.transport.close()
-    return half
+    return partial

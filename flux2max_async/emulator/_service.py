@@ -1,27 +1,25 @@
-"""What the emulated service knows and decides: its tasks, prices, limits and faults. No I/O; moments are arguments."""
+"""The state and rules of the emulated service: tasks, prices, limits and faults. No I/O; times are arguments."""
 
-import base64
-import binascii
 import math
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
-from flux2max_async.emulator._images.input_images import size_of
+from flux2max_async.emulator._validation import MEGAPIXEL, MODEL, ServiceError, SubmitRequest
 
 Endpoint = Literal["submit", "poll", "download"]
 
-_MEGAPIXEL = 1024 * 1024
-_INPUTS = ["input_image", *(f"input_image_{number}" for number in range(2, 9))]
+_HIDDEN_SECONDS = 2.0
+"""How long a new task is not found if it meets `Fault.NOT_FOUND`."""
 
 
 class Fault(StrEnum):
-    """What can go wrong with one call. A fault that names no effect leaves the service as it was."""
+    """What can go wrong with a call. Unless it says that the call takes effect, the service is unchanged."""
 
     RATE_LIMITED = "rate_limited"
     """429 with Retry-After."""
@@ -30,22 +28,22 @@ class Fault(StrEnum):
     UNAVAILABLE = "unavailable"
     """503."""
     RESET_BEFORE = "reset_before"
-    """The connection is reset before the call's body is read."""
+    """The connection is reset before the body of the call is read."""
     RESET_AFTER = "reset_after"
     """The call takes effect, then the connection is reset."""
     HANG = "hang"
     """The call takes effect and is never answered."""
     CUT = "cut"
-    """The call takes effect and half of the answer is sent."""
+    """The call takes effect, and the connection is closed after half of the response."""
     GARBAGE = "garbage"
-    """The call takes effect and is answered with a page that is no JSON."""
+    """The call takes effect, and the response is an HTML page."""
     NOT_FOUND = "not_found"
-    """404; as a probability: the new task can't be seen for its first two seconds."""
+    """404. As a share of the submits: polls do not find the new task in its first two seconds."""
 
 
 @attrs.define(eq=False)
 class EmulatedTask:
-    """A task as the service keeps it."""
+    """A task of the emulated service."""
 
     id: str
     prompt: str
@@ -59,41 +57,46 @@ class EmulatedTask:
     created_at: float
     """Seconds since the epoch."""
     begins: float
-    """On the service's clock, like every moment here."""
+    """Start time, in seconds on the event loop's clock, like all times here."""
     ends: float
     fate: Literal["completed", "failed", "moderated"] = "completed"
+    """How the task ends."""
     visible: float = 0.0
-    """The moment from which polls find it."""
+    """The time from which polls find the task."""
     webhook_url: str | None = None
     webhook_secret: str | None = attrs.field(default=None, repr=False)
     polls: int = 0
 
 
-@attrs.frozen
-class Refusal(Exception):  # noqa: N818 - it is an answer, not an accident
-    """An answer that is an error."""
-
-    status: int
-    code: str
-    message: str
-    retry_after: float | None = None
+def _parse_fault(name: str) -> Fault:
+    try:
+        return Fault(name)
+    except ValueError:
+        raise ValueError(f"a fault must be one of {', '.join(Fault)}, not {name!r}") from None
 
 
-@attrs.define
+def _parse_faults(shares: Mapping[Any, float]) -> dict[Fault, float]:
+    return {_parse_fault(name): share for name, share in shares.items()}
+
+
+@attrs.define(kw_only=True)
 class Service:
     """The emulated service.
 
     Args:
-        seconds: The median of a task's duration, which is lognormal.
-        spread: The standard deviation of its logarithm.
-        time_scale: How many seconds of the service pass in one real second.
-        max_in_flight: Tasks running at once before submits are refused with 429.
-        failing: The share of tasks that fail; a prompt with "[fail]" always does.
-        moderated: The share of tasks that moderation refuses; a prompt with "[moderate]" always is.
-        faults: The share of submits and polls that meet each fault.
-        url_lifetime: Seconds that a result's url is valid.
-        balance: US dollars that the account holds; None for plenty.
-        seed: Makes durations, ids and faults the same in each run.
+        seconds: Median duration of a task. Durations are lognormal.
+        spread: Standard deviation of the logarithm of a duration.
+        time_scale: Seconds of the service per real second.
+        max_in_flight: Limit on running tasks; further submits are refused with 429.
+        failing: Share of tasks that fail; a prompt that contains "[fail]" always does.
+        moderated: Share of tasks that moderation refuses; a prompt that contains "[moderate]" always is.
+        faults: Share of submits and polls that meet each fault.
+        url_lifetime: Seconds until a result URL expires.
+        balance: US dollars in the account; None for unlimited.
+        seed: Makes durations, ids and faults the same in every run.
+
+    Raises:
+        ValueError: There is no such fault.
     """
 
     seconds: float
@@ -102,7 +105,7 @@ class Service:
     max_in_flight: int
     failing: float
     moderated: float
-    faults: Mapping[Fault, float]
+    faults: Mapping[Fault, float] = attrs.field(converter=_parse_faults)
     url_lifetime: float
     balance: Decimal | None
     seed: int | None
@@ -116,38 +119,50 @@ class Service:
         default=attrs.Factory(lambda self: random.Random(self.seed), takes_self=True), init=False
     )
 
-    def script(self, endpoint: Endpoint, faults: Iterable[Fault | None]) -> None:
-        self._scripts[endpoint].extend(faults)
+    def script(self, endpoint: str, faults: Iterable[str | None]) -> None:
+        """Append to the faults that the next calls to an endpoint meet.
+
+        Raises:
+            ValueError: There is no such endpoint or fault.
+        """
+        if endpoint not in get_args(Endpoint):
+            raise ValueError(f"an endpoint must be one of {', '.join(get_args(Endpoint))}, not {endpoint!r}")
+        parsed = [None if name is None else _parse_fault(name) for name in faults]
+        self._scripts[endpoint].extend(parsed)
 
     def next_fault(self, endpoint: Endpoint) -> Fault | None:
-        """Count a call, and decide what goes wrong with it."""
+        """Count a call, and return the fault that it meets."""
         self.calls[endpoint] += 1
         if self._scripts[endpoint]:
             return self._scripts[endpoint].popleft()
         if endpoint == "download":
             return None
-        chance = self._random.random()
+        remaining = self._random.random()
         for fault, share in self.faults.items():
             if fault is not Fault.NOT_FOUND:
-                chance -= share
-                if chance < 0:
+                remaining -= share
+                if remaining < 0:
                     return fault
         return None
 
-    def accept(self, ask: "Ask", *, now: float, epoch: float) -> EmulatedTask:
-        """Take a submit, or refuse it."""
-        params = ask.params
+    def accept(self, request: SubmitRequest, *, now: float, epoch: float) -> EmulatedTask:
+        """Create the task for a submit.
+
+        Raises:
+            ServiceError: Too many tasks are in flight, or the balance is too low.
+        """
+        params = request.params
         width, height = (params.get(side) or 1024 for side in ("width", "height"))
-        cost = _price(width * height, ask.pixels)
+        cost = _price(width * height, request.input_pixels)
         if self.in_flight(now) >= self.max_in_flight:
-            raise self.too_many(f"more than {self.max_in_flight} tasks in flight")
+            raise self.rate_limited(f"more than {self.max_in_flight} tasks in flight")
         if self.balance is not None:
             if self.balance < cost:
-                raise Refusal(402, "40201", "insufficient balance")
+                raise ServiceError(402, "40201", "insufficient balance")
             self.balance -= cost
-        lot, duration = self._random.random(), self.seconds * math.exp(self._random.gauss(0, self.spread))
-        moderated = "[moderate]" in params["prompt"] or lot < self.moderated
-        failing = "[fail]" in params["prompt"] or lot < self.moderated + self.failing
+        number, duration = self._random.random(), self.seconds * math.exp(self._random.gauss(0, self.spread))
+        moderated = "[moderate]" in params["prompt"] or number < self.moderated
+        failing = "[fail]" in params["prompt"] or number < self.moderated + self.failing
         hidden = self._random.random() < self.faults.get(Fault.NOT_FOUND, 0.0)
         seed = params.get("seed")
         task = EmulatedTask(
@@ -157,13 +172,13 @@ class Service:
             width=width,
             height=height,
             output_format=params.get("output_format") or "jpeg",
-            input_images=ask.input_images,
+            input_images=request.input_images,
             cost=cost,
             created_at=epoch,
             begins=now,
             ends=now + duration / self.time_scale,
             fate="moderated" if moderated else "failed" if failing else "completed",
-            visible=now + 2 / self.time_scale if hidden else now,
+            visible=now + _HIDDEN_SECONDS / self.time_scale if hidden else now,
             webhook_url=params.get("webhook_url"),
             webhook_secret=params.get("webhook_secret"),
         )
@@ -173,23 +188,27 @@ class Service:
         return task
 
     def find(self, task_id: str, now: float) -> EmulatedTask:
-        """Give a task that can be seen."""
+        """Return a task that polls can find.
+
+        Raises:
+            ServiceError: There is no such task, or it is not visible yet.
+        """
         task = self.tasks.get(task_id)
         if task is None or now < task.visible:
             raise self.not_found()
         return task
 
     def in_flight(self, now: float) -> int:
-        """Count the tasks that are running."""
-        # A test may have let the service forget some of its tasks.
+        """Count the running tasks."""
+        # Tests may remove tasks from `tasks`.
         self._running = {
             task_id for task_id in self._running if (task := self.tasks.get(task_id)) is not None and task.ends > now
         }
         return len(self._running)
 
     def describe(self, task: EmulatedTask, result_url: str, now: float) -> dict[str, Any]:
-        """Give the task object as the service shows it at this moment."""
-        common = {"id": task.id, "model": "flux_2_max", "created_at": int(task.created_at)}
+        """Return the task object of the protocol, as of `now`."""
+        common = {"id": task.id, "model": MODEL, "created_at": int(task.created_at)}
         if now < task.ends:
             progress = (now - task.begins) / (task.ends - task.begins)
             return {**common, "status": "pending" if progress < 0.05 else "in_progress", "progress": round(progress, 2)}
@@ -210,114 +229,30 @@ class Service:
                 error = {"code": "content_policy_violation", "message": "Request Moderated"}
         return {**common, "status": "failed", "error": error}
 
-    def refuse(self, fault: Fault | None) -> None:
-        """Answer as a fault says that is an answer."""
+    def raise_for_fault(self, fault: Fault | None) -> None:
+        """Raise the error response of a fault, if it has one."""
         match fault:
             case Fault.RATE_LIMITED:
-                raise self.too_many("too many requests")
+                raise self.rate_limited("too many requests")
             case Fault.SERVER_ERROR:
-                raise Refusal(500, "internal_error", "something broke")
+                raise ServiceError(500, "internal_error", "something broke")
             case Fault.UNAVAILABLE:
-                raise Refusal(503, "unavailable", "try again later")
+                raise ServiceError(503, "unavailable", "try again later")
             case Fault.NOT_FOUND:
                 raise self.not_found()
             case _:
                 pass
 
-    def too_many(self, message: str) -> Refusal:
-        """Refuse for now."""
-        return Refusal(429, "rate_limit_exceeded", message, retry_after=1 / self.time_scale)
+    def rate_limited(self, message: str) -> ServiceError:
+        """Return a 429 that suggests to wait a second."""
+        return ServiceError(429, "rate_limit_exceeded", message, retry_after=1 / self.time_scale)
 
-    def not_found(self) -> Refusal:
-        """Refuse for what isn't there."""
-        return Refusal(404, "task_not_found", "no such task")
-
-
-@attrs.frozen
-class Ask:
-    """A submit whose parameters are right."""
-
-    params: dict[str, Any]
-    input_images: tuple[bytes, ...]
-    """Those that came as base64."""
-    pixels: list[int]
-    """Of all input pictures; one that came as a URL counts as a megapixel."""
+    def not_found(self) -> ServiceError:
+        """Return a 404."""
+        return ServiceError(404, "task_not_found", "no such task")
 
 
-def read_submit(body: object) -> Ask:
-    """Check the body of a submit as the vendor's page says."""
-    params = _checked_params(body)
-    return Ask(params, *_checked_inputs(params))
-
-
-def _price(output: int, inputs: Iterable[int]) -> Decimal:
-    """$0.07 for the first megapixel, $0.03 for each further one, output and input alike, each picture rounded up."""
-    megapixels = sum(math.ceil(pixels / _MEGAPIXEL) for pixels in (output, *inputs))
+def _price(output_pixels: int, input_pixels: Iterable[int]) -> Decimal:
+    """Return $0.07 for the first megapixel and $0.03 for each further one, rounded up for each image."""
+    megapixels = sum(math.ceil(pixels / MEGAPIXEL) for pixels in (output_pixels, *input_pixels))
     return Decimal("0.07") + Decimal("0.03") * (megapixels - 1)
-
-
-def _checked_params(body: object) -> dict[str, Any]:
-    match body:
-        case {"model": "flux_2_max", "input": [{"params": dict(params)}]}:
-            pass
-        case {"model": "flux_2_max"}:
-            raise _wrong("input", 'must be [{"params": {…}}]')
-        case _:
-            raise _wrong("model", "must be flux_2_max")
-    if "prompt" not in params:
-        raise _wrong("prompt", "is required")
-    for name, (is_right, rule) in _RULES.items():
-        value = params.get(name)
-        if name in params and not (is_right(value) or (value is None and name != "prompt")):
-            raise _wrong(name, rule)
-    return params
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_side(value: Any) -> bool:
-    return _is_integer(value) and (value == 0 or value >= 64)
-
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "prompt": (lambda value: isinstance(value, str) and bool(value.strip()), "must be text that is not blank"),
-    "seed": (_is_integer, "must be an integer"),
-    "width": (_is_side, "must be an integer of at least 64"),
-    "height": (_is_side, "must be an integer of at least 64"),
-    "safety_tolerance": (lambda value: _is_integer(value) and 0 <= value <= 5, "must be an integer from 0 to 5"),
-    "output_format": (lambda value: value in ("jpeg", "png"), "must be jpeg or png"),
-    "webhook_url": (
-        lambda value: isinstance(value, str) and 1 <= len(value) <= 2083,
-        "must be a URL of 1 to 2083 characters",
-    ),
-    "webhook_secret": (lambda value: isinstance(value, str), "must be text"),
-}
-"""Whether a value is right, and what would be [S]."""
-
-
-def _checked_inputs(params: Mapping[str, Any]) -> tuple[tuple[bytes, ...], list[int]]:
-    inputs: list[bytes] = []
-    pixels: list[int] = []
-    for name in _INPUTS:
-        match params.get(name):
-            case None:
-                pass
-            case str(url) if url.startswith(("http://", "https://")):
-                pixels.append(_MEGAPIXEL)
-            case str(text):
-                try:
-                    data = base64.b64decode(text, validate=True)
-                    width, height = size_of(data)
-                except (binascii.Error, ValueError) as error:
-                    raise _wrong(name, "must be a URL or a picture as base64") from error
-                inputs.append(data)
-                pixels.append(width * height)
-            case _:
-                raise _wrong(name, "must be a URL or a picture as base64")
-    return tuple(inputs), pixels
-
-
-def _wrong(name: str, message: str) -> Refusal:
-    return Refusal(400, "invalid_parameter", f"{name} {message}")

@@ -1,4 +1,4 @@
-"""Posts finished tasks to where their submits asked for: signed, repeated, and as unreliably as a test wants it."""
+"""Posts finished tasks to the webhook URLs of their submits: signed, with retries, and as unreliably as configured."""
 
 import asyncio
 import hashlib
@@ -16,10 +16,10 @@ from attrs import validators
 
 from flux2max_async.emulator._service import EmulatedTask, Service
 
-# Seconds that the maker's sender waits for a 2xx [B].
-_PATIENCE = 30.0
-# Seconds from an arrival to its double.
-_MOMENT = 1.0
+# The model's maker waits this many seconds for a 2xx [B].
+_RESPONSE_TIMEOUT = 30.0
+# Seconds from a successful delivery to its duplicate.
+_DUPLICATE_DELAY = 1.0
 
 _NOT_NEGATIVE = validators.ge(0.0)
 _SHARE = validators.and_(_NOT_NEGATIVE, validators.le(1.0))
@@ -30,115 +30,120 @@ class Webhooks:
     """How the service posts finished tasks. All seconds are the service's own, which `time_scale` divides.
 
     Raises:
-        ValueError: A value can't be; the message names it.
+        ValueError: A value is invalid; the message names it.
     """
 
     shape: Literal["task", "maker"] = attrs.field(default="task", validator=validators.in_(("task", "maker")))
-    """What is posted: the task object that a poll shows, or what the model's maker posts."""
+    """The body: the task object that polls return, or the body that the model's maker posts."""
     delay: float = attrs.field(default=0.0, validator=_NOT_NEGATIVE)
-    """Seconds from a task's end to the first attempt."""
+    """Seconds from the end of a task to the first attempt."""
     dropped: float = attrs.field(default=0.0, validator=_SHARE)
-    """The share of tasks that are never posted."""
+    """Share of tasks that are never posted."""
     doubled: float = attrs.field(default=0.0, validator=_SHARE)
-    """The share of tasks that are posted once more a second after they have arrived."""
+    """Share of tasks that are posted again one second after their successful delivery."""
     forged: float = attrs.field(default=0.0, validator=_SHARE)
-    """The share of tasks, of those with a secret, before whose delivery comes one that is signed with another secret
-    and tells the contrary of what is true."""
-    # X-BFL-Signature is the maker's [B]; gateways have names of their own.
+    """Share of the tasks with a secret whose delivery is preceded by a forged one, which has a wrong signature and
+    reports a completed task as failed, or a failed task as completed."""
+    # X-BFL-Signature is the maker's header [B]; gateways use names of their own.
     header: str = "X-BFL-Signature"
     """The header that holds the signature."""
-    # The waits are the maker's [B].
+    # These are the maker's delays [B].
     retries: tuple[float, ...] = attrs.field(
         default=(1.0, 5.0, 30.0), validator=validators.deep_iterable(_NOT_NEGATIVE)
     )
-    """Seconds to wait before each further attempt, where one wasn't answered with a 2xx within 30 s."""
+    """Seconds before each retry of an attempt that was not answered with a 2xx within 30 s."""
 
 
 @attrs.frozen
 class Delivery:
-    """One attempt to post a finished task."""
+    """An attempt to post a finished task."""
 
     task_id: str
     attempt: int
-    """Counts from 1; a doubled delivery counts on, a forged one is 0."""
+    """Counts from 1, duplicates included; 0 for a forged delivery."""
     forged: bool
     status: int | None
-    """What the receiver answered; None where no answer came."""
+    """The HTTP status of the response; None if there was no response."""
     sent_at: float
-    """The moment on the event loop's clock at which the attempt began."""
+    """When the attempt began, on the event loop's clock."""
     body: bytes
 
 
+@attrs.frozen
+class _Message:
+    task_id: str
+    body: bytes
+    headers: dict[str, str]
+
+
 class WebhookSender:
-    """Waits for the end of each task that asks for a webhook, and posts it.
+    """Waits for the end of each task that has a webhook URL, and posts the task.
 
     Args:
-        webhooks: How.
-        service: What knows the tasks.
-        link: Gives the url of a task's result, as of a moment.
+        webhooks: The settings.
+        service: The service that owns the tasks.
+        result_url: Returns the URL of a task's result, valid from the given time.
     """
 
-    def __init__(self, webhooks: Webhooks, service: Service, link: Callable[[EmulatedTask, float], str]) -> None:
-        self._how = webhooks
+    def __init__(self, webhooks: Webhooks, service: Service, result_url: Callable[[EmulatedTask, float], str]) -> None:
+        self._webhooks = webhooks
         self._service = service
-        self._link = link
+        self._result_url = result_url
         self.deliveries: list[Delivery] = []
-        self._errands: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._http: aiohttp.ClientSession | None = None
 
-    def expect(self, task: EmulatedTask) -> None:
-        """Post a task when it has ended, if its submit asked for that."""
-        # Ids come from the seed: the same task meets the same luck, whatever else goes on and comes first.
-        luck = random.Random(task.id)
-        shares = (self._how.dropped, self._how.doubled, self._how.forged)
-        dropped, doubled, forged = (luck.random() < share for share in shares)
+    def schedule(self, task: EmulatedTask) -> None:
+        """Start the background task that posts a task when it has ended, if it has a webhook URL."""
+        # Derived from the id, so that with a seed each task is treated the same in every run.
+        rng = random.Random(task.id)
+        shares = (self._webhooks.dropped, self._webhooks.doubled, self._webhooks.forged)
+        dropped, doubled, forged = (rng.random() < share for share in shares)
         if task.webhook_url is not None and not dropped:
-            errand = asyncio.create_task(self._deliver(task, task.webhook_url, doubled=doubled, forged=forged))
-            self._errands.add(errand)
-            errand.add_done_callback(self._errands.discard)
+            delivery = asyncio.create_task(self._deliver(task, task.webhook_url, doubled=doubled, forged=forged))
+            self._running.add(delivery)
+            delivery.add_done_callback(self._running.discard)
 
     async def close(self) -> None:
-        """Leave everything that isn't delivered undelivered."""
-        for errand in self._errands:
-            errand.cancel()
-        await asyncio.gather(*self._errands, return_exceptions=True)
+        """Cancel all deliveries."""
+        for delivery in self._running:
+            delivery.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
         if self._http is not None:
             await self._http.close()
             self._http = None
 
     async def _deliver(self, task: EmulatedTask, url: str, *, doubled: bool, forged: bool) -> None:
         await anyio.sleep_until(task.ends)
-        await self._pause(self._how.delay)
+        await self._sleep(self._webhooks.delay)
         if forged and task.webhook_secret:
-            await self._post(url, self._forge(task), attempt=0)
-        letter = self._write(task)
-        for attempt, wait in enumerate((0.0, *self._how.retries), 1):
-            await self._pause(wait)
-            if await self._post(url, letter, attempt):
+            await self._post(url, self._build_forged_message(task), attempt=0)
+        message = self._build_message(task)
+        for attempt, delay in enumerate((0.0, *self._webhooks.retries), 1):
+            await self._sleep(delay)
+            if await self._post(url, message, attempt):
                 if doubled:
-                    await self._pause(_MOMENT)
-                    await self._post(url, letter, attempt + 1)
+                    await self._sleep(_DUPLICATE_DELAY)
+                    await self._post(url, message, attempt + 1)
                 break
 
-    async def _pause(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds / self._service.time_scale)
 
-    def _write(self, task: EmulatedTask) -> "_Letter":
-        """Tell of a task's end; every attempt brings the same bytes."""
-        now = max(anyio.current_time(), task.ends)  # a timer may go off a little early
-        url = self._link(task, now)
+    def _build_message(self, task: EmulatedTask) -> _Message:
+        now = max(anyio.current_time(), task.ends)  # timers may fire slightly early
+        url = self._result_url(task, now)
         content = self._service.describe(task, url, now)
-        if self._how.shape == "maker":
-            content = _as_the_maker_tells(task, content, url)
+        if self._webhooks.shape == "maker":
+            content = _to_maker_shape(task, content, url)
         body = json.dumps(content).encode()
         headers = {"Content-Type": "application/json"}
         if task.webhook_secret:
-            headers[self._how.header] = _signature(body, task.webhook_secret)
-        return _Letter(task.id, body, headers)
+            headers[self._webhooks.header] = _compute_signature(body, task.webhook_secret)
+        return _Message(task.id, body, headers)
 
-    def _forge(self, task: EmulatedTask) -> "_Letter":
-        """Tell what isn't true, as one who doesn't know the secret."""
-        return self._write(
+    def _build_forged_message(self, task: EmulatedTask) -> _Message:
+        return self._build_message(
             attrs.evolve(
                 task,
                 fate="failed" if task.fate == "completed" else "completed",
@@ -146,52 +151,45 @@ class WebhookSender:
             )
         )
 
-    async def _post(self, url: str, letter: "_Letter", attempt: int) -> bool:
-        """Make one attempt, and tell whether it arrived."""
+    async def _post(self, url: str, message: _Message, attempt: int) -> bool:
+        """Make an attempt, and return whether it was answered with a 2xx."""
         if self._http is None:
-            # A connection for each attempt: on one that is kept, a POST may meet the receiver's closing it.
+            # Each attempt opens a connection: the receiver may close an idle one at the moment of the POST.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             self._http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         self._service.calls["webhook"] += 1
         status, sent_at = None, anyio.current_time()
         try:
-            # aiohttp's own limits are rounded up to whole seconds.
+            # aiohttp rounds its own timeouts up to whole seconds.
             async with (
-                asyncio.timeout(_PATIENCE / self._service.time_scale),
+                asyncio.timeout(_RESPONSE_TIMEOUT / self._service.time_scale),
                 self._http.post(
                     url,
-                    data=letter.body,
-                    headers=letter.headers,
+                    data=message.body,
+                    headers=message.headers,
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None),
                 ) as response,
             ):
                 status = response.status
         except (aiohttp.ClientError, OSError, ValueError):
-            pass  # nobody is there, or what is there doesn't answer
+            pass  # an invalid URL, no connection or no response
         finally:
-            self.deliveries.append(Delivery(letter.task_id, attempt, attempt == 0, status, sent_at, letter.body))
+            self.deliveries.append(Delivery(message.task_id, attempt, attempt == 0, status, sent_at, message.body))
         return status is not None and 200 <= status < 300
 
 
-@attrs.frozen
-class _Letter:
-    task_id: str
-    body: bytes
-    headers: dict[str, str]
-
-
-def _as_the_maker_tells(task: EmulatedTask, content: dict[str, Any], url: str) -> dict[str, Any]:
-    """Give what the model's maker posts of a task that has ended [B]."""
+def _to_maker_shape(task: EmulatedTask, content: dict[str, Any], url: str) -> dict[str, Any]:
+    """Return the body that the model's maker posts for a task that has ended [B]."""
     match content:
         case {"error": {"code": code, "message": message}}:
-            end = {"status": "Error", "error": code, "message": message}
+            result = {"status": "Error", "error": code, "message": message}
         case _:
-            end = {"status": "Ready", "result": {"sample": url, "prompt": task.prompt, "seed": task.seed}}
-    return {"id": task.id, **end, "timestamp": datetime.now(UTC).isoformat()}
+            result = {"status": "Ready", "result": {"sample": url, "prompt": task.prompt, "seed": task.seed}}
+    return {"id": task.id, **result, "timestamp": datetime.now(UTC).isoformat()}
 
 
-def _signature(body: bytes, secret: str) -> str:
-    """Sign a body as the model's maker does [B]."""
-    # What JSON can hold and UTF-8 can't is no reason to post nothing.
+def _compute_signature(body: bytes, secret: str) -> str:
+    """Return the value of the signature header, as the model's maker computes it [B]."""
+    # JSON strings may hold surrogates, which UTF-8 cannot encode.
     return f"sha256={hmac.new(secret.encode('utf-8', 'surrogatepass'), body, hashlib.sha256).hexdigest()}"

@@ -1,7 +1,7 @@
-"""The journal: what was requested, paid for and delivered, kept so that a batch survives the end of its process.
+"""The journal: a record of every request, its cost and its result, so that a batch survives the end of its process.
 
     async with FluxSession(journal=SqliteJournal("run.db")) as session:
-        async for outcome in session.stream(prompts, save_to="pictures"):
+        async for outcome in session.stream(prompts, save_to="images"):
             ...
 
 Run twice, this pays once.

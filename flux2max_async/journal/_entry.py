@@ -1,4 +1,4 @@
-"""What a journal holds of a request: one entry for each time that it was to be paid for, and its outcome as JSON."""
+"""The entries of a journal, as values."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,28 +14,29 @@ class EntryState(StrEnum):
     """How far a request has come."""
 
     INTENT = "intent"
-    """It is being submitted. Found after a crash, it means that nobody knows whether there is a task."""
+    """It is being submitted. If its process has died, it isn't known whether a task exists."""
     SUBMITTED = "submitted"
-    """It is a task, whose end is not known yet."""
+    """A task exists, and its end is not known yet."""
     COMPLETED = "completed"
     FAILED = "failed"
     UNCERTAIN = "uncertain"
-    """Its submit went out and the answer was lost: a task may exist and cost money."""
+    """It was sent and the response was lost: a task may exist and cost money."""
     REFUSED = "refused"
-    """It bought nothing, and will be submitted when it is asked for again."""
+    """It certainly created no task, and is submitted when it is requested again."""
 
 
 class Holder(StrEnum):
-    """Who follows the request of an entry."""
+    """Which session is responsible for an entry."""
 
     US = "us"
+    """The session that reads the entry."""
     OTHER = "other"
-    """A session elsewhere that is alive."""
+    """Another session, which is alive."""
 
 
 @attrs.frozen
 class SavedFile:
-    """A picture on disk, as it was when it was whole."""
+    """An image that was saved completely."""
 
     path: Path
     size: int
@@ -44,66 +45,67 @@ class SavedFile:
 
 @attrs.frozen(kw_only=True)
 class JournalEntry:
-    """What a journal knows of a request. A request that is paid for again gets another entry, with its own attempt."""
+    """A request in the journal. If it is paid for again, it gets another entry with the next attempt number."""
 
     key: str
-    """The caller's, or one derived from what is asked for."""
+    """The caller's key, or one that is derived from the request's fingerprint."""
     attempt: int = 1
-    content: str
-    """A fingerprint of what is asked for: the same key with another one is a mistake."""
+    fingerprint: str
+    """The fingerprint of the request's content: requests with the same key must have the same one."""
     request: Mapping[str, Any] = attrs.field(repr=False)
-    """The parameters, as JSON values: pictures by name or fingerprint, and without secrets."""
+    """The parameters as JSON values: images as names or fingerprints, and no secrets."""
     state: EntryState = EntryState.INTENT
     holder: Holder | None = None
+    """None if no session that is alive holds the entry."""
     task_id: str | None = None
     cost: Decimal | None = None
-    """US dollars, once the service has named them."""
-    outlay: Decimal = Decimal(0)
-    """US dollars that count against a budget: the probable cost, and in the end the real one."""
+    """US dollars; None until the service has reported the cost."""
+    committed: Decimal = Decimal(0)
+    """US dollars that count against a budget: the estimated cost, replaced by the real one when it is known."""
     created_at: datetime | None = None
-    """When it was about to be submitted; timezone-aware, by this machine's clock, like all moments here."""
+    """When the submit was about to be sent. This and the other times are timezone-aware, by this machine's clock."""
     submitted_at: datetime | None = None
     ended_at: datetime | None = None
     result: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
-    """The outcome as JSON values; `outcome_of()` makes it one again."""
+    """The outcome as JSON values; empty until there is one."""
     files: tuple[SavedFile, ...] = ()
-    """The pictures that were saved, in their order."""
+    """The saved images, in their order."""
     owner: str | None = attrs.field(default=None, repr=False)
-    """The journal's own mark of who holds it."""
+    """The journal's own id of the session that holds the entry, or held it when it died."""
 
     @property
     def prompt(self) -> str:
-        """What was to be drawn."""
+        """The request's prompt."""
         return str(self.request.get("prompt", ""))
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths of the pictures that were saved."""
+        """The paths of the saved images."""
         return tuple(file.path for file in self.files)
 
     @property
     def error(self) -> str | None:
-        """Why it came to nothing, if it did."""
+        """The message of the error that the request ended with; None if there was none."""
         error = self.result.get("error")
         return str(error["message"]) if error else None
 
-    def as_json(self) -> dict[str, Any]:
-        """Give all of it as JSON values."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON values."""
         return {
             "key": self.key,
             "attempt": self.attempt,
             "state": self.state.value,
             "task_id": self.task_id,
             "cost": None if self.cost is None else str(self.cost),
-            "outlay": str(self.outlay),
-            "created_at": _iso(self.created_at),
-            "submitted_at": _iso(self.submitted_at),
-            "ended_at": _iso(self.ended_at),
+            "committed": str(self.committed),
+            "created_at": _iso_format(self.created_at),
+            "submitted_at": _iso_format(self.submitted_at),
+            "ended_at": _iso_format(self.ended_at),
             "paths": [str(path) for path in self.paths],
             "request": dict(self.request),
             "result": dict(self.result),
         }
 
 
-def _iso(moment: datetime | None) -> str | None:
-    return None if moment is None else moment.isoformat()
+def _iso_format(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat()

@@ -1,4 +1,4 @@
-"""The protocol that a session expects of its journal."""
+"""The protocol between a session and its journal."""
 
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
@@ -8,60 +8,68 @@ from flux2max_async.journal._entry import JournalEntry
 
 
 class Journal(Protocol):
-    """What a session tells its journal, and what it asks. An entry is a value: what is new is told as a new entry.
+    """What a session requires of its journal. Entries are values: a change is recorded as a new value.
 
-    All methods raise JournalError where the journal can't be read or written. An entry is held by the session that has
-    begun or adopted it, until that records it with a `holder` of None, closes the journal, or dies.
+    All methods raise JournalError if the journal can't be read or written. An entry is held by the session that has
+    begun or adopted it, until that session records it with a `holder` of None, closes the journal, or dies.
     """
 
-    async def open(self, news: Callable[[list[JournalEntry]], None], /, *, listening: bool = False) -> None:
-        """Begin a session.
+    async def open(
+        self, on_external_change: Callable[[list[JournalEntry]], None], /, *, watch_changes: bool = False
+    ) -> None:
+        """Open the journal for a session.
 
         Args:
-            news: To be called, in the event loop, with the tasks that a dying process has left behind, once the journal
-                has given them to this session; and with ends of this session's tasks that others have recorded.
-            listening: Whether there may be such ends, because other processes receive webhooks: then they are to be
-                noticed within a second.
+            on_external_change: Called in the event loop with the tasks of a session that has died, once the journal
+                has given them to this session; and with entries of this session whose end another session has recorded.
+            watch_changes: Whether other sessions may record such ends, because they receive webhooks for this one. The
+                journal must then notice them within a second.
         """
         ...
 
     async def close(self) -> None:
-        """End the session, and free what it holds."""
+        """Close the journal, and release the entries that the session holds."""
         ...
 
     async def find(self, key: str, /) -> JournalEntry | None:
-        """Give the newest entry of a key, its `holder` as seen from here; what others write just now may be missed."""
+        """Return the newest entry of a key. An entry that another session has only just begun may be missed."""
         ...
 
     async def find_task(self, task_id: str, /) -> JournalEntry | None:
-        """Give the entry of a task."""
+        """Return the entry of a task."""
         ...
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
-        """Write an intent so that a power cut can't undo it, and hold it.
+        """Write an intent durably, so that it survives a power failure, and hold it.
 
-        False where that attempt of that key is there already, unless it is REFUSED: then it is begun anew.
+        Args:
+            entry: The intent.
+            limit: US dollars that all entries of the journal together may commit.
+
+        Returns:
+            False if the key has this attempt already. An attempt that is REFUSED is replaced.
 
         Raises:
-            BudgetExceededError: The entry's outlay, on top of all that is in the journal, would pass the limit.
+            BudgetExceededError: The entry would pass the limit.
         """
         ...
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Hold a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
+        """Hold an entry that no session holds; return False if another session has changed it first."""
         ...
 
     async def record(self, entry: JournalEntry, /) -> None:
-        """Write down what is new. Whoever doesn't hold the entry can only add what isn't known yet: an id, an end.
+        """Record an entry's new values.
 
-        With a `holder` of OTHER, whoever holds it goes on holding it.
+        A session that doesn't hold the entry can only add what isn't known yet: a task id or an end. If the `holder` is
+        OTHER, the session that holds the entry keeps it.
         """
         ...
 
     async def changed(self, entry: JournalEntry, /) -> None:
-        """Wait until an entry that is held elsewhere has changed, or whoever held it is gone."""
+        """Wait until an entry that another session holds has changed, or that session has died."""
         ...
 
     def entries(self) -> AsyncIterator[JournalEntry]:
-        """Iterate over all entries in the order of their making."""
+        """Iterate over all entries, oldest first."""
         ...

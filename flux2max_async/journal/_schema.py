@@ -1,4 +1,4 @@
-"""The file that a journal is in: whether it is one, whether those who had it open are gone, and what is wrong."""
+"""The journal's SQLite file: its schema and versions, the checks before it is used, and the translation of errors."""
 
 import contextlib
 import functools
@@ -13,11 +13,16 @@ from urllib.parse import quote
 
 from flux2max_async._exceptions import JournalError
 
-VERSION = 1
-APPLICATION = 0x464C5832
-"""Marks the file as ours, for us and for `file`."""
+SCHEMA_VERSION = 1
+# Marks the file as a journal, for this library and for file(1): "FLX2" in ASCII.
+APPLICATION_ID = 0x464C5832
 
-
+# Existing journals must stay readable, so the columns keep the names that they were created with. Some differ from the
+# names in the code:
+#   entries.content = JournalEntry.fingerprint            entries.outlay = JournalEntry.committed, in nano-dollars
+#   entries.created, .submitted, .ended = ..._at, in seconds since the epoch
+#   owners.beat = the heartbeat counter                   owners.place = host_id()
+#   totals.outlay = the sum of entries.outlay, which the triggers maintain
 SCHEMA = (
     """CREATE TABLE entries (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, attempt INTEGER NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
@@ -27,103 +32,130 @@ SCHEMA = (
     id TEXT PRIMARY KEY, beat INTEGER NOT NULL, lease REAL NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL)""",
     "CREATE TABLE totals (outlay INTEGER NOT NULL)",
     "INSERT INTO totals VALUES (0)",
-    """CREATE TRIGGER made AFTER INSERT ON entries
+    """CREATE TRIGGER add_to_total AFTER INSERT ON entries
     BEGIN UPDATE totals SET outlay = outlay + new.outlay; END""",
-    """CREATE TRIGGER told AFTER UPDATE OF outlay ON entries WHEN new.outlay != old.outlay
+    """CREATE TRIGGER update_total AFTER UPDATE OF outlay ON entries WHEN new.outlay != old.outlay
     BEGIN UPDATE totals SET outlay = outlay + new.outlay - old.outlay; END""",
-    f"PRAGMA application_id = {APPLICATION}",
-    f"PRAGMA user_version = {VERSION}",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS tasks ON entries (task_id) WHERE task_id IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS held ON entries (owner) WHERE owner IS NOT NULL",
 )
 
+_RETRY_DELAY = 0.02  # seconds
 
-def check_file(path: Path, patience: float) -> None:
-    """Look at a file that is there already, without changing a byte of it."""
+
+# ------------------------------------------------------------------ checks
+
+
+def check_file(path: Path, busy_timeout: float) -> None:
+    """Check that an existing file is an undamaged journal, without changing a byte of it.
+
+    Raises:
+        JournalError: It is not.
+    """
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
             raise JournalError(f"{path} is not a journal; it was left as it is")
     try:
-        _look_inside(path, patience)
+        _check_database(path, busy_timeout)
     except sqlite3.OperationalError as error:
         if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
             raise
-        # A process was killed while it made the file. What it left is rolled back by whoever may write.
-        with contextlib.closing(sqlite3.connect(path, timeout=patience)) as connection:
+        # A process was killed while it created the file. SQLite rolls its transaction back on the first read over a
+        # connection that may write.
+        with contextlib.closing(sqlite3.connect(path, timeout=busy_timeout)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")
-        _look_inside(path, patience)
+        _check_database(path, busy_timeout)
 
 
-def _look_inside(path: Path, patience: float) -> None:
-    with contextlib.closing(connect_to_read(path, patience)) as connection:
-        check_marks(connection, path)
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise JournalError(f"the journal {path} is damaged ({found}); it was left as it is")
+def _check_database(path: Path, busy_timeout: float) -> None:
+    with contextlib.closing(connect_read_only(path, busy_timeout)) as connection:
+        check_version(connection, path)
+        result = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if result != "ok":
+            raise JournalError(f"the journal {path} is damaged ({result}); it was left as it is")
 
 
-def check_marks(connection: sqlite3.Connection, path: Path) -> None:
-    # In this order: where another process makes the file just now, the marks are there as soon as the tables are.
+def check_version(connection: sqlite3.Connection, path: Path) -> None:
+    """Check that a database is empty or a journal of a known version.
+
+    Raises:
+        JournalError: It is another application's database, or a newer version wrote it.
+    """
+    # The tables must be counted first: if another process creates the file right now, its application id is set by the
+    # time its tables can be seen.
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application != APPLICATION and tables:
+    if application_id != APPLICATION_ID and tables:
         raise JournalError(f"{path} is a database, but not a journal; it was left as it is")
-    if version > VERSION:
+    if version > SCHEMA_VERSION:
         raise JournalError(
-            f"the journal {path} was written by a newer version (schema {version}, known up to {VERSION}): update "
-            "flux2max_async; it was left as it is"
+            f"the journal {path} was written by a newer version (schema {version}, known up to {SCHEMA_VERSION}): "
+            "update flux2max_async; it was left as it is"
         )
 
 
-def connect_to_read(path: Path, patience: float) -> sqlite3.Connection:
+# ------------------------------------------------------------------ connections and processes
+
+
+def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=patience, uri=True, isolation_level=None
+        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=busy_timeout, uri=True, isolation_level=None
     )
 
 
-def patiently(work: Callable[[], object], patience: float) -> None:
-    until = time.monotonic() + patience
+def retry_while_locked(function: Callable[[], object], busy_timeout: float) -> None:
+    """Call a function again while it fails because the database is locked.
+
+    Raises:
+        sqlite3.OperationalError: It is still locked after `busy_timeout` seconds, or the function fails otherwise.
+    """
+    deadline = time.monotonic() + busy_timeout
     while True:
         try:
-            work()
+            function()
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > until:
+            if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
-            time.sleep(0.02)
+            time.sleep(_RETRY_DELAY)
         else:
             return
 
 
 @functools.cache
-def here() -> str:
-    """Name what process numbers are unique in: this machine, or this container of it."""
-    namespace = ""
+def host_id() -> str:
+    """Return a name for the scope in which process ids are unique: this machine, or this container on it."""
+    pid_namespace = ""
     with contextlib.suppress(OSError):
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    return f"{socket.gethostname()} {namespace}"
+        pid_namespace = str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()} {pid_namespace}"
 
 
-def is_gone(place: str, pid: int) -> bool:
-    """Tell whether it is certain that a process has ended."""
-    if place != here() or sys.platform == "win32":  # there, asking would be killing
+def process_is_gone(host: str, pid: int) -> bool:
+    """Check whether a process has certainly ended; False if that can't be known, as on another host."""
+    if host != host_id() or sys.platform == "win32":  # on Windows, os.kill() would terminate the process
         return False
     try:
-        with contextlib.suppress(PermissionError):  # it is somebody else's, and alive
+        with contextlib.suppress(PermissionError):  # another user's process, which is alive
             os.kill(pid, 0)
     except ProcessLookupError:
         return True
     return False
 
 
+# ------------------------------------------------------------------ errors
+
+
 @contextlib.contextmanager
-def told_apart(path: Path) -> Generator[None]:
-    """Say in our words what is wrong with the file.
+def translate_sqlite_errors(path: Path) -> Generator[None]:
+    """Raise errors of SQLite and the file system as JournalError.
 
     Raises:
-        JournalError: Something is.
+        JournalError: The file can't be read or written.
     """
     try:
         yield
@@ -132,14 +164,15 @@ def told_apart(path: Path) -> Generator[None]:
 
 
 def journal_error(path: Path, error: Exception) -> JournalError:
-    """Say in our words what is wrong with the file."""
+    """Return the JournalError that explains an error of SQLite or the file system."""
     name = str(getattr(error, "sqlite_errorname", ""))
-    for begin, reason in _REASONS:
-        if name.startswith(begin):
+    for prefix, reason in _REASONS:
+        if name.startswith(prefix):
             return JournalError(f"the journal {path} {reason} ({error})")
     return JournalError(f"the journal {path} can't be used: {getattr(error, 'strerror', None) or error}")
 
 
+# By the beginnings of SQLite's error names: https://sqlite.org/rescode.html
 _REASONS = (
     ("SQLITE_FULL", "can't be written: its disk is full"),
     ("SQLITE_READONLY", "can't be written: it is read-only"),

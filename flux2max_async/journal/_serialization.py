@@ -1,4 +1,4 @@
-"""Outcomes and requests as JSON values, and back."""
+"""Outcomes as JSON values in journal entries, and back."""
 
 import hashlib
 import json
@@ -24,105 +24,132 @@ from flux2max_async._models.results import (
     TaskStatus,
     Usage,
 )
-from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._entry import EntryState, JournalEntry
 
-_LONGEST = 4096
-"""Characters of one text that is kept of what the service says freely: enough for a prompt, too few for a picture."""
-
-_DEEPEST = 100
-"""Levels of JSON that are kept of it."""
+_MAX_TEXT_LENGTH = 4096
+"""Characters of a text of the service: enough for a prompt, too few for an image."""
+_MAX_DEPTH = 100
+"""Levels of nested JSON of the service."""
 
 
 def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Write an outcome down as JSON values, with whatever secrets the service has echoed blotted out."""
-    common: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
+    """Return an outcome as JSON values, in which secrets that the service has echoed are masked."""
+    data: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
     if isinstance(outcome, Failed):
         error = outcome.error
-        told = {name: getattr(error, name, None) for name in ("code", "status", "request_id")}
-        told = {name: value for name, value in told.items() if value is not None}
-        found = {**common, "error": {"kind": type(error).__name__, "message": error.message, **told}}
+        details = {name: getattr(error, name, None) for name in ("code", "status", "request_id")}
+        details = {name: value for name, value in details.items() if value is not None}
+        data["error"] = {"kind": type(error).__name__, "message": error.message, **details}
     else:
-        images = [
-            {"url": image.url if len(image.url) <= _LONGEST else NO_URL, "type": image.type, "extra": dict(image.extra)}
-            for image in outcome.images
-        ]
-        found = {**common, "images": images, "metadata": dict(outcome.metadata)}
-        if outcome.usage is not None:
-            cost, discount, extra = outcome.usage.cost, outcome.usage.discount, dict(outcome.usage.extra)
-            found["usage"] = {"cost": _text(cost), "discount": _text(discount), "extra": extra}
-    return dict(sanitize(found, secrets))
+        data["images"] = [_image_to_json(image) for image in outcome.images]
+        data["metadata"] = dict(outcome.metadata)
+        if (usage := outcome.usage) is not None:
+            cost, discount = _decimal_to_json(usage.cost), _decimal_to_json(usage.discount)
+            data["usage"] = {"cost": cost, "discount": discount, "extra": dict(usage.extra)}
+    return dict(sanitize(data, secrets))
 
 
 def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
-    """Make an outcome again of what was written down."""
+    """Return the outcome that an ended entry holds, marked as replayed."""
     result, task_id = entry.result, entry.task_id or ""
     elapsed, polls = float(result.get("elapsed", 0.0)), int(result.get("polls", 0))
     if "error" in result:
-        error = _error_of(result["error"], task_id)
+        error = _error_from_json(result["error"], task_id)
         error.task_id = task_id
-        return Failed(entry.task_id, request, error, elapsed, polls, replayed=True)
+        return Failed(task_id=entry.task_id, request=request, error=error, elapsed=elapsed, polls=polls, replayed=True)
     images = tuple(
-        GeneratedImage(image["url"], image["type"], task_id, image["extra"], index)
+        GeneratedImage(url=image["url"], type=image["type"], task_id=task_id, extra=image["extra"], index=index)
         for index, image in enumerate(result["images"])
     )
     usage = None
-    if told := result.get("usage"):
-        usage = Usage(_decimal(told["cost"]), _decimal(told["discount"]), told["extra"])
-    return Completed(task_id, request, images, usage, result["metadata"], elapsed, polls, replayed=True)
+    if data := result.get("usage"):
+        cost, discount = _decimal_from_json(data["cost"]), _decimal_from_json(data["discount"])
+        usage = Usage(cost=cost, discount=discount, extra=data["extra"])
+    return Completed(
+        task_id=task_id,
+        request=request,
+        images=images,
+        usage=usage,
+        metadata=result["metadata"],
+        elapsed=elapsed,
+        polls=polls,
+        replayed=True,
+    )
 
 
-def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot:
-    """Say what is written of an end as the service would have said it."""
-    outcome = outcome_from_entry(entry, None)
-    if isinstance(outcome, Completed):
-        return TaskSnapshot(
-            outcome.task_id, TaskStatus.COMPLETED, None, outcome.images, outcome.usage, metadata=outcome.metadata
-        )
-    assert isinstance(outcome.error, TaskFailedError)
-    return TaskSnapshot(entry.task_id or "", TaskStatus.FAILED, error=outcome.error)
+def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot | None:
+    """Return an entry's end as the service would have reported it.
+
+    Returns:
+        None if the entry holds no end that a snapshot can express: the task hasn't ended, or the service doesn't know
+        it any more. The caller has to poll the task itself.
+    """
+    if entry.state not in {EntryState.COMPLETED, EntryState.FAILED}:
+        return None
+    match outcome_from_entry(entry, None):
+        case Completed() as completed:
+            return TaskSnapshot(
+                task_id=completed.task_id,
+                status=TaskStatus.COMPLETED,
+                progress=None,
+                images=completed.images,
+                usage=completed.usage,
+                metadata=completed.metadata,
+            )
+        case Failed(error=TaskFailedError() as error):
+            return TaskSnapshot(task_id=entry.task_id or "", status=TaskStatus.FAILED, error=error)
+        case _:
+            return None
 
 
-def _error_of(told: Mapping[str, Any], task_id: str) -> FluxError:
-    kind, message = told.get("kind"), str(told.get("message", ""))
-    if kind == TaskNotFoundError.__name__:
-        return TaskNotFoundError(message, told.get("status", 404), told.get("code"), told.get("request_id"))
-    if kind == SubmissionUncertainError.__name__:
-        return SubmissionUncertainError(message)
-    moderated = kind == ContentModeratedError.__name__
-    return (ContentModeratedError if moderated else TaskFailedError)(message, task_id, told.get("code"))
-
-
-def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _DEEPEST) -> Any:
-    """Copy JSON values without secrets, without texts that are long enough to be pictures, and not all too deep."""
+def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _MAX_DEPTH) -> Any:
+    """Copy JSON values: mask secrets, replace texts that may be images by their hashes, and cut what nests too deep."""
     match value:
         case str():
             for secret in secrets:
                 value = value.replace(secret, "***")
-            if len(value) <= _LONGEST:
+            if len(value) <= _MAX_TEXT_LENGTH:
                 return value
-            fingerprint = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
-            return f"sha256:{fingerprint} ({len(value)} characters)"
+            digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
+            return f"sha256:{digest} ({len(value)} characters)"
         case Mapping() | list() | tuple() if depth == 0:
             return "(nested too deeply)"
         case Mapping():
-            return {sanitize(str(name), secrets): sanitize(entry, secrets, depth - 1) for name, entry in value.items()}
+            return {sanitize(str(name), secrets): sanitize(item, secrets, depth - 1) for name, item in value.items()}
         case list() | tuple():
-            return [sanitize(entry, secrets, depth - 1) for entry in value]
+            return [sanitize(item, secrets, depth - 1) for item in value]
         case _:
             return value
 
 
-def _decimal(text: str | None) -> Decimal | None:
-    return None if text is None else Decimal(text)
-
-
-def _text(number: Decimal | None) -> str | None:
-    return None if number is None else str(number)
-
-
 def to_json(value: Any) -> str:
-    """Write JSON values down in one line, half characters as the escapes that they are in JSON."""
+    """Return JSON values as one line of JSON, in which lone surrogates are escaped."""
     return _encoder.encode(value).encode(errors="backslashreplace").decode()
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def _image_to_json(image: GeneratedImage) -> dict[str, Any]:
+    url = image.url if len(image.url) <= _MAX_TEXT_LENGTH else NO_URL
+    return {"url": url, "type": image.type, "extra": dict(image.extra)}
+
+
+def _error_from_json(data: Mapping[str, Any], task_id: str) -> FluxError:
+    kind, message = data.get("kind"), str(data.get("message", ""))
+    if kind == TaskNotFoundError.__name__:
+        return TaskNotFoundError(
+            message, status=data.get("status", 404), code=data.get("code"), request_id=data.get("request_id")
+        )
+    if kind == SubmissionUncertainError.__name__:
+        return SubmissionUncertainError(message)
+    error_class = ContentModeratedError if kind == ContentModeratedError.__name__ else TaskFailedError
+    return error_class(message, task_id=task_id, code=data.get("code"))
+
+
+def _decimal_to_json(number: Decimal | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def _decimal_from_json(text: str | None) -> Decimal | None:
+    return None if text is None else Decimal(text)

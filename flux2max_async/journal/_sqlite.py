@@ -1,11 +1,4 @@
-"""The journal: what was asked for, paid for and delivered, kept so that a batch survives whatever ends its process.
-
-    async with FluxSession(journal=SqliteJournal("run.db")) as session:
-        async for outcome in session.stream(prompts, save_to="pictures"):
-            ...
-
-Run twice, this pays once.
-"""
+"""The journal in an SQLite file."""
 
 import json
 import secrets
@@ -26,68 +19,81 @@ if TYPE_CHECKING:
     from flux2max_async.journal._store import SqliteStore
     from flux2max_async.journal._worker import JournalWorker
 
+_MAX_SECONDS = 3600.0
+_ENTRIES_PER_READ = 500
+_MAX_KNOWN_KEYS = 10_000
+
 
 class SqliteJournal:
-    """A journal in one SQLite file, for any number of processes on one machine at once.
+    """A journal in an SQLite file, for any number of processes on one machine at once.
 
-    A session opens and closes it. `entries()` and `export()` work at any time, beside running sessions, too. One thread
-    writes; what comes while it waits for the disk shares the next fsync. Intents are on the disk before their submits
-    are sent; all else is safe from a killed process at once, and from a power cut within a second.
+    A session opens and closes it. `entries()` and `export()` work at any time, also while sessions use the file. One
+    thread writes, and writes that are requested while it waits for the disk share the next fsync. Intents are on the
+    disk before their submits are sent. All other writes survive a killed process at once, and a power failure after a
+    second.
 
     Args:
-        path: The file. It is made, with its folder, if it isn't there; beside it, SQLite keeps two files of its own
-            while it is in use.
-        lease: Seconds without a sign of life after which others take over what this process holds. One that has ended
-            on the same machine needn't be waited for.
+        path: The file. It is created, with its folder, if it doesn't exist. SQLite keeps two more files beside it while
+            it is in use.
+        lease: Seconds without a heartbeat after which other processes take over the tasks of this one. The tasks of a
+            process that has ended on the same machine are taken over without waiting.
         busy_timeout: Seconds to wait while another program has the file locked.
 
     Raises:
-        ConfigurationError: A time that is not more than 0 seconds, or more than an hour.
+        ConfigurationError: A time is not more than 0 seconds, or is more than an hour.
     """
 
     def __init__(self, path: str | PathLike[str], *, lease: float = 12.0, busy_timeout: float = 10.0) -> None:
         self.path: Path = Path(path)
-        self._lease = validate_seconds("lease", lease, most=_LONGEST)
-        self._busy_timeout = validate_seconds("busy_timeout", busy_timeout, most=_LONGEST)
-        self._scribe: JournalWorker | None = None
-        self._begun: set[str] | None = None
-        """Where the file was empty, the only keys that we can know of; None where asking is the only way."""
+        self._lease = validate_seconds("lease", lease, maximum=_MAX_SECONDS)
+        self._busy_timeout = validate_seconds("busy_timeout", busy_timeout, maximum=_MAX_SECONDS)
+        self._worker: JournalWorker | None = None
+        self._known_keys: set[str] | None = None
+        """All keys in the file if it was empty when it was opened, which saves a new batch one query per request. None
+        if the file may hold others."""
 
     def __repr__(self) -> str:
         return f"SqliteJournal({str(self.path)!r})"
 
     async def open(
-        self, news: Callable[[list[JournalEntry]], None] = lambda _: None, /, *, listening: bool = False
+        self,
+        on_external_change: Callable[[list[JournalEntry]], None] = lambda _: None,
+        /,
+        *,
+        watch_changes: bool = False,
     ) -> None:
-        """Open the file, or make it.
+        """Open the file, or create it.
 
         Args:
-            news: Hears of tasks that a dying process leaves behind, and of ends that others have recorded.
-            listening: Whether to look for such ends all the time, four times a second.
+            on_external_change: Called with the tasks of a process that has died, and with ends that other processes
+                have recorded.
+            watch_changes: Whether to check for such ends all the time, four times a second.
 
         Raises:
-            JournalError: It can't be opened, isn't a journal, is damaged, or was written by a newer version.
+            JournalError: The file can't be opened, isn't a journal, is damaged, or a newer version wrote it.
         """
-        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - sessions without a journal don't need a database
+        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - only sessions with a journal load sqlite3
 
-        if self._scribe is not None and not self._scribe.ended.get_loop().is_closed():
+        if self._worker is not None and not self._worker.stopped.get_loop().is_closed():
             raise JournalError(
                 f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
             )
-        self._scribe = scribe = JournalWorker(self.path, self._lease, self._busy_timeout, news, listening=listening)
+        self._worker = worker = JournalWorker(
+            self.path, self._lease, self._busy_timeout, on_external_change, watch_changes=watch_changes
+        )
         try:
-            self._begun = set() if await scribe.opened else None
+            self._known_keys = set() if await worker.opened else None
         except BaseException:
-            self._scribe = None
-            scribe.dismiss()
+            self._worker = None
+            worker.stop()
             raise
 
     async def close(self) -> None:
-        """Write what is still to be written, and close the file. Doing it twice does no harm."""
-        scribe, self._scribe = self._scribe, None
-        if scribe is not None and not scribe.ended.get_loop().is_closed():
-            scribe.dismiss()
-            await scribe.ended
+        """Complete the writes that were requested, and close the file. Closing it twice does no harm."""
+        worker, self._worker = self._worker, None
+        if worker is not None and not worker.stopped.get_loop().is_closed():
+            worker.stop()
+            await worker.stopped
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -98,91 +104,93 @@ class SqliteJournal:
     ) -> None:
         await self.close()
 
-    # ------------------------------------------------------------------ what a session needs
+    # ------------------------------------------------------------------ for sessions
 
     async def find(self, key: str, /) -> JournalEntry | None:
-        """Give the newest entry of a key; only `begin()` is sure to see what others have begun a moment ago."""
-        undisturbed = self._open_scribe().undisturbed
-        if self._begun is not None and undisturbed and key not in self._begun:
+        """Return the newest entry of a key. An entry that another process has only just begun may be missed."""
+        is_sole_writer = self._open_worker().is_sole_writer
+        if self._known_keys is not None and is_sole_writer and key not in self._known_keys:
             return None
-        found: JournalEntry | None = await self._ask(lambda tables: tables.find(key), writes=False)
+        found: JournalEntry | None = await self._run(lambda store: store.find(key), writes=False)
         return found
 
     async def find_task(self, task_id: str, /) -> JournalEntry | None:
-        """Give the entry of a task."""
-        found: JournalEntry | None = await self._ask(lambda tables: tables.find_task(task_id), writes=False)
+        """Return the entry of a task."""
+        found: JournalEntry | None = await self._run(lambda store: store.find_task(task_id), writes=False)
         return found
 
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
-        """Write an intent durably; False where its attempt has been made by somebody else."""
-        begun: bool = await self._ask(lambda tables: tables.begin(entry, limit), durable=True, lone=limit is None)
-        if self._begun is not None:
-            self._begun.add(entry.key)
-            if not begun or len(self._begun) > _FEW:
-                self._begun = None
+        """Write an intent durably; return False if the key has this attempt already."""
+        begun: bool = await self._run(
+            lambda store: store.begin(entry, limit), durable=True, single_statement=limit is None
+        )
+        if self._known_keys is not None:
+            self._known_keys.add(entry.key)
+            if not begun or len(self._known_keys) > _MAX_KNOWN_KEYS:
+                self._known_keys = None
         return begun
 
     async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Take over a task that nobody follows, or whose pictures nobody saves; False where somebody was faster."""
-        adopted: bool = await self._ask(lambda tables: tables.adopt(entry), lone=True)
+        """Hold an entry that no session holds; return False if another session has changed it first."""
+        adopted: bool = await self._run(lambda store: store.adopt(entry), single_statement=True)
         return adopted
 
     async def record(self, entry: JournalEntry, /) -> None:
-        """Write down what is new about an entry."""
-        await self._ask(lambda tables: tables.record(entry), lone=True)
+        """Record an entry's new values."""
+        await self._run(lambda store: store.record(entry), single_statement=True)
 
     async def changed(self, entry: JournalEntry, /) -> None:
-        """Wait until an entry that is held elsewhere has changed, or whoever held it is gone."""
-        await self._open_scribe().watch(entry)
+        """Wait until an entry that another session holds has changed, or that session has died."""
+        await self._open_worker().wait_for_change(entry)
 
-    # ------------------------------------------------------------------ looking inside
+    # ------------------------------------------------------------------ for readers
 
     async def entries(self) -> AsyncIterator[JournalEntry]:
-        """Iterate over all entries in the order of their making; a request paid for again has several.
+        """Iterate over all entries, oldest first. A request that was paid for again has several.
 
         Raises:
             JournalError: The file can't be read, or isn't a journal.
         """
-        from flux2max_async.journal._store import listed  # noqa: PLC0415 - as above
+        from flux2max_async.journal._store import read_entries  # noqa: PLC0415 - as in open()
 
-        after = 0
-        while page := await anyio.to_thread.run_sync(listed, self.path, after, _PAGE):
-            for number, entry in page:
-                after = number
+        last_id = 0
+        while rows := await anyio.to_thread.run_sync(read_entries, self.path, last_id, _ENTRIES_PER_READ):
+            for row_id, entry in rows:
+                last_id = row_id
                 yield entry
 
     async def export(self, path: str | PathLike[str], /) -> Path:
-        """Write all entries into a file, as JSON Lines; whole or not at all.
+        """Write all entries to a file as JSON Lines, and return its path. If it fails, no file is left.
 
         Raises:
             JournalError: The journal can't be read.
             OSError: The file can't be written.
         """
         target = Path(path)
-        lines = [json.dumps(entry.as_json(), ensure_ascii=False) async for entry in self.entries()]
-        await anyio.to_thread.run_sync(_write, target, lines)
+        lines = [json.dumps(entry.to_dict(), ensure_ascii=False) async for entry in self.entries()]
+        await anyio.to_thread.run_sync(_write_lines, target, lines)
         return target
 
-    # ------------------------------------------------------------------ behind
+    # ------------------------------------------------------------------ internals
 
-    async def _ask(
-        self, work: "Callable[[SqliteStore], Any]", *, writes: bool = True, durable: bool = False, lone: bool = False
+    async def _run(
+        self,
+        function: "Callable[[SqliteStore], Any]",
+        *,
+        writes: bool = True,
+        durable: bool = False,
+        single_statement: bool = False,
     ) -> Any:
-        return await self._open_scribe().ask(work, writes=writes, durable=durable, lone=lone)
+        worker = self._open_worker()
+        return await worker.run(function, writes=writes, durable=durable, single_statement=single_statement)
 
-    def _open_scribe(self) -> "JournalWorker":
-        if self._scribe is None:
+    def _open_worker(self) -> "JournalWorker":
+        if self._worker is None:
             raise JournalError(f"the journal {self.path} is not open")
-        return self._scribe
+        return self._worker
 
 
-_LONGEST = 3600.0
-_PAGE = 500
-_FEW = 10_000
-"""Keys that are remembered to spare a fresh batch its questions."""
-
-
-def _write(target: Path, lines: Iterable[str]) -> None:
+def _write_lines(target: Path, lines: Iterable[str]) -> None:
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,29 @@
-"""The journal's file: what stands in which table, and the few statements that read and write it. Blocking.
+"""The SQL statements that read and write a journal's file, and the leases by which processes share it. Blocking.
 
-A transaction is one step: whatever of it is seen after a crash is all of it. Money is kept as whole nano-dollars, so
-that sums are exact and made by the database itself.
+A transaction is atomic: after a crash, all of it can be seen or nothing. Amounts of money are stored as whole
+nano-dollars, so that sums are exact and the database can compute them.
+
+Leases. Each journal that has the file open is an owner: it has a row in `owners`, and a lease of so many seconds.
+
+  alive          its row is there, and it increments the row's heartbeat counter every quarter of its lease
+  presumed dead  its row is there, but another owner knows that the process is gone, or has seen the same counter for
+                 longer than the lease, by that other owner's own monotonic clock
+  dropped        its row was deleted: by close(), or by drop_owner() of an owner that presumes it dead
+
+An owner that was dropped although it lives, since its machine slept, inserts its row again with its next heartbeat.
+What others have adopted in the meantime stays theirs.
+
+An entry is, by its column `owner`:
+
+  free      NULL: no owner works on it
+  held      the id of an owner that has a row: by begin() or record(), or adopted by adopt() or adopt_from()
+  orphaned  the id of an owner that was dropped, or whose process is gone. An owner that notices this calls
+            adopt_from(), which takes the tasks, and frees the intents as UNCERTAIN, since it isn't known whether they
+            were sent. Completed entries whose images are not all saved stay orphaned until a session calls adopt().
+
+What must hold: adopt() and adopt_from() change the owner in one statement that names the previous one, so two owners
+never adopt the same entry. Only the holder takes back what is recorded; others can only add to it. Leases never depend
+on the time of day. Other owners are dropped, and adopted from, in the transaction of one's own heartbeat.
 """
 
 import contextlib
@@ -9,11 +31,13 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 from flux2max_async._budget import check_budget
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
@@ -21,157 +45,176 @@ from flux2max_async.journal._schema import (
     INDEXES,
     SCHEMA,
     check_file,
-    check_marks,
-    connect_to_read,
-    here,
-    is_gone,
-    patiently,
-    told_apart,
+    check_version,
+    connect_read_only,
+    host_id,
+    process_is_gone,
+    retry_while_locked,
+    translate_sqlite_errors,
 )
 from flux2max_async.journal._serialization import to_json
 
-_PATIENCE = 10.0
-"""Seconds that a reader waits while another program has the file locked."""
-_NANO = Decimal(10) ** 9
-_MOST = 2**62
+_BUSY_TIMEOUT = 10.0  # seconds, for readers
+_NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
+_MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
 _COLUMNS = """
     e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
     e.request, e.result, e.files, o.id, o.place, o.pid
 """
-_FROM = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
-_MAY_REPLACE = """
+_SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
+# The holder may change everything, but an end stays an end, and a completed request stays completed. Others may add
+# what isn't recorded yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody
+# holds may be recorded again in the same state, with images that were saved since.
+_MAY_UPDATE = """
     owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN (state, 'completed'))
-    OR owner IS NULL AND state = :state AND NOT :elsewhere
+    OR owner IS NULL AND state = :state AND NOT :keep_owner
     OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
     OR state = 'submitted' AND :state IN ('completed', 'failed')
     OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
 """
-"""Who holds an entry may say anything of it, but an end stays an end, and what is paid for stays completed. Others may
-know more of it than is written: an id, an end, or that nobody can know. And what nobody holds may be told again, with
-pictures that were saved since."""
+
+
+@attrs.frozen
+class OtherOwner:
+    """Another owner, as its row shows it."""
+
+    heartbeat: int
+    lease: float
+    """Seconds."""
+    is_gone: bool
+    """Whether its process has certainly ended."""
 
 
 class SqliteStore:
-    """One connection to the file of a journal, as one owner among several.
+    """A connection to a journal's file, as one owner of several.
 
     Args:
-        path: The file, which is made if it isn't there.
-        lease: Seconds without a beat after which others may take this owner for dead.
-        patience: Seconds to wait while another program has it locked.
+        path: The file; it is created if it doesn't exist.
+        lease: Seconds without a heartbeat after which other owners may presume this one dead.
+        busy_timeout: Seconds to wait while another program has the file locked.
 
     Raises:
-        JournalError: The file can't be opened, isn't a journal, is damaged, or was written by a newer version.
+        JournalError: The file can't be opened, isn't a journal, is damaged, or a newer version wrote it.
     """
 
-    def __init__(self, path: Path, lease: float, patience: float) -> None:
+    def __init__(self, path: Path, lease: float, busy_timeout: float) -> None:
         self.owner = secrets.token_hex(8)
         self._path = path
         self._lease = lease
         self._durable = True
-        with told_apart(path):
+        with translate_sqlite_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
-                check_file(path, patience)
-            self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None)
+                check_file(path, busy_timeout)
+            self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
             try:
-                self._prepare(patience)
+                self._prepare(busy_timeout)
+                self._data_version = self._value("PRAGMA data_version")
+                self.is_empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
             except BaseException:
                 self._connection.close()
                 raise
-            self.empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
 
-    def _prepare(self, patience: float) -> None:
-        do = self._connection.execute
-        # Several processes may make the file at once; switching to WAL then is refused without waiting.
-        patiently(lambda: do("PRAGMA journal_mode = WAL"), patience)
-        do("PRAGMA synchronous = FULL")
-        do("PRAGMA fullfsync = 1")  # macOS: through the drive's own cache
+    def _prepare(self, busy_timeout: float) -> None:
+        execute = self._connection.execute
+        # Several processes may create the file at once, and SQLite refuses to switch to WAL then without waiting.
+        retry_while_locked(lambda: execute("PRAGMA journal_mode = WAL"), busy_timeout)
+        execute("PRAGMA synchronous = FULL")
+        execute("PRAGMA fullfsync = 1")  # macOS: flushes the drive's own cache, too
         with self.transaction(durable=True):
             if not self._value("SELECT count(*) FROM sqlite_master"):
                 for statement in SCHEMA:
-                    do(statement)
-            check_marks(self._connection, self._path)
+                    execute(statement)
+            check_version(self._connection, self._path)
             for statement in INDEXES:
-                do(statement)
-            for owner, (_, _, gone) in self.others().items():
-                if gone:
-                    self.bury(owner)
-            self.beat()
+                execute(statement)
+            for owner_id, other in self.other_owners().items():
+                if other.is_gone:
+                    self.drop_owner(owner_id)
+            self.heartbeat()
 
     def close(self) -> None:
-        """Leave: what is held becomes free."""
+        """Drop this owner, and close the connection."""
         try:
             with contextlib.suppress(sqlite3.Error):
-                self._connection.execute("DELETE FROM owners WHERE id = ?", (self.owner,))
+                self.drop_owner(self.owner)
         finally:
             self._connection.close()
 
     # ------------------------------------------------------------------ transactions
 
-    def wait_for_disk(self, *, durable: bool) -> None:
-        """Say whether what follows is to be on the disk before it counts as done; a statement alone is done whole."""
+    def set_synchronous(self, *, durable: bool) -> None:
+        """Set whether the following commits wait until the disk has stored them."""
         if durable != self._durable:
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool) -> Generator[None]:
-        """Do all inside or nothing; what is durable has reached the disk in the end, and so has all before it."""
-        self.wait_for_disk(durable=durable)
-        do = self._connection.execute
-        do("BEGIN IMMEDIATE")
+        """Run a transaction. A durable commit stores all earlier commits, too."""
+        self.set_synchronous(durable=durable)
+        execute = self._connection.execute
+        execute("BEGIN IMMEDIATE")
         try:
             yield
-            do("COMMIT")
+            execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
-                do("ROLLBACK")
+                execute("ROLLBACK")
             raise
+
+    def changed_externally(self) -> bool:
+        """Check whether another connection has changed the file since the previous call."""
+        previous, self._data_version = self._data_version, self._value("PRAGMA data_version")
+        return bool(previous != self._data_version)
 
     # ------------------------------------------------------------------ entries
 
     def find(self, key: str) -> JournalEntry | None:
-        """Give the newest entry of a key."""
-        row = self._connection.execute(f"{_FROM} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
+        """Return the newest entry of a key."""
+        row = self._connection.execute(f"{_SELECT} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
         return row and self._entry(row)
 
     def find_task(self, task_id: str) -> JournalEntry | None:
-        """Give the entry of a task."""
-        row = self._connection.execute(f"{_FROM} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)).fetchone()
+        """Return the newest entry of a task."""
+        row = self._connection.execute(
+            f"{_SELECT} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)
+        ).fetchone()
         return row and self._entry(row)
 
-    def told(self) -> list[JournalEntry]:
-        """Give those entries held here that have ended: what isn't our own doing, somebody else was told."""
+    def ended_entries(self) -> list[JournalEntry]:
+        """Return the entries that are held here and have ended; other sessions may have recorded these ends."""
         rows = self._connection.execute(
-            f"{_FROM} WHERE e.owner = ? AND e.state IN ('completed', 'failed')", (self.owner,)
+            f"{_SELECT} WHERE e.owner = ? AND e.state IN ('completed', 'failed')", (self.owner,)
         )
         return [self._entry(row) for row in rows.fetchall()]
 
     def begin(self, entry: JournalEntry, limit: Decimal | None) -> bool:
-        """Write an intent, unless its attempt has been made already; tells whether it was written.
+        """Insert an intent that is held here; return False if its attempt exists and isn't REFUSED.
 
         Raises:
-            BudgetExceededError: Its outlay, on top of all that is there, would pass the limit.
+            BudgetExceededError: All entries together would commit more than the limit, in US dollars.
         """
-        do = self._connection.execute
+        execute = self._connection.execute
         if limit is not None:
-            taken = "SELECT 1 FROM entries WHERE key = ? AND attempt = ? AND state != 'refused'"
-            if do(taken, (entry.key, entry.attempt)).fetchone():
+            exists = "SELECT 1 FROM entries WHERE key = ? AND attempt = ? AND state != 'refused'"
+            if execute(exists, (entry.key, entry.attempt)).fetchone():
                 return False
-            check_budget(limit, Decimal(self._value("SELECT outlay FROM totals")) / _NANO, entry.outlay)
-        written: int = do(
+            committed = Decimal(self._value("SELECT outlay FROM totals")) / _NANO_DOLLARS_PER_DOLLAR
+            check_budget(limit, committed, entry.committed)
+        inserted: int = execute(
             "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
             " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
             " created = excluded.created, ended = NULL, request = excluded.request, result = '{}'"
             " WHERE state = 'refused'",
-            (entry.key, entry.attempt, entry.content, self.owner, _nano(entry.outlay), _epoch(entry.created_at),
-             to_json(dict(entry.request))),
+            (entry.key, entry.attempt, entry.fingerprint, self.owner, _to_nano_dollars(entry.committed),
+             _to_epoch(entry.created_at), to_json(dict(entry.request))),
         ).rowcount  # fmt: skip
-        return written == 1
+        return inserted == 1
 
     def adopt(self, entry: JournalEntry) -> bool:
-        """Take over a task that nobody follows, or saves; tells whether it was still free."""
+        """Hold an entry; return False if its state or owner has changed since it was read."""
         adopted: int = self._connection.execute(
             "UPDATE entries SET owner = ? WHERE key = ? AND attempt = ? AND state = ? AND owner IS ?",
             (self.owner, entry.key, entry.attempt, entry.state, entry.owner),
@@ -179,22 +222,22 @@ class SqliteStore:
         return adopted == 1
 
     def record(self, entry: JournalEntry) -> None:
-        """Write down what is new, as far as it is ours to say; nothing that is known is forgotten."""
-        written = self._connection.execute(
-            "UPDATE entries SET state = :state, owner = CASE WHEN :elsewhere THEN owner ELSE :owner END,"
+        """Update an entry as far as this owner may (see `_MAY_UPDATE`); known ids, costs and files are kept."""
+        updated = self._connection.execute(
+            "UPDATE entries SET state = :state, owner = CASE WHEN :keep_owner THEN owner ELSE :owner END,"
             " task_id = coalesce(:task_id, task_id), cost = coalesce(:cost, cost), outlay = :outlay,"
             " submitted = coalesce(:submitted, submitted), ended = :ended, result = :result,"
             " files = CASE :files WHEN '[]' THEN files ELSE :files END"
-            f" WHERE key = :key AND attempt = :attempt AND ({_MAY_REPLACE})",
+            f" WHERE key = :key AND attempt = :attempt AND ({_MAY_UPDATE})",
             {
                 "state": entry.state,
                 "owner": self.owner if entry.holder is Holder.US else None,
-                "elsewhere": entry.holder is Holder.OTHER,
+                "keep_owner": entry.holder is Holder.OTHER,
                 "task_id": entry.task_id,
                 "cost": None if entry.cost is None else str(entry.cost),
-                "outlay": _nano(entry.outlay),
-                "submitted": _epoch(entry.submitted_at),
-                "ended": _epoch(entry.ended_at),
+                "outlay": _to_nano_dollars(entry.committed),
+                "submitted": _to_epoch(entry.submitted_at),
+                "ended": _to_epoch(entry.ended_at),
                 "result": to_json(dict(entry.result)),
                 "files": to_json([[str(file.path), file.size] for file in entry.files]),
                 "key": entry.key,
@@ -202,15 +245,15 @@ class SqliteStore:
                 "us": self.owner,
             },
         ).rowcount
-        if not written and entry.holder is None:
-            # Others knew more of it than we, who are done with it all the same.
+        if not updated and entry.holder is None:
+            # Another session has recorded more, but this one releases the entry all the same.
             self._connection.execute(
                 "UPDATE entries SET owner = NULL WHERE key = ? AND attempt = ? AND owner = ?",
                 (entry.key, entry.attempt, self.owner),
             )
 
-    def is_as(self, entry: JournalEntry) -> bool:
-        """Tell whether nothing has happened to an entry, nor to who holds it."""
+    def is_unchanged(self, entry: JournalEntry) -> bool:
+        """Check whether neither an entry's state nor its holder has changed since it was read."""
         found = self.find(entry.key)
         return found is not None and (found.attempt, found.state, found.owner, found.holder) == (
             entry.attempt, entry.state, entry.owner, entry.holder,
@@ -218,101 +261,90 @@ class SqliteStore:
 
     # ------------------------------------------------------------------ owners
 
-    def beat(self) -> None:
-        """Tell the other owners that this one is alive."""
-        do = self._connection.execute
-        if not do("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
-            # Somebody took us for dead, while this machine slept.
-            do("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, here(), os.getpid()))
+    def heartbeat(self) -> None:
+        """Increment this owner's heartbeat counter, or insert its row if it has none."""
+        execute = self._connection.execute
+        if not execute("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
+            execute("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, host_id(), os.getpid()))
 
-    def others(self) -> dict[str, tuple[int, float, bool]]:
-        """Give the beat and the lease of each other owner, and whether it is certain that its process is gone."""
+    def other_owners(self) -> dict[str, OtherOwner]:
+        """Return all other owners by their ids."""
         rows = self._connection.execute("SELECT id, beat, lease, place, pid FROM owners WHERE id != ?", (self.owner,))
-        return {owner: (beat, lease, is_gone(place, pid)) for owner, beat, lease, place, pid in rows.fetchall()}
+        return {
+            owner_id: OtherOwner(heartbeat, lease, process_is_gone(host, pid))
+            for owner_id, heartbeat, lease, host, pid in rows.fetchall()
+        }
 
-    def bury(self, owner: str) -> None:
-        """Free what an owner that is dead has held."""
-        self._connection.execute("DELETE FROM owners WHERE id = ?", (owner,))
+    def drop_owner(self, owner_id: str) -> None:
+        """Delete an owner's row: what it holds is orphaned."""
+        self._connection.execute("DELETE FROM owners WHERE id = ?", (owner_id,))
 
-    def inherit(self, owner: str) -> list[JournalEntry]:
-        """Take over the tasks of an owner that is gone, unless somebody else has done so."""
-        do = self._connection.execute
-        gone = "owner = ? AND NOT EXISTS (SELECT 1 FROM owners WHERE id = owner)"
-        do(f"UPDATE entries SET state = 'uncertain', owner = NULL WHERE state = 'intent' AND {gone}", (owner,))
-        rows = do(f"{_FROM} WHERE e.state = 'submitted' AND e.{gone}", (owner,)).fetchall()
-        do(f"UPDATE entries SET owner = ? WHERE state = 'submitted' AND {gone}", (self.owner, owner))
+    def adopt_from(self, owner_id: str) -> list[JournalEntry]:
+        """Hold the tasks of a dropped owner, and return them; mark its intents as uncertain."""
+        execute = self._connection.execute
+        is_orphan = "owner = ? AND NOT EXISTS (SELECT 1 FROM owners WHERE id = owner)"
+        execute(
+            f"UPDATE entries SET state = 'uncertain', owner = NULL WHERE state = 'intent' AND {is_orphan}", (owner_id,)
+        )
+        rows = execute(f"{_SELECT} WHERE e.state = 'submitted' AND e.{is_orphan}", (owner_id,)).fetchall()
+        execute(f"UPDATE entries SET owner = ? WHERE state = 'submitted' AND {is_orphan}", (self.owner, owner_id))
         return [self._entry((*row[:4], self.owner, *row[5:])) for row in rows]
 
-    def others_have_written(self) -> Callable[[], bool]:
-        """Give what tells whether another connection has changed anything since it was last asked."""
-        seen = self._value("PRAGMA data_version")
-
-        def changed() -> bool:
-            nonlocal seen
-            before, seen = seen, self._value("PRAGMA data_version")
-            return bool(before != seen)
-
-        return changed
-
     def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
-        owner, alive, place, pid = row[4], row[14], row[15], row[16]
-        holder = None
-        if owner == self.owner:
-            holder = Holder.US
-        elif alive is not None and not is_gone(place, pid):
-            holder = Holder.OTHER
-        return _entry(row, holder)
+        return _row_to_entry(row, Holder.US if row[4] == self.owner else _other_holder(row))
 
     def _value(self, statement: str) -> Any:
         return self._connection.execute(statement).fetchone()[0]
 
 
-def listed(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]:
-    """List entries in the order of their making, from outside and without writing.
+def read_entries(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]:
+    """Return up to `limit` entries with their row ids, beginning behind the row id `after`. Writes nothing.
 
     Raises:
         JournalError: The file can't be read, or isn't a journal.
     """
-    with told_apart(path), contextlib.closing(connect_to_read(path, _PATIENCE)) as connection:
-        check_marks(connection, path)
+    with translate_sqlite_errors(path), contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
+        check_version(connection, path)
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return []  # whoever was about to make it was killed
-        rows = connection.execute(f"{_FROM} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
-        return [
-            (row[17], _entry(row, Holder.OTHER if row[14] and not is_gone(row[15], row[16]) else None)) for row in rows
-        ]
+            return []  # the process that created the file was killed before it created the tables
+        rows = connection.execute(f"{_SELECT} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
+        return [(row[17], _row_to_entry(row, _other_holder(row))) for row in rows]
 
 
-def _entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
-    key, attempt, content, state, owner, task_id, cost, outlay, created, submitted, ended, request, result, files = row[
-        :14
-    ]
+def _other_holder(row: tuple[Any, ...]) -> Holder | None:
+    owner_id, host, pid = row[14:17]
+    return None if owner_id is None or process_is_gone(host, pid) else Holder.OTHER
+
+
+def _row_to_entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
+    (key, attempt, fingerprint, state, owner, task_id, cost, committed, created_at, submitted_at, ended_at, request,
+     result, files) = row[:14]  # fmt: skip
     return JournalEntry(
         key=key,
         attempt=attempt,
-        content=content,
+        fingerprint=fingerprint,
         state=EntryState(state),
         holder=holder,
         owner=owner,
         task_id=task_id,
         cost=None if cost is None else Decimal(cost),
-        outlay=Decimal(outlay) / _NANO,
-        created_at=_moment(created),
-        submitted_at=_moment(submitted),
-        ended_at=_moment(ended),
+        committed=Decimal(committed) / _NANO_DOLLARS_PER_DOLLAR,
+        created_at=_from_epoch(created_at),
+        submitted_at=_from_epoch(submitted_at),
+        ended_at=_from_epoch(ended_at),
         request=json.loads(request),
         result=json.loads(result),
         files=tuple(SavedFile(Path(path), size) for path, size in json.loads(files)),
     )
 
 
-def _nano(dollars: Decimal) -> int:
-    return min(int((dollars * _NANO).to_integral_value(ROUND_CEILING)), _MOST)
+def _to_nano_dollars(dollars: Decimal) -> int:
+    return min(int((dollars * _NANO_DOLLARS_PER_DOLLAR).to_integral_value(ROUND_CEILING)), _MAX_NANO_DOLLARS)
 
 
-def _epoch(moment: datetime | None) -> float | None:
-    return None if moment is None else moment.timestamp()
+def _to_epoch(time: datetime | None) -> float | None:
+    return None if time is None else time.timestamp()
 
 
-def _moment(epoch: float | None) -> datetime | None:
-    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
+def _from_epoch(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,8 +1,7 @@
-"""The scribe: the one thread that touches a journal's file, so that the event loop never waits for a disk.
+"""The thread that reads and writes a journal's file, so that the event loop never waits for a disk.
 
-What is asked of it while it waits for the disk is done together in its next transaction: concurrent intents share an
-fsync. It also tells the other processes that this one is alive, and looks whether they are, by counting their beats
-on its own monotonic clock: the machine's time of day may jump as it likes.
+Jobs that are queued while it waits for the disk run together in its next transaction: concurrent intents share an
+fsync. The thread also writes this owner's heartbeat and watches those of the others; `_store` describes the leases.
 """
 
 import asyncio
@@ -23,262 +22,287 @@ from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._schema import journal_error
 from flux2max_async.journal._store import SqliteStore
 
-log = logging.getLogger("flux2max_async")
+log = logging.getLogger("flux2max_async.journal")
 
-_SYNC = 1.0
-"""Seconds until what was written without waiting for the disk has reached it."""
-_LOOK = 0.25
-"""Seconds between looks for what others have written, where that is waited for."""
-_MOST = 500
-"""What is done in one transaction."""
+_SYNC_DELAY = 1.0
+"""Seconds after which writes that didn't wait for the disk are synchronized."""
+_CHECK_INTERVAL = 0.25
+"""Seconds between checks for changes by other processes, while somebody waits for them."""
+_MAX_JOBS_PER_TRANSACTION = 500
 
 
 @attrs.frozen(eq=False)
 class Job:
-    """Something to do with the tables, and who waits for it."""
+    """A function to run on the store, and the future of its result."""
 
-    work: Callable[[SqliteStore], Any]
-    answer: "asyncio.Future[Any]"
+    function: Callable[[SqliteStore], Any]
+    future: "asyncio.Future[Any]"
     writes: bool = True
     durable: bool = False
-    """Whether it has to be on the disk before it is answered."""
-    lone: bool = False
-    """Whether it is a single statement, which needs no transaction around it."""
+    """Whether the disk must have stored it before the future is resolved."""
+    single_statement: bool = False
+    """Whether it consists of one statement, which is atomic without a transaction."""
 
 
-@attrs.define(eq=False)
-class _Other:
-    """What is known of another owner."""
+@attrs.frozen(eq=False)
+class _Resolution:
+    """The result or the error for a future of the event loop."""
 
-    beat: int
-    since: float
-    """When its beat was first seen, by our clock."""
+    future: "asyncio.Future[Any]"
+    result: Any = None
+    error: FluxError | None = None
+
+
+@attrs.frozen(eq=False)
+class _Watch:
+    """An entry, and the future that is resolved when it changes."""
+
+    entry: JournalEntry
+    future: "asyncio.Future[Any]"
+
+
+@attrs.frozen
+class _Sighting:
+    """The newest heartbeat of another owner."""
+
+    heartbeat: int
+    time: float
+    """When it was first seen, by this process's monotonic clock."""
 
 
 class JournalWorker:
-    """Runs errands in the order in which they were given, from its start to its dismissal.
+    """Runs jobs in their order, in a thread of its own, until it is stopped.
 
     Args:
         path: The journal's file.
-        lease: Seconds without a sign of life after which the others may take us for dead.
-        patience: Seconds to wait while another program has the file locked.
-        news: Called in the event loop with the tasks that another process has left behind, ...
-        listening: ... and, if this is true, soon with those of which another process was told the end.
+        lease: Seconds without a heartbeat after which other owners may presume this one dead.
+        busy_timeout: Seconds to wait while another program has the file locked.
+        on_external_change: Called in the event loop with tasks that were adopted from another owner, and, if changes
+            are watched, with the entries that are held here and have ended.
+        watch_changes: Whether to check for ends that other sessions record, and not only while somebody waits.
     """
 
     def __init__(
         self,
         path: Path,
         lease: float,
-        patience: float,
-        news: Callable[[list[JournalEntry]], None],
+        busy_timeout: float,
+        on_external_change: Callable[[list[JournalEntry]], None],
         *,
-        listening: bool,
+        watch_changes: bool,
     ) -> None:
         self._path = path
         self._lease = lease
-        self._patience = patience
-        self._news = news
-        self._listening = listening
+        self._busy_timeout = busy_timeout
+        self._on_external_change = on_external_change
+        self._watch_changes = watch_changes
         self._loop = asyncio.get_running_loop()
-        self._errands: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._watched: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
-        self._others: dict[str, _Other] = {}
-        self._next_beat = 0.0
-        self._looked = 0.0
-        """When we last saw who else is alive."""
-        self._unsynced = False
-        self.undisturbed = True
-        """Whether nobody else has written anything since the file was opened."""
-        self.transactions = 0
-        """Those that waited for the disk."""
-        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._watches: list[_Watch] = []
+        self._sightings: dict[str, _Sighting] = {}
+        self._next_heartbeat_at = 0.0
+        self._owners_checked_at = 0.0
+        self._has_unsynced_writes = False
+        self.is_sole_writer = True
+        """Whether nobody else has written since the file was opened."""
+        self.durable_transactions = 0
+        self.stopped: asyncio.Future[None] = self._loop.create_future()
         self.opened: asyncio.Future[bool] = self._loop.create_future()
-        """Whether the journal was empty; or why it can't be used."""
+        """Resolved with whether the journal was empty, or with the JournalError if it can't be used."""
         # A daemon: a session that was never closed must not keep the program from ending.
-        threading.Thread(target=self._run, name=f"journal {path.name}", daemon=True).start()
+        threading.Thread(target=self._run_thread, name=f"journal {path.name}", daemon=True).start()
 
-    def ask(
-        self, work: Callable[[SqliteStore], Any], *, writes: bool = True, durable: bool = False, lone: bool = False
+    def run(
+        self,
+        function: Callable[[SqliteStore], Any],
+        *,
+        writes: bool = True,
+        durable: bool = False,
+        single_statement: bool = False,
     ) -> "asyncio.Future[Any]":
-        """Give an errand; its answer comes in the event loop."""
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self._errands.put(Job(work, answer, writes, durable, lone))
-        return answer
+        """Queue a job and return the future of its result; `Job` describes the arguments."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._jobs.put(Job(function, future, writes, durable, single_statement))
+        return future
 
-    def watch(self, entry: JournalEntry) -> "asyncio.Future[None]":
-        """Give what is resolved once an entry is not as it was, or nobody holds it any more."""
-        changed: asyncio.Future[None] = self._loop.create_future()
-        watch = (entry, changed)
-        self.ask(lambda _: self._watched.append(watch), writes=False)
-        return changed
+    def wait_for_change(self, entry: JournalEntry) -> "asyncio.Future[None]":
+        """Return a future that is resolved when an entry has changed or nobody holds it any more."""
+        watch = _Watch(entry, self._loop.create_future())
+        self.run(lambda _: self._watches.append(watch), writes=False)
+        return watch.future
 
-    def dismiss(self) -> None:
-        """Do what was given so far, and stop."""
-        self._errands.put(None)
+    def stop(self) -> None:
+        """Stop the thread after the jobs that are queued."""
+        self._jobs.put(None)
 
     # ------------------------------------------------------------------ in the thread
 
-    def _run(self) -> None:
+    def _run_thread(self) -> None:
         try:
-            tables = SqliteStore(self._path, self._lease, self._patience)
+            store = SqliteStore(self._path, self._lease, self._busy_timeout)
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for it
             failure = error if isinstance(error, JournalError) else journal_error(self._path, error)
-            self._tell((self.opened, failure, None), (self.ended, None, None))
+            self._resolve(_Resolution(self.opened, error=failure), _Resolution(self.stopped))
             return
         try:
-            self._tell((self.opened, None, tables.empty))
-            self._serve(tables)
+            self._resolve(_Resolution(self.opened, store.is_empty))
+            self._run_until_stopped(store)
         finally:
-            tables.close()
-            # Whoever still waits for a change asks again, and hears that the journal isn't open.
-            unanswered = [(future, None, None) for _, future in self._watched]
+            store.close()
+            # Callers that wait for a change read the entry again, and get the error that the journal is not open.
+            unresolved = [_Resolution(watch.future) for watch in self._watches]
             with contextlib.suppress(RuntimeError):  # the event loop may have ended first
-                self._tell(*unanswered, (self.ended, None, None))
+                self._resolve(*unresolved, _Resolution(self.stopped))
 
-    def _serve(self, tables: SqliteStore) -> None:
-        others_have_written = tables.others_have_written()
-        dismissed = False
-        while not dismissed:
+    def _run_until_stopped(self, store: SqliteStore) -> None:
+        stopping = False
+        while not stopping:
             try:
-                dismissed = self._take_a_turn(tables, others_have_written)
+                stopping = self._run_once(store)
             except Exception:
                 if self._loop.is_closed():
                     log.warning("journal %s: the event loop ended before its session was closed", self._path)
                     return
-                # Whatever it was, errands are still to be run: without this thread, everybody would wait for ever.
-                log.exception("journal %s", self._path)
+                # The thread must go on, or all later jobs would wait forever.
+                log.exception("journal %s: unexpected error", self._path)
 
-    def _take_a_turn(self, tables: SqliteStore, others_have_written: Callable[[], bool]) -> bool:
-        """Do what there is to be done now; tells whether that was all."""
-        news = False
-        if time.monotonic() >= self._next_beat:
-            self._look_around(tables)
-            news = others_have_written()
-            self.undisturbed = self.undisturbed and not news
-        errands = self._fetch()
-        if work := [errand for errand in errands if errand is not None]:
-            self._do(tables, work)
-        if None in errands:
+    def _run_once(self, store: SqliteStore) -> bool:
+        """Write the heartbeat if it is due, then run the next jobs; return whether to stop."""
+        changed = False
+        if time.monotonic() >= self._next_heartbeat_at:
+            self._heartbeat(store)
+            changed = store.changed_externally()
+            self.is_sole_writer = self.is_sole_writer and not changed
+        jobs = self._next_jobs()
+        if pending := [job for job in jobs if job is not None]:
+            self._run_jobs(store, pending)
+        if None in jobs:
             return True
-        if (self._watched or self._listening) and (others_have_written() or news):
-            self.undisturbed = False
-            self._look_after_watched(tables)
-            if self._listening:
-                self._tell_news(tables.told())
+        if (self._watches or self._watch_changes) and (store.changed_externally() or changed):
+            self.is_sole_writer = False
+            self._check_watches(store)
+            if self._watch_changes:
+                self._report(store.ended_entries())
         return False
 
-    def _fetch(self) -> list[Job | None]:
+    def _next_jobs(self) -> list[Job | None]:
+        """Wait for jobs until the next heartbeat or check is due; None stands for the request to stop."""
         if self._loop.is_closed():
             raise RuntimeError
-        wait = self._next_beat - time.monotonic()
-        if self._watched or self._listening:
-            wait = min(wait, _LOOK)
-        errands: list[Job | None] = []
+        timeout = self._next_heartbeat_at - time.monotonic()
+        if self._watches or self._watch_changes:
+            timeout = min(timeout, _CHECK_INTERVAL)
+        jobs: list[Job | None] = []
         with contextlib.suppress(queue.Empty):
-            errands.append(self._errands.get(timeout=max(wait, 0.0)))
-            while len(errands) < _MOST:
-                errands.append(self._errands.get_nowait())
-        return errands
+            jobs.append(self._jobs.get(timeout=max(timeout, 0.0)))
+            while len(jobs) < _MAX_JOBS_PER_TRANSACTION:
+                jobs.append(self._jobs.get_nowait())
+        return jobs
 
-    def _do(self, tables: SqliteStore, errands: list[Job]) -> None:
-        answers: list[tuple[asyncio.Future[Any], FluxError | None, Any]] = []
-        durable = any(errand.durable for errand in errands)
-        writes = any(errand.writes for errand in errands)
+    def _run_jobs(self, store: SqliteStore, jobs: list[Job]) -> None:
+        durable = any(job.durable for job in jobs)
+        writes = any(job.writes for job in jobs)
+        needs_transaction = writes and not (len(jobs) == 1 and jobs[0].single_statement)
         try:
-            lone = len(errands) == 1 and errands[0].lone
-            if lone:
-                tables.wait_for_disk(durable=durable)
-            with tables.transaction(durable=durable) if writes and not lone else contextlib.nullcontext():
-                answers.extend(self._one(tables, errand) for errand in errands)
+            if not needs_transaction:
+                store.set_synchronous(durable=durable)
+            with store.transaction(durable=durable) if needs_transaction else contextlib.nullcontext():
+                resolutions = [self._run_job(store, job) for job in jobs]
         except sqlite3.Error as error:
             failure = journal_error(self._path, error)
             failure.__cause__ = error
-            answers = [(errand.answer, failure, None) for errand in errands]
+            resolutions = [_Resolution(job.future, error=failure) for job in jobs]
         else:
-            self.transactions += durable
+            self.durable_transactions += durable
             if durable:
-                self._unsynced = False
-            elif writes and not self._unsynced:
-                self._unsynced = True
-                self._next_beat = min(self._next_beat, time.monotonic() + _SYNC)
-        self._tell(*answers)
+                self._has_unsynced_writes = False
+            elif writes and not self._has_unsynced_writes:
+                self._has_unsynced_writes = True
+                self._next_heartbeat_at = min(self._next_heartbeat_at, time.monotonic() + _SYNC_DELAY)
+        self._resolve(*resolutions)
 
-    def _one(self, tables: SqliteStore, errand: Job) -> tuple["asyncio.Future[Any]", FluxError | None, Any]:
+    def _run_job(self, store: SqliteStore, job: Job) -> _Resolution:
         try:
-            return errand.answer, None, errand.work(tables)
+            return _Resolution(job.future, job.function(store))
         except FluxError as error:
-            return errand.answer, error, None
+            return _Resolution(job.future, error=error)
         except sqlite3.Error:
             raise
         except Exception as error:
-            log.exception("journal %s", self._path)
-            return errand.answer, JournalError(f"the journal {self._path} can't hold this: {error!r}"), None
+            log.exception("journal %s: unexpected error", self._path)
+            failure = JournalError(f"the journal {self._path} can't store this: {error!r}")
+            return _Resolution(job.future, error=failure)
 
-    def _look_around(self, tables: SqliteStore) -> None:
-        """Give a sign of life, and see who else is alive."""
+    # ------------------------------------------------------------------ leases
+
+    def _heartbeat(self, store: SqliteStore) -> None:
+        """Write the heartbeat, drop owners that are presumed dead, and adopt the tasks of dropped ones."""
         now = time.monotonic()
-        self._next_beat = now + self._lease / 4
-        left: list[JournalEntry] = []
+        self._next_heartbeat_at = now + self._lease / 4
         try:
-            with tables.transaction(durable=self._unsynced):
-                tables.beat()
-                left = self._inheritance(tables, now)
-            self._unsynced = False
+            with store.transaction(durable=self._has_unsynced_writes):
+                store.heartbeat()
+                self._drop_dead_owners(store, now)
+                adopted = self._adopt_from_dropped_owners(store)
+            self._has_unsynced_writes = False
         except sqlite3.Error as error:
             log.warning("%s", journal_error(self._path, error))
         else:
-            self._tell_news(left)
-            self._look_after_watched(tables)
+            self._report(adopted)
+            self._check_watches(store)
 
-    def _inheritance(self, tables: SqliteStore, now: float) -> list[JournalEntry]:
-        """Take over from those who were seen alive and are not any more."""
-        # Where we were kept from looking, they may have been kept from beating.
-        late = now - self._looked > self._lease / 2
-        self._looked = now
-        for owner, (beat, lease, gone) in tables.others().items():
-            known = self._others.get(owner)
-            if known is None or known.beat != beat or late:
-                known = self._others[owner] = _Other(beat, now)
-            if gone or now - known.since > lease:
-                tables.bury(owner)
-        left: list[JournalEntry] = []
-        for owner in [owner for owner in self._others if owner not in tables.others()]:
-            del self._others[owner]
-            left += tables.inherit(owner)
-        return left
+    def _drop_dead_owners(self, store: SqliteStore, now: float) -> None:
+        # If this thread was held up, the others may have been held up by the same lock: their leases start anew.
+        late = now - self._owners_checked_at > self._lease / 2
+        self._owners_checked_at = now
+        for owner_id, owner in store.other_owners().items():
+            sighting = self._sightings.get(owner_id)
+            if sighting is None or sighting.heartbeat != owner.heartbeat or late:
+                sighting = self._sightings[owner_id] = _Sighting(owner.heartbeat, now)
+            if owner.is_gone or now - sighting.time > owner.lease:
+                store.drop_owner(owner_id)
 
-    def _look_after_watched(self, tables: SqliteStore) -> None:
-        waiting: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
-        changed: list[tuple[JournalEntry, asyncio.Future[Any]]] = []
-        for entry, future in self._watched:
-            if not future.done():
-                (waiting if self._is_as(tables, entry) else changed).append((entry, future))
-        self._watched = waiting
+    def _adopt_from_dropped_owners(self, store: SqliteStore) -> list[JournalEntry]:
+        adopted: list[JournalEntry] = []
+        for owner_id in self._sightings.keys() - store.other_owners().keys():
+            del self._sightings[owner_id]
+            adopted += store.adopt_from(owner_id)
+        return adopted
+
+    # ------------------------------------------------------------------ changes by other sessions
+
+    def _check_watches(self, store: SqliteStore) -> None:
+        waiting: list[_Watch] = []
+        changed: list[_Watch] = []
+        for watch in self._watches:
+            if not watch.future.done():
+                (waiting if self._is_unchanged(store, watch.entry) else changed).append(watch)
+        self._watches = waiting
         if changed:
-            self._tell(*((future, None, None) for _, future in changed))
+            self._resolve(*(_Resolution(watch.future) for watch in changed))
 
-    def _is_as(self, tables: SqliteStore, entry: JournalEntry) -> bool:
+    def _is_unchanged(self, store: SqliteStore, entry: JournalEntry) -> bool:
         try:
-            return tables.is_as(entry)
-        except Exception as error:  # noqa: BLE001 - who waits for it will ask again, and be told
+            return store.is_unchanged(entry)
+        except Exception as error:  # noqa: BLE001 - the caller reads the entry again, and gets the error
             log.warning("%s", journal_error(self._path, error))
             return False
 
-    def _tell_news(self, entries: list[JournalEntry]) -> None:
+    def _report(self, entries: list[JournalEntry]) -> None:
         if entries:
-            self._loop.call_soon_threadsafe(self._news, entries)
+            self._loop.call_soon_threadsafe(self._on_external_change, entries)
 
-    def _tell(self, *answers: tuple["asyncio.Future[Any]", FluxError | None, Any]) -> None:
-        self._loop.call_soon_threadsafe(_answer, answers)
+    def _resolve(self, *resolutions: _Resolution) -> None:
+        self._loop.call_soon_threadsafe(_resolve_futures, resolutions)
 
 
-def _answer(answers: tuple[tuple["asyncio.Future[Any]", FluxError | None, Any], ...]) -> None:
-    for future, error, value in answers:
+def _resolve_futures(resolutions: tuple[_Resolution, ...]) -> None:
+    for resolution in resolutions:
+        future = resolution.future
         if future.done():
             continue
-        if error is None:
-            future.set_result(value)
+        if resolution.error is None:
+            future.set_result(resolution.result)
         else:
-            future.set_exception(error)
-            future.exception()  # whoever waited may be gone; the errand's own caller logs what matters
+            future.set_exception(resolution.error)
+            future.exception()  # marks it as retrieved: the caller may have left already

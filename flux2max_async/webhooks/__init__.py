@@ -1,9 +1,9 @@
-"""Webhooks: deliveries verified and read, with a session or without one.
+"""Webhooks: verify and parse deliveries, with or without a session.
 
     verify(body, request.headers, secret)   # or WebhookSignatureError
     snapshot = parse(body)
 
-`WebhookInbox` does both for a session, and ends its tasks.
+`WebhookInbox` does both for a session and ends its tasks.
 """
 
 from flux2max_async._exceptions import WebhookSignatureError

@@ -1,7 +1,6 @@
-"""A delivery over HTTP: how it is read and answered, whichever framework has received it.
+"""HTTP endpoints for deliveries: ASGI and aiohttp.
 
-The answer says what the sender can do about it and nothing else: 200 means that the delivery needn't come again, 5xx
-that it had better.
+The response tells the sender only whether to send the delivery again: 200 means that it need not, 5xx that it should.
 """
 
 import logging
@@ -14,13 +13,13 @@ from flux2max_async.webhooks._payload import MAX_BODY
 if TYPE_CHECKING:
     from aiohttp import web
 
-log = logging.getLogger("flux2max_async")
+log = logging.getLogger("flux2max_async.webhooks")
 
 Deliver = Callable[[bytes, Mapping[str, str]], Awaitable[None]]
-"""Takes in one delivery: its body and its headers."""
+"""Processes one delivery, given its body and headers."""
 Message = MutableMapping[str, Any]
 
-_WORDS = {
+_RESPONSE_TEXTS = {
     200: "ok",
     400: "unreadable",
     401: "wrong signature",
@@ -32,7 +31,7 @@ _WORDS = {
 
 
 class AsgiApp:
-    """An ASGI application that takes deliveries on whatever path it is mounted."""
+    """An ASGI application that accepts deliveries on any path."""
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
@@ -43,18 +42,18 @@ class AsgiApp:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Answer one request."""
+        """Handle one ASGI connection."""
         match scope["type"]:
             case "http":
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
                 try:
-                    status = await _answer(self._deliver, scope["method"], headers, _asgi_body(receive))
+                    status = await _process(self._deliver, scope["method"], headers, _asgi_body(receive))
                 except ConnectionError:
-                    return  # the sender has gone in the middle of it
+                    return  # the sender has disconnected
                 await send({"type": "http.response.start", "status": status, "headers": _asgi_headers(status)})
-                await send({"type": "http.response.body", "body": _WORDS[status].encode()})
+                await send({"type": "http.response.body", "body": _RESPONSE_TEXTS[status].encode()})
             case "lifespan":
-                # Served alone, by a server that asks everybody.
+                # Needed if the application is served on its own and the server requires lifespan support.
                 for event in ("startup", "shutdown"):
                     await receive()
                     await send({"type": f"lifespan.{event}.complete"})
@@ -63,30 +62,30 @@ class AsgiApp:
                 await send({"type": "websocket.close", "code": 1000})
 
 
-async def aiohttp_answer(deliver: Deliver, request: "web.Request") -> "web.Response":
-    """Answer one request to an aiohttp server."""
-    from aiohttp import web  # noqa: PLC0415 - servers of other kinds do without it
+async def aiohttp_response(deliver: Deliver, request: "web.Request") -> "web.Response":
+    """Process the delivery in a request to an aiohttp server and return the response."""
+    from aiohttp import web  # noqa: PLC0415 - other servers don't need aiohttp.web
 
     try:
-        status = await _answer(deliver, request.method, request.headers, _aiohttp_body(request))
+        status = await _process(deliver, request.method, request.headers, _aiohttp_body(request))
     except ConnectionError:
-        status = 400  # if anybody is there to read it
-    return web.Response(status=status, text=_WORDS[status], headers=_headers(status))
+        status = 400  # sent only if the sender is still connected
+    return web.Response(status=status, text=_RESPONSE_TEXTS[status], headers=_extra_headers(status))
 
 
-async def _answer(deliver: Deliver, method: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> int:
-    """Take in a delivery, and give the status to answer with.
+async def _process(deliver: Deliver, method: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> int:
+    """Process a delivery and return the HTTP status of the response.
 
     Raises:
-        ConnectionError: The body breaks off.
+        ConnectionError: The body is incomplete.
     """
     if method != "POST":
         return 405
-    if _length(headers) > MAX_BODY:
+    if _content_length(headers) > MAX_BODY:
         return 413
     content = bytearray()
-    async for piece in body:
-        content += piece
+    async for chunk in body:
+        content += chunk
         if len(content) > MAX_BODY:
             return 413
     try:
@@ -98,46 +97,47 @@ async def _answer(deliver: Deliver, method: str, headers: Mapping[str, str], bod
         log.warning("webhook unreadable: %s", error)
         return 400
     except (SessionClosedError, JournalError) as error:
-        log.warning("webhook put off: %s", error)
+        log.warning("webhook not processed; the service may send it again: %s", error)
         return 503
     except Exception:
-        log.exception("webhook")
+        log.exception("webhook failed with an unexpected error")
         return 500
     return 200
 
 
-def _length(headers: Mapping[str, str]) -> int:
+def _content_length(headers: Mapping[str, str]) -> int:
+    """Return the declared length, or 0 if it is missing or not a number."""
     declared = next((value for name, value in headers.items() if name.lower() == "content-length"), "")
-    # A number may be too long for int(), and be refused nevertheless.
+    # int() refuses texts of thousands of digits; the first 20 digits already exceed the limit.
     return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
 
 
 async def _aiohttp_body(request: "web.Request") -> AsyncIterator[bytes]:
     try:
         if request.content.at_eof():
-            yield await request.read()  # a middleware may have read it, and the request has kept it
-        async for piece in request.content.iter_any():
-            yield piece
+            yield await request.read()  # a middleware may have read the body already; the request caches it
+        async for chunk in request.content.iter_any():
+            yield chunk
     except Exception as error:
-        # The sender has gone in the middle of it, or it isn't what its headers announce: of what kind the error is
-        # depends on aiohttp's parser.
+        # The sender has disconnected, or the body doesn't match its headers. The type of the error depends on which
+        # parser aiohttp uses.
         raise ConnectionResetError from error
 
 
 async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncIterator[bytes]:
-    more = True
-    while more:
+    more_body = True
+    while more_body:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionResetError
         yield message.get("body", b"")
-        more = message.get("more_body", False)
+        more_body = message.get("more_body", False)
 
 
-def _headers(status: int) -> dict[str, str]:
+def _extra_headers(status: int) -> dict[str, str]:
     return {"Allow": "POST"} if status == 405 else {}
 
 
 def _asgi_headers(status: int) -> list[tuple[bytes, bytes]]:
-    headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(_WORDS[status]))}
-    return [(name.lower().encode(), value.encode()) for name, value in {**headers, **_headers(status)}.items()]
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(_RESPONSE_TEXTS[status]))}
+    return [(name.lower().encode(), value.encode()) for name, value in {**headers, **_extra_headers(status)}.items()]

@@ -1,4 +1,4 @@
-"""The post office of a session: brings each webhook to who follows its task, here or in another process."""
+"""Brings each verified webhook to the poller of its task, or into the journal for another process."""
 
 import asyncio
 import logging
@@ -11,23 +11,24 @@ import attrs
 from flux2max_async._exceptions import ConfigurationError, JournalError, ProtocolError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot
-from flux2max_async.journal import Journal
-from flux2max_async.journal._entry import EntryState, Holder, JournalEntry
-from flux2max_async.journal._record import ended
+from flux2max_async._shutdown import Shutdown
+from flux2max_async.journal._entry import Holder, JournalEntry
+from flux2max_async.journal._protocol import Journal
+from flux2max_async.journal._transitions import END_STATES, end_entry
 from flux2max_async.webhooks._payload import is_not_found, read_delivery
 from flux2max_async.webhooks._registry import WebhookRegistry
 
-log = logging.getLogger("flux2max_async")
+log = logging.getLogger("flux2max_async.webhooks")
 
-_AGAIN = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Seconds between looks for the task of an early delivery in a journal that others write, too."""
-_TELLING = 6
-"""Characters from which on a text is a secret, and no mere word that a url or a reason might hold."""
+_RETRY_DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds between attempts to find the task of an early delivery in a shared journal."""
+_MIN_SECRET_LENGTH = 6
+"""Shorter texts are not redacted: they might be ordinary words in URLs and messages."""
 
 
 @attrs.frozen
-class _Counter:
-    """What the office works with while its session is open."""
+class _Session:
+    """The open session of a dispatcher."""
 
     loop: asyncio.AbstractEventLoop
     journal: Journal | None
@@ -36,129 +37,132 @@ class _Counter:
 
 
 class WebhookDispatcher:
-    """What a session and its inbox have in common.
+    """Connects an inbox with its session.
 
     Args:
         public_url: Where the service delivers.
-        secret: What it is to sign with.
-        secrets: All with which it may sign.
+        secret: The secret that new submits name.
+        secrets: All secrets that a delivery may be signed with.
     """
 
     def __init__(self, public_url: str, secret: str, secrets: tuple[str, ...]) -> None:
-        self.mail: WebhookRegistry = WebhookRegistry()
-        self.secrets: tuple[str, ...] = tuple(one for one in secrets if len(one) >= _TELLING)
-        """What no error may repeat."""
+        self.registry: WebhookRegistry = WebhookRegistry()
+        self.secrets: tuple[str, ...] = tuple(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
+        """What errors must not repeat."""
         self._public_url = public_url
         self._secret = secret
-        self._counter: _Counter | None = None
+        self._session: _Session | None = None
 
     def open(
         self,
+        shutdown: Shutdown,
         journal: Journal | None,
         *,
         secrets: tuple[str, ...],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        """Begin to take deliveries.
+        """Accept deliveries for a session.
 
         Args:
+            shutdown: The session's shutdown state.
             journal: Where ends are recorded, if anywhere.
-            secrets: What no error may repeat.
-            spawn: Runs something in the background until the session is being closed.
+            secrets: What errors must not repeat.
+            spawn: Runs a coroutine in the background until the session drains.
 
         Raises:
-            ConfigurationError: Another session has it open.
+            ConfigurationError: Another session uses this inbox.
         """
-        if self._counter is not None and not self._counter.loop.is_closed():
+        if self._session is not None and not self._session.loop.is_closed():
             raise ConfigurationError("this inbox is in use: each session needs a WebhookInbox of its own")
-        self.mail = self.mail.afresh()
-        self._counter = _Counter(asyncio.get_running_loop(), journal, secrets, spawn)
+        self.registry.reset(shutdown)
+        self._session = _Session(asyncio.get_running_loop(), journal, secrets, spawn)
 
     def close(self) -> None:
-        """Take no more deliveries."""
-        self._counter = None
+        """Accept no more deliveries."""
+        self._session = None
 
-    def asked(self, request: GenerationRequest) -> GenerationRequest | None:
-        """Give a request that asks for a webhook of ours; None where it has one of its own."""
+    def add_webhook(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with this inbox as its webhook, unless it names a webhook of its own."""
         if request.webhook_url is not None:
-            return None
+            return request
         return attrs.evolve(request, webhook_url=self._public_url, webhook_secret=self._secret)
 
-    def tell(self, snapshot: TaskSnapshot) -> bool:
-        """Tell all who follow a task; False where nobody does, here."""
-        listeners = self.mail.listeners(snapshot.task_id)
-        for listener in listeners:
-            listener.hear(snapshot)
-        return bool(listeners)
+    def publish(self, snapshot: TaskSnapshot) -> bool:
+        """Pass a snapshot to the task's listener; return whether there is one."""
+        listener = self.registry.listener(snapshot.task_id)
+        if listener is not None:
+            listener.on_webhook(snapshot)
+        return listener is not None
 
-    async def take_in(self, body: bytes) -> None:
-        """Take in a delivery that is the service's; returns when it needn't come again.
+    def poll_now(self, task_id: str) -> None:
+        """Make the task's listener, if there is one, poll the task at once."""
+        listener = self.registry.listener(task_id)
+        if listener is not None:
+            listener.on_webhook(None)
+
+    async def dispatch(self, body: bytes) -> None:
+        """Process a delivery whose signature is valid; return when it need not be repeated.
 
         Raises:
             ProtocolError: It can't be read.
-            SessionClosedError: Nobody is there who could use it.
+            SessionClosedError: No session could use it.
             JournalError: Its end can't be recorded.
         """
-        counter = self._counter
-        if counter is None or counter.loop.is_closed():
+        session = self._session
+        if session is None or session.loop.is_closed():
             raise SessionClosedError("no session is open for this delivery")
-        if counter.loop is asyncio.get_running_loop():
-            await self._sort(counter, body)
+        if session.loop is asyncio.get_running_loop():
+            await self._dispatch(session, body)
         else:
-            await _elsewhere(self._sort(counter, body), counter.loop)
+            await _run_in_loop(self._dispatch(session, body), session.loop)
 
-    # ------------------------------------------------------------------ behind
-
-    async def _sort(self, counter: _Counter, body: bytes) -> None:
+    async def _dispatch(self, session: _Session, body: bytes) -> None:
         try:
-            snapshot = read_delivery(body, counter.secrets)
+            snapshot = read_delivery(body, session.secrets)
         except ProtocolError as error:
-            self._make_look(error.task_id or "")
+            self.poll_now(error.task_id or "")
             raise
-        if is_not_found(snapshot):  # by whom, and where? The service itself has to say so.
-            self._make_look(snapshot.task_id)
+        if is_not_found(snapshot):  # only the service's own answer to a poll can say so
+            self.poll_now(snapshot.task_id)
         elif not snapshot.status.ended:
-            self.tell(snapshot)
-        elif self.tell(snapshot):
-            if counter.journal is not None:
-                for listener in self.mail.listeners(snapshot.task_id):
-                    await listener.until_over()
-                await _record(counter.journal, snapshot, counter.secrets)
-        elif counter.journal is None or not await _record(counter.journal, snapshot, counter.secrets):
-            self._keep(counter, snapshot, len(body))
+            self.publish(snapshot)
+        elif self.publish(snapshot):
+            if session.journal is not None:
+                listener = self.registry.listener(snapshot.task_id)
+                if listener is not None:
+                    await listener.wait_closed()
+                await _record_end(session.journal, snapshot, session.secrets)
+        elif session.journal is None or not await _record_end(session.journal, snapshot, session.secrets):
+            self._store_early(session, snapshot, len(body))
 
-    def _make_look(self, task_id: str) -> None:
-        for listener in self.mail.listeners(task_id):
-            listener.hear(None)
-
-    def _keep(self, counter: _Counter, snapshot: TaskSnapshot, size: int) -> None:
-        """Keep an end until somebody asks for it: it may be faster than the answer to its submit."""
-        if self.tell(snapshot):
-            return  # it has become ours meanwhile
-        if self.mail.deaf:
-            raise SessionClosedError("the session is being closed, and doesn't know the task of this delivery")
-        if self.mail.keep(snapshot, size) and counter.journal is not None:
-            counter.spawn(self._record_later(counter.journal, snapshot, counter.secrets))
+    def _store_early(self, session: _Session, snapshot: TaskSnapshot, size: int) -> None:
+        """Store an end until a listener for it is registered: it may arrive before the answer to its submit."""
+        if self.publish(snapshot):
+            return  # a listener was registered while the journal was searched
+        if self.registry.closed:
+            raise SessionClosedError("the session is closing and doesn't know the task of this delivery")
+        if self.registry.store_early(snapshot, size) and session.journal is not None:
+            session.spawn(self._record_later(session.journal, snapshot, session.secrets))
 
     async def _record_later(self, journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> None:
-        """Record an end that came before the process that submitted the task has written down its id."""
-        for seconds in _AGAIN:
-            await asyncio.sleep(seconds)
-            if not self.mail.keeps(snapshot):
+        """Record an end that arrived before the process that submitted the task had recorded its id."""
+        for delay in _RETRY_DELAYS:
+            await asyncio.sleep(delay)
+            if not self.registry.has_early(snapshot):
                 return
             try:
-                if await _record(journal, snapshot, secrets):
-                    self.mail.drop(snapshot)
+                if await _record_end(journal, snapshot, secrets):
+                    self.registry.discard_early(snapshot)
                     return
             except JournalError as error:
                 log.warning("webhook for task %s: %s", snapshot.task_id, error)
 
 
-async def _elsewhere(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
-    """Run something in another event loop: some servers give each handler one of its own.
+async def _run_in_loop(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """Run a coroutine in another event loop: some servers give each handler a loop of its own.
 
     Raises:
-        SessionClosedError: That loop ends before it is done.
+        SessionClosedError: That loop ends first.
     """
     try:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
@@ -166,18 +170,18 @@ async def _elsewhere(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEven
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        raise SessionClosedError("the session's event loop has ended in the middle of this delivery") from None
+        raise SessionClosedError("the session's event loop ended while it processed this delivery") from None
 
 
-async def _record(journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> bool:
-    """Make sure that an end is in the journal; False where the journal doesn't know the task."""
+async def _record_end(journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> bool:
+    """Record the end of a task; return False if the journal doesn't know the task."""
     entry = await journal.find_task(snapshot.task_id)
     if entry is None:
         return False
-    if entry.state not in {EntryState.COMPLETED, EntryState.FAILED}:
+    if entry.state not in END_STATES:
         cost = snapshot.usage.cost if snapshot.usage else None
         holder = None if entry.holder is Holder.US else Holder.OTHER
-        await journal.record(ended(entry, _outcome(entry, snapshot), cost, holder=holder, secrets=secrets))
+        await journal.record(end_entry(entry, _outcome(entry, snapshot), cost, holder=holder, secrets=secrets))
     return True
 
 
@@ -185,5 +189,11 @@ def _outcome(entry: JournalEntry, snapshot: TaskSnapshot) -> Outcome:
     since = entry.submitted_at or entry.created_at
     elapsed = 0.0 if since is None else max(0.0, (datetime.now(UTC) - since).total_seconds())
     if snapshot.error is not None:
-        return Failed(snapshot.task_id, None, snapshot.error, elapsed, 0)
-    return Completed(snapshot.task_id, None, snapshot.images, snapshot.usage, snapshot.metadata, elapsed, 0)
+        return Failed(task_id=snapshot.task_id, error=snapshot.error, elapsed=elapsed)
+    return Completed(
+        task_id=snapshot.task_id,
+        images=snapshot.images,
+        usage=snapshot.usage,
+        metadata=snapshot.metadata,
+        elapsed=elapsed,
+    )

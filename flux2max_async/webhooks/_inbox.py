@@ -1,4 +1,4 @@
-"""The inbox: the face of webhooks, with a door for each kind of server."""
+"""The inbox: the public side of webhooks, for each kind of server."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_answer
+from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
 from flux2max_async.webhooks._dispatcher import WebhookDispatcher
 from flux2max_async.webhooks._signature import MAX_AGE, SIGNATURE_HEADER, verify
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 
 class WebhookInbox:
-    """Takes in the service's webhooks for a session, so that ends are known without polling.
+    """Receives the service's webhooks for a session, so that ends are known without polling.
 
         inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url="https://app.example/hooks/flux")
         app.router.add_post("/hooks/flux", inbox.aiohttp_handler)   # aiohttp.web
         app.mount("/hooks", inbox.asgi)                             # FastAPI, Starlette: above the path, not at it
         async with FluxSession(webhooks=inbox) as session: ...
 
-    The session asks for a webhook with each submit whose request names none of its own. A delivery whose signature is
-    right ends its task at once; polls cover what is lost or late, and become the rarer the more webhooks arrive first.
+    Each submit whose request names no webhook of its own names this inbox. A delivery with a valid signature ends its
+    task at once; polls cover what is lost or late, and become the rarer the more webhooks arrive first.
 
-    With several server processes behind one address, a delivery can reach one that doesn't follow the task. Where they
-    share a journal, it records the end there, and the task's own process notices within a second. Without one, the
-    task is polled as if its webhook was lost.
+    With several server processes behind one address, a delivery can reach one that doesn't follow the task. If they
+    share a journal, that process records the end there, and the task's own process notices within a second. Without a
+    journal, the task is polled as if its webhook was lost.
 
     Args:
-        secret: What the service signs deliveries with: at least 32 random characters do well. Several while an old one
-            is being replaced: all are valid, and new submits name the first.
+        secret: What the service signs deliveries with: at least 32 random characters are recommended. Several while an
+            old one is being replaced: all are valid, and new submits name the first.
         public_url: Where the service reaches this inbox; http(s), at most 2083 characters.
-        header: Which header holds the signature.
-        max_age: Seconds after which a delivery that tells when it was sent counts as a replayed one; None for any.
+        header: The name of the header that holds the signature.
+        max_age: Seconds after which a delivery that says when it was sent is refused as replayed; None for no limit.
 
     Raises:
-        ConfigurationError: The secret is empty, or the address is none that a request could name.
+        ConfigurationError: The secret is empty, or the address is not one that a request could name.
     """
 
     def __init__(
@@ -63,26 +63,26 @@ class WebhookInbox:
 
         Mount it above the path of `public_url`: at the very path of a mount, Starlette redirects to one with a slash.
         """
-        self.office: WebhookDispatcher = WebhookDispatcher(public_url, self._secrets[0], self._secrets)
-        """The session's side of it."""
+        self.dispatcher: WebhookDispatcher = WebhookDispatcher(public_url, self._secrets[0], self._secrets)
+        """The session's side of the inbox."""
 
     def __repr__(self) -> str:
         return f"WebhookInbox(public_url={self.public_url!r})"
 
     async def aiohttp_handler(self, request: "web.Request") -> "web.Response":
         """Answer the service, as a handler of aiohttp.web: `app.router.add_post(path, inbox.aiohttp_handler)`."""
-        return await aiohttp_answer(self.deliver, request)
+        return await aiohttp_response(self.deliver, request)
 
     async def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
-        """Take in one delivery, for servers of other kinds; returns when it needn't come again.
+        """Process one delivery, for servers of other kinds; return when it need not be repeated.
 
-        With a journal, what it says is recorded then. What is delivered twice, or about a task that has ended, does no
-        harm; what nobody waits for is kept for a while, because it may be faster than the answer to its submit. It may
-        be awaited in another event loop than the session's.
+        With a journal, the end is recorded before this returns. A repeated delivery, or one about a task that has
+        ended, does no harm; one that no task waits for is kept for a while, because it may arrive before the answer to
+        its submit. It may be awaited in another event loop than the session's.
 
         Args:
-            body: As it came, byte by byte.
-            headers: Of the delivery.
+            body: The bytes as they came.
+            headers: The delivery's headers.
 
         Raises:
             WebhookSignatureError: It isn't the service's; answer 401.
@@ -91,7 +91,7 @@ class WebhookInbox:
             JournalError: The end can't be recorded; answer 503, too.
         """
         verify(body, headers, self._secrets, header=self._header, max_age=self._max_age)
-        await self.office.take_in(body)
+        await self.dispatcher.dispatch(body)
 
 
 def _checked_secrets(secret: str | Iterable[str]) -> tuple[str, ...]:

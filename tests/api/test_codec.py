@@ -1,4 +1,4 @@
-"""The wire: what is sent, and everything that may come back."""
+"""The codec: requests, and every response that the service or a proxy may send."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.responses import RECEIVED, finished, picture, reply
+from support.responses import RECEIVED, finished, make_response, picture
 from support.strategies import DATE_LIKE, DATES, JSON, TASKS, check_snapshot
 
 from flux2max_async import (
@@ -37,50 +37,50 @@ from flux2max_async import (
     TaskStatus,
 )
 from flux2max_async._api.codec import HttpRequest, build_poll, build_submit, parse_poll, parse_submit, status_of
-from flux2max_async._api.response import HttpResponse, problem, response_error
+from flux2max_async._api.response import HttpResponse, error_from_response, extract_error
 
 TASK = "/model/v1/generation/task/"
 SECRET = "hush-7f3a9c"
 
 
 def poll(body: object, status: int = 200) -> TaskSnapshot:
-    return parse_poll(reply(body, status), "t1")
+    return parse_poll(make_response(body, status), "t1")
 
 
 def running(**changes: object) -> dict[str, object]:
-    """Make a task object that is still running."""
+    """Return the task object of a running task."""
     return finished(**({"status": "in_progress", "output": ..., "usage": ..., "progress": ...} | changes))
 
 
-def contents(*found: object) -> list[object]:
-    """Make an output of one group."""
-    return [{"content": list(found)}]
+def contents(*items: object) -> list[object]:
+    """Return an output with one group."""
+    return [{"content": list(items)}]
 
 
-def outcome(read: Callable[[], TaskSnapshot]) -> TaskSnapshot | ProtocolError | ResponseError:
-    """Read an answer; whatever is raised that isn't one of the two errors goes on."""
+def parse_or_catch(parse: Callable[[], TaskSnapshot]) -> TaskSnapshot | ProtocolError | ResponseError:
+    """Parse a response, or return the ProtocolError or ResponseError that it causes."""
     try:
-        return read()
+        return parse()
     except (ProtocolError, ResponseError) as error:
         return error
 
 
-# ---------------------------------------------------------------------- calls
+# ---------------------------------------------------------------------- requests
 
 
-def test_a_prompt_alone_is_sent_in_the_envelope() -> None:
-    """A submit is a POST of the model and one set of parameters, with nothing in it that the caller didn't set."""
-    call = build_submit(GenerationRequest("a lighthouse at dawn"))
+def test_submit_of_a_prompt_alone() -> None:
+    """A submit is a POST of the model and one set of parameters, with nothing that the caller didn't set."""
+    request = build_submit(GenerationRequest("a lighthouse at dawn"))
 
-    assert (call.method, call.path) == ("POST", "/model/v1/generation")
-    assert json.loads(call.body or b"") == {
+    assert (request.method, request.path) == ("POST", "/model/v1/generation")
+    assert json.loads(request.body or b"") == {
         "model": "flux_2_max",
         "input": [{"params": {"prompt": "a lighthouse at dawn"}}],
     }
 
 
-def test_every_parameter_goes_out_under_its_name() -> None:
-    """All that the caller set is sent under the names of the vendor's page, but for the caller's own key."""
+def test_submit_of_every_parameter() -> None:
+    """All parameters are sent under their documented names, except for the caller's own key."""
     request = GenerationRequest(
         "a lighthouse 灯台",
         input_images=["https://pictures.example/a.png", picture()],
@@ -112,8 +112,8 @@ def test_every_parameter_goes_out_under_its_name() -> None:
     }
 
 
-def test_a_picture_that_cannot_be_read_is_told_by_its_place(tmp_path: Path) -> None:
-    """A local picture that is gone when the request is sent is an InvalidRequestError, which says which one."""
+def test_error_of_an_unreadable_local_image_has_its_index(tmp_path: Path) -> None:
+    """A local image that is gone when the request is sent is an InvalidRequestError with the image's index."""
     request = GenerationRequest("a lighthouse", input_images=["https://pictures.example/a.png", tmp_path / "gone.png"])
 
     with pytest.raises(InvalidRequestError) as caught:
@@ -140,17 +140,17 @@ def test_a_picture_that_cannot_be_read_is_told_by_its_place(tmp_path: Path) -> N
         ("a\r\nHost: evil", "a%0D%0AHost%3A%20evil"),
     ],
 )
-def test_a_task_id_is_one_segment_of_the_path(task_id: str, encoded: str) -> None:
-    """Whatever an id looks like, it can't leave its place in the path."""
-    call = build_poll(task_id)
+def test_task_id_is_one_path_segment(task_id: str, encoded: str) -> None:
+    """A task id always becomes exactly one segment of the path."""
+    request = build_poll(task_id)
 
-    assert call == HttpRequest("GET", TASK + encoded, None)
+    assert request == HttpRequest("GET", TASK + encoded, None)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), min_size=1))
 def test_any_text_can_be_a_task_id(task_id: str) -> None:
-    """Any text that JSON can hold, half a surrogate pair too, becomes a path that reads back as the id."""
+    """Any JSON text, lone surrogates included, becomes a path that can be decoded to the id."""
     path = build_poll(task_id).path
     segment = path.removeprefix(TASK)
 
@@ -161,27 +161,27 @@ def test_any_text_can_be_a_task_id(task_id: str) -> None:
     assert unquote(segment, errors="surrogatepass") == task_id
 
 
-def test_what_may_hold_a_secret_is_not_shown() -> None:
-    """The repr of a call and of a reply shows neither bodies nor headers."""
-    call = build_submit(GenerationRequest("a lighthouse", webhook_secret=SECRET))
-    answer = reply({"echo": SECRET}, headers={"Set-Cookie": SECRET})
+def test_repr_shows_neither_bodies_nor_headers() -> None:
+    """The reprs of requests and responses show neither bodies nor headers, which may contain secrets."""
+    request = build_submit(GenerationRequest("a lighthouse", webhook_secret=SECRET))
+    response = make_response({"echo": SECRET}, headers={"Set-Cookie": SECRET})
 
-    assert SECRET.encode() in (call.body or b"")
-    assert SECRET not in repr(call)
-    assert SECRET not in repr(answer)
-    assert "200" in repr(answer)
-
-
-# ---------------------------------------------------------------------- answers to a submit
+    assert SECRET.encode() in (request.body or b"")
+    assert SECRET not in repr(request)
+    assert SECRET not in repr(response)
+    assert "200" in repr(response)
 
 
-def test_a_submit_gives_a_snapshot_of_the_new_task() -> None:
-    """The protocol's example of an answer to a submit is a running task with an id."""
+# ---------------------------------------------------------------------- responses to submits
+
+
+def test_parse_documented_response_to_a_submit() -> None:
+    """The documented response to a submit is parsed as a running task with an id."""
     body = {"id": "t1", "status": "in_progress", "model": "flux_2_max", "created_at": 1763800000}
-    snapshot = parse_submit(reply(body))
+    snapshot = parse_submit(make_response(body))
 
     assert snapshot == TaskSnapshot(
-        "t1", TaskStatus.IN_PROGRESS, created_at=datetime(2025, 11, 22, 8, 26, 40, tzinfo=UTC), raw=body
+        task_id="t1", status=TaskStatus.IN_PROGRESS, created_at=datetime(2025, 11, 22, 8, 26, 40, tzinfo=UTC), raw=body
     )
 
 
@@ -201,9 +201,11 @@ def test_a_submit_gives_a_snapshot_of_the_new_task() -> None:
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-def test_with_an_id_a_submit_cannot_fail(body: dict[str, object], task_id: str, status: TaskStatus) -> None:
-    """Once there is an id, a task exists and costs money: nothing else in the answer makes us lose it."""
-    snapshot = parse_submit(reply(body, 201))
+def test_submit_response_with_an_id_is_never_an_error(
+    body: dict[str, object], task_id: str, status: TaskStatus
+) -> None:
+    """If a response has an id, a task exists and costs money, so no other part of the response can cause an error."""
+    snapshot = parse_submit(make_response(body, 201))
 
     assert snapshot.task_id == task_id
     assert snapshot.status is status
@@ -225,60 +227,64 @@ def test_with_an_id_a_submit_cannot_fail(body: dict[str, object], task_id: str, 
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-def test_without_an_id_a_submit_is_refused(body: dict[str, object], code: str | None, message: str) -> None:
-    """An answer with an error and no id is a refusal whatever its HTTP status, and shows its error."""
+def test_submit_response_without_an_id_is_a_refusal(body: dict[str, object], code: str | None, message: str) -> None:
+    """A response with an error and no id is a refusal, whatever its HTTP status."""
     with pytest.raises(ResponseError) as caught:
-        parse_submit(reply(body))
+        parse_submit(make_response(body))
 
     assert (caught.value.status, caught.value.code, caught.value.message) == (200, code, message)
 
 
 @pytest.mark.parametrize("body", [{}, {"id": None}, {"id": ""}, {"id": []}, {"id": 1.5}, {"status": "in_progress"}])
-def test_neither_id_nor_error_breaks_the_protocol(body: dict[str, object]) -> None:
-    """An answer that neither names a task nor refuses one leaves it open whether there is one, and is told as that."""
+def test_submit_response_without_id_and_error_is_a_protocol_error(body: dict[str, object]) -> None:
+    """If a response has neither an id nor an error, it is unknown whether a task exists."""
     with pytest.raises(ProtocolError, match="neither a task id nor an error"):
-        parse_submit(reply(body))
+        parse_submit(make_response(body))
 
 
-BROKEN = {
-    "nothing": b"",
-    "a page": b"<html><h1>Welcome to nginx!</h1></html>",
-    "half": b'{"id": "t1", "sta',
+NOT_JSON_OBJECTS = {
+    "empty": b"",
+    "HTML": b"<html><h1>Welcome to nginx!</h1></html>",
+    "truncated": b'{"id": "t1", "sta',
     "a list": b'[{"id": "t1"}]',
     "text": b'"t1"',
     "null": b"null",
     "a number": b"1e999",
-    "no UTF-8": b'{"id": "\xff"}',
-    "too deep": b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "too long a number": b'{"id":' + b"1" * 5000 + b"}",
+    "not UTF-8": b'{"id": "\xff"}',
+    "nested too deeply": b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "number too long": b'{"id":' + b"1" * 5000 + b"}",
     "two objects": b'{"id": "t1"}{"id": "t2"}',
 }
 
 
-@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
-def test_what_is_no_json_object_breaks_the_protocol(body: bytes) -> None:
-    """A 200 that is no JSON object is a ProtocolError, for a submit and for a poll."""
+@pytest.mark.parametrize("body", NOT_JSON_OBJECTS.values(), ids=NOT_JSON_OBJECTS)
+def test_response_that_is_not_a_json_object_is_a_protocol_error(body: bytes) -> None:
+    """A response with status 200 that is not a JSON object is a ProtocolError with a short message."""
     with pytest.raises(ProtocolError, match="expected a JSON object") as submitted:
-        parse_submit(reply(body))
+        parse_submit(make_response(body))
     with pytest.raises(ProtocolError, match="expected a JSON object") as polled:
-        parse_poll(reply(body), "t1")
+        parse_poll(make_response(body), "t1")
 
     assert len(str(submitted.value)) < 400
     assert len(str(polled.value)) < 400
 
 
-# ---------------------------------------------------------------------- the task
+# ---------------------------------------------------------------------- the task object
 
 
-def test_a_finished_task_is_read_whole() -> None:
-    """The protocol's example of a finished task gives every field of the snapshot."""
+def test_parse_documented_completed_task() -> None:
+    """The documented example of a completed task is parsed into all fields of the snapshot."""
     body = finished()
     snapshot = poll(body)
 
     assert snapshot.task_id == "t1"
     assert snapshot.status is TaskStatus.COMPLETED
     assert snapshot.progress == 1.0
-    assert snapshot.images == (GeneratedImage("https://pictures.example/0.jpeg", "image", "t1", {"jobId": "j1"}, 0),)
+    assert snapshot.images == (
+        GeneratedImage(
+            url="https://pictures.example/0.jpeg", type="image", task_id="t1", extra={"jobId": "j1"}, index=0
+        ),
+    )
     assert snapshot.usage is not None
     assert (snapshot.usage.cost, snapshot.usage.discount) == (Decimal("0.07"), Decimal(1))
     assert snapshot.created_at == datetime(2025, 11, 22, 8, 26, 40, tzinfo=UTC)
@@ -287,7 +293,7 @@ def test_a_finished_task_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "status"),
+    ("text", "status"),
     [
         ("pending", TaskStatus.PENDING),
         ("PENDING", TaskStatus.PENDING),
@@ -302,26 +308,26 @@ def test_a_finished_task_is_read_whole() -> None:
         ("", TaskStatus.IN_PROGRESS),
     ],
 )
-def test_a_status_is_read_without_regard_to_case(word: str, status: TaskStatus) -> None:
-    """Every status seen in any writing is known; one that nobody knows yet counts as still running."""
-    snapshot = poll(finished(status=word))
+def test_status_is_case_insensitive(text: str, status: TaskStatus) -> None:
+    """Statuses are case-insensitive; an unknown one counts as in progress."""
+    snapshot = poll(finished(status=text))
 
     assert snapshot.status is status
-    assert snapshot.raw["status"] == word
+    assert snapshot.raw["status"] == text
 
 
 @pytest.mark.parametrize(
-    ("word", "status"), [("Processing", TaskStatus.IN_PROGRESS), ("hibernating", None), ("Ready", None)]
+    ("text", "status"), [("Processing", TaskStatus.IN_PROGRESS), ("hibernating", None), ("Ready", None)]
 )
-def test_an_unknown_status_is_told_from_a_known_one(word: str, status: TaskStatus | None) -> None:
-    """Who wants to log unknown statuses can tell them."""
-    found = status_of(word)
+def test_status_of_an_unknown_status_is_none(text: str, status: TaskStatus | None) -> None:
+    """status_of() returns None for an unknown status, so that it can be logged."""
+    result = status_of(text)
 
-    assert found is status
+    assert result is status
 
 
 @pytest.mark.parametrize(
-    ("given", "progress"),
+    ("value", "progress"),
     [
         *((0, 0.0), (0.0, 0.0), (0.5, 0.5), (1, 1.0), ("0.25", 0.25)),
         *((None, None), (..., None), (-0.1, None), (50, None), (True, None), ("half", None), ([], None), ("", None)),
@@ -329,15 +335,15 @@ def test_an_unknown_status_is_told_from_a_known_one(word: str, status: TaskStatu
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_progress_is_between_zero_and_one_or_unknown(given: object, progress: float | None) -> None:
-    """A progress that isn't a share of the way is no progress, and never spoils the answer."""
-    snapshot = poll(running(progress=given))
+def test_progress_is_between_0_and_1_or_none(value: object, progress: float | None) -> None:
+    """A progress that is not between 0 and 1 is None, and doesn't make the response unreadable."""
+    snapshot = poll(running(progress=value))
 
     assert snapshot.progress == progress
 
 
 @pytest.mark.parametrize(
-    ("given", "created_at"),
+    ("value", "created_at"),
     [
         (1763800000, datetime(2025, 11, 22, 8, 26, 40, tzinfo=UTC)),
         (1763800000.5, datetime(2025, 11, 22, 8, 26, 40, 500_000, tzinfo=UTC)),
@@ -352,16 +358,16 @@ def test_progress_is_between_zero_and_one_or_unknown(given: object, progress: fl
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_creation_time_is_aware_or_unknown(given: object, created_at: datetime | None) -> None:
-    """Seconds since the epoch and ISO 8601 both give a moment with a time zone; anything else gives none."""
-    snapshot = poll(running(created_at=given))
+def test_created_at_is_timezone_aware_or_none(value: object, created_at: datetime | None) -> None:
+    """Seconds since the epoch and ISO 8601 are parsed as a time with a time zone; anything else is None."""
+    snapshot = poll(running(created_at=value))
 
     assert snapshot.created_at == created_at
     assert snapshot.created_at is None or snapshot.created_at.tzinfo is not None
 
 
 @pytest.mark.parametrize(
-    ("given", "cost"),
+    ("value", "cost"),
     [
         *(("0.07", Decimal("0.07")), (" 0.07 ", Decimal("0.07")), ("0", Decimal(0)), ("1e-3", Decimal("0.001"))),
         *((0.07, Decimal("0.07")), (1, Decimal(1)), (0.1, Decimal("0.1"))),
@@ -371,9 +377,9 @@ def test_a_creation_time_is_aware_or_unknown(given: object, created_at: datetime
     ],
     ids=str,
 )
-def test_a_cost_is_exact_or_unknown(given: object, cost: Decimal | None) -> None:
-    """The bill is the service's own decimal, to the last digit; what is no amount doesn't cost the picture."""
-    usage = {"cost": given} if given is not ... else {}
+def test_cost_is_exact_or_none(value: object, cost: Decimal | None) -> None:
+    """The cost is an exact decimal; an invalid cost is None, and the images are still parsed."""
+    usage = {"cost": value} if value is not ... else {}
     snapshot = poll(finished(usage=usage))
 
     assert snapshot.usage is not None
@@ -383,7 +389,7 @@ def test_a_cost_is_exact_or_unknown(given: object, cost: Decimal | None) -> None
 
 @pytest.mark.parametrize("cost", ["1e999999999", "-1e999999999", "1e-999999999", "9e999999", "9" * 40], ids=str)
 def test_any_cost_can_be_summed(cost: str) -> None:
-    """However wrong the service's amount is, adding it to what was spent is no error."""
+    """Adding up costs never raises an error, however wrong the service's amounts are."""
     snapshot = poll(finished(usage={"cost": cost}))
     assert snapshot.usage is not None
     total = sum([snapshot.usage.cost or Decimal(0)] * 20, Decimal(0))
@@ -392,12 +398,12 @@ def test_any_cost_can_be_summed(cost: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "discount"),
+    ("value", "discount"),
     [(1, Decimal(1)), (0.85, Decimal("0.85")), ("0.85", Decimal("0.85")), (None, None), ({}, None)],
 )
-def test_a_discount_is_read_like_a_cost(given: object, discount: Decimal | None) -> None:
-    """The discount is an exact number or unknown."""
-    snapshot = poll(finished(usage={"cost": "0.07", "discount": given, "currency": "USD", "extra": 1}))
+def test_discount_is_exact_or_none(value: object, discount: Decimal | None) -> None:
+    """The discount is an exact decimal or None."""
+    snapshot = poll(finished(usage={"cost": "0.07", "discount": value, "currency": "USD", "extra": 1}))
 
     assert snapshot.usage is not None
     assert snapshot.usage.discount == discount
@@ -405,8 +411,8 @@ def test_a_discount_is_read_like_a_cost(given: object, discount: Decimal | None)
 
 
 @pytest.mark.parametrize("usage", [..., None, [], "0.07", 7, True], ids=str)
-def test_a_bill_that_cannot_be_read_does_not_cost_the_picture(usage: object) -> None:
-    """Where `usage` is missing or no object, there is no bill, and the pictures are there all the same."""
+def test_invalid_usage_is_none(usage: object) -> None:
+    """If `usage` is missing or not an object, it is None, and the images are still parsed."""
     snapshot = poll(finished(usage=usage))
 
     assert snapshot.usage is None
@@ -415,15 +421,15 @@ def test_a_bill_that_cannot_be_read_does_not_cost_the_picture(usage: object) -> 
 
 @pytest.mark.parametrize("metadata", [..., None, [], "x", 7], ids=str)
 def test_metadata_is_an_object_or_empty(metadata: object) -> None:
-    """What stands in the place of metadata and is no object is as good as nothing."""
+    """Metadata that is not an object is replaced by an empty one."""
     snapshot = poll(finished(metadata=metadata))
 
     assert snapshot.metadata == {}
     assert len(snapshot.images) == 1
 
 
-def test_several_groups_and_contents_keep_their_order() -> None:
-    """All pictures of all groups come in the service's order, counted through, with all that is said about each."""
+def test_images_keep_the_order_of_the_response() -> None:
+    """The images of all groups have consecutive indexes in the order of the response, and keep unknown fields."""
     output = [
         {"content": [{"type": "image", "url": "https://a.example/0", "jobId": "j0"}, {"url": "https://a.example/1"}]},
         {"content": []},
@@ -440,8 +446,8 @@ def test_several_groups_and_contents_keep_their_order() -> None:
     assert {image.task_id for image in images} == {"t1"}
 
 
-def test_contents_without_an_address_are_no_pictures() -> None:
-    """A content that has no url can't be fetched, and doesn't hide those that can."""
+def test_contents_without_a_url_are_not_images() -> None:
+    """A content without a URL is skipped."""
     snapshot = poll(
         finished(output=contents({"type": "text"}, {"url": ""}, {"url": None}, {"url": "https://a.example/"}))
     )
@@ -449,8 +455,8 @@ def test_contents_without_an_address_are_no_pictures() -> None:
     assert [image.url for image in snapshot.images] == ["https://a.example/"]
 
 
-def test_unknown_fields_stay_within_reach() -> None:
-    """Whatever the service says beyond the protocol can be read from the snapshot."""
+def test_unknown_fields_are_kept_in_raw() -> None:
+    """Unknown fields are available in the snapshot's `raw` and `metadata`."""
     body = finished(queue="fast", metadata={"region": "eu"}, seed=7)
     snapshot = poll(body)
 
@@ -478,8 +484,8 @@ def test_unknown_fields_stay_within_reach() -> None:
     ],
     ids=str,
 )
-def test_a_failed_task_tells_its_error(error: object, code: str | None, message: str) -> None:
-    """The error of a failed task is read from every shape that was seen."""
+def test_error_of_a_failed_task(error: object, code: str | None, message: str) -> None:
+    """The error of a failed task is parsed from every known format."""
     snapshot = poll(running(status="failed", error=error))
 
     assert snapshot.status is TaskStatus.FAILED
@@ -499,16 +505,16 @@ def test_a_failed_task_tells_its_error(error: object, code: str | None, message:
     ],
     ids=str,
 )
-def test_a_moderated_task_is_told_from_a_broken_one(error: object) -> None:
-    """Where moderation refused, the same prompt won't pass again, and the error's kind says so."""
+def test_error_of_a_moderated_task(error: object) -> None:
+    """A task that moderation refused has a ContentModeratedError."""
     snapshot = poll(running(status="failed", error=error))
 
     assert type(snapshot.error) is ContentModeratedError
 
 
 @pytest.mark.parametrize("output", [..., None, [], [{}], contents(), contents({"url": ""})], ids=str)
-def test_completed_with_an_error_and_no_output_is_a_failure(output: object) -> None:
-    """A task that is said to be completed, but brings an error instead of a picture, has failed."""
+def test_completed_task_with_an_error_and_no_output_has_failed(output: object) -> None:
+    """A task that is reported as completed, but has an error and no output, has failed."""
     snapshot = poll(finished(output=output, error={"code": "boom", "message": "it broke"}))
 
     assert snapshot.status is TaskStatus.FAILED
@@ -516,8 +522,8 @@ def test_completed_with_an_error_and_no_output_is_a_failure(output: object) -> N
     assert (snapshot.error.code, snapshot.error.message) == ("boom", "it broke")
 
 
-def test_completed_with_an_error_and_a_picture_is_completed() -> None:
-    """A picture that is there is delivered, whatever is complained about beside it."""
+def test_completed_task_with_an_error_and_an_image_is_completed() -> None:
+    """A completed task with an image is completed, even if the response has an error too."""
     snapshot = poll(finished(error={"code": "odd", "message": "half-hearted"}))
 
     assert snapshot.status is TaskStatus.COMPLETED
@@ -528,14 +534,14 @@ def test_completed_with_an_error_and_a_picture_is_completed() -> None:
 
 @pytest.mark.parametrize("output", [..., None, [], [{}], contents(), contents({"type": "image"})], ids=str)
 @pytest.mark.parametrize("error", [..., None, "", {}], ids=str)
-def test_completed_without_output_breaks_the_protocol(output: object, error: object) -> None:
-    """A completed task without pictures and without an error says neither, and the error says so."""
-    with pytest.raises(ProtocolError, match="task t1 is said to be completed, but holds no output"):
+def test_completed_task_without_output_and_error_is_a_protocol_error(output: object, error: object) -> None:
+    """A completed task without an output and an error is a ProtocolError."""
+    with pytest.raises(ProtocolError, match="task t1 is reported as completed, but has no output"):
         poll(finished(output=output, error=error))
 
 
 @pytest.mark.parametrize(
-    ("body", "where"),
+    ("body", "json_path"),
     [
         ({}, "$.status"),
         (finished(status=...), "$.status"),
@@ -550,20 +556,20 @@ def test_completed_without_output_breaks_the_protocol(output: object, error: obj
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_read_is_told_by_its_place(body: dict[str, object], where: str) -> None:
-    """The error of an unreadable answer names the task and the place, as a path that a person can read."""
+def test_error_of_an_unreadable_task_has_the_json_path(body: dict[str, object], json_path: str) -> None:
+    """The error of an unreadable response contains the task id and the JSON path."""
     with pytest.raises(ProtocolError) as caught:
         poll(body)
 
-    assert str(caught.value).startswith("task t1: the answer is unreadable: ")
-    assert str(caught.value).endswith(f"@ {where}")
+    assert str(caught.value).startswith("task t1: the response is unreadable: ")
+    assert str(caught.value).endswith(f"@ {json_path}")
 
 
-@pytest.mark.parametrize("read", [parse_submit, lambda answer: parse_poll(answer, "t1")], ids=["submit", "poll"])
-def test_an_http_error_is_one_for_submits_and_polls(read: Callable[[HttpResponse], object]) -> None:
-    """Outside of 2xx, an answer is an error whatever its body looks like, even like a task."""
+@pytest.mark.parametrize("parse", [parse_submit, lambda response: parse_poll(response, "t1")], ids=["submit", "poll"])
+def test_http_error_status_is_an_error_whatever_the_body(parse: Callable[[HttpResponse], object]) -> None:
+    """A response outside of 2xx is an error, even if its body is a valid task."""
     with pytest.raises(ServerError) as caught:
-        read(reply(finished(), 500))
+        parse(make_response(finished(), 500))
 
     assert caught.value.status == 500
 
@@ -576,8 +582,8 @@ def test_an_http_error_is_one_for_submits_and_polls(read: Callable[[HttpResponse
         {"code": 7, "message": "no"},
     ],
 )
-def test_a_poll_that_is_answered_with_an_error_and_200_is_an_error(body: dict[str, object]) -> None:
-    """An answer to a poll that holds an error and no status is that error."""
+def test_poll_response_with_an_error_and_status_200_is_an_error(body: dict[str, object]) -> None:
+    """A response to a poll that has an error and no status is a ResponseError."""
     with pytest.raises(ResponseError) as caught:
         poll(body)
 
@@ -588,7 +594,7 @@ def test_a_poll_that_is_answered_with_an_error_and_200_is_an_error(body: dict[st
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
+    ("status", "error_class"),
     [
         *((400, BadRequestError), (422, BadRequestError), (401, AuthenticationError), (402, InsufficientBalanceError)),
         *((403, PermissionDeniedError), (404, TaskNotFoundError), (429, RateLimitedError)),
@@ -598,16 +604,16 @@ def test_a_poll_that_is_answered_with_an_error_and_200_is_an_error(body: dict[st
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_each_status_has_its_kind(status: int, kind: type[ResponseError]) -> None:
-    """The kind of an error follows from the HTTP status as the contract says, and the facts are in it."""
+def test_error_class_for_each_http_status(status: int, error_class: type[ResponseError]) -> None:
+    """The HTTP status determines the class of the error, which has the code, the request id and the wait."""
     headers = {"x-request-id": "r-1"}
-    error = response_error(reply({"error": {"code": "c", "message": "m"}}, status, headers))
+    error = error_from_response(make_response({"error": {"code": "c", "message": "m"}}, status, headers))
 
-    assert type(error) is kind
+    assert type(error) is error_class
     assert (error.status, error.code, error.request_id, error.retry_after) == (status, "c", "r-1", None)
 
 
-BROKE: list[object] = [
+BALANCE_ERRORS: list[object] = [
     *({"code": code, "message": "no"} for code in range(40201, 40209)),
     {"code": "40203", "message": "no"},
     {"code": "x", "message": "Insufficient balance."},
@@ -615,21 +621,21 @@ BROKE: list[object] = [
 ]
 
 
-@pytest.mark.parametrize("error", BROKE, ids=str)
+@pytest.mark.parametrize("error", BALANCE_ERRORS, ids=str)
 @pytest.mark.parametrize("status", [402, 403])
-def test_an_empty_balance_is_told_from_a_forbidden_call(status: int, error: object) -> None:
-    """A 403 that says that the balance is too low, by code or by words, is no matter of permissions."""
-    found = response_error(reply({"error": error}, status))
+def test_403_for_an_insufficient_balance(status: int, error: object) -> None:
+    """A 403 whose code or message reports an insufficient balance is an InsufficientBalanceError."""
+    result = error_from_response(make_response({"error": error}, status))
 
-    assert type(found) is InsufficientBalanceError
+    assert type(result) is InsufficientBalanceError
 
 
 @pytest.mark.parametrize("code", [40200, 40209, "402", "x40201"])
-def test_other_codes_do_not_mean_an_empty_balance(code: object) -> None:
-    """Only the codes that are known for it turn a 403 into an empty balance."""
-    found = response_error(reply({"error": {"code": code, "message": "no"}}, 403))
+def test_403_with_another_code_is_a_permission_error(code: object) -> None:
+    """Only the documented codes make a 403 an InsufficientBalanceError."""
+    result = error_from_response(make_response({"error": {"code": code, "message": "no"}}, 403))
 
-    assert type(found) is PermissionDeniedError
+    assert type(result) is PermissionDeniedError
 
 
 @pytest.mark.parametrize(
@@ -638,14 +644,14 @@ def test_other_codes_do_not_mean_an_empty_balance(code: object) -> None:
         {"code": 40201, "message": "no"},
         {"code": "bad_prompt", "message": "the prompt 'a sign that says INSUFFICIENT BALANCE' is too short"},
     ],
-    ids=["a code", "a prompt that is quoted"],
+    ids=["code", "quoted prompt"],
 )
 @pytest.mark.parametrize("status", [400, 422])
-def test_a_wrong_parameter_is_not_an_empty_balance(status: int, error: object) -> None:
-    """A 400 is about this one request: the words of a prompt that it quotes can't stop a whole batch."""
-    found = response_error(reply({"error": error}, status))
+def test_400_is_never_an_insufficient_balance(status: int, error: object) -> None:
+    """A 400 concerns a single request: a prompt that it quotes can't stop a whole batch."""
+    result = error_from_response(make_response({"error": error}, status))
 
-    assert type(found) is BadRequestError
+    assert type(result) is BadRequestError
 
 
 @pytest.mark.parametrize(
@@ -670,47 +676,47 @@ def test_a_wrong_parameter_is_not_an_empty_balance(status: int, error: object) -
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_an_error_is_found_in_every_body_seen(body: object, code: str | None, message: str) -> None:
-    """Code and message are read from all shapes of the protocol, and of a proxy's page its text is shown."""
-    error = response_error(reply(body, 418))
+def test_code_and_message_of_every_known_error_body(body: object, code: str | None, message: str) -> None:
+    """Code and message are parsed from all known formats; for a proxy's HTML page, its text is the message."""
+    error = error_from_response(make_response(body, 418))
 
     assert (error.code, error.message) == (code, message)
     assert "418" in str(error)
 
 
-def test_a_status_without_a_name_is_told_by_its_number() -> None:
-    """A status that HTTP doesn't know makes an error that can be read."""
-    error = response_error(reply(b"", 599))
+def test_error_with_a_nonstandard_http_status() -> None:
+    """A status without a standard reason phrase has a readable error."""
+    error = error_from_response(make_response(b"", 599))
 
     assert "599" in str(error)
     assert "empty body" in str(error)
 
 
-def test_a_long_page_makes_a_short_error() -> None:
-    """Of a megabyte of HTML, the error says the beginning."""
-    error = response_error(reply(b"<p>sorry " * 200_000, 502))
+def test_error_of_a_long_html_page_is_short() -> None:
+    """The error contains only the beginning of a megabyte of HTML."""
+    error = error_from_response(make_response(b"<p>sorry " * 200_000, 502))
 
     assert error.message.startswith("Bad Gateway: sorry sorry")
     assert len(str(error)) < 300
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_is_explained(status: int) -> None:
-    """A redirect, which would carry the key elsewhere, is an error that says where it goes and what to do."""
-    told = response_error(reply(b"<html>Moved</html>", status, {"location": "https://new.example/api"}))
-    untold = response_error(reply(b"", status))
+def test_error_of_a_redirect_suggests_base_url(status: int) -> None:
+    """A redirect, which might send the key to another host, is an error with its location and the setting to change."""
+    error = error_from_response(make_response(b"<html>Moved</html>", status, {"location": "https://new.example/api"}))
+    error_without_location = error_from_response(make_response(b"", status))
 
-    assert type(told) is ResponseError
-    assert "https://new.example/api" in str(told)
-    assert "base_url" in str(told)
-    assert "base_url" in str(untold)
+    assert type(error) is ResponseError
+    assert "https://new.example/api" in str(error)
+    assert "base_url" in str(error)
+    assert "base_url" in str(error_without_location)
 
 
-# ---------------------------------------------------------------------- how long to wait
+# ---------------------------------------------------------------------- Retry-After
 
 
 def http_date(seconds: float) -> str:
-    """Write the moment so many seconds after the reply's as an HTTP date."""
+    """Return the HTTP date that is some seconds after the time at which responses were received."""
     return format_datetime(RECEIVED + timedelta(seconds=seconds), usegmt=True)
 
 
@@ -749,18 +755,18 @@ def http_date(seconds: float) -> str:
     ],
     ids=lambda value: json.dumps(value)[:70] if isinstance(value, dict) else "",
 )
-def test_the_wait_is_read_from_header_and_body(headers: dict[str, str], body: object, seconds: float | None) -> None:
-    """Of header and body, the first wait that can be read counts, as seconds or a date, and never below zero."""
-    error = response_error(reply(body, 429, headers))
+def test_retry_after_in_header_and_body(headers: dict[str, str], body: object, seconds: float | None) -> None:
+    """The first valid wait in the header and the body is used: seconds or a date, and never less than 0."""
+    error = error_from_response(make_response(body, 429, headers))
 
     assert error.retry_after == seconds
 
 
-def test_the_wait_does_not_depend_on_this_machines_clock() -> None:
-    """A date to come back at is compared with the gateway's own clock, where it shows it."""
+def test_retry_after_date_is_relative_to_the_servers_clock() -> None:
+    """A date in Retry-After is compared with the server's own clock if the response has a Date header."""
     headers = {"Retry-After": http_date(5), "Date": http_date(0)}
-    wrong = HttpResponse(429, headers, b"", RECEIVED + timedelta(days=400))
-    error = response_error(wrong)
+    response = HttpResponse(429, headers, b"", RECEIVED + timedelta(days=400))
+    error = error_from_response(response)
 
     assert error.retry_after == 5.0
 
@@ -768,91 +774,97 @@ def test_the_wait_does_not_depend_on_this_machines_clock() -> None:
 # ---------------------------------------------------------------------- secrets
 
 
-KEYS = ["sk-7f3a9c/+=", 'sk-"7f3a9c"', "sk-7f3a9c\\", "sk-<7f3a9c>&"]
-HOOKS = ["hush hush 7f3a9c", "schlüssel-7f3a9c", "灯台7f3a9c", 'hush\n"7f3a9c"\t']
+API_KEYS = ["sk-7f3a9c/+=", 'sk-"7f3a9c"', "sk-7f3a9c\\", "sk-<7f3a9c>&"]
+WEBHOOK_SECRETS = ["hush hush 7f3a9c", "schlüssel-7f3a9c", "灯台7f3a9c", 'hush\n"7f3a9c"\t']
 
 
-def escaped(text: str) -> str:
-    """Write text as JSON with every character escaped that can be."""
+def escape_all(text: str) -> str:
+    """Return a text as JSON with every character escaped."""
     return '"' + "".join(f"\\u{ord(character):04x}" for character in text) + '"'
 
 
-@pytest.mark.parametrize("secret", [*KEYS, *HOOKS], ids=ascii)
+@pytest.mark.parametrize("secret", [*API_KEYS, *WEBHOOK_SECRETS], ids=ascii)
 @pytest.mark.parametrize(
-    "write",
+    "encode",
     [
         lambda secret: json.dumps({"error": {"code": "c", "message": f"wrong key {secret}!"}}).encode(),
         lambda secret: json.dumps({"error": {"message": f"wrong key {secret}!"}}, ensure_ascii=False).encode(),
         lambda secret: json.dumps({"error": {"message": f"wrong {secret}!"}}).replace("/", r"\/").encode(),
-        lambda secret: b'{"error": {"message": ' + escaped(secret).encode() + b"}}",
+        lambda secret: b'{"error": {"message": ' + escape_all(secret).encode() + b"}}",
         lambda secret: json.dumps({"error": secret, "message": "wrong key"}).encode(),
         lambda secret: json.dumps({"error": {"code": secret, "headers": {"Authorization": secret}}}).encode(),
         lambda secret: f"<p>wrong key {secret}!</p>".encode(),
         lambda secret: f"wrong key {secret}!".encode(),
     ],
-    ids=["JSON", "JSON in UTF-8", "JSON of PHP", "JSON all escaped", "code", "unknown shape", "page", "text"],
+    ids=["JSON", "JSON in UTF-8", "JSON of PHP", "JSON, all escaped", "code", "unknown format", "HTML", "text"],
 )
-def test_a_secret_that_is_echoed_is_not_repeated(write: Callable[[str], bytes], secret: str) -> None:
-    """However the service writes the key or the webhook's secret into its answer, no error of ours repeats it."""
-    answer = reply(write(secret), 401).without(secret)
-    error = response_error(answer)
-    told = [str(error), repr(error), error.message, error.code or "", *map(str, pickle.loads(pickle.dumps(error)).args)]
+def test_error_redacts_an_echoed_secret(encode: Callable[[str], bytes], secret: str) -> None:
+    """No error shows the key or the webhook's secret, however the service escapes it in its response."""
+    response = make_response(encode(secret), 401).without(secret)
+    error = error_from_response(response)
+    texts = [
+        str(error),
+        repr(error),
+        error.message,
+        error.code or "",
+        *map(str, pickle.loads(pickle.dumps(error)).args),
+    ]
     unescaped = secret.encode("unicode_escape").decode()
 
-    assert not [text for text in told if secret in text or unescaped in text or json.dumps(secret)[1:-1] in text]
+    assert not [text for text in texts if secret in text or unescaped in text or json.dumps(secret)[1:-1] in text]
 
 
 @pytest.mark.parametrize("name", ["Location", "X-Request-Id"])
-def test_a_secret_that_is_echoed_in_a_header_is_not_repeated(name: str) -> None:
-    """A gateway that redirects to an address with the key in it doesn't get the key into our error."""
-    answer = reply(b"", 302, {name: f"https://new.example/?key={SECRET}"}).without(SECRET)
-    error = response_error(answer)
+def test_error_redacts_a_secret_echoed_in_a_header(name: str) -> None:
+    """An error redacts a secret in the location of a redirect and in the request id."""
+    response = make_response(b"", 302, {name: f"https://new.example/?key={SECRET}"}).without(SECRET)
+    error = error_from_response(response)
 
     assert SECRET not in f"{error!s} {error!r}"
 
 
-def test_a_broken_answer_does_not_repeat_a_secret() -> None:
-    """An answer that is no JSON and echoes the key is described without it."""
+def test_protocol_error_redacts_an_echoed_secret() -> None:
+    """The description of a response that is not JSON redacts a secret."""
     with pytest.raises(ProtocolError) as caught:
-        parse_submit(reply(f"who is {SECRET}?".encode()).without(SECRET))
+        parse_submit(make_response(f"who is {SECRET}?".encode()).without(SECRET))
 
     assert SECRET not in f"{caught.value!s} {caught.value!r}"
     assert "who is" in str(caught.value)
 
 
-@pytest.mark.parametrize("secret", [SECRET, *HOOKS], ids=ascii)
-def test_a_snapshot_does_not_show_a_secret_that_is_echoed(secret: str) -> None:
-    """A service that tells a task's parameters back doesn't get the webhook's secret into logs of the snapshot."""
-    told = {"webhook_secret": secret, "params": [{"webhook_secret": secret}]}
+@pytest.mark.parametrize("secret", [SECRET, *WEBHOOK_SECRETS], ids=ascii)
+def test_repr_of_a_snapshot_shows_no_echoed_secret(secret: str) -> None:
+    """If the service echoes the task's parameters, the snapshot's repr and its error don't show the webhook's secret."""
+    echo = {"webhook_secret": secret, "params": [{"webhook_secret": secret}]}
     failure = {"code": secret, "message": f"can't post to the webhook with {secret}"}
-    completed = parse_poll(reply(finished(metadata=told, usage=told)).without(secret), "t1")
-    failed = parse_poll(reply(running(status="failed", metadata=told, error=failure)).without(secret), "t1")
+    completed = parse_poll(make_response(finished(metadata=echo, usage=echo)).without(secret), "t1")
+    failed = parse_poll(make_response(running(status="failed", metadata=echo, error=failure)).without(secret), "t1")
 
-    for shown in (repr(completed), repr(failed), str(failed.error)):
-        assert secret not in shown
-        assert repr(secret)[1:-1] not in shown
+    for text in (repr(completed), repr(failed), str(failed.error)):
+        assert secret not in text
+        assert repr(secret)[1:-1] not in text
 
 
 @pytest.mark.parametrize("secret", ["1", "t", "id", "status", "in_progress", '"', "https", "pictures.example"])
-def test_masking_a_secret_does_not_lose_the_task(secret: str) -> None:
-    """A weak secret, which happens to be part of the answer, costs neither the task's id nor its pictures."""
-    submitted = parse_submit(reply(running()).without(secret))
-    polled = parse_poll(reply(finished()).without(secret), "t1")
+def test_redacting_keeps_ids_and_urls(secret: str) -> None:
+    """A weak secret that occurs in the response changes neither the task's id nor the URLs of its images."""
+    submitted = parse_submit(make_response(running()).without(secret))
+    polled = parse_poll(make_response(finished()).without(secret), "t1")
 
     assert submitted.task_id == "t1"
     assert polled.status is TaskStatus.COMPLETED
     assert [image.url for image in polled.images] == ["https://pictures.example/0.jpeg"]
 
 
-def test_nothing_to_mask_changes_nothing() -> None:
-    """A reply without the secret in it, or without a secret at all, stays as it came."""
-    answer = reply(finished())
+def test_redacting_nothing_changes_nothing() -> None:
+    """A response that doesn't contain the secret is parsed as if there were no secret."""
+    response = make_response(finished())
 
-    assert parse_poll(answer.without(SECRET), "t1") == parse_poll(answer, "t1")
-    assert parse_poll(answer.without(None), "t1") == parse_poll(answer, "t1")
+    assert parse_poll(response.without(SECRET), "t1") == parse_poll(response, "t1")
+    assert parse_poll(response.without(None), "t1") == parse_poll(response, "t1")
 
 
-# ---------------------------------------------------------------------- anything at all
+# ---------------------------------------------------------------------- arbitrary responses
 
 
 HEADERS = st.fixed_dictionaries(
@@ -870,39 +882,35 @@ STATUSES = st.sampled_from([200, 200, 200, 201, 204]) | st.integers(100, 599)
 
 @settings(max_examples=150, deadline=None)
 @given(body=BODIES, status=STATUSES, headers=HEADERS)
-def test_any_answer_to_a_submit_is_a_task_or_one_of_our_errors(
-    body: bytes, status: int, headers: dict[str, str]
-) -> None:
-    """Any bytes with any status and headers are a task that has an id, or a ProtocolError or ResponseError."""
-    found = outcome(lambda: parse_submit(reply(body, status, headers)))
+def test_any_submit_response_is_a_task_or_an_error(body: bytes, status: int, headers: dict[str, str]) -> None:
+    """Any response to a submit is a task with an id, or a ProtocolError or ResponseError."""
+    result = parse_or_catch(lambda: parse_submit(make_response(body, status, headers)))
 
-    if isinstance(found, TaskSnapshot):
-        assert found.task_id == str(json.loads(body)["id"]) != ""
-        check_snapshot(found)
+    if isinstance(result, TaskSnapshot):
+        assert result.task_id == str(json.loads(body)["id"]) != ""
+        check_snapshot(result)
     else:
-        check_error(found, status)
+        check_error(result, status)
 
 
 @settings(max_examples=150, deadline=None)
 @given(body=BODIES, status=STATUSES, headers=HEADERS)
-def test_any_answer_to_a_poll_is_a_snapshot_or_one_of_our_errors(
-    body: bytes, status: int, headers: dict[str, str]
-) -> None:
-    """Any bytes with any status and headers are a snapshot of the task, or a ProtocolError or ResponseError."""
-    found = outcome(lambda: parse_poll(reply(body, status, headers), "t1"))
+def test_any_poll_response_is_a_snapshot_or_an_error(body: bytes, status: int, headers: dict[str, str]) -> None:
+    """Any response to a poll is a snapshot of the task, or a ProtocolError or ResponseError."""
+    result = parse_or_catch(lambda: parse_poll(make_response(body, status, headers), "t1"))
 
-    if isinstance(found, TaskSnapshot):
-        assert found.task_id == "t1"
-        check_snapshot(found)
+    if isinstance(result, TaskSnapshot):
+        assert result.task_id == "t1"
+        check_snapshot(result)
     else:
-        check_error(found, status)
+        check_error(result, status)
 
 
 @settings(max_examples=150, deadline=None)
 @given(body=BODIES, status=STATUSES, headers=HEADERS)
-def test_any_answer_makes_a_readable_error(body: bytes, status: int, headers: dict[str, str]) -> None:
-    """Of any answer an error can be made, with a text and with facts that are what their types say."""
-    error = response_error(reply(body, status, headers))
+def test_any_response_makes_a_valid_error(body: bytes, status: int, headers: dict[str, str]) -> None:
+    """Any response can be turned into an error with a text, and with attributes of the declared types."""
+    error = error_from_response(make_response(body, status, headers))
 
     check_error(error, status)
     assert error.request_id == headers.get("X-Request-Id")
@@ -919,11 +927,11 @@ def check_error(error: FluxError, status: int) -> None:
         assert error.retry_after is None or 0 <= error.retry_after < math.inf
 
 
-def test_an_error_nested_too_deeply_is_an_error_all_the_same() -> None:
-    """A reason that can't even be written down again is no reason to break."""
+def test_extract_error_nested_too_deeply() -> None:
+    """An error that is nested too deeply to be serialized has a placeholder for a message."""
     deep: dict[str, Any] = {}
     for _ in range(100_000):
         deep = {"more": deep}
 
-    assert problem({"error": deep}) == (None, "(nested too deeply)")
-    assert problem({"error": {"code": "x", "message": [deep]}}) == ("x", "(nested too deeply)")
+    assert extract_error({"error": deep}) == (None, "(nested too deeply)")
+    assert extract_error({"error": {"code": "x", "message": [deep]}}) == ("x", "(nested too deeply)")

@@ -1,87 +1,112 @@
-"""The budget of polls: pure, then in a session against an emulated gateway, on virtual time."""
+"""PollLimiter: by itself, and in sessions with an emulated gateway in virtual time."""
 
 import pytest
 
-from flux2max_async import FixedSchedule, FluxSession, LearnedSchedule
+from flux2max_async import FixedSchedule, FluxSession, GenerationRequest, LearnedSchedule
 from flux2max_async._api.poll_limiter import PollLimiter
+from flux2max_async._polling.schedules import CostAwarePlan
 from flux2max_async.emulator import Emulator, Fault
 
 
-def booked(budget: PollLimiter, seconds: float, *, per_second: float, start: float = 0.0) -> list[float]:
-    """Book polls at a steady rate; gives the moments at which they may be made."""
-    count = round(seconds * per_second)
-    return [(now := start + number / per_second) + budget.book(now) for number in range(count)]
+def reserve_at_rate(limiter: PollLimiter, seconds: float, *, rate: float, start: float = 0.0) -> list[float]:
+    """Reserve polls at a constant rate; return the times at which they may be sent."""
+    count = round(seconds * rate)
+    return [(now := start + number / rate) + limiter.book(now) for number in range(count)]
 
 
-def test_a_budget_that_is_not_reached_costs_nothing() -> None:
-    """Half as many polls as allowed wait for nothing and become no dearer."""
-    budget = PollLimiter(20.0)
-    moments = booked(budget, 30, per_second=10)
+def test_half_the_limit_has_no_effect() -> None:
+    """Half as many polls as allowed are not delayed, and their cost doesn't rise."""
+    limiter = PollLimiter(20.0)
+    times = reserve_at_rate(limiter, 30, rate=10)
 
-    assert moments == [number / 10 for number in range(300)]
-    assert budget.cost_factor(30.0) == 1.0
-
-
-def test_a_burst_of_one_second_comes_at_once_and_the_rest_in_turn() -> None:
-    """Of sixty polls at one moment twenty are made then, and the others evenly, in the order of their booking."""
-    budget = PollLimiter(20.0)
-    waits = [budget.book(100.0) for _ in range(60)]
-
-    assert waits[:20] == pytest.approx([0.0] * 20, abs=1e-9)
-    assert waits[20:] == pytest.approx([number / 20 for number in range(1, 41)])
+    assert times == [number / 10 for number in range(300)]
+    assert limiter.cost_factor(30.0) == 1.0
 
 
-def test_no_second_sees_more_than_the_budget() -> None:
-    """Whatever is asked for, in the long run polls come no faster than they may."""
-    moments = booked(PollLimiter(5.0), 20, per_second=50)
-    most = max(sum(start <= moment < start + 10 for moment in moments) for start in moments)
+def test_burst_of_one_second_is_sent_at_once() -> None:
+    """Of sixty polls at the same time, twenty are sent at once, and the others evenly, in the order of their reservation."""
+    limiter = PollLimiter(20.0)
+    delays = [limiter.book(100.0) for _ in range(60)]
 
-    assert moments == sorted(moments)
-    assert most <= 5 * 10 + 5 + 1
-
-
-def test_no_limit_is_no_limit() -> None:
-    """Without a limit a million polls at one moment wait for nothing."""
-    budget = PollLimiter(float("inf"))
-
-    assert {budget.book(1.0) for _ in range(1000)} == {0.0}
-    assert budget.cost_factor(1.0) == 1.0
+    assert delays[:20] == pytest.approx([0.0] * 20, abs=1e-9)
+    assert delays[20:] == pytest.approx([number / 20 for number in range(1, 41)])
 
 
-def test_polls_become_dearer_before_the_budget_is_reached_and_cheaper_after() -> None:
-    """Just below the limit the price already rises; with fewer polls it falls back, and after a silence it is forgotten."""
-    budget = PollLimiter(20.0)
-    booked(budget, 10, per_second=19)
-    crowded = budget.cost_factor(10.0)
-    booked(budget, 10, per_second=10, start=10.0)
-    calm = budget.cost_factor(20.0)
-    booked(budget, 3, per_second=40, start=20.0)
-    crowded_again = budget.cost_factor(23.0)
-    budget.book(100.0)
+def test_rate_never_exceeds_the_limit() -> None:
+    """However many polls are requested, no interval of ten seconds has more than the limit and one burst."""
+    times = reserve_at_rate(PollLimiter(5.0), 20, rate=50)
+    peak = max(sum(start <= time < start + 10 for time in times) for start in times)
 
-    assert crowded > 1.4
-    assert calm == 1.0
-    assert crowded_again > 4
-    assert budget.cost_factor(100.0) == 1.0
+    assert times == sorted(times)
+    assert peak <= 5 * 10 + 5 + 1
 
 
-def test_a_refusal_makes_polls_dearer_for_a_while() -> None:
-    """Each 429 adds to the price, up to four times what it was; a minute later most of that is gone."""
-    budget = PollLimiter(20.0)
-    budget.refused(10.0)
-    once = budget.cost_factor(10.0)
+def test_infinite_limit_has_no_effect() -> None:
+    """Without a limit, a thousand polls at the same time are not delayed."""
+    limiter = PollLimiter(float("inf"))
+
+    assert {limiter.book(1.0) for _ in range(1000)} == {0.0}
+    assert limiter.cost_factor(1.0) == 1.0
+
+
+def test_cost_rises_with_the_load_and_falls_again() -> None:
+    """The cost rises just below the limit, falls with fewer polls, and is reset after a time without polls."""
+    limiter = PollLimiter(20.0)
+    reserve_at_rate(limiter, 10, rate=19)
+    loaded = limiter.cost_factor(10.0)
+    reserve_at_rate(limiter, 10, rate=10, start=10.0)
+    idle = limiter.cost_factor(20.0)
+    reserve_at_rate(limiter, 3, rate=40, start=20.0)
+    overloaded = limiter.cost_factor(23.0)
+    limiter.book(100.0)
+
+    assert loaded > 1.4
+    assert idle == 1.0
+    assert overloaded > 4
+    assert limiter.cost_factor(100.0) == 1.0
+
+
+def test_cost_rises_after_refusals_for_a_while() -> None:
+    """Each 429 adds to the cost, up to four times as much as before; most of that is gone a minute later."""
+    limiter = PollLimiter(20.0)
+    limiter.refused(10.0)
+    after_one_refusal = limiter.cost_factor(10.0)
     for _ in range(50):
-        budget.refused(11.0)
+        limiter.refused(11.0)
 
-    assert 1.5 < once < 2.5
-    assert 3 < budget.cost_factor(11.0) < 4
-    assert budget.cost_factor(11.0) > budget.cost_factor(71.0) > 1.4
-    assert budget.cost_factor(311.0) == 1.0
+    assert 1.5 < after_one_refusal < 2.5
+    assert 3 < limiter.cost_factor(11.0) < 4
+    assert limiter.cost_factor(11.0) > limiter.cost_factor(71.0) > 1.4
+    assert limiter.cost_factor(311.0) == 1.0
+
+
+class RecordingSchedule:
+    """A learned schedule that records the cost factors that it is given."""
+
+    def __init__(self, poll_price: float) -> None:
+        self.cost_factors: list[float] = []
+        self._schedule = LearnedSchedule(poll_price=poll_price)
+
+    def begin(self, request: GenerationRequest | None) -> "RecordingPlan":
+        return RecordingPlan(self._schedule.begin(request), self.cost_factors)
+
+
+class RecordingPlan(CostAwarePlan):
+    def __init__(self, plan: CostAwarePlan, cost_factors: list[float]) -> None:
+        self._plan = plan
+        self._cost_factors = cost_factors
+
+    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float = 1.0) -> float:
+        self._cost_factors.append(cost_factor)
+        return self._plan.next_delay(elapsed, progress, cost_factor=cost_factor)
+
+    def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
+        self._plan.finish(not_before, by, completed=completed)
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(0.5), LearnedSchedule()], ids=repr)
-async def test_all_tasks_share_one_budget(schedule: FixedSchedule | LearnedSchedule) -> None:
-    """Sixty tasks that could make a hundred polls a second make five, and all of them end well."""
+async def test_all_tasks_share_the_limit(schedule: FixedSchedule | LearnedSchedule) -> None:
+    """Sixty tasks that might need a hundred polls per second are polled five times per second, and all complete."""
     async with (
         Emulator(seconds=20.0, max_in_flight=60, pictures=False) as gateway,
         FluxSession(
@@ -95,21 +120,22 @@ async def test_all_tasks_share_one_budget(schedule: FixedSchedule | LearnedSched
         assert session.stats.polls <= 5 * elapsed + 5 + 1
 
 
-async def test_a_budget_is_kept_by_price_rather_than_by_waiting() -> None:
-    """Where a learned schedule would poll more often than it may, polls become dearer, and then cheap again."""
-    schedule = LearnedSchedule(poll_price=0.01)
+async def test_learned_schedule_polls_less_under_load() -> None:
+    """If a learned schedule would poll more often than allowed, the cost of a poll rises."""
+    schedule = RecordingSchedule(poll_price=0.01)
     async with (
         Emulator(seconds=8.0, max_in_flight=24, pictures=False) as gateway,
         FluxSession(gateway.api_key, base_url=gateway.url, schedule=schedule, max_polls_per_second=6) as session,
     ):
-        prices = [schedule.poll_price async for _ in session.stream(f"lighthouse {n}" for n in range(150))]
+        async for _ in session.stream(f"lighthouse {n}" for n in range(150)):
+            pass
 
-    assert max(prices) > 0.03
+    assert max(schedule.cost_factors) > 3
 
 
-async def test_a_429_makes_polls_dearer() -> None:
-    """After a poll was refused, the price is higher than before, for the tasks in flight, too."""
-    schedule = LearnedSchedule(poll_price=0.2)
+async def test_429_raises_the_cost_factor() -> None:
+    """After a poll was refused, the cost of a poll is higher than before, even for tasks in flight."""
+    schedule = RecordingSchedule(poll_price=0.2)
     async with (
         Emulator(seconds=30.0, pictures=False) as gateway,
         FluxSession(gateway.api_key, base_url=gateway.url, schedule=schedule) as session,
@@ -117,25 +143,25 @@ async def test_a_429_makes_polls_dearer() -> None:
         gateway.script("poll", Fault.RATE_LIMITED)
         await session.generate("a lighthouse")
 
-    assert schedule.cost_factor > 1
-    assert schedule.poll_price == 0.2 * schedule.cost_factor
+    assert schedule.cost_factors[0] == 1
+    assert max(schedule.cost_factors) > 1
 
 
-async def test_stats_tell_how_long_tasks_take() -> None:
-    """Nothing before the first end; then the median and the 90th percentile; and nothing from a schedule that can't."""
+async def test_stats_report_the_duration_of_tasks() -> None:
+    """The stats have the median and the 90th percentile after the first completed task, if the schedule learns them."""
     async with Emulator(seconds=8.0, spread=0.2, pictures=False) as gateway:
         async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
             before = session.stats
-            # Taken while new tasks still begin: the last ones to end are the long ones.
-            learned = [session.stats async for _ in session.stream(f"lighthouse {n}" for n in range(100))]
-            after = learned[70]
+            # Only the first 70 tasks: the last ones to end are the long ones.
+            snapshots = [session.stats async for _ in session.stream(f"lighthouse {n}" for n in range(100))]
+            after = snapshots[70]
         async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as session:
             await session.generate("a lighthouse")
-            unlearned = session.stats
+            without_learning = session.stats
 
     assert before.median_duration is before.p90_duration is None
     assert after.median_duration is not None
     assert after.median_duration == pytest.approx(8.0, rel=0.4)
     assert after.p90_duration is not None
     assert after.median_duration < after.p90_duration < 2 * after.median_duration
-    assert unlearned.median_duration is unlearned.p90_duration is None
+    assert without_learning.median_duration is without_learning.p90_duration is None

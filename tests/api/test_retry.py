@@ -1,4 +1,4 @@
-"""The retry policy, one table for each question."""
+"""The retry policy: one table of cases for each decision."""
 
 from collections.abc import Callable, Iterable
 
@@ -29,7 +29,7 @@ from flux2max_async import (
     TransportError,
 )
 from flux2max_async._api.retry import (
-    NOT_VISIBLE_YET,
+    NOT_FOUND_GRACE_PERIOD,
     backoff,
     is_fatal_for_batch,
     is_uncertain,
@@ -40,123 +40,125 @@ from flux2max_async._api.retry import (
 
 CASES: dict[str, FluxError] = {
     "not sent": TransportError("no connection", maybe_sent=False),
-    "answer lost": TransportError("reset", maybe_sent=True),
-    "no HTTP": ProtocolError("SSH-2.0"),
-    "200 with an error": ResponseError("no", 200),
-    "299 with an error": ResponseError("no", 299),
-    "200 without money": InsufficientBalanceError("no", 200),
-    "307": ResponseError("redirect", 307),
-    "400": BadRequestError("no", 400),
-    "401": AuthenticationError("no", 401),
-    "402": InsufficientBalanceError("no", 402),
-    "403": PermissionDeniedError("no", 403),
-    "403 without money": InsufficientBalanceError("no", 403),
-    "404": TaskNotFoundError("no", 404),
-    "405": ResponseError("no", 405),
-    "408": ResponseError("no", 408),
-    "409": ResponseError("no", 409),
-    "422": BadRequestError("no", 422),
-    "429": RateLimitedError("no", 429),
-    "429 with a wait": RateLimitedError("no", 429, retry_after=7.0),
-    "500": ServerError("no", 500),
-    "502": ServerError("no", 502),
-    "503": ServerError("no", 503),
-    "503 with a wait": ServerError("no", 503, retry_after=7.0),
-    "504": ServerError("no", 504),
-    "599": ServerError("no", 599),
-    "failed": TaskFailedError("no", "t1"),
-    "moderated": ContentModeratedError("no", "t1"),
-    "task_timeout": DeadlineExceededError("late", "t1"),
+    "response lost": TransportError("reset", maybe_sent=True),
+    "not HTTP": ProtocolError("SSH-2.0"),
+    "200, error": ResponseError("no", status=200),
+    "299, error": ResponseError("no", status=299),
+    "200, no balance": InsufficientBalanceError("no", status=200),
+    "307": ResponseError("redirect", status=307),
+    "400": BadRequestError("no", status=400),
+    "401": AuthenticationError("no", status=401),
+    "402": InsufficientBalanceError("no", status=402),
+    "403": PermissionDeniedError("no", status=403),
+    "403, no balance": InsufficientBalanceError("no", status=403),
+    "404": TaskNotFoundError("no", status=404),
+    "405": ResponseError("no", status=405),
+    "408": ResponseError("no", status=408),
+    "409": ResponseError("no", status=409),
+    "422": BadRequestError("no", status=422),
+    "429": RateLimitedError("no", status=429),
+    "429, Retry-After": RateLimitedError("no", status=429, retry_after=7.0),
+    "500": ServerError("no", status=500),
+    "502": ServerError("no", status=502),
+    "503": ServerError("no", status=503),
+    "503, Retry-After": ServerError("no", status=503, retry_after=7.0),
+    "504": ServerError("no", status=504),
+    "599": ServerError("no", status=599),
+    "failed": TaskFailedError("no", task_id="t1"),
+    "moderated": ContentModeratedError("no", task_id="t1"),
+    "deadline exceeded": DeadlineExceededError("late", task_id="t1"),
     "uncertain": SubmissionUncertainError("lost"),
-    "wrong request": InvalidRequestError("no", "width"),
-    "wrong settings": ConfigurationError("no"),
+    "invalid request": InvalidRequestError("no", field="width"),
+    "invalid settings": ConfigurationError("no"),
     "closed": SessionClosedError("closed"),
     "download": DownloadError("no"),
     "expired": ResultExpiredError("no"),
-    "a fault": FluxError("polling broke"),
+    "other": FluxError("polling failed"),
 }
 
 
-def table(*yes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test for every case, with whether its answer is yes."""
-    assert set(yes) <= set(CASES)
-    rows: Iterable[object] = [pytest.param(error, name in yes, id=name) for name, error in CASES.items()]
+def table(*true_cases: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrize a test with every case, and with whether its expected result is True."""
+    assert set(true_cases) <= set(CASES)
+    rows: Iterable[object] = [pytest.param(error, name in true_cases, id=name) for name, error in CASES.items()]
     return pytest.mark.parametrize(("error", "expected"), rows)
 
 
-@table("not sent", "429", "429 with a wait", "503", "503 with a wait")
-def test_a_submit_is_repeated_only_when_it_certainly_created_nothing(error: FluxError, expected: bool) -> None:
-    """No connection, 429 and 503 leave no task behind; after anything else, the same submit might pay twice."""
-    again = may_submit_again(error)
+@table("not sent", "429", "429, Retry-After", "503", "503, Retry-After")
+def test_submit_is_retried_only_if_it_certainly_created_nothing(error: FluxError, expected: bool) -> None:
+    """After no connection, a 429 or a 503 there is no task; after anything else, a retry might be paid for twice."""
+    result = may_submit_again(error)
 
-    assert again is expected
+    assert result is expected
 
 
-@table("answer lost", "no HTTP", "408", "500", "502", "504", "599")
-def test_a_submit_is_uncertain_when_its_answer_is_lost(error: FluxError, expected: bool) -> None:
-    """Where the call went out and no answer says what became of it, a task may exist."""
-    uncertain = is_uncertain(error)
+@table("response lost", "not HTTP", "408", "500", "502", "504", "599")
+def test_submit_is_uncertain_if_its_response_is_lost(error: FluxError, expected: bool) -> None:
+    """If the request may have been sent and no response reports its result, a task may exist."""
+    result = is_uncertain(error)
 
-    assert uncertain is expected
+    assert result is expected
 
 
 @pytest.mark.parametrize("error", CASES.values(), ids=CASES)
-def test_what_is_uncertain_is_never_repeated(error: FluxError) -> None:
-    """No error both leaves a task possible and lets the same submit go out again."""
+def test_uncertain_submit_is_never_retried(error: FluxError) -> None:
+    """No error is both uncertain and retried."""
     both = may_submit_again(error) and is_uncertain(error)
 
     assert not both
 
 
-MISSED_LOOKS = (
-    *("not sent", "answer lost", "no HTTP", "200 with an error", "299 with an error", "200 without money"),
-    *("408", "429", "429 with a wait", "500", "502", "503", "503 with a wait", "504", "599"),
+RETRIED_POLLS = (
+    *("not sent", "response lost", "not HTTP", "200, error", "299, error", "200, no balance"),
+    *("408", "429", "429, Retry-After", "500", "502", "503", "503, Retry-After", "504", "599"),
 )
 
 
-@table(*MISSED_LOOKS, "404")
-def test_soon_after_the_submit_a_task_may_not_be_visible_yet(error: FluxError, expected: bool) -> None:
-    """A lost poll is a missed look, and so is a 404 shortly after the submit."""
-    again = may_poll_again(error, elapsed=NOT_VISIBLE_YET - 0.001)
+@table(*RETRIED_POLLS, "404")
+def test_poll_is_retried_soon_after_the_submit(error: FluxError, expected: bool) -> None:
+    """A failed poll is retried, and so is a 404 soon after the submit."""
+    result = may_poll_again(error, elapsed=NOT_FOUND_GRACE_PERIOD - 0.001)
 
-    assert again is expected
-
-
-@pytest.mark.parametrize("elapsed", [NOT_VISIBLE_YET, 1e6, None], ids=["later", "much later", "submitted elsewhere"])
-@table(*MISSED_LOOKS)
-def test_later_a_task_that_is_not_found_is_gone(error: FluxError, expected: bool, elapsed: float | None) -> None:
-    """A lost poll is a missed look however late it is; a 404 is the end, at once where the submit was not seen."""
-    again = may_poll_again(error, elapsed=elapsed)
-
-    assert again is expected
-
-
-@table("no HTTP", "200 with an error", "299 with an error", "200 without money")
-def test_an_answer_that_is_no_task_is_unreadable(error: FluxError, expected: bool) -> None:
-    """Answered, but not with a task: only so many of these in a row are borne."""
-    unreadable = is_unreadable(error)
-
-    assert unreadable is expected
-
-
-@pytest.mark.parametrize("error", CASES.values(), ids=CASES)
-def test_what_is_unreadable_may_be_looked_at_again(error: FluxError) -> None:
-    """Every unreadable answer is a missed look, so that the poller counts them instead of ending at the first."""
-    ends_at_once = is_unreadable(error) and not may_poll_again(error, elapsed=None)
-
-    assert not ends_at_once
-
-
-@table("401", "402", "403", "403 without money", "200 without money")
-def test_some_refusals_would_meet_every_further_submit(error: FluxError, expected: bool) -> None:
-    """A key that is wrong, poor or forbidden dooms the rest of a stream; nothing else does."""
-    doomed = is_fatal_for_batch(error)
-
-    assert doomed is expected
+    assert result is expected
 
 
 @pytest.mark.parametrize(
-    ("failures", "least", "most"),
+    "elapsed", [NOT_FOUND_GRACE_PERIOD, 1e6, None], ids=["later", "much later", "submitted elsewhere"]
+)
+@table(*RETRIED_POLLS)
+def test_poll_is_not_retried_after_a_late_404(error: FluxError, expected: bool, elapsed: float | None) -> None:
+    """A failed poll is retried at any time; a 404 is final after the grace period, or if the submit was made elsewhere."""
+    result = may_poll_again(error, elapsed=elapsed)
+
+    assert result is expected
+
+
+@table("not HTTP", "200, error", "299, error", "200, no balance")
+def test_response_that_is_not_a_task_is_unreadable(error: FluxError, expected: bool) -> None:
+    """A response that was received, but is not a task, is unreadable; the poller limits these in a row."""
+    result = is_unreadable(error)
+
+    assert result is expected
+
+
+@pytest.mark.parametrize("error", CASES.values(), ids=CASES)
+def test_unreadable_response_is_retried(error: FluxError) -> None:
+    """Every unreadable response is retried, so that the poller can count them."""
+    is_final = is_unreadable(error) and not may_poll_again(error, elapsed=None)
+
+    assert not is_final
+
+
+@table("401", "402", "403", "403, no balance", "200, no balance")
+def test_errors_that_are_fatal_for_a_batch(error: FluxError, expected: bool) -> None:
+    """A key that is invalid, forbidden or without balance ends a stream; nothing else does."""
+    result = is_fatal_for_batch(error)
+
+    assert result is expected
+
+
+@pytest.mark.parametrize(
+    ("failures", "shortest", "longest"),
     [
         (1, 0.25, 0.5),
         (2, 0.5, 1.0),
@@ -168,17 +170,17 @@ def test_some_refusals_would_meet_every_further_submit(error: FluxError, expecte
         (1000, 7.5, 15.0),
     ],
 )
-def test_the_wait_doubles_up_to_a_limit(failures: int, least: float, most: float) -> None:
-    """Chance draws the wait between half and whole of what doubles with each failure, up to 15 s."""
-    waits = [backoff(failures, chance) for chance in (0.0, 0.5, 1.0)]
+def test_backoff_doubles_up_to_a_limit(failures: int, shortest: float, longest: float) -> None:
+    """The jitter selects a delay between half and all of a value that doubles with each failure, up to 15 s."""
+    delays = [backoff(failures, jitter) for jitter in (0.0, 0.5, 1.0)]
 
-    assert waits == [least, (least + most) / 2, most]
+    assert delays == [shortest, (shortest + longest) / 2, longest]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 10**6), st.floats(0, 1))
-def test_the_wait_is_never_nothing_and_never_long(failures: int, chance: float) -> None:
-    """However many failures and whatever the chance, the wait is between a quarter of a second and 15 s."""
-    wait = backoff(failures, chance)
+def test_backoff_is_bounded(failures: int, jitter: float) -> None:
+    """For any number of failures and any jitter, the delay is between 0.25 and 15 s."""
+    delay = backoff(failures, jitter)
 
-    assert 0.25 <= wait <= 15.0
+    assert 0.25 <= delay <= 15.0

@@ -1,6 +1,6 @@
-"""The examples' page in a real browser: what a visitor sees, from the prompt to the picture.
+"""The page of the example applications in a real browser, from the prompt to the picture.
 
-A session of its own runs these: `nox -s browser`. FLUX2MAX_SCREENSHOTS names a folder to keep what was seen.
+Run these tests with `nox -s browser`. Set FLUX2MAX_SCREENSHOTS to a folder to keep the screenshots.
 """
 
 import os
@@ -10,28 +10,28 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from support.apps import NAMES, App, running_app
-from support.browser import running_browser, shoot
+from support.browser import running_browser, take_screenshots
 
 from flux2max_async.emulator import Emulator
 
-# What the bar shows, each time it changes.
-WATCH = """() => {
+# Records each value of the progress bar in `window.progressValues`.
+RECORD_PROGRESS = """() => {
     const bar = document.querySelector("progress");
-    window.seen = [];
-    new MutationObserver(() => seen.push(bar.value)).observe(bar, {attributes: true, attributeFilter: ["value"]});
+    window.progressValues = [];
+    new MutationObserver(() => progressValues.push(bar.value)).observe(bar, {attributes: true, attributeFilter: ["value"]});
 }"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's own."""
-    with running_browser() as one:
-        yield one
+    """Provide the system's browser."""
+    with running_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """Each of the examples, on a service whose tasks take 2 s."""
+    """Run each of the examples with a service whose tasks take 2 s."""
     with (
         Emulator(seconds=2.0, spread=0.0, seed=1) as gateway,
         running_app(request.param, gateway, tmp_path_factory.mktemp(request.param)) as running,
@@ -41,7 +41,7 @@ def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def page(browser: Browser, app: App) -> Iterator[Page]:
-    """The page, of which no script may fail."""
+    """Open the page; fail on any script error."""
     with browser.new_page() as page:
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -49,37 +49,37 @@ def page(browser: Browser, app: App) -> Iterator[Page]:
         page.set_default_timeout(10_000)
         page.goto(app.url)
         yield page
-        # The browser itself remarks on each answer with an error's status.
+        # Chromium logs every response with an error status.
         assert [error for error in errors if "status of 422" not in error] == []
 
 
 @pytest.fixture
 def shots(app: App, tmp_path: Path) -> Path:
-    """Where the screenshots go."""
+    """Return the folder for screenshots."""
     name = app.log.parent.name.rstrip("0123456789")
     return Path(os.environ.get("FLUX2MAX_SCREENSHOTS", tmp_path)) / name
 
 
-def test_a_prompt_becomes_a_picture(page: Page, app: App, shots: Path) -> None:
-    """A visitor types a prompt, sees it being drawn, and then the picture, in the size that was asked for."""
+def test_prompt_to_picture(page: Page, app: App, shots: Path) -> None:
+    """A visitor enters a prompt, sees the progress, and then the picture in the requested size."""
     prompt = "a lighthouse at dawn, <b>watercolour</b>"
-    shoot(page, shots, "1-empty")
-    page.evaluate(WATCH)
+    take_screenshots(page, shots, "1-empty")
+    page.evaluate(RECORD_PROGRESS)
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_label("Shape").select_option("Portrait")
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_role("progressbar")).to_be_visible()
     expect(page.get_by_role("status")).to_contain_text("%")
     expect(page.get_by_role("button", name="Draw")).to_be_disabled()
-    shoot(page, shots, "2-drawing")
+    take_screenshots(page, shots, "2-drawing")
     picture = page.get_by_role("img", name=prompt, exact=True)
     picture.wait_for(state="visible")
     size = picture.evaluate("image => [image.naturalWidth, image.naturalHeight]")
-    shoot(page, shots, "3-done")
-    seen = {value for value in page.evaluate("seen") if 0 < value < 1}
+    take_screenshots(page, shots, "3-done")
+    values = {value for value in page.evaluate("progressValues") if 0 < value < 1}
 
     assert size == [768, 1024]
-    assert len(seen) >= 2
+    assert len(values) >= 2
     expect(page.get_by_role("status")).to_have_text("Done.")
     expect(page.get_by_role("progressbar")).to_be_hidden()
     expect(page.get_by_role("button", name="Draw")).to_be_enabled()
@@ -88,23 +88,23 @@ def test_a_prompt_becomes_a_picture(page: Page, app: App, shots: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_a_prompt_that_moderation_refuses(page: Page, shots: Path) -> None:
-    """A visitor whose prompt is refused reads why, and can try another one, which works."""
-    page.get_by_label("Prompt").fill("something unseemly [moderate]")
+def test_moderated_prompt(page: Page, shots: Path) -> None:
+    """A visitor whose prompt is refused sees the reason, and can submit another one."""
+    page.get_by_label("Prompt").fill("something indecent [moderate]")
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_role("status")).to_have_text("Moderation refused this prompt. Try another one.")
-    shoot(page, shots, "4-refused")
+    take_screenshots(page, shots, "4-refused")
     picture_hidden = page.get_by_role("figure").is_hidden()
-    page.get_by_label("Prompt").fill("something seemly")
+    page.get_by_label("Prompt").fill("something decent")
     page.get_by_role("button", name="Draw").click()
-    page.get_by_role("img", name="something seemly").wait_for(state="visible")
+    page.get_by_role("img", name="something decent").wait_for(state="visible")
 
     assert picture_hidden
     expect(page.get_by_role("status")).to_have_text("Done.")
 
 
-def test_a_prompt_that_is_blank(page: Page) -> None:
-    """What the browser lets pass and the library doesn't is marked where it is, and said."""
+def test_blank_prompt(page: Page) -> None:
+    """A blank prompt, which the browser accepts and the library refuses, is marked as invalid with the reason."""
     page.get_by_label("Prompt").fill("   ")
     page.get_by_role("button", name="Draw").click()
 

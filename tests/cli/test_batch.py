@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.commands import KEY, Command, Run, lines_of
+from support.commands import KEY, Command, Run, visible_lines
 from support.scripted import ScriptedGateway, answer, completed, running
 
 from flux2max_async.emulator import Emulator, Fault
@@ -66,7 +66,7 @@ def test_a_batch(flux2max: Command, service: Service) -> None:
     assert run.code == 0
     assert run.err.splitlines() == [
         "3 pictures: 3 to be submitted, for about $0.21",
-        f"3 of 3 pictures in flux2max-prompts; to look at them: {Path('flux2max-prompts/index.html')}",
+        f"3 of 3 pictures in flux2max-prompts; to view them: {Path('flux2max-prompts/index.html')}",
     ]
     assert [cell.strip() for cell in run.out.splitlines()[1].split("┃")[1:-1]] == ["done", "failed"]
     assert re.match(r"│ +3 │ +0 │", run.out.splitlines()[3])
@@ -209,7 +209,7 @@ def test_bad_lines(flux2max: Command, service: Service) -> None:
     assert run.err.splitlines() == [
         "wishes.jsonl:2: promt: there is no field 'promt': did you mean prompt?",
         "wishes.jsonl:3: width: width must be at least 64 pixels, or 0 or None to let the model choose, not 10",
-        "flux2max: 2 lines are bad, so nothing was sent; --skip-bad leaves them out",
+        "flux2max: 2 lines are bad, so nothing was sent; --skip-bad skips bad lines",
     ]
     assert nothing == ({}, ["wishes.jsonl"])
     assert skipping.code == 0
@@ -226,7 +226,7 @@ def test_a_key_of_another_request(flux2max: Command, service: Service) -> None:
 
     assert run.code == 2
     assert run.err.startswith(
-        "prompts.jsonl:1: key: key 'one' is that of another request in the journal, for 'a cat'\n"
+        "prompts.jsonl:1: key: key 'one' belongs to another request in the journal, for 'a cat'\n"
     )
     assert gateway.calls["submit"] == 1
 
@@ -236,7 +236,7 @@ def test_a_key_of_another_request(flux2max: Command, service: Service) -> None:
     [
         (["nothing.txt"], "can't read 'nothing.txt': No such file"),
         (["."], "can't read '.'"),
-        (["prompts.doc"], "'prompts.doc' is neither .txt nor .jsonl nor .csv: say which with --as"),
+        (["prompts.doc"], "'prompts.doc' is not .txt, .jsonl or .csv: specify the format with --as"),
         (["empty.txt"], "empty.txt has no prompts"),
         (["prompts.txt", "--width", "10"], "width must be at least 64"),
         (["prompts.txt", "--budget", "much"], "budget must be an amount of US dollars"),
@@ -297,14 +297,14 @@ def test_a_dry_run_knows_what_is_done(flux2max: Command, service: Service) -> No
     options = ("batch", sheet, "--width", "2048", "--height", "1024", "--dry-run")
     run = flux2max(*options, "--budget", "0.15")
     retrying = flux2max(*options, "--json", "--retry-failed")
-    fates = {row["params"]["prompt"]: row["fate"] for row in map(json.loads, retrying.out.splitlines())}
+    actions = {row["params"]["prompt"]: row["fate"] for row in map(json.loads, retrying.out.splitlines())}
 
     assert run.err == (
         "dry run: 3 pictures: 1 done already, 1 failed earlier (--retry-failed tries again), 1 to be submitted, "
         "for about $0.10; the budget leaves $0.05, which isn't enough for all\n"
     )
     assert run.out.startswith("an-owl-")
-    assert fates == {"a cat": "done", "a dog [fail]": "again", "an owl": "new"}
+    assert actions == {"a cat": "done", "a dog [fail]": "again", "an owl": "new"}
 
 
 # ---------------------------------------------------------------------- what goes wrong
@@ -339,7 +339,7 @@ def test_a_budget_that_stops_it(flux2max: Command, service: Service) -> None:
 
     assert run.code == 1
     assert (paid, Counter(stopped.values())) == (4, {"completed": 4, "waiting": 2})
-    assert "flux2max: stopped: the budget of $0.30 doesn't allow another picture" in run.err
+    assert "flux2max: stopped: the budget of $0.30 doesn't allow another image" in run.err
     assert run.err.splitlines()[-1] == (
         "to go on, with a budget for the other 2: "
         "flux2max batch prompts.txt --width 64 --height 64 --max-in-flight 2 --budget 0.42"
@@ -565,9 +565,9 @@ def test_what_left_the_sheet_is_not_lost(flux2max: Command, service: Service) ->
 
     assert run.code == 0
     assert "3 pictures: 2 running, 1 to be submitted" in run.err
-    assert "2 of them no longer in prompts.jsonl, but paid for" in run.err
-    assert f"; to have it: flux2max fetch {ids['a dog']}" in run.err
-    assert f"; to have it: flux2max fetch {ids['a fox']}" in run.err
+    assert "2 of them: no longer in prompts.jsonl, but already paid for" in run.err
+    assert f"; to save its picture: flux2max download {ids['a dog']}" in run.err
+    assert f"; to save its picture: flux2max download {ids['a fox']}" in run.err
     assert Counter(told.values()) == {"completed": 3, "submitted": 2}
     assert len(pictures()) == 3
     assert set(gateway.accepted.values()) == {1}
@@ -588,8 +588,8 @@ def test_a_journal_that_is_gone(
     agreed = flux2max("batch", sheet, *SMALL, "--yes")
 
     assert (refused.code, asked.code, agreed.code, paid) == (2, 1, 0, 1)
-    assert "journal.db is gone, and 1 picture that results.jsonl knows would be paid again" in refused.err
-    assert "nobody can be asked, so nothing was sent: add --yes" in refused.err
+    assert "journal.db is missing: 1 picture in results.jsonl would be paid for again" in refused.err
+    assert "can't ask for confirmation, so nothing was sent: add --yes" in refused.err
 
 
 def test_a_wrong_key_is_no_fault_of_the_lines(flux2max: Command, service: Service) -> None:
@@ -650,7 +650,7 @@ def test_a_folder_of_no_batch(flux2max: Command, command: str) -> None:
     run = flux2max(command, "empty")
 
     assert (run.code, run.out) == (2, "")
-    assert run.err == "flux2max: there is no journal.db in 'empty': it is not the folder of a batch\n"
+    assert run.err == "flux2max: there is no journal.db in 'empty': it is not the output folder of a batch\n"
 
 
 def test_the_journal_told(flux2max: Command, service: Service) -> None:
@@ -706,7 +706,7 @@ def test_a_batch_lives_on_a_terminal(on_terminal: Command, service: Service) -> 
     prompts = [f"picture {number} {'[fail]' if number == 3 else ''} {'of many words ' * 9}" for number in range(12)]
     run = on_terminal("batch", write(*prompts), *SMALL, "--max-in-flight", "6", "--budget", "1", "--yes")
     shown = run.out.partition("┏")[0]
-    lines = lines_of(shown)
+    lines = visible_lines(shown)
 
     assert run.code == 1
     assert any(re.fullmatch(r"[━╺╸ ]+ 0 of 12 +0:0\d ?", line) for line in lines)
@@ -776,7 +776,7 @@ def test_a_file_on_the_keyboards_place_needs_a_yes(
         run = on_terminal("batch", "-", *SMALL)
 
     assert run.code == 2
-    assert "nobody can be asked" in run.out
+    assert "can't ask for confirmation" in run.out
     assert not gateway.calls
 
 
@@ -806,7 +806,7 @@ def test_standard_input_in_doubt(flux2max: Command, service: Service, monkeypatc
         patch.setattr("sys.stdin", source)
         run = flux2max("batch", "-")
 
-    assert (run.code, run.err) == (2, "flux2max: standard input may be prompts or a table: say which with --as\n")
+    assert (run.code, run.err) == (2, "flux2max: standard input may be prompts or a table: specify the format with --as\n")
     assert not gateway.calls
 
 
@@ -887,12 +887,12 @@ def test_a_key_for_somebody_elses_gateway(flux2max: Command, service: Service, m
     Path(".env").write_text(f"FLUX2MAX_BASE_URL={gateway.url}\n", encoding="utf-8")
     run = flux2max("status", "nothing")
 
-    assert run.err.splitlines()[0] == f"gateway: {gateway.url} (as .env says)"
+    assert run.err.splitlines()[0] == f"gateway: {gateway.url} (from .env)"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"\xff\xfe\x00", "can't read .env: it is no text"), (b"what is this?\n", "could not parse statement")],
+    [(b"\xff\xfe\x00", "can't read .env: it is not UTF-8 text"), (b"what is this?\n", "could not parse statement")],
 )
 def test_a_dotenv_that_is_none(flux2max: Command, content: bytes, said: str) -> None:
     """What can't be read in `.env` is told."""

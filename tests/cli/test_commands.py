@@ -1,4 +1,4 @@
-"""The command line: what it says, saves and exits with, on a terminal and down a pipe."""
+"""The commands: their output, files and exit codes, on a terminal and through pipes."""
 
 import asyncio
 import contextlib
@@ -19,25 +19,25 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.commands import KEY, Command, Run, finish, lines_of, python, start
+from support.commands import KEY, Command, Run, finish, python, start, visible_lines
 from support.scripted import ScriptedGateway, answer, completed, running
 
 from flux2max_async import __version__
-from flux2max_async.cli._demo import _all_of
+from flux2max_async.cli._demo import _wait_for_saves
 from flux2max_async.emulator import Emulator, Fault
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
-# ---------------------------------------------------------------------- the command itself
+# ---------------------------------------------------------------------- the command as a whole
 
 
 @pytest.mark.parametrize(
     "command",
-    [(), *((name,) for name in ("generate", "status", "fetch", "batch", "journal", "gallery", "demo", "emulate"))],
+    [(), *((name,) for name in ("generate", "status", "download", "batch", "journal", "gallery", "demo", "emulate"))],
 )
-def test_help_fits_and_shows_an_example(flux2max: Command, command: tuple[str, ...]) -> None:
-    """The help of each command fits on 80 columns and ends with an example on one line."""
+def test_help_fits_and_has_an_example(flux2max: Command, command: tuple[str, ...]) -> None:
+    """The help of each command fits on 80 columns and ends with a one-line example."""
     run = flux2max(*command, "--help")
 
     assert run.code == 0
@@ -46,13 +46,13 @@ def test_help_fits_and_shows_an_example(flux2max: Command, command: tuple[str, .
 
 
 def test_version(flux2max: Command) -> None:
-    """--version says the version, and nothing else."""
+    """--version prints the version and nothing else."""
     assert flux2max("--version") == Run(0, f"flux2max {__version__}\n", "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(shell: str) -> None:
-    """Shells complete the names of commands."""
+def test_shell_completion(shell: str) -> None:
+    """Shells can complete the names of commands."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "from flux2max_async.cli import main; main()"],
         env={
@@ -72,8 +72,8 @@ def test_completion(shell: str) -> None:
     assert "gallery" not in done.stdout
 
 
-def test_help_is_cheap() -> None:
-    """Neither rich, nor the HTTP client, nor the emulator nor Pillow is imported before a command runs."""
+def test_help_imports_little() -> None:
+    """Showing help imports neither asyncio, rich, aiohttp, Pillow nor the emulator."""
     run = python(
         "import sys\n"
         "sys.argv = ['flux2max', 'generate', '--help']\n"
@@ -95,8 +95,8 @@ def test_help_is_cheap() -> None:
         ("PIL", ["demo"], "emulator"),
     ],
 )
-def test_a_missing_extra_is_named(module: str, arguments: list[str], extra: str) -> None:
-    """Without an extra that is needed, one line says how to install it."""
+def test_missing_extra(module: str, arguments: list[str], extra: str) -> None:
+    """If an optional package is missing, one line names the extra to install."""
     run = python(
         f"import sys\nsys.argv = ['flux2max', *{arguments}]\nsys.modules[{module!r}] = None\n"
         "from flux2max_async.cli import main\nmain()"
@@ -105,8 +105,8 @@ def test_a_missing_extra_is_named(module: str, arguments: list[str], extra: str)
     assert run == Run(1, "", f"flux2max: {module} is missing: pip install 'flux2max_async[{extra}]'\n")
 
 
-def test_a_broken_installation_is_not_a_missing_extra() -> None:
-    """A module that no extra brings is missed aloud."""
+def test_missing_required_package() -> None:
+    """A missing package that belongs to no extra raises its ModuleNotFoundError."""
     run = python(
         "import sys\nsys.argv = ['flux2max', 'generate', 'a cat']\nsys.modules['attrs'] = None\n"
         "from flux2max_async.cli import main\nmain()"
@@ -117,11 +117,11 @@ def test_a_broken_installation_is_not_a_missing_extra() -> None:
     assert "pip install" not in run.err
 
 
-# ---------------------------------------------------------------------- generate: what comes out
+# ---------------------------------------------------------------------- generate: success
 
 
-def test_a_picture_is_generated(flux2max: Command, service: Callable[..., Emulator]) -> None:
-    """The path goes to stdout; the task's id, its seconds, polls and cost go to stderr; the picture is there."""
+def test_generate(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """The picture is saved; its path goes to stdout; the task's id, duration, polls and cost go to stderr."""
     gateway = service()
     run = flux2max("generate", "a lighthouse at dawn", "-o", "new folder/lighthouse.jpeg")
     (task,) = gateway.tasks.values()
@@ -146,10 +146,10 @@ def test_a_picture_is_generated(flux2max: Command, service: Callable[..., Emulat
         (["-o", "cat.png", "--format", "jpeg"], "cat.png", "JPEG"),
     ],
 )
-def test_the_format_and_the_name(
+def test_format_and_file_name(
     flux2max: Command, service: Callable[..., Emulator], arguments: list[str], name: str, kind: str
 ) -> None:
-    """--format decides, else the file's ending, else it is jpeg; a file without a name is named after its task."""
+    """The format is that of --format, else of the file's suffix, else jpeg; the default file name has the task's id."""
     gateway = service()
     run = flux2max("generate", "a cat", "--width", "64", "--height", "64", *arguments)
     (task_id,) = gateway.tasks
@@ -159,10 +159,10 @@ def test_the_format_and_the_name(
         assert picture.format == kind
 
 
-def test_every_parameter_is_sent(flux2max: Command, script: ScriptedGateway) -> None:
-    """Options become the request's parameters; an image is a URL where it looks like one, and a file elsewhere."""
+def test_request_options(flux2max: Command, script: ScriptedGateway) -> None:
+    """Options become the request's parameters; an image is sent as a URL if it has a scheme, else read from a file."""
     Image.new("RGB", (8, 8)).save("small.png")
-    script.submits[0] = answer(400, {"message": "enough seen"})
+    script.submits[0] = answer(400, {"message": "refused"})
     flux2max(
         *("generate", "a cat", "--width", "640", "--height", "480", "--seed", "7", "--safety-tolerance", "5"),
         *("--format", "png", "-i", "HTTPS://pictures.example/1.png", "--image", "small.png"),
@@ -181,8 +181,8 @@ def test_every_parameter_is_sent(flux2max: Command, script: ScriptedGateway) -> 
     }
 
 
-def test_several_pictures_of_one_task(flux2max: Command, script: ScriptedGateway) -> None:
-    """Each picture of a task has a file of its own; a cost that the service doesn't tell isn't told."""
+def test_task_with_several_images(flux2max: Command, script: ScriptedGateway) -> None:
+    """Each image of a task gets its own file; the cost is left out if the service doesn't report it."""
     contents = [{"type": "image", "url": f"{script.url}/{number}.jpeg"} for number in range(3)]
     script.polls[0] = answer(200, completed(output=[{"content": contents}], usage=None))
     script.downloads = deque(answer(200, f"picture {number}".encode()) for number in range(3))
@@ -193,11 +193,11 @@ def test_several_pictures_of_one_task(flux2max: Command, script: ScriptedGateway
     assert [Path(name).read_text() for name in run.out.split()] == ["picture 0", "picture 1", "picture 2"]
 
 
-def test_a_task_id_can_be_anything(flux2max: Command, script: ScriptedGateway) -> None:
-    """A file that is named after its task stays in this folder, whatever the id is."""
-    odd = "../é x\x1b[31m"
-    script.submits[0] = answer(200, running(odd))
-    script.polls[0] = answer(200, completed(odd, f"{script.url}/0.jpeg"))
+def test_unsafe_task_id(flux2max: Command, script: ScriptedGateway) -> None:
+    """The default file name stays in the working folder, whatever the task's id contains."""
+    task_id = "../é x\x1b[31m"
+    script.submits[0] = answer(200, running(task_id))
+    script.polls[0] = answer(200, completed(task_id, f"{script.url}/0.jpeg"))
     script.downloads[0] = answer(200, b"picture")
     run = flux2max("generate", "a cat")
 
@@ -206,22 +206,22 @@ def test_a_task_id_can_be_anything(flux2max: Command, script: ScriptedGateway) -
     assert run.err.startswith("task ../é x [31m submitted\n")
 
 
-def test_a_call_that_is_made_again_is_told(flux2max: Command, service: Callable[..., Emulator]) -> None:
-    """What the service has trouble with is said in a line each, and the picture still comes."""
+def test_retries_are_reported(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """Each failed call that is retried is reported in a line, and the picture is saved."""
     gateway = service()
     gateway.script("submit", Fault.UNAVAILABLE)
     gateway.script("poll", Fault.GARBAGE)
     run = flux2max("generate", "a cat", "-o", "cat.jpeg")
 
     assert (run.code, run.out) == (0, "cat.jpeg\n")
-    refused, submitted, missed, _ = run.err.splitlines()
+    refused, submitted, failed_poll, _ = run.err.splitlines()
     assert refused.startswith("flux2max: submit not accepted")
     assert submitted.startswith("task ")
-    assert missed.startswith("flux2max: task ")
+    assert failed_poll.startswith("flux2max: task ")
 
 
 def test_generate_with_the_emulator(flux2max: Command) -> None:
-    """--emulator needs no key and brings a real picture."""
+    """--emulator needs no key and saves a real picture."""
     run = flux2max("generate", "a cat", "--emulator", "-o", "cat.png")
 
     assert (run.code, run.out) == (0, "cat.png\n")
@@ -229,11 +229,11 @@ def test_generate_with_the_emulator(flux2max: Command) -> None:
         assert (picture.format, picture.size) == ("PNG", (1024, 1024))
 
 
-# ---------------------------------------------------------------------- generate: what goes wrong
+# ---------------------------------------------------------------------- generate: errors
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "said"),
+    ("arguments", "environment", "message"),
     [
         ([" "], {}, "prompt must not be blank"),
         (["a cat", "--width", "10"], {}, "width must be at least 64"),
@@ -248,15 +248,15 @@ def test_generate_with_the_emulator(flux2max: Command) -> None:
         (["a cat"], {"FLUX2MAX_BASE_URL": "http://gateway.example"}, "base_url must be https"),
     ],
 )
-def test_wrong_use(
+def test_invalid_options(
     flux2max: Command,
     service: Callable[..., Emulator],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     environment: dict[str, str],
-    said: str,
+    message: str,
 ) -> None:
-    """What can't work is told in one line, with exit code 2, before anything is sent."""
+    """Invalid options and settings are reported in one line, with exit code 2, before anything is sent."""
     gateway = service()
     Path("letter.txt").write_text("Dear cat", encoding="utf-8")
     for name, value in environment.items():
@@ -265,7 +265,7 @@ def test_wrong_use(
 
     assert (run.code, run.out) == (2, "")
     assert re.fullmatch(r"flux2max: [^\n]+\n", run.err)
-    assert said in run.err
+    assert message in run.err
     assert KEY not in run.err
     assert not gateway.calls
 
@@ -284,7 +284,7 @@ def test_wrong_use(
     ],
 )
 def test_usage_errors(flux2max: Command, arguments: list[str]) -> None:
-    """A command line that can't be read shows how it is used, with exit code 2."""
+    """A command line that can't be parsed shows the usage, with exit code 2."""
     run = flux2max(*arguments)
 
     assert run.code == 2
@@ -293,7 +293,7 @@ def test_usage_errors(flux2max: Command, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "said"),
+    ("prompt", "options", "message"),
     [
         ("a cat [fail]", {}, "the model gave up"),
         ("a cat [moderate]", {}, "Request Moderated"),
@@ -301,27 +301,27 @@ def test_usage_errors(flux2max: Command, arguments: list[str]) -> None:
         ("a cat", {"balance": Decimal(0)}, "insufficient balance"),
         ("a cat", {"faults": {Fault.RESET_AFTER: 1.0}}, "may exist and cost money"),
         ("a cat", {"faults": {Fault.SERVER_ERROR: 1.0}}, "may exist and cost money"),
-        ("a cat", {"url_lifetime": -1.0}, "url has expired"),
+        ("a cat", {"url_lifetime": -1.0}, "URL has expired"),
     ],
 )
-def test_failures(
-    flux2max: Command, service: Callable[..., Emulator], prompt: str, options: dict[str, Any], said: str
+def test_failed_generation(
+    flux2max: Command, service: Callable[..., Emulator], prompt: str, options: dict[str, Any], message: str
 ) -> None:
-    """A picture that doesn't come is told in one last line, with exit code 1, and nothing is saved."""
+    """A failure is reported in the last line, with exit code 1, and nothing is saved."""
     service(**options)
     run = flux2max("generate", prompt)
 
     assert (run.code, run.out) == (1, "")
-    *before, last = run.err.splitlines()
-    assert all(re.fullmatch("task [0-9a-f]+ submitted", line) for line in before)
+    *earlier, last = run.err.splitlines()
+    assert all(re.fullmatch("task [0-9a-f]+ submitted", line) for line in earlier)
     assert last.startswith("flux2max: ")
-    assert said in last
+    assert message in last
     assert KEY not in run.err
     assert not list(Path().iterdir())
 
 
-def test_a_deadline_that_passes_names_the_task(flux2max: Command, service: Callable[..., Emulator]) -> None:
-    """When the task takes too long, its id is told: the work is paid for."""
+def test_task_timeout(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """A task that times out is paid for, so its id is reported."""
     gateway = service(seconds=60.0)
     run = flux2max("generate", "a cat", "--task-timeout", "0.3")
     (task_id,) = gateway.tasks
@@ -331,7 +331,7 @@ def test_a_deadline_that_passes_names_the_task(flux2max: Command, service: Calla
 
 
 def test_no_connection(flux2max: Command, monkeypatch: pytest.MonkeyPatch, free_tcp_port: int) -> None:
-    """A service that isn't there is tried until the deadline, and each try is told."""
+    """An unreachable service is retried until the deadline, and each attempt is reported."""
     monkeypatch.setenv("FLUX2MAX_API_KEY", KEY)
     monkeypatch.setenv("FLUX2MAX_BASE_URL", f"http://127.0.0.1:{free_tcp_port}")
     run = flux2max("generate", "a cat", "--task-timeout", "1")
@@ -341,8 +341,8 @@ def test_no_connection(flux2max: Command, monkeypatch: pytest.MonkeyPatch, free_
     assert run.err.splitlines()[-1].startswith("flux2max: no connection")
 
 
-def test_a_picture_that_cannot_be_saved_names_the_task(flux2max: Command, service: Callable[..., Emulator]) -> None:
-    """A picture that is paid for and can't be written is told with the task's id."""
+def test_save_failure(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """If a paid picture can't be written, the task's id is reported."""
     gateway = service()
     Path("file").touch()
     run = flux2max("generate", "a cat", "-o", "file/cat.jpeg")
@@ -352,30 +352,30 @@ def test_a_picture_that_cannot_be_saved_names_the_task(flux2max: Command, servic
     assert run.err.splitlines()[-1].startswith(f"flux2max: task {task_id} is completed, but not saved: can't write")
 
 
-def test_what_the_service_says_stays_in_its_line(flux2max: Command, script: ScriptedGateway) -> None:
-    """A message of the service can neither break the line, nor steer the terminal, nor show the key."""
+def test_messages_of_the_service_are_sanitized(flux2max: Command, script: ScriptedGateway) -> None:
+    """A message of the service can't contain line breaks, escape sequences or the API key."""
     script.submits[0] = answer(400, {"message": f"no\r\nway:\x1b[2J\x9b31m {script.api_key}"})
     run = flux2max("generate", "a cat")
 
     assert re.fullmatch(r"flux2max: no way: \[2J 31m \*\*\*[ -~]*\n", run.err)
 
 
-# ---------------------------------------------------------------------- a task by its id
+# ---------------------------------------------------------------------- status and download
 
 
-def test_a_task_is_looked_at(flux2max: Command, service: Callable[..., Emulator]) -> None:
-    """A task's status is told from anywhere, by its id: how far it is, what it cost, where its picture is."""
+def test_status_and_download(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """A task's id is enough to show its progress, cost and URL, and to save its picture."""
     gateway = service(seconds=3.0)
     flux2max("generate", "a cat", "--task-timeout", "0.5")
     (task_id,) = gateway.tasks
     running = flux2max("status", task_id)
-    fetched = flux2max("fetch", task_id, "-o", "cat.jpeg")
+    downloaded = flux2max("download", task_id, "-o", "cat.jpeg")
     ended = flux2max("status", task_id)
     as_json = flux2max("status", task_id, "--json")
 
     assert re.fullmatch(r"status   in progress, \d+%\ncreated  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\n", running.out)
-    assert (fetched.code, fetched.out) == (0, "cat.jpeg\n")
-    assert re.fullmatch(r"\d\.\d s, \d+ polls?, \$0\.07\n", fetched.err)
+    assert (downloaded.code, downloaded.out) == (0, "cat.jpeg\n")
+    assert re.fullmatch(r"\d\.\d s, \d+ polls?, \$0\.07\n", downloaded.err)
     with Image.open("cat.jpeg") as picture:
         assert picture.format == "JPEG"
     assert [line.split()[0] for line in ended.out.splitlines()] == ["status", "created", "cost", "url"]
@@ -384,23 +384,23 @@ def test_a_task_is_looked_at(flux2max: Command, service: Callable[..., Emulator]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [("a cat [fail]", "the model gave up"), ("a cat [moderate]", "Request Moderated")]
+    ("prompt", "message"), [("a cat [fail]", "the model gave up"), ("a cat [moderate]", "Request Moderated")]
 )
-def test_a_task_that_failed(flux2max: Command, service: Callable[..., Emulator], prompt: str, said: str) -> None:
-    """That a task has failed is an answer to a question about it, and the end of fetching its picture."""
+def test_failed_task(flux2max: Command, service: Callable[..., Emulator], prompt: str, message: str) -> None:
+    """`status` succeeds for a failed task and shows its error; `download` fails with the error."""
     gateway = service()
     flux2max("generate", prompt)
     (task_id,) = gateway.tasks
-    status, fetched = flux2max("status", task_id), flux2max("fetch", task_id)
+    status, downloaded = flux2max("status", task_id), flux2max("download", task_id)
 
     assert status.code == 0
-    assert status.out.splitlines()[-1] == f"error    {said}"
-    assert (fetched.code, fetched.err) == (1, f"flux2max: {said}\n")
+    assert status.out.splitlines()[-1] == f"error    {message}"
+    assert (downloaded.code, downloaded.err) == (1, f"flux2max: {message}\n")
 
 
-@pytest.mark.parametrize("command", ["status", "fetch"])
-def test_a_task_that_nobody_knows(flux2max: Command, service: Callable[..., Emulator], command: str) -> None:
-    """An id that the service doesn't know is told as such."""
+@pytest.mark.parametrize("command", ["status", "download"])
+def test_unknown_task(flux2max: Command, service: Callable[..., Emulator], command: str) -> None:
+    """An id that the service doesn't know is reported as such."""
     service()
     run = flux2max(command, "nothing")
 
@@ -409,24 +409,22 @@ def test_a_task_that_nobody_knows(flux2max: Command, service: Callable[..., Emul
 
 
 @pytest.mark.parametrize(("url", "name"), [("0.png?expires=7", "flux2max-t1.png"), ("picture", "flux2max-t1.jpeg")])
-def test_a_fetched_picture_is_named_after_its_task(
-    flux2max: Command, script: ScriptedGateway, url: str, name: str
-) -> None:
-    """Without a name, the url tells the ending, or it is jpeg; what the service leaves out isn't told."""
+def test_download_file_name(flux2max: Command, script: ScriptedGateway, url: str, name: str) -> None:
+    """The default file name has the task's id and the URL's suffix, else .jpeg; `status` skips missing values."""
     script.polls[0] = answer(200, completed("t1", f"{script.url}/{url}", usage=None, created_at=None))
     script.downloads[0] = answer(200, b"picture")
-    run, status = flux2max("fetch", "t1"), flux2max("status", "t1")
+    run, status = flux2max("download", "t1"), flux2max("status", "t1")
 
     assert (run.code, run.out) == (0, f"{name}\n")
     assert Path(name).read_bytes() == b"picture"
     assert [line.split()[0] for line in status.out.splitlines()] == ["status", "url"]
 
 
-# ---------------------------------------------------------------------- the emulator, by hand
+# ---------------------------------------------------------------------- emulate
 
 
-def test_the_emulator_by_hand(flux2max: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the emulator prints, written into `.env`, is all that a batch needs; Ctrl-C ends it without a word."""
+def test_emulate(flux2max: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The output of `emulate`, written to `.env`, is all that a batch needs; Ctrl-C ends it silently."""
     process = start("emulate", "--port", "0", "--seconds", "0.1", "--balance", "0.14", "--seed", "1", cwd=tmp_path)
     assert process.stdout is not None
     Path(".env").write_text(process.stdout.readline() + process.stdout.readline(), encoding="utf-8")
@@ -440,8 +438,8 @@ def test_the_emulator_by_hand(flux2max: Command, monkeypatch: pytest.MonkeyPatch
     assert finish(process) == Run(0, "", "")
 
 
-def test_an_emulator_that_misbehaves(tmp_path: Path) -> None:
-    """Faults are given by name and share."""
+def test_emulate_with_faults(tmp_path: Path) -> None:
+    """--fault takes a name and a share."""
     process = start("emulate", "--port", "0", "--fault", "server_error=1", cwd=tmp_path)
     assert process.stdout is not None
     url, key = (process.stdout.readline().strip().partition("=")[2] for _ in range(2))
@@ -456,40 +454,40 @@ def test_an_emulator_that_misbehaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["sloth=0.1", "server_error", "server_error=2", "server_error=much", ""])
-def test_faults_that_there_are_not(flux2max: Command, fault: str) -> None:
-    """What is no fault, or no share, is told with those that there are."""
+def test_invalid_faults(flux2max: Command, fault: str) -> None:
+    """An unknown fault or an invalid share is reported with the names of all faults."""
     run = flux2max("emulate", "--fault", fault)
 
     assert (run.code, run.out) == (2, "")
-    assert run.err.startswith(f"flux2max: {fault!r} must look like server_error=0.1; the faults are rate_limited, ")
+    assert run.err.startswith(f"flux2max: {fault!r} must be like server_error=0.1; the faults are rate_limited, ")
 
 
 # ---------------------------------------------------------------------- on a terminal
 
 
-def test_a_task_lives_on_a_terminal(on_terminal: Command, service: Callable[..., Emulator]) -> None:
-    """On a terminal one line shows the task's status and progress, and is gone at the end."""
+def test_generate_on_a_terminal(on_terminal: Command, service: Callable[..., Emulator]) -> None:
+    """On a terminal, one line shows the task's status and progress, and is removed at the end."""
     gateway = service(seconds=2.0)
     gateway.script("poll", Fault.SERVER_ERROR)
     run = on_terminal("generate", "a cat", "-o", "cat.jpeg")
-    lines = lines_of(run.out)
+    lines = visible_lines(run.out)
 
     assert run.code == 0
     assert any(re.match(r"\S in progress, \d+% 0:00:0\d", line) for line in lines)
     assert lines[-2] == "cat.jpeg"
     assert all(len(line) <= 80 for line in lines)
-    # Nothing else is written into the middle of the line that lives.
+    # Other messages are never written into the middle of the status line.
     assert any(line.startswith("task ") for line in lines)
     assert any(line.startswith("flux2max: task ") for line in lines)
-    # The cursor is there again.
+    # The cursor is hidden once and shown again.
     assert run.out.count("\x1b[?25l") == run.out.count("\x1b[?25h") == 1
 
 
-def test_the_demo_lives_on_a_terminal(on_terminal: Command) -> None:
-    """On a terminal the demo shows a bar and its numbers, and pictures that fail in a line each."""
+def test_demo_on_a_terminal(on_terminal: Command) -> None:
+    """On a terminal, the demo shows a progress bar, counts, and a line for each failure."""
     Path("pictures/02-a-caravan-of-camels-in-the-dunes.jpeg").mkdir(parents=True)
     run = on_terminal("demo", "--count", "3", "--seconds", "0.1", "--out", "pictures")
-    lines = lines_of(run.out)
+    lines = visible_lines(run.out)
 
     assert run.code == 1
     assert any(line.startswith("━") and " 0 of 3 " in line for line in lines)
@@ -501,11 +499,11 @@ def test_the_demo_lives_on_a_terminal(on_terminal: Command) -> None:
     assert run.out.count("\x1b[?25l") == run.out.count("\x1b[?25h") == 1
 
 
-# ---------------------------------------------------------------------- down a pipe, and Ctrl-C
+# ---------------------------------------------------------------------- pipes and Ctrl-C
 
 
-def test_the_demo_down_a_pipe(flux2max: Command) -> None:
-    """Down a pipe, the demo says each saved picture and the summary in plain lines, and the pictures are there."""
+def test_demo_through_a_pipe(flux2max: Command) -> None:
+    """Through a pipe, the demo prints a plain line for each saved picture and the summary, and saves the pictures."""
     run = flux2max("demo", "--count", "2", "--seconds", "0.1")
     lines = run.out.splitlines()
     files = sorted(Path("flux2max-demo").iterdir())
@@ -525,8 +523,8 @@ def test_the_demo_down_a_pipe(flux2max: Command) -> None:
             picture.load()
 
 
-def test_a_demo_that_fails(flux2max: Command) -> None:
-    """Pictures that fail are told in a line each; prompts that come again are numbered; the exit code is 1."""
+def test_failing_demo(flux2max: Command) -> None:
+    """Each failure is reported in a line; repeated prompts are numbered; the exit code is 1."""
     run = flux2max("demo", "--count", "26", "--seconds", "0.1", "--failing", "1", "--out", "pictures")
     failed = re.findall(r"^failed (\S+): the model gave up$", run.out, re.MULTILINE)
 
@@ -536,8 +534,8 @@ def test_a_demo_that_fails(flux2max: Command) -> None:
     assert run.out.endswith("0 of 26 pictures are saved in pictures\n")
 
 
-def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
-    """`flux2max demo | head` ends by itself, and says nothing of the pipe."""
+def test_broken_pipe(tmp_path: Path) -> None:
+    """`flux2max demo | head` ends by itself, without a message about the broken pipe."""
     process = start("demo", "--count", "2", "--seconds", "0.1", cwd=tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -549,9 +547,9 @@ def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
     assert len(list((tmp_path / "flux2max-demo").iterdir())) == 2
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C can't be sent to one process alone")
-def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
-    """Ctrl-C ends the demo with code 130 and one line that says what is saved; no half-written file stays."""
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't send Ctrl-C to a single process")
+def test_ctrl_c_in_demo(tmp_path: Path) -> None:
+    """Ctrl-C ends the demo with code 130 and a line with the number of saved pictures; no partial file is left."""
     process = start("demo", "--seconds", "2", cwd=tmp_path)
     assert process.stdout is not None
     first = process.stdout.readline()
@@ -565,29 +563,29 @@ def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
     assert len(list((tmp_path / "flux2max-demo").iterdir())) == saved
 
 
-@pytest.mark.parametrize("moment", [0.5, None])
-async def test_what_has_come_is_saved(moment: float | None) -> None:
-    """Whoever is cancelled while the last pictures are being saved waits for them all the same."""
+@pytest.mark.parametrize("cancel_at", [0.5, None])
+async def test_wait_for_saves_survives_cancellation(cancel_at: float | None) -> None:
+    """The wait for the last saves completes even if it is cancelled."""
     saved: list[int] = []
 
     async def save() -> None:
         await asyncio.sleep(1.0)
         saved.append(1)
 
-    saving = {asyncio.create_task(save()) for _ in range(3)}
-    waiting = asyncio.ensure_future(_all_of(saving))
-    if moment is not None:
-        await asyncio.sleep(moment)
+    saves = {asyncio.create_task(save()) for _ in range(3)}
+    waiting = asyncio.ensure_future(_wait_for_saves(saves))
+    if cancel_at is not None:
+        await asyncio.sleep(cancel_at)
         waiting.cancel()
-    with pytest.raises(asyncio.CancelledError) if moment else contextlib.nullcontext():
+    with pytest.raises(asyncio.CancelledError) if cancel_at else contextlib.nullcontext():
         await waiting
 
     assert len(saved) == 3
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C can't be sent to one process alone")
-def test_ctrl_c_names_the_task(service: Callable[..., Emulator], tmp_path: Path) -> None:
-    """Ctrl-C ends a generation with code 130, and the task that is paid for is named."""
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't send Ctrl-C to a single process")
+def test_ctrl_c_in_generate(service: Callable[..., Emulator], tmp_path: Path) -> None:
+    """Ctrl-C ends `generate` with code 130 and reports the id of the task, which is paid for."""
     gateway = service(seconds=60.0)
     process = start("generate", "a cat", cwd=tmp_path)
     assert process.stderr is not None
@@ -601,5 +599,5 @@ def test_ctrl_c_names_the_task(service: Callable[..., Emulator], tmp_path: Path)
         130,
         "",
         f"flux2max: session closed; unfinished tasks: {task_id}\n"
-        "flux2max: stopped: what is unfinished goes on; flux2max fetch TASK_ID saves it\n",
+        "flux2max: stopped: unfinished tasks continue at the service; flux2max download TASK_ID saves the picture\n",
     )

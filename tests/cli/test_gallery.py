@@ -12,11 +12,11 @@ from PIL import Image
 from flux2max_async import FluxSession, LearnedSchedule
 from flux2max_async.cli._gallery import Gallery
 from flux2max_async.cli._output_dir import Folder, Row
-from flux2max_async.cli._plan import plan
+from flux2max_async.cli._plan import make_plan
 from flux2max_async.cli._progress import Board, clock
 from flux2max_async.cli._runner import Job, _Notes, _written
 from flux2max_async.cli._terminal import Screen, log_to
-from flux2max_async.journal._context import ReusePolicy
+from flux2max_async.journal._reuse import ReusePolicy
 
 
 def text_of(folder: Path, *rows: Row, running: bool = False) -> str:
@@ -135,7 +135,7 @@ async def test_a_journal_that_breaks_while_a_batch_runs(tmp_path: Path) -> None:
     folder.database.write_bytes(b"SQLite format 3\0 and then nothing" * 40)
     job = Job(
         folder=folder,
-        plan=plan([], [], ReusePolicy(), None),
+        plan=make_plan([], [], ReusePolicy(), None),
         session=FluxSession("key"),
         schedule=LearnedSchedule(),
         places=1,

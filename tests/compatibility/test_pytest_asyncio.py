@@ -1,4 +1,4 @@
-"""The library and its fixture under pytest-asyncio, whose fixtures are set up and torn down in tasks of their own."""
+"""The library and its fixture under pytest-asyncio, which runs fixtures in separate asyncio tasks."""
 
 from collections.abc import AsyncIterator
 
@@ -11,14 +11,14 @@ from flux2max_async.emulator import Emulator
 
 @pytest_asyncio.fixture
 async def flux(flux_emulator: Emulator) -> AsyncIterator[FluxSession]:
-    """A session that is entered in one asyncio task and left in another."""
+    """Provide a session that is entered in one asyncio task and closed in another."""
     async with FluxSession(flux_emulator.api_key, base_url=flux_emulator.url, schedule=FixedSchedule(0.05)) as session:
         yield session
 
 
 @pytest.mark.asyncio
 async def test_generate(flux: FluxSession, flux_emulator: Emulator) -> None:
-    """A picture is generated through a session that came from a fixture."""
+    """generate() works with a session from a fixture."""
     outcome = await flux.generate("a cat")
 
     assert outcome.ok
@@ -27,7 +27,7 @@ async def test_generate(flux: FluxSession, flux_emulator: Emulator) -> None:
 
 @pytest.mark.asyncio
 async def test_stream(flux: FluxSession) -> None:
-    """A stream works across pytest-asyncio's tasks."""
+    """A stream works with a session from a fixture."""
     outcomes = [outcome async for outcome in flux.stream(f"cat {n}" for n in range(30))]
 
     assert len(outcomes) == 30

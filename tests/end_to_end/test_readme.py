@@ -1,4 +1,4 @@
-"""The README's examples, each run as a reader would run it."""
+"""Run the README's examples as a reader would."""
 
 import os
 import re
@@ -21,26 +21,26 @@ README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 SCRIPTS = [example for example in EXAMPLES if example.rstrip().endswith("asyncio.run(main())")]
-(WEB,) = [example for example in EXAMPLES if "FastAPI" in example]
-(CONSOLE,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-(TEST,) = [example for example in EXAMPLES if "def test_" in example]
+(WEB_EXAMPLE,) = [example for example in EXAMPLES if "FastAPI" in example]
+(CONSOLE_EXAMPLE,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+(TEST_EXAMPLE,) = [example for example in EXAMPLES if "def test_" in example]
 
 
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
-    """The environment of a reader who has a key, for a service that takes a second."""
+    """Provide an environment with an API key, for a service whose tasks take half a second."""
     with Emulator(seconds=0.5, spread=0.1, seed=1) as gateway:
         yield {**os.environ, "FLUX2MAX_API_KEY": gateway.api_key, "FLUX2MAX_BASE_URL": gateway.url}
 
 
 def test_all_examples_are_run() -> None:
-    """No example of the README is of a kind that no test runs."""
+    """Every example of the README is run by a test."""
     assert len(SCRIPTS) + 2 == len(EXAMPLES)
     assert len(SCRIPTS) == 6
 
 
 @pytest.mark.parametrize(
-    ("script", "pictures", "said"),
+    ("script", "pictures", "output"),
     [
         pytest.param(SCRIPTS[0], {"lighthouse.jpeg": (1024, 768)}, "", id="one picture"),
         pytest.param(
@@ -54,10 +54,10 @@ def test_all_examples_are_run() -> None:
         pytest.param(SCRIPTS[5], {}, "half of the tasks take up to", id="kept schedule"),
     ],
 )
-def test_a_script(
-    environment: dict[str, str], tmp_path: Path, script: str, pictures: dict[str, tuple[int, int]], said: str
+def test_script(
+    environment: dict[str, str], tmp_path: Path, script: str, pictures: dict[str, tuple[int, int]], output: str
 ) -> None:
-    """An example that is a script runs without a word on stderr and leaves the pictures that it names."""
+    """A script runs without output on stderr and saves the pictures it names."""
     command = [sys.executable, "-W", "error", "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     sizes = {}
@@ -67,12 +67,12 @@ def test_a_script(
             sizes[name] = picture.size
 
     assert (result.returncode, result.stderr) == (0, "")
-    assert said in result.stdout
+    assert output in result.stdout
     assert sizes == pictures
 
 
-def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) -> None:
-    """The example with a journal goes on where it was killed, and a third run finds all done and pays nothing."""
+def test_resumed_batch(environment: dict[str, str], tmp_path: Path) -> None:
+    """The example with a journal resumes after it was killed; a third run replays everything and pays nothing."""
     command = [sys.executable, "-W", "error", "-c", SCRIPTS[2]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment) as first:
         while not (tmp_path / "herbarium").is_dir() or not list((tmp_path / "herbarium").glob("*.jpeg")):
@@ -95,15 +95,15 @@ def test_the_batch_that_survives(environment: dict[str, str], tmp_path: Path) ->
     assert runs[1].stdout.count(" completed 0.07") == 12
 
 
-def test_the_console(environment: dict[str, str], tmp_path: Path) -> None:
-    """The commands of a batch do as they say: a dry run that costs nothing, four pictures, and a word about them."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "flux2max"
+def test_console(environment: dict[str, str], tmp_path: Path) -> None:
+    """The commands work: a dry run that costs nothing, a batch of four pictures, and its journal."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    script = bin_folder / "flux2max"
     script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m flux2max_async.cli "$@"\n')
     script.chmod(0o755)
-    environment["PATH"] = os.pathsep.join([str(folder), environment["PATH"]])
-    commands = [line.removeprefix("$ ") for line in CONSOLE.splitlines()]
+    environment["PATH"] = os.pathsep.join([str(bin_folder), environment["PATH"]])
+    commands = [line.removeprefix("$ ") for line in CONSOLE_EXAMPLE.splitlines()]
     runs = [
         subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
         for command in commands
@@ -115,12 +115,12 @@ def test_the_console(environment: dict[str, str], tmp_path: Path) -> None:
     assert "$0.28" in runs[3].stdout
 
 
-def test_the_web_backend(tmp_path: Path) -> None:
-    """The FastAPI example serves pictures under a real server, by webhooks alone, and says 422 where it should."""
-    (tmp_path / "app.py").write_text(WEB, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_web_backend(tmp_path: Path) -> None:
+    """The FastAPI example generates pictures under a real server, by webhooks alone, and answers 422 to bad prompts."""
+    (tmp_path / "app.py").write_text(WEB_EXAMPLE, encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", str(port)]
     with Emulator(seconds=0.5, spread=0.0, seed=1) as gateway:
         environment = {
@@ -133,16 +133,16 @@ def test_the_web_backend(tmp_path: Path) -> None:
         with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
             try:
                 status, body = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat")
-                refused, why = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
-                moderated, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
+                blank_status, detail = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
+                moderated_status, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
             finally:
                 server.terminate()
                 _, log = server.communicate(timeout=20)
 
     assert status == 200
     assert gateway.url in body
-    assert (refused, "prompt" in why) == (422, True)
-    assert moderated == 422
+    assert (blank_status, "prompt" in detail) == (422, True)
+    assert moderated_status == 422
     assert [delivery.status for delivery in gateway.deliveries] == [200, 200]
     assert "Application shutdown complete" in log
     assert "Traceback" not in log
@@ -157,14 +157,14 @@ def _post(url: str) -> tuple[int, str]:
             with error:
                 return error.code, error.read().decode()
         except urllib.error.URLError:
-            time.sleep(0.1)  # not up yet
-    raise AssertionError("the server didn't come up")
+            time.sleep(0.1)  # not started yet
+    raise AssertionError("the server did not start")
 
 
-def test_the_test(tmp_path: Path) -> None:
-    """The example of a test is a test that passes."""
-    (tmp_path / "test_mine.py").write_text(TEST, encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the folder's own settings would be somebody else's
+def test_pytest_example(tmp_path: Path) -> None:
+    """The example of a test passes."""
+    (tmp_path / "test_example.py").write_text(TEST_EXAMPLE, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # so that no configuration of a parent folder is used
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:asyncio"]
     command.append(str(tmp_path))
     if (
@@ -172,7 +172,7 @@ def test_the_test(tmp_path: Path) -> None:
         not in subprocess.run(
             [sys.executable, "-m", "pytest", "--fixtures", str(tmp_path)], capture_output=True, text=True, check=False
         ).stdout
-    ):  # where the package isn't installed, its plugin has to be named
+    ):  # if the package isn't installed, its plugin must be named
         command += ["-p", "flux2max_async.pytest_plugin"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 

@@ -1,4 +1,4 @@
-"""Snapshots and outcomes: values that keep their promises."""
+"""Snapshots and outcomes: immutable, comparable, and without secrets in their repr."""
 
 import copy
 import pickle
@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import attrs
 import pytest
 
 from flux2max_async import (
     Completed,
     Failed,
+    FluxError,
     GeneratedImage,
     GenerationRequest,
     Outcome,
@@ -24,20 +26,28 @@ from flux2max_async import (
 )
 
 REQUEST = GenerationRequest("a lighthouse", webhook_secret="hush-7f3a9c", extra={"steps": 4})
-IMAGE = GeneratedImage("https://pictures.example/0.jpeg", "image", "t1", {"jobId": "j1"})
-USAGE = Usage(Decimal("0.07"), Decimal(1), {"currency": "USD"})
-COMPLETED = Completed("t1", REQUEST, (IMAGE,), USAGE, {"region": "eu"}, 8.25, 3)
-FAILED = Failed("t1", REQUEST, TaskFailedError("the model gave up", "t1", "boom"), 8.25, 3)
+IMAGE = GeneratedImage(url="https://pictures.example/0.jpeg", type="image", task_id="t1", extra={"jobId": "j1"})
+USAGE = Usage(cost=Decimal("0.07"), discount=Decimal(1), extra={"currency": "USD"})
+COMPLETED = Completed(
+    task_id="t1", request=REQUEST, images=(IMAGE,), usage=USAGE, metadata={"region": "eu"}, elapsed=8.25, polls=3
+)
+FAILED = Failed(
+    task_id="t1",
+    request=REQUEST,
+    error=TaskFailedError("the model gave up", task_id="t1", code="boom"),
+    elapsed=8.25,
+    polls=3,
+)
 SNAPSHOT = TaskSnapshot(
-    "t1",
-    TaskStatus.COMPLETED,
-    1.0,
-    (IMAGE,),
-    USAGE,
-    datetime(2025, 11, 22, 10, 0, tzinfo=UTC),
-    None,
-    {"region": "eu"},
-    {"id": "t1", "status": "completed", "token": "as it came"},
+    task_id="t1",
+    status=TaskStatus.COMPLETED,
+    progress=1.0,
+    images=(IMAGE,),
+    usage=USAGE,
+    created_at=datetime(2025, 11, 22, 10, 0, tzinfo=UTC),
+    error=None,
+    metadata={"region": "eu"},
+    raw={"id": "t1", "status": "completed", "token": "unchanged"},
 )
 
 
@@ -50,64 +60,62 @@ SNAPSHOT = TaskSnapshot(
         (TaskStatus.FAILED, True),
     ],
 )
-def test_a_status_tells_whether_the_task_has_ended(status: TaskStatus, ended: bool) -> None:
-    """Completed and failed tasks have ended, all others go on."""
-    found = status.ended
-
-    assert found is ended
+def test_completed_and_failed_tasks_have_ended(status: TaskStatus, ended: bool) -> None:
+    """`ended` is True for the two final states and False for the others."""
+    assert status.ended is ended
 
 
-def test_a_status_is_its_word() -> None:
-    """A status compares and prints as the service's word for it, and the four words are the contract's."""
-    words = ["pending", "in_progress", "completed", "failed"]
+def test_a_status_is_the_text_of_the_service() -> None:
+    """A status equals the service's text for it and prints as that text."""
+    texts = ["pending", "in_progress", "completed", "failed"]
 
-    assert list(TaskStatus) == words
-    assert [str(status) for status in TaskStatus] == words
+    assert list(TaskStatus) == texts
+    assert [str(status) for status in TaskStatus] == texts
 
 
-def test_outcomes_are_told_apart_by_match() -> None:
-    """`match` over the two kinds takes an outcome apart."""
+def test_outcomes_can_be_matched() -> None:
+    """`match` over the two classes destructures an outcome."""
 
-    def told(outcome: Outcome) -> str:
+    def describe(outcome: Outcome) -> str:
         match outcome:
             case Completed(images=images, usage=usage):
                 return f"{len(images)} for {usage and usage.cost}"
             case Failed(error=error):
                 return str(error)
 
-    assert told(COMPLETED) == "1 for 0.07"
-    assert told(FAILED) == "the model gave up"
+    assert describe(COMPLETED) == "1 for 0.07"
+    assert describe(FAILED) == "the model gave up"
 
 
-def test_outcomes_are_told_apart_by_ok() -> None:
-    """`ok` is True for pictures and False for an error, and nobody has to give it."""
+def test_ok_distinguishes_the_outcomes() -> None:
+    """`ok` is True for images and False for an error; it is not a parameter."""
     outcomes: list[Outcome] = [COMPLETED, FAILED]
 
     assert [outcome.ok for outcome in outcomes] == [True, False]
 
 
-def test_unwrapping_what_completed_gives_it_back() -> None:
+def test_unwrap_of_a_completed_outcome_returns_it() -> None:
     """`unwrap()` of a completed outcome is the outcome itself."""
     unwrapped = COMPLETED.unwrap()
 
     assert unwrapped is COMPLETED
 
 
-def test_unwrapping_what_failed_raises_its_error() -> None:
-    """`unwrap()` of a failed outcome raises its very error, with its cause."""
-    cause = OSError("the cable")
-    error = RateLimitedError("slow down", 429, retry_after=2.0)
+def test_unwrap_of_a_failed_outcome_raises_its_error() -> None:
+    """`unwrap()` of a failed outcome raises the same error object, with its cause."""
+    cause = OSError("disconnected")
+    error = RateLimitedError("slow down", status=429, retry_after=2.0)
     error.__cause__ = cause
 
     with pytest.raises(RateLimitedError) as caught:
-        Failed(None, REQUEST, error, 1.0, 0).unwrap()
+        Failed(task_id=None, request=REQUEST, error=error, elapsed=1.0, polls=0).unwrap()
 
     assert caught.value is error
     assert caught.value.__cause__ is cause
 
 
-def test_an_error_that_is_raised_for_many_does_not_grow() -> None:
-    """Each waiter gets the error with a traceback of its own: it doesn't collect those of the others."""
+def test_the_traceback_of_an_unwrapped_error_does_not_grow() -> None:
+    """Each `unwrap()` raises the error with a new traceback."""
     lengths = []
     for _ in range(5):
         try:
@@ -132,8 +140,8 @@ def test_an_error_that_is_raised_for_many_does_not_grow() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_a_value_cannot_be_changed(value: Any, name: str) -> None:
-    """What was seen stays what was seen."""
+def test_results_are_immutable(value: Any, name: str) -> None:
+    """No field of a result can be set."""
     with pytest.raises(AttributeError):
         setattr(value, name, None)
 
@@ -144,27 +152,27 @@ def test_a_value_cannot_be_changed(value: Any, name: str) -> None:
     [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_a_value_survives_copying(value: Any, copied: Callable[[Any], Any]) -> None:
-    """What goes to another process and back is equal to what stayed."""
-    twin = copied(value)
+def test_a_result_survives_copying(value: Any, copied: Callable[[Any], Any]) -> None:
+    """A copied or unpickled result is equal to the original."""
+    copy_ = copied(value)
 
-    assert twin == value
-    assert repr(twin) == repr(value)
+    assert copy_ == value
+    assert repr(copy_) == repr(value)
 
 
 def test_a_failed_outcome_survives_pickle() -> None:
-    """A failed outcome comes back with the same kind of error and the same facts; errors themselves are never equal."""
-    twin = pickle.loads(pickle.dumps(FAILED))
+    """An unpickled outcome has an error of the same class with the same fields; errors themselves are never equal."""
+    unpickled = pickle.loads(pickle.dumps(FAILED))
 
-    assert (twin.task_id, twin.request, twin.elapsed, twin.polls) == ("t1", REQUEST, 8.25, 3)
-    assert type(twin.error) is TaskFailedError
-    assert vars(twin.error) == vars(FAILED.error)
-    assert twin.ok is False
+    assert (unpickled.task_id, unpickled.request, unpickled.elapsed, unpickled.polls) == ("t1", REQUEST, 8.25, 3)
+    assert type(unpickled.error) is TaskFailedError
+    assert vars(unpickled.error) == vars(FAILED.error)
+    assert unpickled.ok is False
 
 
 @pytest.mark.parametrize("outcome", [COMPLETED, FAILED], ids=["Completed", "Failed"])
-def test_an_outcome_shows_what_was_asked_but_no_secret(outcome: Outcome) -> None:
-    """The repr of an outcome names task and prompt, and keeps the request's webhook secret."""
+def test_the_repr_of_an_outcome_shows_no_secret(outcome: Outcome) -> None:
+    """The repr of an outcome shows the task and the prompt, but not the request's webhook secret."""
     shown = repr(outcome)
 
     assert "'t1'" in shown
@@ -172,21 +180,38 @@ def test_an_outcome_shows_what_was_asked_but_no_secret(outcome: Outcome) -> None
     assert "hush-7f3a9c" not in shown
 
 
-def test_a_snapshot_does_not_show_the_raw_answer() -> None:
-    """The raw answer is there for who asks, and doesn't flood logs."""
+def test_the_repr_of_a_snapshot_does_not_show_raw() -> None:
+    """The JSON object of the service can be read from a snapshot, but is not in its repr."""
     shown = repr(SNAPSHOT)
 
-    assert SNAPSHOT.raw["token"] == "as it came"
-    assert "as it came" not in shown
+    assert SNAPSHOT.raw["token"] == "unchanged"
+    assert "unchanged" not in shown
     assert "t1" in shown
 
 
-def test_what_the_service_does_not_say_is_empty() -> None:
-    """A snapshot of an id and a status alone has no pictures, no bill, no error, and mappings of its own."""
-    one, two = TaskSnapshot("t1", TaskStatus.PENDING), TaskSnapshot("t1", TaskStatus.PENDING)
+def test_missing_facts_are_none_or_empty() -> None:
+    """A snapshot of an id and a status has no images, usage or error, and its mappings are not shared."""
+    first, second = (TaskSnapshot(task_id="t1", status=TaskStatus.PENDING) for _ in range(2))
 
-    assert one == two
-    assert (one.progress, one.images, one.usage, one.created_at, one.error) == (None, (), None, None, None)
-    assert one.metadata == one.raw == Usage().extra == {}
-    assert one.metadata is not two.metadata
+    assert first == second
+    assert (first.progress, first.images, first.usage, first.created_at, first.error) == (None, (), None, None, None)
+    assert first.metadata == first.raw == Usage().extra == {}
+    assert first.metadata is not second.metadata
     assert (Usage().cost, Usage().discount) == (None, None)
+
+
+def test_only_what_identifies_an_outcome_is_required() -> None:
+    """Tests of an application can create outcomes from an id and images, or from an error alone."""
+    completed, failed = Completed(task_id="t1", images=(IMAGE,)), Failed(error=FluxError("no"))
+
+    assert (completed.request, completed.usage, completed.metadata) == (None, None, {})
+    assert (completed.elapsed, completed.polls, completed.replayed, completed.saved) == (0.0, 0, False, ())
+    assert (failed.task_id, failed.request, failed.elapsed, failed.polls) == (None, None, 0.0, 0)
+
+
+@pytest.mark.parametrize("kind", [Usage, GeneratedImage, TaskSnapshot, Completed, Failed])
+def test_fields_are_keyword_only(kind: type) -> None:
+    """The order of the fields is not part of the API."""
+    assert all(field.kw_only for field in attrs.fields(kind))
+    with pytest.raises(TypeError, match="positional"):
+        kind("t1")

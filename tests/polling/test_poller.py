@@ -1,4 +1,4 @@
-"""Polls: a failed poll is only a missed look, until the deadline."""
+"""TaskPoller: a failed poll is retried until the deadline; only the service ends a task."""
 
 from collections import deque
 from decimal import Decimal
@@ -38,13 +38,13 @@ from flux2max_async import (
     TaskStatus,
 )
 
-done = answer(200, completed())
-not_yet = answer(200, running())
+COMPLETED = answer(200, completed())
+RUNNING = answer(200, running())
 
 
-async def test_a_task_is_polled_to_its_end(scripted: ScriptedGateway) -> None:
-    """The outcome holds the pictures, the bill, the seconds and the polls, and unknown fields stay reachable."""
-    scripted.polls = deque([not_yet, answer(200, running(progress=0.5)), answer(200, completed(metadata={"a": 1}))])
+async def test_task_is_polled_until_it_is_completed(scripted: ScriptedGateway) -> None:
+    """The outcome has the images, the usage, the duration, the number of polls and the metadata."""
+    scripted.polls = deque([RUNNING, answer(200, running(progress=0.5)), answer(200, completed(metadata={"a": 1}))])
     async with session_on(scripted) as session:
         outcome = await session.generate(GenerationRequest("a cat", key="k"))
 
@@ -57,7 +57,7 @@ async def test_a_task_is_polled_to_its_end(scripted: ScriptedGateway) -> None:
     assert outcome.polls == 3
     assert outcome.elapsed == pytest.approx(3.0, abs=0.35)
     assert outcome.unwrap() is outcome
-    assert [call.path for call in scripted.of("GET")] == ["/model/v1/generation/task/t1"] * 3
+    assert [request.path for request in scripted.of("GET")] == ["/model/v1/generation/task/t1"] * 3
 
 
 @pytest.mark.parametrize(
@@ -65,40 +65,40 @@ async def test_a_task_is_polled_to_its_end(scripted: ScriptedGateway) -> None:
     [
         pytest.param(reset, id="reset"),
         pytest.param(disconnect, id="disconnected"),
-        pytest.param(half, id="half an answer"),
-        pytest.param(half_hang, id="half an answer, then nothing"),
-        pytest.param(hang, id="no answer"),
-        pytest.param(no_http, id="no HTTP"),
-        pytest.param(html, id="a page"),
-        pytest.param(answer(200, {"error": {"message": "no"}}), id="200 with an error"),
+        pytest.param(half, id="truncated"),
+        pytest.param(half_hang, id="truncated, then hung"),
+        pytest.param(hang, id="hung"),
+        pytest.param(no_http, id="not HTTP"),
+        pytest.param(html, id="HTML"),
+        pytest.param(answer(200, {"error": {"message": "no"}}), id="200, error"),
         pytest.param(answer(200, {"id": "t1", "status": "completed", "output": []}), id="completed without output"),
         pytest.param(answer(404, b""), id="404 soon after the submit"),
         *(pytest.param(answer(status, b""), id=str(status)) for status in (408, 429, 500, 502, 503, 504)),
     ],
 )
-async def test_a_failed_poll_is_a_missed_look(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
-    """Three polls in a row that fail in one way cost three looks and nothing else."""
-    scripted.polls = deque([behaviour, behaviour, behaviour, done])
+async def test_failed_polls_are_retried(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """Three polls in a row that fail in the same way have no effect but the polls themselves."""
+    scripted.polls = deque([behaviour, behaviour, behaviour, COMPLETED])
     async with session_on(scripted, http_timeout=5.0) as session:
         outcome = await session.generate("a cat")
 
         assert session.stats.retries == outcome.polls - 1
     assert outcome.ok
     assert len(scripted.of("GET")) == 4
-    # aiohttp sends a GET on a broken connection once again by itself: the gateway saw more polls than we made.
+    # aiohttp itself retries a GET once on a closed connection, so the server may receive more polls than we count.
     assert 2 <= outcome.polls <= 4
 
 
 @pytest.mark.parametrize(
     "behaviour",
     [
-        pytest.param(html, id="a page"),
+        pytest.param(html, id="HTML"),
         pytest.param(answer(200, {"id": "t1", "status": "completed"}), id="completed without output"),
-        pytest.param(answer(200, {"error": "no"}), id="200 with an error"),
+        pytest.param(answer(200, {"error": "no"}), id="200, error"),
     ],
 )
-async def test_five_unreadable_answers_in_a_row_end_the_task(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
-    """Nobody waits ten minutes for a gateway that speaks another protocol; the task's id stays known."""
+async def test_five_unreadable_responses_in_a_row_end_the_task(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """A server that doesn't implement the API ends the task soon; the outcome has the task's id."""
     scripted.polls = deque([behaviour])
     async with session_on(scripted) as session:
         outcome = await (await session.submit("a cat")).outcome()
@@ -108,9 +108,9 @@ async def test_five_unreadable_answers_in_a_row_end_the_task(scripted: ScriptedG
     assert (outcome.task_id, outcome.polls) == ("t1", 5)
 
 
-async def test_unreadable_answers_that_are_not_in_a_row_are_forgiven(scripted: ScriptedGateway) -> None:
-    """Anything readable between unreadable answers starts the count again."""
-    scripted.polls = deque([html, html, html, html, not_yet, html, html, html, html, done])
+async def test_readable_response_resets_the_count_of_unreadable_ones(scripted: ScriptedGateway) -> None:
+    """Any readable response resets the count of unreadable responses."""
+    scripted.polls = deque([html, html, html, html, RUNNING, html, html, html, html, COMPLETED])
     async with session_on(scripted) as session:
         outcome = await session.generate("a cat")
 
@@ -121,7 +121,7 @@ async def test_unreadable_answers_that_are_not_in_a_row_are_forgiven(scripted: S
     ("behaviour", "error"),
     [
         pytest.param(answer(401, b""), AuthenticationError, id="401"),
-        pytest.param(answer(200, {"status": "failed", "error": "out of paint"}), TaskFailedError, id="failed"),
+        pytest.param(answer(200, {"status": "failed", "error": "out of memory"}), TaskFailedError, id="failed"),
         pytest.param(
             answer(200, {"status": "failed", "error": {"code": 1, "error_message": "Request Moderated"}}),
             ContentModeratedError,
@@ -129,11 +129,11 @@ async def test_unreadable_answers_that_are_not_in_a_row_are_forgiven(scripted: S
         ),
     ],
 )
-async def test_what_ends_a_task_is_its_outcome(
+async def test_final_failures_end_the_task(
     scripted: ScriptedGateway, behaviour: Behaviour, error: type[FluxError]
 ) -> None:
-    """A failure that another look can't mend ends the task, with its id."""
-    scripted.polls = deque([not_yet, behaviour])
+    """A failure that can't be retried is the task's outcome, which has the task's id."""
+    scripted.polls = deque([RUNNING, behaviour])
     async with session_on(scripted) as session:
         outcome = await (await session.submit("a cat")).outcome()
         with pytest.raises(error):
@@ -145,8 +145,8 @@ async def test_what_ends_a_task_is_its_outcome(
     assert outcome.task_id == "t1"
 
 
-async def test_a_task_that_stays_unknown_is_not_found(scripted: ScriptedGateway) -> None:
-    """A 404 is tolerated for half a minute after the submit, then it is the end."""
+async def test_404_is_final_after_the_grace_period(scripted: ScriptedGateway) -> None:
+    """A 404 is retried for 30 s after the submit, and is final after that."""
     scripted.polls = deque([answer(404, b"")])
     async with session_on(scripted) as session:
         outcome = await (await session.submit("a cat")).outcome()
@@ -156,9 +156,9 @@ async def test_a_task_that_stays_unknown_is_not_found(scripted: ScriptedGateway)
     assert 30 <= outcome.elapsed < 60
 
 
-@pytest.mark.parametrize("behaviour", [pytest.param(not_yet, id="running"), pytest.param(hang, id="hung")])
-async def test_the_deadline_is_hard(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
-    """The deadline ends a task on time, a hung socket included, and the error names the paid task."""
+@pytest.mark.parametrize("behaviour", [pytest.param(RUNNING, id="running"), pytest.param(hang, id="hung")])
+async def test_deadline_ends_the_task_on_time(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """The deadline ends a task on time, even during a hung poll, and the error has the task's id."""
     scripted.polls = deque([behaviour])
     async with session_on(scripted, task_timeout=12.5) as session:
         with pytest.raises(DeadlineExceededError, match="attach") as caught:
@@ -170,8 +170,8 @@ async def test_the_deadline_is_hard(scripted: ScriptedGateway, behaviour: Behavi
     assert outcome.elapsed == pytest.approx(12.5)
 
 
-async def test_the_last_look_comes_just_before_the_deadline(scripted: ScriptedGateway) -> None:
-    """A schedule that would look only after the deadline doesn't cost the picture."""
+async def test_last_poll_is_just_before_the_deadline(scripted: ScriptedGateway) -> None:
+    """If the schedule's next poll is after the deadline, the task is polled just before the deadline."""
     async with FluxSession(
         scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(100.0), task_timeout=20.0
     ) as session:
@@ -180,9 +180,9 @@ async def test_the_last_look_comes_just_before_the_deadline(scripted: ScriptedGa
     assert outcome.elapsed == pytest.approx(19.0)
 
 
-async def test_without_a_deadline_waiting_has_no_limit(scripted: ScriptedGateway) -> None:
-    """With deadline None a task is followed for hours."""
-    scripted.polls = deque([*[not_yet] * 7, done])
+async def test_no_task_timeout(scripted: ScriptedGateway) -> None:
+    """Without a task timeout, a task is polled for hours."""
+    scripted.polls = deque([*[RUNNING] * 7, COMPLETED])
     async with FluxSession(
         scripted.api_key, base_url=scripted.url, schedule=FixedSchedule(1000.0), task_timeout=None
     ) as session:
@@ -191,12 +191,12 @@ async def test_without_a_deadline_waiting_has_no_limit(scripted: ScriptedGateway
     assert outcome.elapsed > 7_000
 
 
-async def test_an_unknown_status_is_still_running_and_said_once(
+async def test_unknown_status_counts_as_running_and_is_logged_once(
     scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A status that nobody knows yet counts as running, is shown raw, and is logged once."""
-    strange = answer(200, running() | {"status": "Dreaming"})
-    scripted.polls = deque([strange, strange, done])
+    """An unknown status counts as in progress and is logged once."""
+    unknown = answer(200, running() | {"status": "Dreaming"})
+    scripted.polls = deque([unknown, unknown, COMPLETED])
     async with session_on(scripted) as session:
         task = await session.submit("a cat")
         snapshots = [snapshot async for snapshot in task.updates()]
@@ -223,11 +223,11 @@ async def test_an_unknown_status_is_still_running_and_said_once(
         pytest.param([("Retry-After", "86400")], b"", 120.0, id="a day, capped"),
     ],
 )
-async def test_a_429_pauses_polls_and_submits(
+async def test_429_pauses_polls_and_submits(
     scripted: ScriptedGateway, headers: list[tuple[str, str]], body: object, pause: float
 ) -> None:
-    """After a 429 on a poll, nothing at all is sent for as long as the service says."""
-    scripted.polls = deque([answer(429, body, headers), done])
+    """After a poll is refused with 429, nothing is sent for as long as the service requests."""
+    scripted.polls = deque([answer(429, body, headers), COMPLETED])
     async with session_on(scripted) as session:
         task = await session.submit("a cat")
         await anyio.sleep(1.5)
@@ -239,27 +239,27 @@ async def test_a_429_pauses_polls_and_submits(
     assert pause - 0.01 <= scripted.of("GET")[1].at - refused <= pause + 2.5
 
 
-async def test_polls_do_not_march_in_step(scripted: ScriptedGateway) -> None:
-    """Tasks submitted at the same moment are not polled at the same moment."""
+async def test_polls_are_spread(scripted: ScriptedGateway) -> None:
+    """Tasks that are submitted at the same time are not polled at the same time."""
     scripted.submits = deque(answer(200, {"id": f"t{n}"}) for n in range(10))
     async with session_on(scripted) as session:
         outcomes = [outcome async for outcome in session.stream(["a cat"] * 10)]
 
-    moments = {round(call.at, 3) for call in scripted.of("GET")}
+    times = {round(request.at, 3) for request in scripted.of("GET")}
     assert len(outcomes) == 10
-    assert len(moments) > 5
+    assert len(times) > 5
 
 
-class Broken:
-    """A caller's schedule with a fault in it."""
+class FailingSchedule:
+    """A schedule that raises an error."""
 
     def begin(self, request: GenerationRequest | None) -> PollPlan:
-        raise ZeroDivisionError("oh")
+        raise ZeroDivisionError("division by zero")
 
 
-async def test_a_fault_in_a_schedule_ends_one_task_alone(scripted: ScriptedGateway) -> None:
-    """A caller's own schedule that raises fails the task with our error and its cause, and the session lives on."""
-    async with FluxSession(scripted.api_key, base_url=scripted.url, schedule=Broken()) as session:
+async def test_error_in_a_schedule_ends_only_its_task(scripted: ScriptedGateway) -> None:
+    """If the caller's schedule raises, the task fails with that error as the cause, and the session stays usable."""
+    async with FluxSession(scripted.api_key, base_url=scripted.url, schedule=FailingSchedule()) as session:
         outcome = await (await session.submit("a cat")).outcome()
         snapshot = await session.fetch("t1")
 
@@ -269,13 +269,13 @@ async def test_a_fault_in_a_schedule_ends_one_task_alone(scripted: ScriptedGatew
     assert snapshot.status is TaskStatus.COMPLETED
 
 
-class Noting:
-    """A schedule that notes what it is told."""
+class RecordingSchedule:
+    """A schedule that records what its plans learn."""
 
     def __init__(self) -> None:
         self.finished: list[tuple[float, float, bool]] = []
 
-    def begin(self, request: GenerationRequest | None) -> "Noting":
+    def begin(self, request: GenerationRequest | None) -> "RecordingSchedule":
         return self
 
     def next_delay(self, elapsed: float, progress: float | None) -> float:
@@ -286,22 +286,22 @@ class Noting:
 
 
 @pytest.mark.parametrize("ok", [True, False])
-async def test_schedules_learn_from_what_was_seen(scripted: ScriptedGateway, ok: bool) -> None:
-    """A schedule is told between which two polls the task ended, and whether well; an attached task teaches nothing."""
-    schedule = Noting()
-    scripted.polls = deque([not_yet, done if ok else answer(200, {"status": "failed"})])
+async def test_schedule_learns_when_the_task_ended(scripted: ScriptedGateway, ok: bool) -> None:
+    """The plan receives the polls between which the task ended and whether it completed; not for attached tasks."""
+    schedule = RecordingSchedule()
+    scripted.polls = deque([RUNNING, COMPLETED if ok else answer(200, {"status": "failed"})])
     async with FluxSession(scripted.api_key, base_url=scripted.url, schedule=schedule) as session:
         await (await session.submit("a cat")).outcome()
         await session.attach("t1").outcome()
 
-    ((not_before, by, completed_well),) = schedule.finished
+    ((not_before, by, is_completed),) = schedule.finished
     assert not_before == pytest.approx(4.0, abs=0.41)
     assert by == pytest.approx(8.0, abs=0.81)
-    assert completed_well is ok
+    assert is_completed is ok
 
 
-async def test_attach_finds_a_task_of_another_process(scripted: ScriptedGateway) -> None:
-    """An attached task is looked at at once, and its id may hold anything."""
+async def test_attached_task_is_polled_at_once(scripted: ScriptedGateway) -> None:
+    """An attached task is polled at once, and its id may contain any characters."""
     async with session_on(scripted, max_in_flight=1) as session:
         started = anyio.current_time()
         outcome = await session.attach("a/../b c?é", request=GenerationRequest("a cat"))
@@ -314,16 +314,16 @@ async def test_attach_finds_a_task_of_another_process(scripted: ScriptedGateway)
 
 
 @pytest.mark.parametrize("task_id", [".", ".."])
-async def test_an_id_of_dots_is_not_a_path(scripted: ScriptedGateway, task_id: str) -> None:
-    """No id can leave the path of tasks."""
+async def test_task_id_of_dots_is_encoded(scripted: ScriptedGateway, task_id: str) -> None:
+    """No task id can be a relative path segment."""
     async with session_on(scripted) as session:
         await session.fetch(task_id)
 
     assert scripted.received[0].path == "/model/v1/generation/task/" + task_id.replace(".", "%2E")
 
 
-async def test_an_attached_task_that_is_unknown_ends_at_once(scripted: ScriptedGateway) -> None:
-    """There is nothing to wait for when a task that was submitted earlier is not found."""
+async def test_404_is_final_for_an_attached_task(scripted: ScriptedGateway) -> None:
+    """A 404 ends an attached task at once, because it was submitted earlier."""
     scripted.polls = deque([answer(404, {"error": {"code": "task_not_found", "message": "no such task"}})])
     async with session_on(scripted) as session:
         with pytest.raises(TaskNotFoundError, match="no such task") as caught:
@@ -333,8 +333,8 @@ async def test_an_attached_task_that_is_unknown_ends_at_once(scripted: ScriptedG
     assert len(scripted.received) == 1
 
 
-async def test_fetch_looks_once(scripted: ScriptedGateway) -> None:
-    """fetch() is one poll that neither waits nor repeats."""
+async def test_fetch_polls_once(scripted: ScriptedGateway) -> None:
+    """fetch() is one poll without waiting and without a retry."""
     scripted.polls = deque([answer(200, running(progress=0.25)), answer(503, b"")])
     async with session_on(scripted) as session:
         snapshot = await session.fetch("t1")

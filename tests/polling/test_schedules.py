@@ -1,4 +1,4 @@
-"""Schedules, driven in virtual time: what they cost, and that nothing throws them off."""
+"""Poll schedules in virtual time: what they cost, what they learn, and that every delay is valid."""
 
 import copy
 import functools
@@ -23,72 +23,77 @@ from flux2max_async import (
     PollPlan,
     PollSchedule,
 )
+from flux2max_async._polling.schedules import CostAwarePlan
 
-PRICE = 0.1
-"""Seconds of waiting that one poll is worth: the default of LearnedSchedule."""
+POLL_PRICE = 0.1
+"""Default of LearnedSchedule, in seconds of delay per poll."""
 
-Progress = Callable[[float, float], float | None]
-"""What a poll says, from the share of the way that is done and the seconds since the submit."""
+ProgressFunction = Callable[[float, float], float | None]
+"""Returns the progress that a poll reports: (elapsed share of the duration, elapsed seconds) -> progress."""
 
 
-def drive(plan: PollPlan, duration: float, progress: Progress | None = None) -> tuple[float, int]:
-    """Poll one task to its end, and let the plan learn; gives how late the end was seen, and the polls it took."""
-    elapsed, seen_running, polls = 0.0, 0.0, 0
-    said: float | None = None
+def drive(plan: PollPlan, duration: float, progress_at: ProgressFunction | None = None) -> tuple[float, int]:
+    """Poll one task to its end and let the plan learn; return the delay of the last poll and the number of polls."""
+    elapsed, running_until, polls = 0.0, 0.0, 0
+    progress: float | None = None
     while elapsed < duration:
-        seen_running = elapsed
-        if polls and progress is not None:
-            said = progress(elapsed / duration, elapsed)
-        elapsed += plan.next_delay(elapsed, said)
+        running_until = elapsed
+        if polls and progress_at is not None:
+            progress = progress_at(elapsed / duration, elapsed)
+        elapsed += plan.next_delay(elapsed, progress)
         polls += 1
-        assert polls < 10_000, "a task is polled without end"
-    plan.finish(seen_running, elapsed)
+        assert polls < 10_000, "polling does not end"
+    plan.finish(running_until, elapsed)
     return elapsed - duration, polls
 
 
-def cost(
-    schedule: PollSchedule, durations: Sequence[float], progress: Progress | None = None, *, price: float = PRICE
+def mean_cost(
+    schedule: PollSchedule,
+    durations: Sequence[float],
+    progress_at: ProgressFunction | None = None,
+    *,
+    poll_price: float = POLL_PRICE,
 ) -> float:
-    """Give the mean cost of a task: the delay of seeing its end, and the price of its polls."""
-    ends = [drive(schedule.begin(None), duration, progress) for duration in durations]
-    return sum(delay + price * polls for delay, polls in ends) / len(ends)
+    """Return the mean cost of a task: the delay until its end is seen, and the price of its polls."""
+    results = [drive(schedule.begin(None), duration, progress_at) for duration in durations]
+    return sum(delay + poll_price * polls for delay, polls in results) / len(results)
 
 
 def lognormal(seed: int, count: int, *, median: float = 8.0, spread: float = 0.3) -> list[float]:
-    chance = random.Random(seed)
-    return [median * math.exp(chance.gauss(0, spread)) for _ in range(count)]
+    rng = random.Random(seed)
+    return [median * math.exp(rng.gauss(0, spread)) for _ in range(count)]
 
 
 @functools.cache
-def _taught(spread: float, median: float, price: float) -> LearnedSchedule:
-    schedule = LearnedSchedule(poll_price=price)
-    cost(schedule, lognormal(1, 200, median=median, spread=spread))
+def _learned(spread: float, median: float, poll_price: float) -> LearnedSchedule:
+    schedule = LearnedSchedule(poll_price=poll_price)
+    mean_cost(schedule, lognormal(1, 200, median=median, spread=spread))
     return schedule
 
 
-def learned(*, spread: float = 0.3, median: float = 8.0, price: float = PRICE) -> LearnedSchedule:
-    """Give a schedule that started from nothing and has seen 200 tasks."""
-    return copy.deepcopy(_taught(spread, median, price))
+def learned(*, spread: float = 0.3, median: float = 8.0, poll_price: float = POLL_PRICE) -> LearnedSchedule:
+    """Return a schedule that has learned from 200 tasks."""
+    return copy.deepcopy(_learned(spread, median, poll_price))
 
 
 INTERVALS = [0.1 * 1.25**step for step in range(26)]
-"""From a tenth of a second to half a minute."""
+"""From 0.1 to 26 seconds."""
 
 
-def moments(schedule: PollSchedule, count: int) -> list[float]:
-    """Give the moments of the first polls of a task."""
+def poll_times(schedule: PollSchedule, count: int) -> list[float]:
+    """Return the times of the first polls of a task."""
     plan = schedule.begin(None)
-    found = [0.0]
+    times = [0.0]
     for _ in range(count):
-        found.append(found[-1] + plan.next_delay(found[-1], None))
-    return found[1:]
+        times.append(times[-1] + plan.next_delay(times[-1], None))
+    return times[1:]
 
 
-# ---------------------------------------------------------------------- the simple ones
+# ---------------------------------------------------------------------- simple schedules
 
 
-def test_a_fixed_schedule_polls_at_its_interval() -> None:
-    """Every delay of a fixed schedule is its interval, whatever the task says."""
+def test_fixed_schedule_polls_at_its_interval() -> None:
+    """Every delay of a fixed schedule is its interval, whatever the elapsed time and the progress are."""
     plan = FixedSchedule(2.5).begin(GenerationRequest("a lighthouse"))
     delays = [plan.next_delay(elapsed, progress) for elapsed in (0.0, 2.5, 1e6) for progress in (None, 0.0, 0.99)]
 
@@ -107,16 +112,16 @@ def test_a_fixed_schedule_polls_at_its_interval() -> None:
     ],
     ids=lambda value: "" if isinstance(value, list) else repr(value),
 )
-def test_an_exponential_schedule_grows_to_its_maximum(schedule: ExponentialSchedule, delays: list[float]) -> None:
-    """The delays start at `initial`, are multiplied by `factor` each time, and never pass `maximum`."""
+def test_exponential_schedule_grows_to_its_maximum(schedule: ExponentialSchedule, delays: list[float]) -> None:
+    """The delays start at `initial`, are multiplied by `factor` each time, and never exceed `maximum`."""
     plan = schedule.begin(None)
     found = [plan.next_delay(10.0 * number, 0.5) for number in range(len(delays))]
 
     assert found == delays
 
 
-def test_an_exponential_schedule_never_overflows() -> None:
-    """After thousands of polls and with the wildest factor, the delay is still the maximum."""
+def test_exponential_schedule_never_overflows() -> None:
+    """After thousands of polls with an extreme factor, the delay is still the maximum."""
     plan = ExponentialSchedule(1e-3, factor=1e300, maximum=7).begin(None)
     delays = [plan.next_delay(0.0, None) for _ in range(5000)]
 
@@ -125,39 +130,39 @@ def test_an_exponential_schedule_never_overflows() -> None:
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule(), LearnedSchedule()], ids=repr)
-def test_each_task_has_a_plan_of_its_own(schedule: PollSchedule) -> None:
-    """Tasks that are polled side by side don't disturb each other's delays."""
-    alone = moments(schedule, 6)
+def test_plans_are_independent(schedule: PollSchedule) -> None:
+    """Tasks that are polled concurrently don't influence each other's delays."""
+    alone = poll_times(schedule, 6)
     plans = [schedule.begin(None) for _ in range(3)]
-    side_by_side = [0.0] * 3
+    concurrent = [0.0] * 3
     for _ in range(6):
-        side_by_side = [at + plan.next_delay(at, None) for at, plan in zip(side_by_side, plans, strict=True)]
+        concurrent = [at + plan.next_delay(at, None) for at, plan in zip(concurrent, plans, strict=True)]
 
-    assert side_by_side == [alone[-1]] * 3
+    assert concurrent == [alone[-1]] * 3
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule()], ids=repr)
-def test_the_simple_schedules_learn_nothing(schedule: PollSchedule) -> None:
-    """Ends of tasks, completed or failed, leave the delays of later tasks as they were."""
-    before = moments(schedule, 6)
+def test_simple_schedules_learn_nothing(schedule: PollSchedule) -> None:
+    """Ends of tasks, completed or failed, don't change the delays of later tasks."""
+    before = poll_times(schedule, 6)
     for duration in (0.1, 8.0, 1000.0):
         schedule.begin(None).finish(duration / 2, duration)
         schedule.begin(None).finish(duration / 2, duration, completed=False)
 
-    assert moments(schedule, 6) == before
+    assert poll_times(schedule, 6) == before
 
 
 @pytest.mark.parametrize("schedule", [FixedSchedule(2), ExponentialSchedule()], ids=repr)
-def test_a_simple_schedule_cannot_be_changed(schedule: PollSchedule) -> None:
-    """What was checked stays as it was checked."""
+def test_simple_schedules_are_immutable(schedule: PollSchedule) -> None:
+    """Validated parameters can't be changed afterwards."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         schedule.interval = schedule.initial = -1.0  # type: ignore[attr-defined]
 
 
-WRONG = [0, 0.0, -1, -math.inf, math.inf, math.nan, "2", None, [2], 2j]
+INVALID = [0, 0.0, -1, -math.inf, math.inf, math.nan, "2", None, [2], 2j]
 
 
-@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("value", INVALID, ids=repr)
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -169,8 +174,8 @@ WRONG = [0, 0.0, -1, -math.inf, math.inf, math.nan, "2", None, [2], 2j]
     ],
     ids=["Fixed", "initial", "maximum", "factor", "poll_price"],
 )
-def test_a_senseless_schedule_is_refused_by_name(make: Callable[[Any], PollSchedule], name: str, value: object) -> None:
-    """A number that no schedule can work with, or no number at all, is a ConfigurationError with its name and value."""
+def test_invalid_parameters_are_rejected(make: Callable[[Any], PollSchedule], name: str, value: object) -> None:
+    """A parameter that is not a positive number is a ConfigurationError with its name and value."""
     with pytest.raises(ConfigurationError) as caught:
         make(value)
 
@@ -178,8 +183,8 @@ def test_a_senseless_schedule_is_refused_by_name(make: Callable[[Any], PollSched
     assert repr(value) in str(caught.value)
 
 
-def test_a_factor_below_one_is_refused() -> None:
-    """Delays that shrink to nothing are no schedule."""
+def test_factor_below_one_is_rejected() -> None:
+    """An exponential schedule whose delays would shrink is a ConfigurationError."""
     with pytest.raises(ConfigurationError, match="factor must be at least 1"):
         ExponentialSchedule(factor=0.999)
 
@@ -188,65 +193,65 @@ def test_a_factor_below_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.15, 0.3, 0.5])
-def test_after_learning_no_fixed_interval_is_cheaper(spread: float) -> None:
-    """Starting from nothing, after 200 tasks of 8 s or so, delay and polls cost less than at any fixed interval."""
+def test_learned_schedule_is_cheaper_than_any_fixed_interval(spread: float) -> None:
+    """After 200 tasks of about 8 s, delay and polls cost less than at any fixed interval."""
     schedule = learned(spread=spread)
     durations = lognormal(2, 200, spread=spread)
-    fixed = {interval: cost(FixedSchedule(interval), durations) for interval in INTERVALS}
+    fixed = {interval: mean_cost(FixedSchedule(interval), durations) for interval in INTERVALS}
 
-    assert cost(schedule, durations) < min(fixed.values())
+    assert mean_cost(schedule, durations) < min(fixed.values())
 
 
 @pytest.mark.parametrize("median", [1.0, 40.0, 120.0])
-def test_it_learns_other_durations_too(median: float) -> None:
-    """Tasks of a second or of minutes are learned like those of 8 s: the initial guess is no bias that stays."""
+def test_other_durations_are_learned_too(median: float) -> None:
+    """The prior leaves no bias: tasks of a second or of minutes are learned like those of 8 s."""
     schedule = learned(median=median)
     durations = lognormal(2, 300, median=median)
-    fixed = [cost(FixedSchedule(interval * median / 8), durations) for interval in INTERVALS]
+    fixed = [mean_cost(FixedSchedule(interval * median / 8), durations) for interval in INTERVALS]
 
-    assert cost(schedule, durations) < min(fixed)
+    assert mean_cost(schedule, durations) < min(fixed)
 
 
-def test_the_first_tasks_are_not_left_alone() -> None:
-    """Before it has learned anything, a schedule costs little more than afterwards."""
+def test_first_tasks_cost_little_more() -> None:
+    """A schedule that has learned nothing costs less than twice as much as afterwards."""
     durations = lognormal(2, 100)
-    first = sum(cost(LearnedSchedule(), [duration]) for duration in durations) / len(durations)
+    first = sum(mean_cost(LearnedSchedule(), [duration]) for duration in durations) / len(durations)
 
-    assert first < 2 * cost(learned(), durations)
+    assert first < 2 * mean_cost(learned(), durations)
 
 
-def test_it_follows_a_service_that_changes() -> None:
-    """When tasks suddenly take four times as long, a hundred of them are enough to learn it anew."""
+def test_changed_durations_are_learned() -> None:
+    """When tasks suddenly take four times as long, a hundred of them are enough to learn the new durations."""
     schedule = learned(median=8.0)
-    cost(schedule, lognormal(3, 100, median=32.0))
+    mean_cost(schedule, lognormal(3, 100, median=32.0))
     durations = lognormal(2, 100, median=32.0)
 
-    assert cost(schedule, durations) < 1.1 * cost(learned(median=32.0), durations)
+    assert mean_cost(schedule, durations) < 1.1 * mean_cost(learned(median=32.0), durations)
 
 
-def test_a_cheaper_poll_makes_more_polls() -> None:
-    """The smaller `poll_price` is, the more polls a task gets, and the sooner its end is seen."""
+def test_lower_price_makes_more_polls() -> None:
+    """The lower `poll_price` is, the more polls a task gets, and the sooner its end is seen."""
     durations = lognormal(2, 100)
-    schedules = [learned(price=price) for price in (0.02, 0.1, 0.5)]
-    ends = [[drive(schedule.begin(None), duration) for duration in durations] for schedule in schedules]
-    delays = [sum(delay for delay, _ in end) for end in ends]
-    polls = [sum(count for _, count in end) for end in ends]
+    schedules = [learned(poll_price=poll_price) for poll_price in (0.02, 0.1, 0.5)]
+    results = [[drive(schedule.begin(None), duration) for duration in durations] for schedule in schedules]
+    delays = [sum(delay for delay, _ in result) for result in results]
+    polls = [sum(count for _, count in result) for result in results]
 
     assert delays == sorted(delays)
     assert polls == sorted(polls, reverse=True)
 
 
-def test_polls_come_where_the_end_is_likely() -> None:
-    """After learning, the first look is well on the way to the end, and looks are closest together around it."""
-    at = moments(learned(spread=0.2), 12)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
+def test_polls_are_dense_where_the_end_is_likely() -> None:
+    """The first poll of a learned schedule comes shortly before the likely end, and the next ones follow closely."""
+    times = poll_times(learned(spread=0.2), 12)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
 
-    assert 4.0 < at[0] < 8.0
-    assert max(gaps[:4]) < 2.0 < at[0]
+    assert 4.0 < times[0] < 8.0
+    assert max(gaps[:4]) < 2.0 < times[0]
 
 
-def test_a_task_far_beyond_all_others_is_looked_at_less_and_less() -> None:
-    """A task that takes a hundred times as long as all before is neither hammered nor forgotten."""
+def test_delays_grow_for_a_task_longer_than_all_others() -> None:
+    """The delays of a task that takes a hundred times as long as all others grow, but not faster than its duration."""
     schedule = learned()
     plan = schedule.begin(None)
     delays = [plan.next_delay(elapsed, None) for elapsed in (50.0, 200.0, 800.0, 3200.0)]
@@ -255,8 +260,8 @@ def test_a_task_far_beyond_all_others_is_looked_at_less_and_less() -> None:
     assert all(0.5 < delay <= elapsed for delay, elapsed in zip(delays, (50.0, 200.0, 800.0, 3200.0), strict=True))
 
 
-def test_failed_tasks_teach_nothing_about_completed_ones() -> None:
-    """Failures, which often come at once, leave the law of the completed tasks alone."""
+def test_failures_do_not_change_percentiles() -> None:
+    """Failures, which often come at once, don't change what is known of the durations of completed tasks."""
     schedule = learned()
     before = [schedule.percentile(percent) for percent in (10, 50, 90)]
     for _ in range(100):
@@ -265,22 +270,22 @@ def test_failed_tasks_teach_nothing_about_completed_ones() -> None:
     assert [schedule.percentile(percent) for percent in (10, 50, 90)] == before
 
 
-def test_failures_that_come_at_once_are_looked_for_at_once() -> None:
-    """Where many tasks fail early, the first look comes early, too; where none does any more, it moves back."""
+def test_early_failures_move_the_first_poll() -> None:
+    """The first poll comes earlier when many tasks fail early, and later again when they no longer do."""
     schedule = learned()
-    calm = moments(schedule, 1)[0]
+    without_failures = poll_times(schedule, 1)[0]
     for _ in range(60):
         schedule.begin(None).finish(0.2, 0.4, completed=False)
         schedule.begin(None).finish(7.5, 8.0)
-    failing = moments(schedule, 1)[0]
-    cost(schedule, lognormal(3, 2000))
+    with_failures = poll_times(schedule, 1)[0]
+    mean_cost(schedule, lognormal(3, 2000))
 
-    assert failing < calm / 4
-    assert moments(schedule, 1)[0] > calm / 2
+    assert with_failures < without_failures / 4
+    assert poll_times(schedule, 1)[0] > without_failures / 2
 
 
-def test_the_moment_that_a_webhook_tells_is_learned_exactly() -> None:
-    """Where both ends of the interval are one, that is the duration."""
+def test_duration_from_a_webhook_is_learned_exactly() -> None:
+    """An interval whose bounds are equal is learned as that duration."""
     schedule = LearnedSchedule()
     for _ in range(200):
         schedule.begin(None).finish(20.0, 20.0)
@@ -289,8 +294,8 @@ def test_the_moment_that_a_webhook_tells_is_learned_exactly() -> None:
     assert schedule.percentile(90) == pytest.approx(20.0, rel=0.05)
 
 
-def test_percentiles_tell_how_long_tasks_take() -> None:
-    """Nothing is told before the first end; after two hundred, the percentiles are those of the tasks."""
+def test_percentiles() -> None:
+    """Percentiles are None before the first end; after two hundred, they are those of the tasks."""
     schedule = learned(median=12.0, spread=0.3)
 
     assert LearnedSchedule().percentile(50) is None
@@ -300,31 +305,31 @@ def test_percentiles_tell_how_long_tasks_take() -> None:
     assert schedule.percentile(101) == schedule.percentile(100)
 
 
-def test_a_change_is_noticed_within_few_tasks() -> None:
-    """Ten tasks after the service has become three times slower, or as fast as before, hardly more is paid than later."""
+def test_change_is_detected_within_ten_tasks() -> None:
+    """Ten tasks after the service has become three times slower, or fast again, the cost is nearly normal."""
     schedule = learned(median=8.0)
-    cost(schedule, lognormal(3, 10, median=25.0))
-    slow = cost(schedule, lognormal(4, 30, median=25.0))
-    cost(schedule, lognormal(5, 10, median=8.0))
-    fast = cost(schedule, lognormal(6, 30, median=8.0))
+    mean_cost(schedule, lognormal(3, 10, median=25.0))
+    slow = mean_cost(schedule, lognormal(4, 30, median=25.0))
+    mean_cost(schedule, lognormal(5, 10, median=8.0))
+    fast = mean_cost(schedule, lognormal(6, 30, median=8.0))
 
-    assert slow < 1.4 * cost(learned(median=25.0), lognormal(4, 30, median=25.0))
-    assert fast < 1.4 * cost(learned(median=8.0), lognormal(6, 30, median=8.0))
+    assert slow < 1.4 * mean_cost(learned(median=25.0), lognormal(4, 30, median=25.0))
+    assert fast < 1.4 * mean_cost(learned(median=8.0), lognormal(6, 30, median=8.0))
 
 
-def test_what_has_been_is_known_when_it_comes_back() -> None:
-    """A service that has been fast and slow by turns is met at its old speed after three tasks."""
+def test_previous_durations_are_recalled() -> None:
+    """When a service that alternates between fast and slow changes again, three tasks are enough to adapt."""
     schedule = LearnedSchedule()
     for turn in range(6):
-        cost(schedule, lognormal(turn, 60, median=8.0 if turn % 2 else 25.0))
-    cost(schedule, lognormal(7, 3, median=25.0))
+        mean_cost(schedule, lognormal(turn, 60, median=8.0 if turn % 2 else 25.0))
+    mean_cost(schedule, lognormal(7, 3, median=25.0))
 
     assert schedule.percentile(50) == pytest.approx(25.0, rel=0.15)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_first_of_a_crowd_to_end_are_no_change(seed: int) -> None:
-    """Of two dozen tasks that begin together the short ones end first; that the long ones follow is not taken for news."""
+def test_concurrent_start_is_no_change(seed: int) -> None:
+    """Of tasks that start together the short ones end first; the long ones that follow are not taken for a change."""
     schedule = LearnedSchedule()
     plans = [schedule.begin(None) for _ in range(24)]
     for plan, duration in zip(plans, sorted(lognormal(seed, 24)), strict=True):
@@ -333,17 +338,17 @@ def test_the_first_of_a_crowd_to_end_are_no_change(seed: int) -> None:
     assert schedule.percentile(50) == pytest.approx(8.0, rel=0.2)
 
 
-def test_the_memory_of_changes_fades() -> None:
-    """After two thousand tasks without a change, a schedule is what one is that has never seen any."""
+def test_effect_of_changes_fades() -> None:
+    """After two thousand tasks without a change, polling costs no more than if there had never been one."""
     schedule = learned(median=25.0)
-    cost(schedule, lognormal(3, 2000, median=8.0))
+    mean_cost(schedule, lognormal(3, 2000, median=8.0))
     durations = lognormal(4, 100, median=8.0)
 
-    assert cost(schedule, durations) < 1.05 * cost(learned(median=8.0), durations)
+    assert mean_cost(schedule, durations) < 1.05 * mean_cost(learned(median=8.0), durations)
 
 
-def test_a_change_right_at_the_beginning_is_noticed() -> None:
-    """Five quick tasks don't make a law that a few slow ones couldn't replace, and are not remembered as one."""
+def test_change_after_a_few_tasks_is_detected() -> None:
+    """A change after only five tasks is detected, and their histogram is not kept as a previous one."""
     schedule = LearnedSchedule()
     for _ in range(5):
         schedule.begin(None).finish(0.95, 1.0)
@@ -351,86 +356,87 @@ def test_a_change_right_at_the_beginning_is_noticed() -> None:
         schedule.begin(None).finish(58.0, 60.0)
 
     assert schedule.percentile(50) == pytest.approx(60.0, rel=0.2)
-    assert schedule.state()["law"]["former"] == []
+    assert schedule.state()["durations"]["previous"] == []
 
 
-def test_former_laws_are_forgotten_when_nothing_changes_any_more() -> None:
-    """After a change, two thousand tasks that are all alike leave nothing of what was before."""
+def test_previous_histograms_are_dropped_when_nothing_changes() -> None:
+    """Two thousand equal tasks after a change, the previous and the long-term histograms are gone."""
     schedule = learned(median=25.0)
     for _ in range(20):
         schedule.begin(None).finish(7.8, 8.1)
-    changed = schedule.state()["law"]
+    after_change = schedule.state()["durations"]
     for _ in range(2000):
         schedule.begin(None).finish(7.8, 8.1)
-    calm = schedule.state()["law"]
+    stable = schedule.state()["durations"]
 
-    assert len(changed["former"]) == 1
-    assert changed["steady"] is not None
-    assert calm["former"] == []
-    assert calm["steady"] is None
-
-
-SIDES = {side: GenerationRequest("a lighthouse", width=side, height=side) for side in (512, 1024, 2048)}
+    assert len(after_change["previous"]) == 1
+    assert after_change["long_term"] is not None
+    assert stable["previous"] == []
+    assert stable["long_term"] is None
 
 
-def test_larger_pictures_are_waited_for_longer() -> None:
-    """Where pictures of four times the size take three times as long, each size is polled for itself, and costs less."""
-    chance = random.Random(1)
-    asked = [chance.choice([512, 1024, 2048]) for _ in range(400)]
-    durations = [8.0 * (side / 1024) ** 1.6 * math.exp(chance.gauss(0, 0.1)) for side in asked]
-    with_sizes, without = LearnedSchedule(), LearnedSchedule()
-    told, untold = 0.0, 0.0
-    for number, (side, duration) in enumerate(zip(asked, durations, strict=True)):
-        delay, polls = drive(with_sizes.begin(SIDES[side]), duration)
-        other_delay, other_polls = drive(without.begin(None), duration)
+REQUESTS_BY_SIDE = {side: GenerationRequest("a lighthouse", width=side, height=side) for side in (512, 1024, 2048)}
+
+
+def test_larger_images_are_polled_later() -> None:
+    """If images of four times the size take three times as long, polling by size costs less."""
+    rng = random.Random(1)
+    sides = [rng.choice([512, 1024, 2048]) for _ in range(400)]
+    durations = [8.0 * (side / 1024) ** 1.6 * math.exp(rng.gauss(0, 0.1)) for side in sides]
+    with_sizes, without_sizes = LearnedSchedule(), LearnedSchedule()
+    cost_with_sizes = cost_without_sizes = 0.0
+    for number, (side, duration) in enumerate(zip(sides, durations, strict=True)):
+        delay, polls = drive(with_sizes.begin(REQUESTS_BY_SIDE[side]), duration)
+        other_delay, other_polls = drive(without_sizes.begin(None), duration)
         if number >= 100:
-            told, untold = told + delay + PRICE * polls, untold + other_delay + PRICE * other_polls
-    first = {side: with_sizes.begin(request).next_delay(0.0, None) for side, request in SIDES.items()}
+            cost_with_sizes += delay + POLL_PRICE * polls
+            cost_without_sizes += other_delay + POLL_PRICE * other_polls
+    first = {side: with_sizes.begin(request).next_delay(0.0, None) for side, request in REQUESTS_BY_SIDE.items()}
 
-    assert told < 0.75 * untold
+    assert cost_with_sizes < 0.75 * cost_without_sizes
     assert first[512] < first[1024] / 2 < first[2048] / 4
 
 
-def test_tasks_that_queue_are_waited_for_longer() -> None:
-    """Where a task takes the longer the more are in flight, one that comes to a crowd is looked at later."""
+def test_tasks_that_queue_are_polled_later() -> None:
+    """If tasks take longer the more are in flight, a task that starts with many others is polled later."""
     schedule = LearnedSchedule()
     for _ in range(60):
         plans = [schedule.begin(None) for _ in range(10)]
         for number, plan in enumerate(plans, start=1):
             plan.finish(4.0 * number - 0.2, 4.0 * number)
     alone = schedule.begin(None).next_delay(0.0, None)
-    crowd = [schedule.begin(None) for _ in range(9)]
+    concurrent = [schedule.begin(None) for _ in range(9)]
 
-    assert crowd[-1].next_delay(0.0, None) > 3 * alone
+    assert concurrent[-1].next_delay(0.0, None) > 3 * alone
 
 
-def test_a_plan_that_is_dropped_counts_no_more() -> None:
-    """A task that is given up, ended or not, is no longer in flight, and one that ended is learned from once."""
+def test_dropped_plan_is_not_in_flight() -> None:
+    """A plan that is dropped is no longer in flight, ended or not; a task that has ended is learned from once."""
     schedule = learned()
-    before = moments(schedule, 3)
-    kept = [schedule.begin(None) for _ in range(500)]
-    del kept
+    before = poll_times(schedule, 3)
+    dropped = [schedule.begin(None) for _ in range(500)]
+    del dropped
     plan = schedule.begin(None)
     plan.finish(7.0, 8.0)
     after = schedule.state()
     plan.finish(700.0, 800.0)
 
-    assert moments(learned(), 3) == before
+    assert poll_times(learned(), 3) == before
     assert schedule.state() == after
 
 
-def test_a_few_early_ends_are_found() -> None:
-    """Where one task in ten begins to end long before the others, that is found out, although nobody looked there."""
-    schedule = learned(median=15.0, spread=0.15, price=0.05)
-    chance = random.Random(5)
-    durations = [(1.0 if chance.random() < 0.1 else 15.0) * math.exp(chance.gauss(0, 0.15)) for _ in range(1500)]
-    cost(schedule, durations, price=0.05)
+def test_rare_early_ends_are_found() -> None:
+    """When one task in ten begins to end long before the usual first poll, this is learned."""
+    schedule = learned(median=15.0, spread=0.15, poll_price=0.05)
+    rng = random.Random(5)
+    durations = [(1.0 if rng.random() < 0.1 else 15.0) * math.exp(rng.gauss(0, 0.15)) for _ in range(1500)]
+    mean_cost(schedule, durations, poll_price=0.05)
 
     assert schedule.percentile(5) == pytest.approx(1.0, rel=0.5)
 
 
-def test_the_first_look_may_be_early_whenever_it_is_planned() -> None:
-    """A submit takes a while, and the early look of one task in twenty-five comes all the same."""
+def test_first_poll_is_early_for_some_tasks() -> None:
+    """One task in twenty-five is polled early, also if the submit took a while."""
     schedule = learned(median=15.0, spread=0.15)
     first = [schedule.begin(None).next_delay(0.3, None) for _ in range(100)]
     early = [delay for delay in first if delay < 0.8 * max(first)]
@@ -438,119 +444,196 @@ def test_the_first_look_may_be_early_whenever_it_is_planned() -> None:
     assert 2 <= len(early) <= 4
 
 
-# ---------------------------------------------------------------------- the price
+# ---------------------------------------------------------------------- price and cost factor
 
 
-def test_a_new_price_holds_at_once() -> None:
-    """Polls that have become dearer come later, for the tasks in flight too; a senseless price is refused."""
+def test_cost_factor_multiplies_the_price() -> None:
+    """A plan's delay is that of a schedule whose price is `poll_price` times the cost factor, for that call only."""
+    plan = LearnedSchedule(poll_price=0.1).begin(None)
+    delays = [plan.next_delay(6.0, None, cost_factor=cost_factor) for cost_factor in (1.0, 20.0, 1.0)]
+    expensive = LearnedSchedule(poll_price=2.0).begin(None)
+
+    assert delays[1] == expensive.next_delay(6.0, None) > 2 * delays[0]
+    assert delays[2] == delays[0] == plan.next_delay(6.0, None)
+
+
+def test_price_is_read_only() -> None:
+    """`poll_price` can't be set, and neither it nor repr() is changed by cost factors."""
+    schedule = learned(poll_price=0.2)
+    plan = schedule.begin(None)
+    for cost_factor in (1.0, 4.0, 64.0):
+        plan.next_delay(6.0, None, cost_factor=cost_factor)
+        assert schedule.poll_price == 0.2
+        assert repr(schedule) == "LearnedSchedule(poll_price=0.2)"
+    with pytest.raises(AttributeError):
+        schedule.poll_price = 2.0  # type: ignore[misc]
+
+
+def test_users_with_different_cost_factors_share_a_schedule() -> None:
+    """Two sessions with different cost factors don't displace each other's cached poll times."""
+    schedule = learned()
+    cheap, expensive = schedule.begin(None), schedule.begin(None)
+
+    def alternate() -> list[float]:
+        return [
+            plan.next_delay(6.0, None, cost_factor=cost_factor)
+            for _ in range(3)
+            for plan, cost_factor in ((cheap, 1.0), (expensive, 8.0))
+        ]
+
+    delays = alternate()
+    cached = dict(schedule._poll_times)
+    delays_again = alternate()
+
+    assert delays == delays_again == delays[:2] * 3
+    assert delays[0] < delays[1]
+    assert len(cached) == 2
+    assert schedule._poll_times.keys() == cached.keys()
+    assert all(schedule._poll_times[key] is times for key, times in cached.items())
+
+
+def test_cached_poll_times_are_dropped_when_a_histogram_changes() -> None:
+    """After enough ends to change a histogram, completed or failed, no earlier poll times are used."""
+    schedule = learned()
+    for completed in (True, False):
+        schedule.begin(None).next_delay(6.0, None, cost_factor=8.0)
+        before = set(schedule._poll_times.values())
+        for _ in range(100):
+            schedule.begin(None).finish(7.0, 8.0, completed=completed)
+        schedule.begin(None).next_delay(6.0, None)
+
+        assert before
+        assert len(schedule._poll_times) == 1
+        assert before.isdisjoint(schedule._poll_times.values())
+
+
+def test_cache_of_poll_times_is_bounded() -> None:
+    """A cost factor that differs in every call doesn't make the cache grow without bound."""
     schedule = learned()
     plan = schedule.begin(None)
-    cheap = plan.next_delay(6.0, None)
-    schedule.poll_price = 2.0
-    dear = plan.next_delay(6.0, None)
-    with pytest.raises(ConfigurationError, match="poll_price must be more than 0 seconds, not -1"):
-        schedule.poll_price = -1
+    delays = [plan.next_delay(6.0, None, cost_factor=1 + number / 100) for number in range(1000)]
 
-    assert dear > 2 * cheap
-    assert schedule.poll_price == 2.0
-    assert repr(schedule) == "LearnedSchedule(poll_price=2.0)"
+    assert delays == sorted(delays)
+    assert len(schedule._poll_times) == 128
 
 
-# ---------------------------------------------------------------------- what is kept
+def test_any_plan_may_support_the_cost_factor() -> None:
+    """A plan that derives from CostAwarePlan has the attribute that the poller reads; simple plans don't have it."""
+
+    class UserPlan(CostAwarePlan):
+        def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float = 1.0) -> float:
+            return 2.0 * cost_factor
+
+        def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
+            pass
+
+    plans: list[PollPlan] = [UserPlan(), LearnedSchedule().begin(None)]
+    plans += [FixedSchedule(2.0).begin(None), ExponentialSchedule().begin(None)]
+
+    assert [getattr(plan, "supports_cost_factor", False) for plan in plans] == [True, True, False, False]
 
 
-def well_travelled() -> LearnedSchedule:
-    """Give a schedule that has seen changes, failures, sizes and progress."""
+# ---------------------------------------------------------------------- stored state
+
+
+def varied() -> LearnedSchedule:
+    """Return a schedule that has learned from changes, failures, sizes and progress."""
     schedule = learned()
-    cost(schedule, lognormal(3, 60, median=25.0), OF_USE["exact"])
-    for side, request in SIDES.items():
+    mean_cost(schedule, lognormal(3, 60, median=25.0), INFORMATIVE["exact"])
+    for side, request in REQUESTS_BY_SIDE.items():
         schedule.begin(request).finish(side / 100, side / 90)
         schedule.begin(request).finish(0.1, 0.2, completed=False)
     return schedule
 
 
-@pytest.mark.parametrize("make", [LearnedSchedule, learned, well_travelled])
-def test_a_schedule_goes_on_from_what_it_had_learned(make: Callable[[], LearnedSchedule]) -> None:
-    """The state survives JSON, is small, and a schedule made of it costs what the one did that gave it."""
+@pytest.mark.parametrize("make", [LearnedSchedule, learned, varied])
+def test_state_round_trip(make: Callable[[], LearnedSchedule]) -> None:
+    """The state survives JSON, is small, and a schedule made from it costs as much as the original."""
     schedule = make()
     text = json.dumps(schedule.state())
-    again = LearnedSchedule.from_state(json.loads(text), poll_price=0.1)
+    restored = LearnedSchedule.from_state(json.loads(text), poll_price=0.1)
     durations = lognormal(8, 150, median=20.0)
 
     assert len(text) < 20_000
-    assert (again.percentile(50) or 0.0) == pytest.approx(schedule.percentile(50) or 0.0, rel=0.03)
-    assert cost(again, durations) == pytest.approx(cost(schedule, durations), rel=0.1)
+    assert (restored.percentile(50) or 0.0) == pytest.approx(schedule.percentile(50) or 0.0, rel=0.03)
+    assert mean_cost(restored, durations) == pytest.approx(mean_cost(schedule, durations), rel=0.1)
 
 
-def test_a_script_that_runs_every_hour_does_not_start_cold() -> None:
-    """The first tasks with a kept state cost less than the first ones without."""
-    kept = learned(spread=0.1).state()
+def test_stored_state_makes_the_first_tasks_cheaper() -> None:
+    """The first task costs less than half with a stored state as without."""
+    state = learned(spread=0.1).state()
     durations = lognormal(8, 60, spread=0.1)
-    warm = sum(cost(LearnedSchedule.from_state(kept), [duration]) for duration in durations)
-    cold = sum(cost(LearnedSchedule(), [duration]) for duration in durations)
+    with_state = sum(mean_cost(LearnedSchedule.from_state(state), [duration]) for duration in durations)
+    without_state = sum(mean_cost(LearnedSchedule(), [duration]) for duration in durations)
 
-    assert warm < cold / 2
+    assert with_state < without_state / 2
 
 
-def _without(name: str) -> dict[str, Any]:
+def _state_without(name: str) -> dict[str, Any]:
     return {key: value for key, value in learned().state().items() if key != name}
+
+
+def _state_with(**changes: Any) -> dict[str, Any]:
+    return learned().state() | changes
+
+
+def _histogram_state(count: object, first_bin: int, weights: list[float]) -> dict[str, Any]:
+    return {"count": count, "first_bin": first_bin, "weights": weights}
 
 
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
         (None, "state"),
-        ({}, "law"),
+        ({}, "durations"),
         ([1, 2], "state"),
         ("state", "state"),
-        (_without("law"), "law"),
-        ({**learned().state(), "version": 2}, "version"),
-        ({**learned().state(), "failing": 2.0}, "failing"),
-        ({**learned().state(), "ended": -1.0}, "ended"),
-        ({**learned().state(), "ended": math.nan}, "ended"),
-        ({**learned().state(), "surprise": 1}, "surprise"),
-        ({**learned().state(), "failures": {"count": 1.0, "first": 0, "weights": []}}, "failures"),
-        ({**learned().state(), "failures": {"count": 1.0, "first": 479, "weights": [1.0, 1.0]}}, "failures"),
-        ({**learned().state(), "failures": {"count": 1.0, "first": 0, "weights": [-1.0]}}, "failures"),
-        (
-            {**learned().state(), "failures": {"count": 1e-300, "first": 0, "weights": [1.0]}},
-            "count must be 0 or at least 1",
-        ),
-        ({**learned().state(), "failures": {"count": "many", "first": 0, "weights": [1.0]}}, "failures"),
-        ({**learned().state(), "progress": {"laws": [], "leads": []}}, "progress"),
-        ({**learned().state(), "effort": {"slopes": [math.inf, 0.0, 0.0]}}, "effort"),
-        ({**learned().state(), "effort": {"slopes": [0.0]}}, "effort"),
+        (_state_without("durations"), "durations"),
+        (_state_with(version=1), "version"),
+        (_state_with(version=3), "version"),
+        (_state_with(failure_rate=2.0), "failure_rate"),
+        (_state_with(finished=-1.0), "finished"),
+        (_state_with(finished=math.nan), "finished"),
+        (_state_with(unknown=1), "unknown"),
+        (_state_with(failure_durations=_histogram_state(1.0, 0, [])), "failure_durations"),
+        (_state_with(failure_durations=_histogram_state(1.0, 479, [1.0, 1.0])), "failure_durations"),
+        (_state_with(failure_durations=_histogram_state(1.0, 0, [-1.0])), "failure_durations"),
+        (_state_with(failure_durations=_histogram_state(1e-300, 0, [1.0])), "count must be 0 or at least 1"),
+        (_state_with(failure_durations=_histogram_state("many", 0, [1.0])), "failure_durations"),
+        (_state_with(progress={"ratios": [], "scores": []}), "progress"),
+        (_state_with(regression={"coefficients": [math.inf, 0.0, 0.0]}), "regression"),
+        (_state_with(regression={"coefficients": [0.0]}), "regression"),
     ],
 )
-def test_a_state_that_is_none_is_refused_by_name(state: Any, reason: str) -> None:
-    """What `state()` can't have given is a ConfigurationError that names the entry, not a schedule that limps."""
-    with pytest.raises(ConfigurationError, match=f"state must be what LearnedSchedule.state\\(\\) gave.*{reason}"):
+def test_invalid_state_is_rejected(state: Any, reason: str) -> None:
+    """A state that `state()` can't have returned is a ConfigurationError that names the entry."""
+    with pytest.raises(ConfigurationError, match=f"state must be what LearnedSchedule.state\\(\\) returned.*{reason}"):
         LearnedSchedule.from_state(state)
 
 
-def test_a_kept_state_brings_no_price() -> None:
-    """The price is the caller's, not the state's, and checked."""
-    assert LearnedSchedule.from_state(learned(price=0.5).state()).poll_price == 0.1
+def test_state_contains_no_price() -> None:
+    """The price comes from the caller, not from the state, and is validated."""
+    assert LearnedSchedule.from_state(learned(poll_price=0.5).state()).poll_price == 0.1
     assert LearnedSchedule.from_state(learned().state(), poll_price=0.3).poll_price == 0.3
     with pytest.raises(ConfigurationError, match="poll_price"):
         LearnedSchedule.from_state(learned().state(), poll_price=0)
 
 
-def test_one_strange_task_does_not_spoil_the_law() -> None:
-    """A task that hung for ten minutes makes the next ones dearer, but not by much, and is soon forgotten."""
+def test_outlier_is_forgotten() -> None:
+    """A task of ten minutes raises the cost of the next ones only a little, and not for long."""
     durations = lognormal(2, 100)
-    calm = cost(learned(), durations)
+    normal = mean_cost(learned(), durations)
     schedule = learned()
     schedule.begin(None).finish(590.0, 600.0)
-    cost(schedule, lognormal(3, 60))
+    mean_cost(schedule, lognormal(3, 60))
 
-    assert cost(schedule, durations) < 1.2 * calm
+    assert mean_cost(schedule, durations) < 1.2 * normal
 
 
 # ---------------------------------------------------------------------- progress
 
 
-NO_USE: dict[str, Progress] = {
+UNINFORMATIVE: dict[str, ProgressFunction] = {
     "always 0": lambda share, elapsed: 0.0,
     "always a half": lambda share, elapsed: 0.5,
     "always 1": lambda share, elapsed: 1.0,
@@ -559,69 +642,80 @@ NO_USE: dict[str, Progress] = {
     "at 99 % after a third": lambda share, elapsed: min(3 * share, 0.99),
     "in quarters": lambda share, elapsed: math.floor(4 * share) / 4,
     "backwards": lambda share, elapsed: 1 - share,
-    "very slowly at first": lambda share, elapsed: share**4,
+    "very slow at first": lambda share, elapsed: share**4,
     "queued, then moving": lambda share, elapsed: 0.01 + elapsed / 1e4 if share < 0.6 else 2.5 * share - 1.5,
-    "now and then": lambda share, elapsed: None if int(elapsed * 7) % 2 else 0.0,
+    "intermittent": lambda share, elapsed: None if int(elapsed * 7) % 2 else 0.0,
 }
 
 
-@pytest.mark.parametrize("progress", NO_USE.values(), ids=NO_USE)
+@pytest.mark.parametrize("progress_at", UNINFORMATIVE.values(), ids=UNINFORMATIVE)
 @pytest.mark.parametrize("spread", [0.15, 0.3, 0.5])
-def test_progress_that_says_little_does_little_harm(spread: float, progress: Progress) -> None:
-    """Progress that is coarse, stands still or makes no sense costs hardly more than no progress at all."""
+def test_uninformative_progress_does_little_harm(spread: float, progress_at: ProgressFunction) -> None:
+    """Progress that is coarse, doesn't move or makes no sense costs little more than no progress at all."""
     durations = lognormal(2, 80, spread=spread)
-    without = cost(learned(spread=spread), durations)
-    given_progress = cost(learned(spread=spread), durations, progress)
+    without_progress = mean_cost(learned(spread=spread), durations)
+    with_progress = mean_cost(learned(spread=spread), durations, progress_at)
 
-    assert given_progress < 1.15 * without
+    assert with_progress < 1.15 * without_progress
 
 
-OF_USE: dict[str, Progress] = {
+INFORMATIVE: dict[str, ProgressFunction] = {
     "exact": lambda share, elapsed: share,
     "in hundredths": lambda share, elapsed: math.floor(100 * share) / 100,
-    "slower and slower": lambda share, elapsed: math.sqrt(share),
-    "faster and faster": lambda share, elapsed: share * share,
+    "decelerating": lambda share, elapsed: math.sqrt(share),
+    "accelerating": lambda share, elapsed: share * share,
 }
 
 
-@pytest.mark.parametrize("progress", OF_USE.values(), ids=OF_USE)
+@pytest.mark.parametrize("progress_at", INFORMATIVE.values(), ids=INFORMATIVE)
 @pytest.mark.parametrize("spread", [0.3, 0.5])
-def test_progress_that_moves_is_used(spread: float, progress: Progress) -> None:
-    """Where progress moves with the task, its end is met at clearly less cost."""
+def test_informative_progress_is_used(spread: float, progress_at: ProgressFunction) -> None:
+    """Progress that moves with the task makes polling clearly cheaper."""
     durations = lognormal(2, 80, spread=spread)
-    without = cost(learned(spread=spread), durations)
-    given_progress = cost(learned(spread=spread), durations, progress)
+    without_progress = mean_cost(learned(spread=spread), durations)
+    with_progress = mean_cost(learned(spread=spread), durations, progress_at)
 
-    assert given_progress < 0.85 * without
-
-
-# ---------------------------------------------------------------------- anything at all
+    assert with_progress < 0.85 * without_progress
 
 
-NUMBERS = st.floats(0, 1e9) | st.sampled_from([0.0, 5e-324, 1e-9, 0.05, 8.0, 1e6])
+def test_progress_is_read_only_if_it_is_worth_a_poll() -> None:
+    """The first poll comes early to read the progress, unless polls are too expensive for that."""
+    schedule = learned()
+    mean_cost(schedule, lognormal(3, 80), INFORMATIVE["exact"])
+    plans = [LearnedSchedule.from_state(schedule.state(), poll_price=price).begin(None) for price in (0.1, 10.0)]
+    cheap, expensive = (plan.next_delay(0.0, None) for plan in plans)
+
+    assert cheap == pytest.approx(schedule.percentile(5), rel=0.05)
+    assert expensive > 8.0
+
+
+# ---------------------------------------------------------------------- arbitrary input
+
+
+SECONDS = st.floats(0, 1e9) | st.sampled_from([0.0, 5e-324, 1e-9, 0.05, 8.0, 1e6])
 PROGRESS = st.none() | st.floats() | st.floats(0, 1)
 
 
 @settings(max_examples=200, deadline=None)
-@example(price=1e6, ends=[], looks=[(0.0, None), (10.0, None)])
-@example(price=0.1, ends=[], looks=[(2.0, 0.5), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
-@example(price=0.1, ends=[], looks=[(2.0, 0.75), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
-@example(price=0.1, ends=[], looks=[(2.0, 5e-324), (4.0, 1e-323), (6.0, 1.5e-323), (8.0, 2e-323)])
-@example(price=0.1, ends=[], looks=[(2.0, 0.5), (4.0, 0.75), (6.0, math.nextafter(1, 0)), (8.0, 1.0)])
+@example(poll_price=1e6, ends=[], polls=[(0.0, None), (10.0, None)])
+@example(poll_price=0.1, ends=[], polls=[(2.0, 0.5), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
+@example(poll_price=0.1, ends=[], polls=[(2.0, 0.75), (4.0, 0.125), (6.0, 0.25), (8.0, 0.5)])
+@example(poll_price=0.1, ends=[], polls=[(2.0, 5e-324), (4.0, 1e-323), (6.0, 1.5e-323), (8.0, 2e-323)])
+@example(poll_price=0.1, ends=[], polls=[(2.0, 0.5), (4.0, 0.75), (6.0, math.nextafter(1, 0)), (8.0, 1.0)])
 @given(
-    price=st.floats(1e-6, 1e6),
-    ends=st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=8),
-    looks=st.lists(st.tuples(NUMBERS, PROGRESS), min_size=1, max_size=6),
+    poll_price=st.floats(1e-6, 1e6),
+    ends=st.lists(st.tuples(SECONDS, SECONDS, st.booleans()), max_size=8),
+    polls=st.lists(st.tuples(SECONDS, PROGRESS), min_size=1, max_size=6),
 )
-def test_every_learned_delay_is_finite_and_more_than_nothing(
-    price: float, ends: list[tuple[float, float, bool]], looks: list[tuple[float, float | None]]
+def test_learned_delays_are_finite_and_positive(
+    poll_price: float, ends: list[tuple[float, float, bool]], polls: list[tuple[float, float | None]]
 ) -> None:
-    """Whatever was learned, and whatever time and progress come in whichever order, the next delay makes sense."""
-    schedule = LearnedSchedule(poll_price=price)
-    for one, other, completed in ends:
-        schedule.begin(None).finish(min(one, other), max(one, other), completed=completed)
+    """Whatever was learned, and whatever times and progress come in any order, the next delay is valid."""
+    schedule = LearnedSchedule(poll_price=poll_price)
+    for start, end, completed in ends:
+        schedule.begin(None).finish(min(start, end), max(start, end), completed=completed)
     plan = schedule.begin(None)
-    delays = [plan.next_delay(elapsed, progress) for elapsed, progress in looks]
+    delays = [plan.next_delay(elapsed, progress) for elapsed, progress in polls]
 
     assert all(0 < delay < math.inf for delay in delays)
 
@@ -631,28 +725,30 @@ def test_every_learned_delay_is_finite_and_more_than_nothing(
     initial=st.floats(1e-6, 1e6),
     factor=st.floats(1, 1e300),
     maximum=st.floats(1e-6, 1e6),
-    looks=st.lists(st.tuples(NUMBERS, PROGRESS), min_size=1, max_size=20),
+    polls=st.lists(st.tuples(SECONDS, PROGRESS), min_size=1, max_size=20),
 )
-def test_every_simple_delay_is_finite_and_more_than_nothing(
-    initial: float, factor: float, maximum: float, looks: list[tuple[float, float | None]]
+def test_simple_delays_are_within_their_bounds(
+    initial: float, factor: float, maximum: float, polls: list[tuple[float, float | None]]
 ) -> None:
-    """Whatever time and progress come in, the delays of the simple schedules stay within their bounds."""
+    """Whatever times and progress come in, the delays of the simple schedules are within their bounds."""
     exponential = ExponentialSchedule(initial, factor=factor, maximum=maximum).begin(None)
     fixed = FixedSchedule(initial).begin(None)
-    delays = [exponential.next_delay(elapsed, progress) for elapsed, progress in looks]
+    delays = [exponential.next_delay(elapsed, progress) for elapsed, progress in polls]
 
     assert all(min(initial, maximum) <= delay <= maximum for delay in delays)
     assert delays == sorted(delays)
-    assert all(fixed.next_delay(elapsed, progress) == initial for elapsed, progress in looks)
+    assert all(fixed.next_delay(elapsed, progress) == initial for elapsed, progress in polls)
 
 
 @settings(max_examples=60, deadline=None)
-@example(duration=19.0, progress=NO_USE["stuck at a tenth"])
-@example(duration=500.0, progress=OF_USE["faster and faster"])
-@given(duration=st.floats(0.01, 600.0), progress=st.sampled_from([None, *NO_USE.values(), *OF_USE.values()]))
-def test_every_task_is_seen_to_end(duration: float, progress: Progress | None) -> None:
-    """However long a task takes and whatever it says, its end is seen before half as much time again has passed."""
-    delay, polls = drive(LearnedSchedule().begin(None), duration, progress)
+@example(duration=19.0, progress_at=UNINFORMATIVE["stuck at a tenth"])
+@example(duration=500.0, progress_at=INFORMATIVE["accelerating"])
+@given(
+    duration=st.floats(0.01, 600.0), progress_at=st.sampled_from([None, *UNINFORMATIVE.values(), *INFORMATIVE.values()])
+)
+def test_end_is_seen_in_time(duration: float, progress_at: ProgressFunction | None) -> None:
+    """Whatever a task's duration and progress are, its end is seen within half its duration."""
+    delay, polls = drive(LearnedSchedule().begin(None), duration, progress_at)
 
     assert delay <= max(2.5, duration / 2)
     assert polls < 300

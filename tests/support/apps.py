@@ -1,4 +1,4 @@
-"""The examples, each in a process of its own, beside an emulated gateway that posts webhooks to it."""
+"""Run the example applications, each in its own process, with an emulated gateway that posts webhooks to it."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from flux2max_async.emulator import Emulator
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("fastapi", "aiohttp")
 
-SECRET = "a secret of the tests, of some length"
+SECRET = "a sufficiently long secret for tests"
 
 
 @attrs.frozen
 class App:
-    """An example that runs."""
+    """A running example application."""
 
     url: str
     http: httpx.Client
@@ -34,25 +34,25 @@ class App:
     log: Path
 
     def submit(self, prompt: str, **params: int) -> str:
-        """Ask for a picture, as the page does; gives its id."""
-        reply = self.post({"prompt": prompt, **params})
-        assert reply.status_code == 201, reply.text
-        return str(reply.json()["id"])
+        """Request a picture, as the page does, and return the task id."""
+        response = self.post({"prompt": prompt, **params})
+        assert response.status_code == 201, response.text
+        return str(response.json()["id"])
 
-    def post(self, wish: dict[str, Any]) -> httpx.Response:
-        return self.http.post("tasks", json=wish)
+    def post(self, body: dict[str, Any]) -> httpx.Response:
+        return self.http.post("tasks", json=body)
 
     def get(self, path: str) -> httpx.Response:
         return self.http.get(path)
 
     def events(self, task_id: str) -> Generator[tuple[str, dict[str, Any]]]:
-        """Follow a task as a browser does: each event's name and data, until the server ends the answer."""
-        with self.http.stream("GET", f"tasks/{task_id}/events") as reply:
-            assert reply.status_code == 200
-            assert reply.headers["content-type"].startswith("text/event-stream")
-            assert reply.headers["cache-control"] == "no-cache"
+        """Yield the name and data of each server-sent event of a task, until the server ends the response."""
+        with self.http.stream("GET", f"tasks/{task_id}/events") as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            assert response.headers["cache-control"] == "no-cache"
             name = ""
-            for line in reply.iter_lines():
+            for line in response.iter_lines():
                 field, _, value = line.partition(": ")
                 match field:
                     case "event":
@@ -63,17 +63,17 @@ class App:
                         assert line == ""
 
     def stop(self) -> int:
-        """Ask it to end, as an operator does, and wait until it has; gives its exit code."""
+        """Terminate the application with SIGTERM, wait until it has exited, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=25)
 
 
 @contextmanager
 def running_app(name: str, gateway: Emulator, folder: Path) -> Iterator[App]:
-    """Run an example in a folder, where every warning is an error, until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Run an example in a folder, with warnings as errors, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     settings = {
         "FLUX2MAX_API_KEY": gateway.api_key,
@@ -98,19 +98,19 @@ def running_app(name: str, gateway: Emulator, folder: Path) -> Iterator[App]:
     ):
         try:
             app = App(url, http, gateway, process, log)
-            _wait_for(app)
+            _wait_until_ready(app)
             yield app
         finally:
             process.kill()
 
 
-def _wait_for(app: App) -> None:
-    until = time.monotonic() + 20
-    while time.monotonic() < until and app.process.poll() is None:
+def _wait_until_ready(app: App) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and app.process.poll() is None:
         try:
             assert app.get("ready").status_code == 200
         except httpx.TransportError:
             time.sleep(0.05)
         else:
             return
-    raise AssertionError(f"the server didn't come up:\n{app.log.read_text(encoding='utf-8')}")
+    raise AssertionError(f"the server did not start:\n{app.log.read_text(encoding='utf-8')}")

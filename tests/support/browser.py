@@ -1,4 +1,4 @@
-"""The system's browser, and what pages look like in it."""
+"""The system's browser, and screenshots of pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# On a machine without a way out, its own errands get in the way of ours.
+# Without network access, the browser's own background requests would slow the tests down.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -18,20 +18,30 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SIZES = {"wide": {"width": 1280, "height": 960}, "narrow": {"width": 390, "height": 844}}
+VIEWPORTS = {"wide": {"width": 1280, "height": 960}, "narrow": {"width": 390, "height": 844}}
 
 
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """Run the system's own, without a window."""
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS) as one:
-        yield one
+    """Run the system's Chromium in headless mode."""
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS) as browser,
+    ):
+        yield browser
 
 
-def shoot(page: Page, shots: Path, name: str, *, whole: bool = True) -> None:
-    """Keep what the page looks like, by day and by night, on a desk and in a hand; all of it, or what is in view."""
+def take_screenshots(page: Page, folder: Path, name: str, *, full_page: bool = True) -> None:
+    """Take screenshots of a page in light and dark mode, wide and narrow.
+
+    Args:
+        page: The page.
+        folder: Where to save the screenshots.
+        name: The prefix of their file names.
+        full_page: Whether to capture the full page instead of the viewport.
+    """
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-        for width, size in SIZES.items():
+        for viewport_name, size in VIEWPORTS.items():
             page.set_viewport_size({"width": size["width"], "height": size["height"]})
-            page.screenshot(path=shots / f"{name}-{scheme}-{width}.png", full_page=whole)
+            page.screenshot(path=folder / f"{name}-{scheme}-{viewport_name}.png", full_page=full_page)

@@ -1,4 +1,4 @@
-"""The command line for tests: run in this process or in one of its own, and what it came to."""
+"""Run the command `flux2max` in tests, in this process or in a separate one."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import attrs
 
-KEY = "key-that-nobody-may-see"
-# Many CI services set FORCE_COLOR, for a pipe as well.
+KEY = "key-that-must-not-leak"
+# FORCE_COLOR as on many CI services, where it also applies to pipes.
 ENVIRONMENT = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", "FORCE_COLOR": "1"}
 
 
 @attrs.frozen
 class Run:
-    """What a command came to."""
+    """The result of a command: its exit code, stdout and stderr."""
 
     code: int | None
     out: str
@@ -27,14 +27,14 @@ class Run:
 Command = Callable[..., Run]
 
 
-def lines_of(shown: str) -> list[str]:
-    """Everything that ever stood on a terminal's lines, without escape codes."""
-    return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)) if line]
+def visible_lines(output: str) -> list[str]:
+    """Return every line that a terminal has shown at any time, without escape sequences."""
+    return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)) if line]
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start the command as a process of its own, its output going to pipes."""
-    # Who runs the tests in the background may have told all below it to ignore Ctrl-C.
+    """Start the command in a separate process, with its output in pipes."""
+    # A shell that runs the tests in the background may have made its children ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "flux2max_async.cli", *arguments],
@@ -47,7 +47,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Popen[s
 
 
 def finish(process: "subprocess.Popen[str]") -> Run:
-    """Read what is left of a process's output, which must be little, and wait until it has ended."""
+    """Wait until a process has ended and return the rest of its output, which must fit into the pipes."""
     assert process.stdout is not None
     assert process.stderr is not None
     with process:
@@ -55,6 +55,6 @@ def finish(process: "subprocess.Popen[str]") -> Run:
 
 
 def python(code: str) -> Run:
-    """Run Python code in a process of its own."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    return Run(done.returncode, done.stdout, done.stderr)
+    """Run Python code in a separate process."""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    return Run(result.returncode, result.stdout, result.stderr)

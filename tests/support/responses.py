@@ -1,4 +1,4 @@
-"""Replies and pictures that several tests need."""
+"""HTTP responses, task objects and images for tests."""
 
 import io
 import json
@@ -11,17 +11,17 @@ from PIL import Image
 from flux2max_async._api.response import HttpResponse
 
 RECEIVED = datetime(2025, 11, 22, 10, 0, 0, tzinfo=UTC)
-"""When every reply here came, by this machine's clock: a Saturday."""
+"""When each response was received, by this machine's clock: a Saturday."""
 
 
-def reply(body: object = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
-    """Make a reply whose body is JSON, or bytes as they are."""
+def make_response(body: object = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
+    """Return a response whose body is JSON, or bytes as they are."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return HttpResponse(status, CIMultiDict(headers or {}), content, RECEIVED)
 
 
 def finished(**changes: object) -> dict[str, object]:
-    """Make the task object of the protocol's example; a change to `...` leaves the key out."""
+    """Return the documented example of a completed task object, with changes; `...` removes a field."""
     task = {
         "id": "t1",
         "status": "completed",
@@ -36,8 +36,8 @@ def finished(**changes: object) -> dict[str, object]:
     return {name: value for name, value in task.items() if value is not ...}
 
 
-def picture(kind: str = "PNG") -> bytes:
-    """Draw a small picture, and encode it."""
+def picture(image_format: str = "PNG") -> bytes:
+    """Return an encoded image of 4 by 4 pixels."""
     file = io.BytesIO()
-    Image.new("RGB", (4, 4), "navy").save(file, kind)
+    Image.new("RGB", (4, 4), "navy").save(file, image_format)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""A gateway on a real socket that does as it is told, down to the byte: what no well-behaved server would do."""
+"""A server on a real socket whose responses are scripted byte by byte, for faults that no normal server produces."""
 
 import asyncio
 import json
@@ -15,18 +15,22 @@ import attrs
 from flux2max_async import FixedSchedule, FluxSession
 
 Behaviour = Callable[["Connection"], Awaitable[None]]
+"""How the server responds to one request."""
+
+_HANG_TIME = 100_000.0
+"""Seconds; longer than any timeout in the tests."""
 
 
 @attrs.frozen
 class Received:
-    """A call as it came in."""
+    """A request that the server received."""
 
     method: str
     path: str
     headers: dict[str, str]
     body: bytes
     at: float
-    """The moment on the loop's clock."""
+    """When it was received, on the event loop's clock."""
 
     @property
     def json(self) -> Any:
@@ -41,7 +45,7 @@ class Received:
 
 @attrs.define
 class Connection:
-    """One call and the connection on which its answer goes."""
+    """One request, and the connection for the response to it."""
 
     call: Received
     writer: asyncio.StreamWriter
@@ -51,14 +55,14 @@ class Connection:
         await self.writer.drain()
 
     def reset(self) -> None:
-        """Break the connection with a reset."""
+        """Close the connection with a TCP reset."""
         connection = self.writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 
 class ScriptedGateway:
-    """Answers submits, polls and downloads from three scripts; the last line of a script is repeated."""
+    """A server that responds to submits, polls and downloads as three scripts say; the last step of each is repeated."""
 
     api_key = "test-key-1234567890"
 
@@ -75,8 +79,8 @@ class ScriptedGateway:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def of(self, method: str) -> list[Received]:
-        """The calls with a method."""
-        return [call for call in self.received if call.method == method]
+        """Return the received requests with a method."""
+        return [request for request in self.received if request.method == method]
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -97,28 +101,28 @@ class ScriptedGateway:
         self._tasks.add(task)
         self.connections += 1
         try:
-            while not writer.is_closing() and (call := await _receive(reader)) is not None:
-                self.received.append(call)
-                script = self._script(call)
+            while not writer.is_closing() and (request := await _receive(reader)) is not None:
+                self.received.append(request)
+                script = self._script(request)
                 behave = script.popleft() if len(script) > 1 else script[0]
-                await behave(Connection(call, writer))
+                await behave(Connection(request, writer))
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
             self._tasks.discard(task)
 
-    def _script(self, call: Received) -> deque[Behaviour]:
-        if call.method == "POST":
+    def _script(self, request: Received) -> deque[Behaviour]:
+        if request.method == "POST":
             return self.submits
-        return self.polls if "/task/" in call.path else self.downloads
+        return self.polls if "/task/" in request.path else self.downloads
 
 
 async def _receive(reader: asyncio.StreamReader) -> Received | None:
     head = await reader.readuntil(b"\r\n\r\n")
-    line, *lines = head.decode("latin-1").split("\r\n")
-    method, path, _ = line.split(" ")
-    headers = dict(header.split(": ", 1) for header in lines if header)
+    request_line, *header_lines = head.decode("latin-1").split("\r\n")
+    method, path, _ = request_line.split(" ")
+    headers = dict(line.split(": ", 1) for line in header_lines if line)
     body = await reader.readexactly(int(headers.get("Content-Length", "0")))
     return Received(method, path, headers, body, anyio.current_time())
 
@@ -127,12 +131,12 @@ async def _receive(reader: asyncio.StreamReader) -> Received | None:
 
 
 def answer(status: int, body: object, headers: Iterable[tuple[str, str]] = (), *, after: float = 0.0) -> Behaviour:
-    """Answer with JSON (or bytes as they are), `after` seconds, on a connection that stays open."""
+    """Respond with JSON, or with bytes as they are, after a delay in seconds; the connection stays open."""
 
     async def behave(connection: Connection) -> None:
         await asyncio.sleep(after)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(content)}"]
+        head = [f"HTTP/1.1 {status} Reason", f"Content-Length: {len(content)}"]
         head += [f"{name}: {value}" for name, value in headers]
         await connection.send("\r\n".join([*head, "", ""]).encode() + content)
 
@@ -140,7 +144,7 @@ def answer(status: int, body: object, headers: Iterable[tuple[str, str]] = (), *
 
 
 def raw(data: bytes, *, then: str = "close", after: float = 0.0) -> Behaviour:
-    """Send these bytes, then "close" the connection, "reset" it, or "hang"."""
+    """Send bytes after a delay in seconds, and then "close" the connection, "reset" it, or "hang"."""
 
     async def behave(connection: Connection) -> None:
         await asyncio.sleep(after)
@@ -151,7 +155,7 @@ def raw(data: bytes, *, then: str = "close", after: float = 0.0) -> Behaviour:
             case "reset":
                 connection.reset()
             case _:
-                await asyncio.sleep(100_000)
+                await asyncio.sleep(_HANG_TIME)
 
     return behave
 
@@ -165,13 +169,13 @@ no_http = raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
 html = answer(200, b"<html><h1>Welcome to nginx!</h1></html>", [("Content-Type", "text/html")])
 
 
-def running(task_id: str = "t1", **more: object) -> dict[str, object]:
-    """A task object that is still running."""
-    return {"id": task_id, "status": "in_progress", "model": "flux_2_max", "created_at": 1763800000, **more}
+def running(task_id: str = "t1", **fields: object) -> dict[str, object]:
+    """Return the task object of a running task."""
+    return {"id": task_id, "status": "in_progress", "model": "flux_2_max", "created_at": 1763800000, **fields}
 
 
-def completed(task_id: str = "t1", url: str = "https://pictures.example/0.jpeg", **more: object) -> dict[str, object]:
-    """A task object that is completed with one picture."""
+def completed(task_id: str = "t1", url: str = "https://pictures.example/0.jpeg", **fields: object) -> dict[str, object]:
+    """Return the task object of a completed task with one image."""
     return {
         "id": task_id,
         "status": "completed",
@@ -181,7 +185,7 @@ def completed(task_id: str = "t1", url: str = "https://pictures.example/0.jpeg",
         "output": [{"content": [{"type": "image", "url": url, "jobId": "j1"}]}],
         "usage": {"cost": "0.07", "discount": 1},
         "metadata": {},
-        **more,
+        **fields,
     }
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: JSON of any shape, and task objects with anything in their fields."""
+"""Hypothesis strategies: arbitrary JSON, and task objects whose fields may contain it."""
 
 import pickle
 from datetime import UTC
@@ -31,9 +31,9 @@ JSON = st.recursive(
 )
 
 
-def mostly(right: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Give what is right, and now and then anything."""
-    return right | right | JSON
+def mostly(valid: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Return a strategy for valid values, and sometimes arbitrary JSON."""
+    return valid | valid | JSON
 
 
 ERRORS = mostly(
@@ -64,7 +64,7 @@ TASKS = st.fixed_dictionaries(
         "detail": JSON,
     },
 )
-DATES = st.datetimes(timezones=st.just(UTC)).map(lambda moment: format_datetime(moment, usegmt=True))
+DATES = st.datetimes(timezones=st.just(UTC)).map(lambda date: format_datetime(date, usegmt=True))
 DATE_PARTS = st.lists(
     st.sampled_from(["Sat,", "22", "Nov", "2025", "10:00:05", "GMT", "+0100", "-0000", "99", "9999999999", "-", " "]),
     max_size=7,
@@ -73,6 +73,7 @@ DATE_LIKE = DATE_PARTS.map(" ".join) | DATE_PARTS.map("".join)
 
 
 def check_snapshot(snapshot: TaskSnapshot) -> None:
+    """Check the invariants of a snapshot."""
     assert isinstance(snapshot.status, TaskStatus)
     assert (snapshot.error is not None) == (snapshot.status is TaskStatus.FAILED)
     assert snapshot.images or snapshot.status is not TaskStatus.COMPLETED

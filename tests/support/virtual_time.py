@@ -1,8 +1,8 @@
-"""An event loop on virtual time: whenever nothing is ready, its clock jumps to the next timer.
+"""An event loop with virtual time: whenever nothing is ready, its clock jumps to the next timer.
 
-Hours of sleep take milliseconds, and a real server on 127.0.0.1 in the same loop keeps working, since bytes written to
-the loopback are there at once. While a thread works for the loop, the clock stands still. A test that waits for
-nothing fails with a message instead of hanging.
+Hours of sleep take milliseconds. A real server on 127.0.0.1 in the same loop works, because bytes that are written to
+the loopback interface are readable immediately. While a worker thread runs for the loop, the clock stops. A test that
+waits for something that never happens fails instead of hanging.
 """
 
 import asyncio
@@ -18,102 +18,109 @@ import anyio.to_thread
 from flux2max_async import JournalEntry, SqliteJournal
 
 _LONG_JUMP = 1.0
-_SETTLE = 0.002
-"""Real seconds that the loopback gets before a long jump, which may be a timeout that would fire wrongly."""
-_STUCK = 20.0
-_END_OF_TIME = 30 * 86_400.0
+"""Virtual seconds. A longer jump may be to a timeout."""
+_SETTLE_TIME = 0.002
+"""Real seconds that the loopback interface gets before a long jump, so that no timeout expires too early."""
+_STUCK_TIMEOUT = 20.0
+"""Real seconds."""
+_MAX_TIME = 30 * 86_400.0
+"""Virtual seconds."""
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """A selector event loop whose clock is moved by its selector."""
 
     def __init__(self) -> None:
-        self._selector_of_time = _JumpingSelector(self._threads_at_work)
-        self._lookups = 0
-        super().__init__(self._selector_of_time)
+        self._clock = _JumpingSelector(self._has_running_threads)
+        self._pauses = 0
+        super().__init__(self._clock)
 
     def time(self) -> float:
-        """Give the virtual time, which starts at 1000 s so that nothing relies on a clock that starts at 0."""
-        return self._selector_of_time.now
+        """Return the virtual time, which starts at 1000 s so that nothing can rely on a clock that starts at 0."""
+        return self._clock.now
 
     def run_in_executor(  # type: ignore[override]
         self, executor: concurrent.futures.Executor | None, func: Callable[..., Any], *args: Any
     ) -> "asyncio.Future[Any]":
-        """Run something in a thread, and let time stand still meanwhile; host names are looked up like this."""
-        self._lookups += 1
+        """Run a function in a thread with the clock stopped. asyncio resolves host names with this method."""
+        self._pauses += 1
         future: asyncio.Future[Any] = super().run_in_executor(executor, func, *args)
-        future.add_done_callback(self._looked_up)
+        future.add_done_callback(self._resume)
         return future
 
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as asyncio has it
-        """Wait for the threads in real time: the limit for that would pass in no time."""
-        with self.standing_still():
-            # Before Python 3.12 there is no limit.
-            limit = () if timeout is None else (timeout,)
-            await super().shutdown_default_executor(*limit)
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncio's signature
+        """Wait for the threads with the clock stopped, or the timeout would expire at once."""
+        with self.pause_clock():
+            # Before Python 3.12 there is no timeout.
+            arguments = () if timeout is None else (timeout,)
+            await super().shutdown_default_executor(*arguments)
 
     @contextlib.contextmanager
-    def standing_still(self) -> Generator[None]:
-        """Let time stand still while something is waited for that goes on in real time."""
-        self._lookups += 1
+    def pause_clock(self) -> Generator[None]:
+        """Return a context in which the clock is stopped, to wait for something that happens in real time."""
+        self._pauses += 1
         try:
             yield
         finally:
-            self._lookups -= 1
+            self._pauses -= 1
 
-    def _looked_up(self, _: object) -> None:
-        self._lookups -= 1
+    def _resume(self, _: object) -> None:
+        self._pauses -= 1
 
-    def _threads_at_work(self) -> bool:
-        return self._lookups > 0 or anyio.to_thread.current_default_thread_limiter().borrowed_tokens > 0
+    def _has_running_threads(self) -> bool:
+        return self._pauses > 0 or anyio.to_thread.current_default_thread_limiter().borrowed_tokens > 0
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    def __init__(self, at_work: Callable[[], bool]) -> None:
+    def __init__(self, has_running_threads: Callable[[], bool]) -> None:
         super().__init__()
         self.now = 1000.0
-        self._at_work = at_work
+        self._has_running_threads = has_running_threads
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if ready or timeout == 0:
             return ready
-        if self._at_work():
-            ready = super().select(_STUCK)
+        if self._has_running_threads():
+            ready = super().select(_STUCK_TIMEOUT)
             if not ready:
-                raise AssertionError(f"a thread has been at work for {_STUCK:g} s: {threading.enumerate()}")
+                raise AssertionError(f"a thread has been running for {_STUCK_TIMEOUT:g} s: {threading.enumerate()}")
             return ready
         if timeout is None:
-            ready = super().select(_STUCK)
+            ready = super().select(_STUCK_TIMEOUT)
             if not ready:
-                raise AssertionError(f"the test waits for something that never comes (waited for {_STUCK:g} real s)")
+                raise AssertionError(f"the test waits for something that never happens (waited {_STUCK_TIMEOUT:g} s)")
             return ready
-        if timeout >= _LONG_JUMP and (ready := super().select(_SETTLE)):
+        if timeout >= _LONG_JUMP and (ready := super().select(_SETTLE_TIME)):
             return ready
         self.now += max(timeout, 0.0)
-        if self.now > _END_OF_TIME:
-            raise AssertionError("the test goes on for more than 30 days of virtual time")
+        if self.now > _MAX_TIME:
+            raise AssertionError("the test has run for more than 30 days of virtual time")
         return []
 
 
-def _standing_still() -> contextlib.AbstractContextManager[None]:
+def _pause_clock() -> contextlib.AbstractContextManager[None]:
     loop = asyncio.get_running_loop()
-    return loop.standing_still() if isinstance(loop, VirtualTimeLoop) else contextlib.nullcontext()
+    return loop.pause_clock() if isinstance(loop, VirtualTimeLoop) else contextlib.nullcontext()
 
 
 class VirtualJournal(SqliteJournal):
-    """A journal whose thread virtual time waits for."""
+    """A journal that stops the virtual clock while its thread works."""
 
     async def open(
-        self, news: Callable[[list[JournalEntry]], None] = lambda _: None, /, *, listening: bool = False
+        self,
+        on_external_change: Callable[[list[JournalEntry]], None] = lambda _: None,
+        /,
+        *,
+        watch_changes: bool = False,
     ) -> None:
-        with _standing_still():
-            await super().open(news, listening=listening)
+        with _pause_clock():
+            await super().open(on_external_change, watch_changes=watch_changes)
 
     async def close(self) -> None:
-        with _standing_still():
+        with _pause_clock():
             await super().close()
 
-    async def _ask(self, work: Any, **how: bool) -> Any:
-        with _standing_still():
-            return await super()._ask(work, **how)
+    async def _run(self, work: Any, **options: bool) -> Any:
+        with _pause_clock():
+            return await super()._run(work, **options)

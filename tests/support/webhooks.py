@@ -1,4 +1,4 @@
-"""Webhooks for tests: a server for an inbox, and deliveries signed by hand."""
+"""Webhooks for tests: a server with an inbox, and signed deliveries."""
 
 import hashlib
 import hmac
@@ -19,23 +19,23 @@ SECRET = "an old lighthouse keeper's secret"
 
 @attrs.define
 class InboxServer:
-    """Where an inbox is reached."""
+    """A server that passes deliveries to an inbox."""
 
     inbox: WebhookInbox
     open: bool = True
-    """False answers 502, as a proxy does while the server behind it is away."""
+    """If False, the server answers 502, like a reverse proxy whose upstream server is down."""
 
     async def handle(self, request: web.Request) -> web.Response:
         return await self.inbox.aiohttp_handler(request) if self.open else web.Response(status=502)
 
 
 @asynccontextmanager
-async def door(**settings: Any) -> AsyncIterator[InboxServer]:
-    """Serve an inbox on 127.0.0.1."""
-    found: list[InboxServer] = []
+async def running_inbox_server(**settings: Any) -> AsyncIterator[InboxServer]:
+    """Run a server with an inbox on 127.0.0.1."""
+    servers: list[InboxServer] = []
 
     async def handle(request: web.Request) -> web.Response:
-        return await found[0].handle(request)
+        return await servers[0].handle(request)
 
     app = web.Application()
     app.router.add_post("/hooks", handle)
@@ -44,29 +44,29 @@ async def door(**settings: Any) -> AsyncIterator[InboxServer]:
     try:
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/hooks"
-        found.append(InboxServer(WebhookInbox(**{"secret": SECRET, "public_url": url, **settings})))
-        yield found[0]
+        servers.append(InboxServer(WebhookInbox(**{"secret": SECRET, "public_url": url, **settings})))
+        yield servers[0]
     finally:
         await runner.cleanup()
 
 
-def signed(body: object, secret: str = SECRET) -> tuple[bytes, dict[str, str]]:
-    """Give the body and headers of a delivery."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    signature = hmac.new(secret.encode(), content, hashlib.sha256).hexdigest()
-    return content, {"X-BFL-Signature": f"sha256={signature}"}
+def sign(payload: object, secret: str = SECRET) -> tuple[bytes, dict[str, str]]:
+    """Return the body and headers of a delivery."""
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    return body, {"X-BFL-Signature": f"sha256={signature}"}
 
 
-SELDOM = FixedSchedule(1000.0)
-"""For tests in which webhooks are to be faster than polls."""
+RARE_POLLS = FixedSchedule(1000.0)
+"""For tests in which webhooks must be faster than polls."""
 
 
 def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **settings: Any) -> FluxSession:
-    """Make a session with an inbox, which hardly ever polls."""
-    settings = {"schedule": SELDOM, "task_timeout": 100_000.0, **settings}
+    """Create a session with an inbox, which polls rarely by default."""
+    settings = {"schedule": RARE_POLLS, "task_timeout": 100_000.0, **settings}
     return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
 
 
-async def deliver(inbox: WebhookInbox, told: object) -> None:
-    """Deliver what the service says."""
-    await inbox.deliver(*signed(told))
+async def deliver(inbox: WebhookInbox, payload: object) -> None:
+    """Deliver a payload with a valid signature."""
+    await inbox.deliver(*sign(payload))

@@ -1,4 +1,4 @@
-"""Deliveries over HTTP: how real servers of several kinds read and answer them, whatever the sender does."""
+"""HTTP endpoints for deliveries: how real servers of several kinds process them, whatever the sender does."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from flux2max_async import (
     WebhookSignatureError,
 )
 from flux2max_async.emulator import Emulator
-from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_answer
+from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
 from flux2max_async.webhooks._payload import MAX_BODY
 
 SECRET = "hush-7f3a9c"
@@ -43,8 +43,8 @@ BODY = b'{"id": "t1", "status": "Error"}'
 
 
 @attrs.define
-class Desk:
-    """A door behind which deliveries are kept, or meet with an error."""
+class RecordingInbox:
+    """Records deliveries; raises `error` if there is one."""
 
     error: Exception | None = None
     delivered: list[tuple[bytes, Mapping[str, str]]] = attrs.field(factory=list[tuple[bytes, Mapping[str, str]]])
@@ -54,7 +54,7 @@ class Desk:
         return AsgiApp(self.deliver)
 
     async def aiohttp_handler(self, request: web.Request) -> web.Response:
-        return await aiohttp_answer(self.deliver, request)
+        return await aiohttp_response(self.deliver, request)
 
     async def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
         self.delivered.append((body, headers))
@@ -62,34 +62,34 @@ class Desk:
             raise self.error
 
 
-InboxServer = Desk | WebhookInbox
-ASGI: dict[str, Callable[[InboxServer], Any]] = {
-    "alone": lambda door: door.asgi,
-    "mounted": lambda door: FastAPI(routes=[Mount("/hooks", door.asgi)]),
-    "routed": lambda door: Starlette(routes=[Route(PATH, door.asgi)]),
+Inbox = RecordingInbox | WebhookInbox
+ASGI: dict[str, Callable[[Inbox], Any]] = {
+    "standalone": lambda inbox: inbox.asgi,
+    "mounted": lambda inbox: FastAPI(routes=[Mount("/hooks", inbox.asgi)]),
+    "routed": lambda inbox: Starlette(routes=[Route(PATH, inbox.asgi)]),
 }
 
 
 @contextlib.asynccontextmanager
-async def served(
-    server: str, door: InboxServer, *, listener: socket.socket | None = None, middlewares: Iterable[Any] = ()
+async def running_server(
+    server: str, inbox: Inbox, *, listener: socket.socket | None = None, middlewares: Iterable[Any] = ()
 ) -> AsyncIterator[int]:
-    """Serve on a free port of this machine, by aiohttp or by uvicorn."""
-    listener = listener or listening()
+    """Run aiohttp or uvicorn on a free port of this machine."""
+    listener = listener or listening_socket()
     if server == "aiohttp":
         app = web.Application(middlewares=middlewares)
-        app.router.add_route("*", PATH, door.aiohttp_handler)
+        app.router.add_route("*", PATH, inbox.aiohttp_handler)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.SockSite(runner, listener).start()
         stop: Callable[[], Awaitable[None]] = runner.cleanup
     else:
-        # With lifespan="on" it refuses to start where the application knows no lifespan.
-        config = uvicorn.Config(ASGI[server](door), lifespan="on", log_config=None)
+        # With lifespan="on", uvicorn refuses to start if the application doesn't support lifespan events.
+        config = uvicorn.Config(ASGI[server](inbox), lifespan="on", log_config=None)
         config.load()
         uvicorn_server = uvicorn.Server(config)
         uvicorn_server.lifespan = config.lifespan_class(config)
-        # Its main loop, which ticks ten times a second, would keep virtual time from standing still.
+        # Uvicorn's main loop is not run: it wakes up ten times a second, which would move the virtual clock.
         await uvicorn_server.startup([listener])
         stop = uvicorn_server.shutdown
     try:
@@ -99,13 +99,13 @@ async def served(
         listener.close()
 
 
-def listening() -> socket.socket:
+def listening_socket() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0))
 
 
 @pytest.fixture(params=["aiohttp", *ASGI])
 def server(request: pytest.FixtureRequest) -> str:
-    """Each kind of server, one after the other."""
+    """Parametrize over each kind of server."""
     return str(request.param)
 
 
@@ -113,27 +113,27 @@ def server(request: pytest.FixtureRequest) -> str:
 
 
 @attrs.frozen
-class Answer:
+class HttpResponse:
     status: int
     headers: dict[str, str]
-    """Their names in lower case."""
+    """Names are in lower case."""
     text: str
 
 
-def head(length: int | None = None, *more: str, method: str = "POST") -> bytes:
-    """Write the head of a request, chunked where its length isn't told."""
+def request_head(length: int | None = None, *more: str, method: str = "POST") -> bytes:
+    """Return the head of a request, with a chunked body if no length is given."""
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return "\r\n".join([f"{method} {PATH} HTTP/1.1", "Host: app.example", framing, *more, "", ""]).encode()
 
 
-def chunk(data: bytes) -> bytes:
+def http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def signed(body: bytes = BODY, secret: str = SECRET) -> bytes:
-    """Write a whole request, signed as the service does."""
+def signed_request(body: bytes = BODY, secret: str = SECRET) -> bytes:
+    """Return a whole request, signed like the service's."""
     signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
-    return head(len(body), f"X-BFL-Signature: sha256={signature}") + body
+    return request_head(len(body), f"X-BFL-Signature: sha256={signature}") + body
 
 
 @contextlib.asynccontextmanager
@@ -147,8 +147,8 @@ async def connected(port: int) -> AsyncIterator[tuple[StreamReader, StreamWriter
             await writer.wait_closed()
 
 
-async def ask(port: int, *pieces: bytes) -> Answer:
-    """Send bytes as they are, a moment after each other, and read the answer while the connection is open."""
+async def send_raw(port: int, *pieces: bytes) -> HttpResponse:
+    """Send raw pieces with pauses in between, and read the response while the connection is open."""
     async with connected(port) as (reader, writer):
         for piece in pieces:
             writer.write(piece)
@@ -156,23 +156,23 @@ async def ask(port: int, *pieces: bytes) -> Answer:
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines if line)}
         length = 0 if pieces[0].startswith(b"HEAD") else int(headers["content-length"])
-        return Answer(int(status.split()[1]), headers, (await reader.readexactly(length)).decode())
+        return HttpResponse(int(status.split()[1]), headers, (await reader.readexactly(length)).decode())
 
 
-def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What anybody has logged as an error, or with a traceback."""
+def logged_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return all log records that are errors or have a traceback."""
     return [str(record) for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
 
 
-# ---------------------------------------------------------------------- what is answered
+# ---------------------------------------------------------------------- responses
 
 
-async def test_a_task_ends_by_its_webhook(server: str, gateway: Emulator) -> None:
-    """Whichever server has received it, a webhook ends its task at once, long before a poll would."""
-    with listening() as listener:
+async def test_webhook_ends_its_task(server: str, gateway: Emulator) -> None:
+    """On every server, a webhook ends its task at once, long before a poll would."""
+    with listening_socket() as listener:
         inbox = WebhookInbox(secret=SECRET, public_url=f"http://127.0.0.1:{listener.getsockname()[1]}{PATH}")
         session = FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(500.0), webhooks=inbox)
-        async with served(server, inbox, listener=listener), session:
+        async with running_server(server, inbox, listener=listener), session:
             outcome = await session.generate("a lighthouse at dawn")
 
     assert outcome.elapsed == pytest.approx(8.0, abs=0.5)
@@ -180,23 +180,26 @@ async def test_a_task_ends_by_its_webhook(server: str, gateway: Emulator) -> Non
     assert [delivery.status for delivery in gateway.deliveries] == [200]
 
 
-async def test_a_delivery_arrives_as_it_was_sent(server: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A body arrives byte by byte, in however many pieces it comes, with its headers under names in any case."""
+async def test_body_and_headers_are_passed_on(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The body arrives unchanged, however it is split, and the headers arrive with it."""
     body = bytes(range(256)) * 2
-    async with served(server, desk := Desk()) as port:
-        whole = await ask(port, head(len(body), "X-Signature: a") + body)
-        pieces = await ask(port, head(len(body), "X-Signature: a"), body[:1], body[1:300], body[300:])
-        chunks = await ask(port, head(None, "X-Signature: a"), chunk(body[:300]), chunk(body[300:]), chunk(b""))
-        await ask(port, head(0))
-        await ask(port, head(MAX_BODY), b" " * MAX_BODY)
+    async with running_server(server, recorder := RecordingInbox()) as port:
+        whole = await send_raw(port, request_head(len(body), "X-Signature: a") + body)
+        pieces = await send_raw(port, request_head(len(body), "X-Signature: a"), body[:1], body[1:300], body[300:])
+        chunks = await send_raw(
+            port, request_head(None, "X-Signature: a"), http_chunk(body[:300]), http_chunk(body[300:]), http_chunk(b"")
+        )
+        await send_raw(port, request_head(0))
+        await send_raw(port, request_head(MAX_BODY), b" " * MAX_BODY)
 
-    assert [(answer.status, answer.text) for answer in (whole, pieces, chunks)] == [(200, "ok")] * 3
+    assert [(response.status, response.text) for response in (whole, pieces, chunks)] == [(200, "ok")] * 3
     assert whole.headers["content-type"] == "text/plain; charset=utf-8"
-    assert [found for found, _ in desk.delivered] == [body, body, body, b"", b" " * MAX_BODY]
+    assert [received for received, _ in recorder.delivered] == [body, body, body, b"", b" " * MAX_BODY]
     assert all(
-        {name.lower(): value for name, value in found.items()}["x-signature"] == "a" for _, found in desk.delivered[:3]
+        {name.lower(): value for name, value in received.items()}["x-signature"] == "a"
+        for _, received in recorder.delivered[:3]
     )
-    assert not faults(caplog)
+    assert not logged_errors(caplog)
 
 
 @pytest.mark.parametrize(
@@ -212,180 +215,183 @@ async def test_a_delivery_arrives_as_it_was_sent(server: str, caplog: pytest.Log
         (TimeoutError(SECRET), 500, "failed"),
     ],
 )
-async def test_the_answer_says_what_the_sender_can_do(
+async def test_response_to_each_error(
     server: str, error: Exception, status: int, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each error has its status and a few fixed words; what it says itself, and a fault of our own, goes to the log."""
-    async with served(server, Desk(error)) as port:
-        answer = await ask(port, head(2) + b"{}")
+    """Each error has its status and a fixed text; its message, and unexpected errors, go to the log."""
+    async with running_server(server, RecordingInbox(error)) as port:
+        response = await send_raw(port, request_head(2) + b"{}")
 
-    assert (answer.status, answer.text) == (status, text)
-    assert SECRET not in str(answer)
-    (record,) = (record for record in caplog.records if record.name == "flux2max_async")
+    assert (response.status, response.text) == (status, text)
+    assert SECRET not in str(response)
+    (record,) = (record for record in caplog.records if record.name == "flux2max_async.webhooks")
     assert (record.exc_info is not None and record.exc_info[1] is error) == (status == 500)
     assert record.levelno == (logging.ERROR if status == 500 else logging.WARNING)
 
 
-class FullDisk(VirtualJournal):
+class FailingJournal(VirtualJournal):
     async def find_task(self, task_id: str, /) -> JournalEntry | None:
         raise JournalError("the disk is full")
 
 
-async def test_an_inbox_answers(
+async def test_inbox_responses(
     server: str, gateway: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An inbox takes what is signed and readable, once its session is open and its journal can be written."""
+    """An inbox accepts signed and readable deliveries while its session is open and its journal works."""
     inbox = WebhookInbox(secret=SECRET, public_url="http://127.0.0.1/hooks")
-    async with served(server, inbox) as port:
-        before = await ask(port, signed())
+    async with running_server(server, inbox) as port:
+        before = await send_raw(port, signed_request())
         async with FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox):
-            inside = [await ask(port, signed(*sent)) for sent in ((), (), (BODY, "whist"), (b"{",), (b'{"id": "t1"}',))]
-        after = await ask(port, signed())
-        journal = FullDisk(tmp_path / "journal.db")
+            inside = [
+                await send_raw(port, signed_request(*arguments))
+                for arguments in ((), (), (BODY, "whist"), (b"{",), (b'{"id": "t1"}',))
+            ]
+        after = await send_raw(port, signed_request())
+        journal = FailingJournal(tmp_path / "journal.db")
         async with FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, journal=journal):
-            unrecorded = await ask(port, signed())
+            unrecorded = await send_raw(port, signed_request())
 
-    assert [answer.status for answer in inside] == [200, 200, 401, 400, 400]
-    assert [answer.status for answer in (before, after, unrecorded)] == [503] * 3
-    assert not faults(caplog)
+    assert [response.status for response in inside] == [200, 200, 401, 400, 400]
+    assert [response.status for response in (before, after, unrecorded)] == [503] * 3
+    assert not logged_errors(caplog)
     assert SECRET not in caplog.text
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "HEAD", "OPTIONS", "DELETE"])
-async def test_deliveries_are_posted(server: str, method: str) -> None:
-    """Any other method is told that only POST will do, and delivers nothing."""
-    async with served(server, desk := Desk()) as port:
-        answer = await ask(port, head(len(BODY), method=method) + BODY)
+async def test_only_post_is_allowed(server: str, method: str) -> None:
+    """Any method but POST is a 405 that allows only POST, and nothing is delivered."""
+    async with running_server(server, recorder := RecordingInbox()) as port:
+        response = await send_raw(port, request_head(len(BODY), method=method) + BODY)
 
-    assert (answer.status, answer.headers["allow"]) == (405, "POST")
-    assert answer.text == ("" if method == "HEAD" else "POST only")
-    assert not desk.delivered
-
-
-async def test_what_is_too_large_is_refused_early(server: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a body that is declared too large not a byte is waited for, and of one that grows too large not the end."""
-    async with served(server, desk := Desk()) as port:
-        declared = await ask(port, head(MAX_BODY + 1))
-        absurd = await ask(port, head(10**18))
-        growing = await ask(port, head(), *[chunk(b" " * 100_000)] * 10, chunk(b" "))
-
-    assert [(answer.status, answer.text) for answer in (declared, absurd, growing)] == [(413, "too large")] * 3
-    assert not desk.delivered
-    assert not faults(caplog)
+    assert (response.status, response.headers["allow"]) == (405, "POST")
+    assert response.text == ("" if method == "HEAD" else "POST only")
+    assert not recorder.delivered
 
 
-# ---------------------------------------------------------------------- senders that break off
+async def test_too_large_body_is_refused_early(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A declared size over the limit is refused before the body, and a growing body once it exceeds the limit."""
+    async with running_server(server, recorder := RecordingInbox()) as port:
+        declared = await send_raw(port, request_head(MAX_BODY + 1))
+        absurd = await send_raw(port, request_head(10**18))
+        growing = await send_raw(port, request_head(), *[http_chunk(b" " * 100_000)] * 10, http_chunk(b" "))
+
+    assert [(response.status, response.text) for response in (declared, absurd, growing)] == [(413, "too large")] * 3
+    assert not recorder.delivered
+    assert not logged_errors(caplog)
 
 
-def reset(writer: StreamWriter) -> None:
+# ---------------------------------------------------------------------- senders that disconnect
+
+
+def reset_connection(writer: StreamWriter) -> None:
     linger = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     writer.transport.abort()
 
 
-@pytest.mark.parametrize("leave", [StreamWriter.close, StreamWriter.write_eof, reset])
+@pytest.mark.parametrize("disconnect", [StreamWriter.close, StreamWriter.write_eof, reset_connection])
 @pytest.mark.parametrize("length", [len(BODY) + 1, None])
-async def test_a_sender_that_leaves_does_no_harm(
-    server: str, length: int | None, leave: Callable[[StreamWriter], None], caplog: pytest.LogCaptureFixture
+async def test_sender_disconnects(
+    server: str, length: int | None, disconnect: Callable[[StreamWriter], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A delivery whose sender leaves in the middle is none, and no fault of ours; the next one is taken."""
-    async with served(server, desk := Desk()) as port:
+    """An incomplete delivery is dropped without an error in the log; the next one is accepted."""
+    async with running_server(server, recorder := RecordingInbox()) as port:
         async with connected(port) as (_, writer):
-            writer.write(head(length) + (BODY if length else chunk(BODY)))
+            writer.write(request_head(length) + (BODY if length else http_chunk(BODY)))
             await asyncio.sleep(0.1)
-            leave(writer)
+            disconnect(writer)
             await asyncio.sleep(1)
-        answer = await ask(port, signed())
+        response = await send_raw(port, signed_request())
 
-    assert answer.status == 200
-    assert [body for body, _ in desk.delivered] == [BODY]
-    assert not faults(caplog)
-
-
-async def test_a_body_that_is_not_what_it_says_is_unreadable(caplog: pytest.LogCaptureFixture) -> None:
-    """What aiohttp can't unpack is the sender's fault: 400, and no traceback of ours."""
-    async with served("aiohttp", desk := Desk()) as port:
-        answer = await ask(port, head(len(BODY), "Content-Encoding: gzip") + BODY)
-
-    assert (answer.status, answer.text) == (400, "unreadable")
-    assert not desk.delivered
-    assert "flux2max_async" not in {record.name for record in caplog.records}
+    assert response.status == 200
+    assert [body for body, _ in recorder.delivered] == [BODY]
+    assert not logged_errors(caplog)
 
 
-async def test_a_middleware_may_have_read_the_body() -> None:
-    """A body that the application has looked at before is delivered all the same."""
+async def test_body_with_wrong_encoding(caplog: pytest.LogCaptureFixture) -> None:
+    """A body that aiohttp can't decompress is a 400, without a traceback."""
+    async with running_server("aiohttp", recorder := RecordingInbox()) as port:
+        response = await send_raw(port, request_head(len(BODY), "Content-Encoding: gzip") + BODY)
+
+    assert (response.status, response.text) == (400, "unreadable")
+    assert not recorder.delivered
+    assert not any(record.name.startswith("flux2max_async") for record in caplog.records)
+
+
+async def test_middleware_read_the_body() -> None:
+    """A body that a middleware has already read is delivered all the same."""
 
     @web.middleware
-    async def looks(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> Any:
-        seen.append(await request.read())
+    async def read_body(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> Any:
+        bodies_read.append(await request.read())
         return await handler(request)
 
-    seen: list[bytes] = []
-    async with served("aiohttp", desk := Desk(), middlewares=[looks]) as port:
-        answer = await ask(port, signed())
+    bodies_read: list[bytes] = []
+    async with running_server("aiohttp", recorder := RecordingInbox(), middlewares=[read_body]) as port:
+        response = await send_raw(port, signed_request())
 
-    assert answer.status == 200
-    assert [body for body, _ in desk.delivered] == seen == [BODY]
+    assert response.status == 200
+    assert [body for body, _ in recorder.delivered] == bodies_read == [BODY]
 
 
 # ---------------------------------------------------------------------- ASGI
 
 
-def test_it_is_known_as_asgi_3() -> None:
-    """A server that has to guess takes it for an application of today's ASGI."""
-    config = uvicorn.Config(Desk().asgi, log_config=None)
+def test_detected_as_asgi_3() -> None:
+    """A server that guesses the ASGI version detects ASGI 3."""
+    config = uvicorn.Config(RecordingInbox().asgi, log_config=None)
     config.load()
 
     assert config.interface == "asgi3"
 
 
-async def talk(scope: dict[str, Any], *events: dict[str, Any]) -> list[MutableMapping[str, Any]]:
-    """Hold the conversation of one connection, as a server does, and give what the application says."""
-    coming, said = list(events), list[MutableMapping[str, Any]]()
+async def run_asgi(scope: dict[str, Any], *events: dict[str, Any]) -> list[MutableMapping[str, Any]]:
+    """Run the application on one connection with the given events, and return the messages it sends."""
+    pending_events, messages = list(events), list[MutableMapping[str, Any]]()
 
     async def receive() -> dict[str, Any]:
-        return coming.pop(0)
+        return pending_events.pop(0)
 
     async def send(message: MutableMapping[str, Any]) -> None:
-        said.append(message)
+        messages.append(message)
 
-    await Desk().asgi(scope, receive, send)
-    assert not coming
-    return said
-
-
-async def test_it_has_nothing_to_start_or_stop() -> None:
-    """A server that asks everybody is told that all is ready, at its start and at its end."""
-    said = await talk({"type": "lifespan"}, {"type": "lifespan.startup"}, {"type": "lifespan.shutdown"})
-
-    assert [message["type"] for message in said] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    await RecordingInbox().asgi(scope, receive, send)
+    assert not pending_events
+    return messages
 
 
-async def test_a_websocket_is_refused() -> None:
+async def test_lifespan() -> None:
+    """Lifespan startup and shutdown complete at once."""
+    messages = await run_asgi({"type": "lifespan"}, {"type": "lifespan.startup"}, {"type": "lifespan.shutdown"})
+
+    assert [message["type"] for message in messages] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_websocket_is_refused() -> None:
     """A websocket is closed before it is accepted, which servers answer with an HTTP error."""
-    said = await talk({"type": "websocket", "path": PATH}, {"type": "websocket.connect"})
+    messages = await run_asgi({"type": "websocket", "path": PATH}, {"type": "websocket.connect"})
 
-    assert said == [{"type": "websocket.close", "code": 1000}]
+    assert messages == [{"type": "websocket.close", "code": 1000}]
 
 
-async def test_a_websocket_is_refused_by_servers(server: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Who asks for a websocket gets an HTTP error, whether or not the server knows websockets."""
+async def test_servers_refuse_a_websocket(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A websocket request gets an HTTP error, whether or not the server supports websockets."""
     upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
     key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-    async with served(server, desk := Desk()) as port:
-        answer = await ask(port, head(0, *upgrade, key, method="GET"))
+    async with running_server(server, recorder := RecordingInbox()) as port:
+        response = await send_raw(port, request_head(0, *upgrade, key, method="GET"))
 
-    assert answer.status in {403, 405}
-    assert not desk.delivered
-    assert not faults(caplog)
+    assert response.status in {403, 405}
+    assert not recorder.delivered
+    assert not logged_errors(caplog)
 
 
 @pytest.mark.parametrize(("declared", "status"), [(b"9" * 5_000, 413), (b"-1", 200), (b"\xb2", 200), (b"0", 200)])
-async def test_a_length_that_no_server_should_let_through(declared: bytes, status: int) -> None:
-    """A length that is no number counts for nothing, and one that is absurd for what it says."""
+async def test_invalid_content_length(declared: bytes, status: int) -> None:
+    """A Content-Length that is not a number is ignored; a number of thousands of digits is too large."""
     scope = {"type": "http", "method": "POST", "headers": [(b"content-length", declared)]}
     events = [{"type": "http.request"}] if status == 200 else []
-    start, body = await talk(scope, *events)
+    start, body = await run_asgi(scope, *events)
 
     assert all(name.islower() for name, _ in start["headers"])
     assert (start["status"], body["body"]) == (status, b"ok" if status == 200 else b"too large")

@@ -1,4 +1,4 @@
-"""Webhooks: whose a delivery is, and what it says."""
+"""Signatures and contents of deliveries."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ from flux2max_async import (
 from flux2max_async.webhooks import MAX_BODY, WebhookSignatureError, parse, verify
 
 SECRET = "hush-7f3a9c"
-OTHER = "whist-41d0e2"
+OTHER_SECRET = "whist-41d0e2"
 BODY = b'{"id": "t1", "status": "Ready"}'
 NOW = datetime(2025, 11, 22, 10, 0, 0, tzinfo=UTC)
 SAMPLE = "https://pictures.example/0.jpeg"
@@ -37,110 +37,112 @@ def digest(body: bytes = BODY, secret: str = SECRET) -> str:
     return hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
-def signed(body: bytes = BODY, secret: str = SECRET, header: str = "X-BFL-Signature") -> dict[str, str]:
+def signature_headers(body: bytes = BODY, secret: str = SECRET, header: str = "X-BFL-Signature") -> dict[str, str]:
     return {header: f"sha256={digest(body, secret)}"}
 
 
-def told(timestamp: object) -> bytes:
+def body_sent_at(timestamp: object) -> bytes:
     return json.dumps({"id": "t1", "status": "Pending", "timestamp": timestamp}).encode()
 
 
-def refused(
+def check_refused(
     body: bytes, headers: Mapping[str, str], secret: str | Iterable[str] = SECRET, **options: Any
 ) -> WebhookSignatureError:
-    """Have a delivery refused; the error names neither secret nor the signature that would have been right."""
+    """Check that a delivery is refused, and that the error contains neither a secret nor the valid signature."""
     with pytest.raises(WebhookSignatureError) as caught:
         verify(body, headers, secret, **options)
-    shown = f"{caught.value} {caught.value!r}"
-    assert not any(hidden in shown for hidden in (SECRET, OTHER, digest(body), digest(body, OTHER)))
+    text = f"{caught.value} {caught.value!r}"
+    assert not any(hidden in text for hidden in (SECRET, OTHER_SECRET, digest(body), digest(body, OTHER_SECRET)))
     return caught.value
 
 
-# ---------------------------------------------------------------------- whose it is
+# ---------------------------------------------------------------------- signatures
 
 
 @pytest.mark.parametrize(
     "signature",
     [f"sha256={digest()}", digest(), digest().upper(), f"SHA256={digest().upper()}", f"  sha256={digest()} "],
 )
-def test_the_signature_of_the_body_verifies(signature: str) -> None:
-    """The body's HMAC-SHA256 is taken with its prefix or without, in either case."""
+def test_valid_signature(signature: str) -> None:
+    """The body's HMAC-SHA256 is accepted with or without its prefix, in either case."""
     verify(BODY, {"X-BFL-Signature": signature}, SECRET)
 
 
-@pytest.mark.parametrize("kind", [bytearray, memoryview])
-def test_whatever_holds_bytes_is_a_body(kind: Callable[[bytes], Any]) -> None:
-    """A server's buffer is as good as bytes."""
-    body = told("2025-11-22T10:00:00Z")
-    verify(kind(body), signed(body), SECRET, now=NOW)
+@pytest.mark.parametrize("buffer_type", [bytearray, memoryview])
+def test_bytes_like_body(buffer_type: Callable[[bytes], Any]) -> None:
+    """A bytearray or memoryview is accepted as a body."""
+    body = body_sent_at("2025-11-22T10:00:00Z")
+    verify(buffer_type(body), signature_headers(body), SECRET, now=NOW)
 
-    assert parse(kind(body)) == parse(body)
+    assert parse(buffer_type(body)) == parse(body)
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param(signed(header="x-bfl-signature"), id="lower case, as in ASGI"),
-        pytest.param(signed(header="X-BFL-SIGNATURE"), id="upper case"),
-        pytest.param(CIMultiDict(signed(header="x-Bfl-signature")), id="aiohttp"),
-        pytest.param(Headers(signed()), id="starlette"),
-        pytest.param(CIMultiDict([("X-BFL-Signature", "0" * 64), *signed().items()]), id="two, of which one is right"),
+        pytest.param(signature_headers(header="x-bfl-signature"), id="lower case, as in ASGI"),
+        pytest.param(signature_headers(header="X-BFL-SIGNATURE"), id="upper case"),
+        pytest.param(CIMultiDict(signature_headers(header="x-Bfl-signature")), id="aiohttp"),
+        pytest.param(Headers(signature_headers()), id="starlette"),
+        pytest.param(
+            CIMultiDict([("X-BFL-Signature", "0" * 64), *signature_headers().items()]), id="two, one of which is valid"
+        ),
     ],
 )
-def test_headers_are_those_of_any_framework(headers: Mapping[str, str]) -> None:
-    """The header's name is found without regard to case, in plain mappings and in those of the frameworks."""
+def test_headers_of_frameworks(headers: Mapping[str, str]) -> None:
+    """The header's name is case-insensitive, in plain mappings and in those of the frameworks."""
     verify(BODY, headers, SECRET)
 
 
-def test_the_header_may_have_another_name() -> None:
-    """The signature is looked for under the name that was told, and under no other."""
-    headers = signed(header="X-Webhook-Signature")
+def test_header_option() -> None:
+    """The signature is read from the given header only."""
+    headers = signature_headers(header="X-Webhook-Signature")
 
     verify(BODY, headers, SECRET, header="x-webhook-signature")
-    assert "X-BFL-Signature" in str(refused(BODY, headers))
+    assert "X-BFL-Signature" in str(check_refused(BODY, headers))
 
 
-@pytest.mark.parametrize("secrets", [(SECRET, OTHER), [OTHER, SECRET], iter(["", SECRET])])
-def test_while_a_secret_is_replaced_any_of_them_will_do(secrets: Iterable[str]) -> None:
-    """Of several secrets, the signature may be made with any."""
-    verify(BODY, signed(), secrets)
+@pytest.mark.parametrize("secrets", [(SECRET, OTHER_SECRET), [OTHER_SECRET, SECRET], iter(["", SECRET])])
+def test_several_secrets(secrets: Iterable[str]) -> None:
+    """A signature made with any of several secrets is valid."""
+    verify(BODY, signature_headers(), secrets)
 
 
-@pytest.mark.parametrize("secret", ["", [], [""], ["", OTHER]])
-def test_an_empty_secret_verifies_nothing(secret: str | list[str]) -> None:
-    """A signature that anybody could have made, keyed with nothing, is refused."""
-    refused(BODY, signed(secret=""), secret)
+@pytest.mark.parametrize("secret", ["", [], [""], ["", OTHER_SECRET]])
+def test_empty_secret(secret: str | list[str]) -> None:
+    """A signature made with an empty secret is refused: anybody could have made it."""
+    check_refused(BODY, signature_headers(secret=""), secret)
 
 
 @pytest.mark.parametrize(
     "signature",
     [
         None,
-        # Not 64 digits, not hexadecimal ones, not ASCII.
+        # Not 64 digits, not hexadecimal, not ASCII.
         *("", "sha256=", digest()[:-1], digest() + "0", f"{digest()}, {digest()}", f"{digest()}\n{digest()}"),
         *("g" + digest()[1:], "é" + digest()[1:], "\N{FULLWIDTH DIGIT ONE}" * 64),
         *(prefix + digest() for prefix in ("sha512=", "sha256=sha256=", "\N{LATIN SMALL LETTER LONG S}ha256=")),
-        # Made in another way, or of something else.
+        # Another algorithm, another secret or another body.
         "sha1=" + hmac.new(SECRET.encode(), BODY, "sha1").hexdigest(),
         hashlib.sha256(BODY).hexdigest(),
-        *(digest(secret=OTHER), digest(secret=SECRET + " "), digest(BODY + b"\n")),
+        *(digest(secret=OTHER_SECRET), digest(secret=SECRET + " "), digest(BODY + b"\n")),
     ],
 )
-def test_anything_else_is_refused(signature: str | None) -> None:
-    """A signature that is missing, malformed or wrong is a WebhookSignatureError, whatever it looks like."""
-    refused(BODY, {} if signature is None else {"X-BFL-Signature": signature})
+def test_invalid_signature(signature: str | None) -> None:
+    """A missing, malformed or wrong signature is a WebhookSignatureError."""
+    check_refused(BODY, {} if signature is None else {"X-BFL-Signature": signature})
 
 
-@pytest.mark.parametrize("place", range(len(BODY)))
-def test_one_changed_byte_breaks_the_signature(place: int) -> None:
-    """No byte of the body can be changed after it was signed."""
-    refused(BODY[:place] + bytes([BODY[place] ^ 1]) + BODY[place + 1 :], signed())
+@pytest.mark.parametrize("index", range(len(BODY)))
+def test_changed_byte(index: int) -> None:
+    """A signed body is refused if any of its bytes was changed."""
+    check_refused(BODY[:index] + bytes([BODY[index] ^ 1]) + BODY[index + 1 :], signature_headers())
 
 
 @pytest.mark.parametrize("body", [BODY.decode(), json.loads(BODY), None])
-def test_a_body_that_was_read_already_is_a_mistake(body: Any) -> None:
-    """What isn't the raw bytes can't be verified, and isn't parsed either: the error names `body`."""
-    for call in (lambda: verify(body, signed(), SECRET), lambda: parse(body)):
+def test_body_that_is_not_bytes(body: Any) -> None:
+    """A body that was decoded or parsed already is an InvalidRequestError that names `body`."""
+    for call in (lambda: verify(body, signature_headers(), SECRET), lambda: parse(body)):
         with pytest.raises(InvalidRequestError, match="bytes") as caught:
             call()
 
@@ -148,10 +150,10 @@ def test_a_body_that_was_read_already_is_a_mistake(body: Any) -> None:
 
 
 @pytest.mark.parametrize("secret", [[SECRET.encode()], SECRET.encode(), [None]])
-def test_a_secret_that_is_no_text_is_a_mistake(secret: Any) -> None:
-    """A secret given as anything but text is told of, and not shown."""
+def test_secret_that_is_not_text(secret: Any) -> None:
+    """A secret that is not text is an InvalidRequestError that does not contain it."""
     with pytest.raises(InvalidRequestError) as caught:
-        verify(BODY, signed(), secret)
+        verify(BODY, signature_headers(), secret)
 
     assert caught.value.field == "secret"
     assert SECRET not in f"{caught.value} {caught.value!r}"
@@ -159,16 +161,16 @@ def test_a_secret_that_is_no_text_is_a_mistake(secret: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(body=st.binary(), secret=st.text(min_size=1).filter(str.isprintable), other=st.text())
-def test_who_knows_the_secret_can_sign_anything(body: bytes, secret: str, other: str) -> None:
+def test_any_signed_body(body: bytes, secret: str, other: str) -> None:
     """Any body verifies with the secret that signed it, and with no other."""
-    verify(body, signed(body, secret), secret, max_age=None)
+    verify(body, signature_headers(body, secret), secret, max_age=None)
 
     if other != secret and other.isprintable():
         with pytest.raises(WebhookSignatureError):
-            verify(body, signed(body, secret), other)
+            verify(body, signature_headers(body, secret), other)
 
 
-# ---------------------------------------------------------------------- when it was sent
+# ---------------------------------------------------------------------- age
 
 
 LONG_AGO = (NOW - timedelta(seconds=301)).timestamp()
@@ -182,64 +184,64 @@ LONG_AGO = (NOW - timedelta(seconds=301)).timestamp()
         *(LONG_AGO, int(LONG_AGO), str(LONG_AGO), 0),
     ],
 )
-def test_an_old_delivery_is_refused(timestamp: object) -> None:
-    """A delivery that says that it was sent more than five minutes ago may be a replayed one; unless any age will do."""
-    body = told(timestamp)
+def test_old_delivery(timestamp: object) -> None:
+    """A delivery sent more than five minutes ago is refused as replayed, unless `max_age` is None."""
+    body = body_sent_at(timestamp)
 
-    assert "300 s" in str(refused(body, signed(body), now=NOW))
-    verify(body, signed(body), SECRET, max_age=None, now=NOW)
+    assert "300 s" in str(check_refused(body, signature_headers(body), now=NOW))
+    verify(body, signature_headers(body), SECRET, max_age=None, now=NOW)
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        *map(told, ("2025-11-22T09:55:00Z", "2025-11-22T04:55:00-05:00", NOW.timestamp() - 300)),
-        *map(told, ("2025-11-22T10:04:00Z", "9999-12-31T23:59:59-14:00")),
-        *map(told, ("yesterday", "", None, True, [1], {"at": 1}, 1e300, -1e300, 1763800000000000)),
+        *map(body_sent_at, ("2025-11-22T09:55:00Z", "2025-11-22T04:55:00-05:00", NOW.timestamp() - 300)),
+        *map(body_sent_at, ("2025-11-22T10:04:00Z", "9999-12-31T23:59:59-14:00")),
+        *map(body_sent_at, ("yesterday", "", None, True, [1], {"at": 1}, 1e300, -1e300, 1763800000000000)),
         *(BODY, b'{"id": "t1", "about": {"timestamp": 1}}', b'["timestamp", 1]'),
         *(b'{"timestamp": 1', b'\xff"timestamp"', b""),
     ],
 )
-def test_a_delivery_that_is_not_known_to_be_old_is_taken(body: bytes) -> None:
-    """A delivery that is young, or by its clock from the future, or doesn't tell readably when it was sent, verifies."""
-    verify(body, signed(body), SECRET, now=NOW)
+def test_delivery_not_known_to_be_old(body: bytes) -> None:
+    """A delivery verifies if it is recent, from the future, or has no readable timestamp."""
+    verify(body, signature_headers(body), SECRET, now=NOW)
 
 
-def test_how_old_a_delivery_may_be_is_an_option() -> None:
-    """`max_age` counts in seconds, and without `now` this machine's clock says how many have passed."""
-    body = told("2025-11-22T09:59:50Z")
+def test_max_age() -> None:
+    """`max_age` is in seconds, and `now` defaults to this machine's clock."""
+    body = body_sent_at("2025-11-22T09:59:50Z")
 
-    verify(body, signed(body), SECRET, max_age=10, now=NOW)
-    refused(body, signed(body), max_age=9.5, now=NOW)
-    refused(body, signed(body))
-    recent = told((datetime.now(UTC) - timedelta(seconds=60)).isoformat())
-    verify(recent, signed(recent), SECRET)
-    refused(recent, signed(recent), max_age=30)
+    verify(body, signature_headers(body), SECRET, max_age=10, now=NOW)
+    check_refused(body, signature_headers(body), max_age=9.5, now=NOW)
+    check_refused(body, signature_headers(body))
+    recent = body_sent_at((datetime.now(UTC) - timedelta(seconds=60)).isoformat())
+    verify(recent, signature_headers(recent), SECRET)
+    check_refused(recent, signature_headers(recent), max_age=30)
 
 
-def test_a_present_without_a_zone_is_a_mistake() -> None:
-    """A `now` whose zone can't be known is told of with each delivery, not only with those that tell their time."""
+def test_naive_now() -> None:
+    """A naive `now` is refused for every delivery, even for one without a timestamp."""
     with pytest.raises(InvalidRequestError) as caught:
-        verify(BODY, signed(), SECRET, now=NOW.replace(tzinfo=None))
+        verify(BODY, signature_headers(), SECRET, now=NOW.replace(tzinfo=None))
 
     assert caught.value.field == "now"
 
 
-# ---------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------- contents
 
 
-def said(**task: object) -> bytes:
+def task_body(**task: object) -> bytes:
     return json.dumps({"id": "t1"} | task).encode()
 
 
-def unreadable(body: bytes) -> ProtocolError:
+def parse_error(body: bytes) -> ProtocolError:
     with pytest.raises(ProtocolError) as caught:
         parse(body)
     return caught.value
 
 
-def test_the_task_object_is_read_as_a_poll_is() -> None:
-    """A delivery in the gateway's shape tells all that a poll would, and `raw` is what came."""
+def test_task_object() -> None:
+    """A delivery in the service's format has everything that a poll has, and `raw` is the delivery."""
     task = finished(id="t7")
     snapshot = parse(json.dumps(task).encode())
 
@@ -251,10 +253,10 @@ def test_the_task_object_is_read_as_a_poll_is() -> None:
 
 
 @pytest.mark.parametrize("status", ["Ready", "READY", "ready", " Ready "])
-def test_the_makers_result_is_one_picture(status: str) -> None:
-    """The maker's sample becomes a picture, what else it says of the result is kept with it, and `raw` is what came."""
+def test_bfl_result(status: str) -> None:
+    """BFL's sample becomes an image, the rest of the result its `extra`, and `raw` is the delivery."""
     result = {"sample": SAMPLE, "prompt": "a lighthouse", "seed": 1, "url": "u", "type": "t", "extra": 2}
-    body = said(status=status, result=result, timestamp="2025-11-22T10:00:00Z")
+    body = task_body(status=status, result=result, timestamp="2025-11-22T10:00:00Z")
     snapshot = parse(body)
 
     assert (snapshot.status, snapshot.error, snapshot.usage) == (TaskStatus.COMPLETED, None, None)
@@ -263,16 +265,16 @@ def test_the_makers_result_is_one_picture(status: str) -> None:
     assert snapshot.raw == json.loads(body)
 
 
-def test_the_task_object_comes_before_the_makers_result() -> None:
-    """Where a delivery has both, the pictures are those of the task object."""
+def test_task_object_takes_precedence() -> None:
+    """If a delivery has both formats, the images are those of the task object."""
     snapshot = parse(json.dumps(finished(result={"sample": "https://pictures.example/other.jpeg"})).encode())
 
     assert [image.url for image in snapshot.images] == [SAMPLE]
 
 
-def test_a_byte_order_mark_does_no_harm() -> None:
-    """A delivery may begin with the mark that some writers put before UTF-8."""
-    assert parse(b"\xef\xbb\xbf" + said(status="Pending")).task_id == "t1"
+def test_byte_order_mark() -> None:
+    """A delivery may begin with a UTF-8 byte order mark."""
+    assert parse(b"\xef\xbb\xbf" + task_body(status="Pending")).task_id == "t1"
 
 
 @pytest.mark.parametrize(
@@ -297,9 +299,9 @@ def test_a_byte_order_mark_does_no_harm() -> None:
         ({"status": "Request Moderated", "error": {"code": 7, "message": "no"}}, True, "Request Moderated", "no"),
     ],
 )
-def test_a_failure_says_why(task: dict[str, object], moderated: bool, code: str | None, message: str) -> None:
-    """Failures of both shapes become the error of the task, and a ContentModeratedError where moderation refused."""
-    snapshot = parse(said(**task))
+def test_failure(task: dict[str, object], moderated: bool, code: str | None, message: str) -> None:
+    """Failures in both formats become the task's error, or a ContentModeratedError if moderation refused it."""
+    snapshot = parse(task_body(**task))
     error = snapshot.error
 
     assert snapshot.status is TaskStatus.FAILED
@@ -309,7 +311,7 @@ def test_a_failure_says_why(task: dict[str, object], moderated: bool, code: str 
 
 
 @pytest.mark.parametrize(
-    ("status", "read"),
+    ("status", "expected"),
     [
         ("Pending", "pending"),
         ("processing", "in_progress"),
@@ -317,11 +319,11 @@ def test_a_failure_says_why(task: dict[str, object], moderated: bool, code: str 
         ("Dreaming", "in_progress"),
     ],
 )
-def test_a_task_that_goes_on_has_not_ended(status: str, read: str) -> None:
-    """A delivery about a task that is still running is none about its end."""
-    snapshot = parse(said(status=status))
+def test_running_task(status: str, expected: str) -> None:
+    """A delivery about a running task is not an end."""
+    snapshot = parse(task_body(status=status))
 
-    assert (snapshot.status, snapshot.images, snapshot.error) == (read, (), None)
+    assert (snapshot.status, snapshot.images, snapshot.error) == (expected, (), None)
 
 
 @pytest.mark.parametrize(
@@ -337,9 +339,9 @@ def test_a_task_that_goes_on_has_not_ended(status: str, read: str) -> None:
         {"result": {"sample": SAMPLE}},
     ],
 )
-def test_what_is_wrong_with_a_known_task_names_it(task: dict[str, object]) -> None:
-    """Where a delivery has an id, and nothing that can be read or relied on, the error names the task."""
-    assert unreadable(said(**task)).task_id == "t1"
+def test_invalid_delivery_with_id(task: dict[str, object]) -> None:
+    """If an invalid delivery has an id, the error contains it."""
+    assert parse_error(task_body(**task)).task_id == "t1"
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_what_is_wrong_with_a_known_task_names_it(task: dict[str, object]) -> No
         *(BODY.decode().encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-32")),
         '{"id": "t1", "status": "Ready", "message": "Gemälde"}'.encode("latin-1"),
         *(json.dumps(value).encode() for value in ([], [{"id": "t1"}], "t1", 1, None, True)),
-        *(said(id=name, status="Pending") for name in (None, "", True, 1.5, ["t1"], {"id": "t1"})),
+        *(task_body(id=name, status="Pending") for name in (None, "", True, 1.5, ["t1"], {"id": "t1"})),
         b'{"status": "Pending"}',
         BODY + BODY,
         b"id=t1&status=Ready",
@@ -359,33 +361,33 @@ def test_what_is_wrong_with_a_known_task_names_it(task: dict[str, object]) -> No
         BODY.ljust(MAX_BODY + 1),
     ],
 )
-def test_what_cannot_be_read_is_a_protocol_error(body: bytes) -> None:
-    """Whatever isn't a JSON object of at most 1 MB that names a task is a ProtocolError, and about no task."""
-    assert unreadable(body).task_id is None
+def test_unreadable_delivery(body: bytes) -> None:
+    """Anything but a JSON object of at most 1 MB with an id is a ProtocolError without a task id."""
+    assert parse_error(body).task_id is None
 
 
-def test_a_delivery_of_one_megabyte_is_read() -> None:
-    """A delivery may be as large as the limit; and a number is an id as well."""
+def test_largest_delivery() -> None:
+    """A delivery may be as large as the limit; a number is a valid id."""
     assert parse(b'{"id": 12, "status": "Pending"}'.ljust(MAX_BODY)).task_id == "12"
 
 
 @pytest.mark.parametrize("name", ["error", "message", "result", "output", "metadata", "id"])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")])
-def test_nothing_is_nested_too_deeply(name: str, opening: str, closing: str) -> None:
-    """Nested about as deeply as JSON can be read at all, a delivery is read or a ProtocolError."""
-    edge = deepest()
-    found = [
-        outcome(f'{{"id": "t1", "status": "Error", "{name}": {opening * depth}1{closing * depth}}}'.encode())
-        for depth in range(edge - 12, edge + 12)
+def test_deeply_nested_delivery(name: str, opening: str, closing: str) -> None:
+    """A delivery nested almost too deeply for the JSON parser is parsed or a ProtocolError."""
+    max_depth = max_json_depth()
+    results = [
+        parse_or_error(f'{{"id": "t1", "status": "Error", "{name}": {opening * depth}1{closing * depth}}}'.encode())
+        for depth in range(max_depth - 12, max_depth + 12)
     ]
 
-    assert isinstance(found[-1], ProtocolError)
-    assert all(one.task_id == "t1" for one in found if "t1" in str(one))
+    assert isinstance(results[-1], ProtocolError)
+    assert all(result.task_id == "t1" for result in results if "t1" in str(result))
 
 
 @functools.cache
-def deepest() -> int:
-    """Find how many levels of JSON can be read, which depends on the Python."""
+def max_json_depth() -> int:
+    """Return how many levels of nesting the JSON parser supports, which depends on the Python version."""
     low, high = 1, 400_000
     while high - low > 1:
         middle = (low + high) // 2
@@ -398,15 +400,15 @@ def deepest() -> int:
     return low
 
 
-def outcome(body: bytes) -> TaskSnapshot | ProtocolError:
-    """Read a delivery; whatever is raised that isn't a ProtocolError goes on."""
+def parse_or_error(body: bytes) -> TaskSnapshot | ProtocolError:
+    """Parse a delivery; return the ProtocolError if there is one."""
     try:
         return parse(body)
     except ProtocolError as error:
         return error
 
 
-MAKERS = st.fixed_dictionaries(
+BFL_PAYLOADS = st.fixed_dictionaries(
     {},
     optional={
         "id": mostly(st.just("t1")),
@@ -417,21 +419,23 @@ MAKERS = st.fixed_dictionaries(
         "timestamp": mostly(st.datetimes().map(datetime.isoformat)),
     },
 )
-BODIES = st.binary(max_size=60) | st.one_of(JSON, TASKS, MAKERS, MAKERS).map(lambda value: json.dumps(value).encode())
+BODIES = st.binary(max_size=60) | st.one_of(JSON, TASKS, BFL_PAYLOADS, BFL_PAYLOADS).map(
+    lambda value: json.dumps(value).encode()
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(BODIES)
-def test_any_delivery_is_a_snapshot_or_a_protocol_error(body: bytes) -> None:
-    """Any bytes verify, if any age will do, and are a snapshot of the task that they name, or a ProtocolError."""
-    verify(body, signed(body), SECRET, max_age=None)
+def test_any_delivery(body: bytes) -> None:
+    """Any signed bytes verify, and parse as a snapshot of the task they name or a ProtocolError."""
+    verify(body, signature_headers(body), SECRET, max_age=None)
     with contextlib.suppress(WebhookSignatureError):
-        verify(body, signed(body), SECRET)
-    found = outcome(body)
+        verify(body, signature_headers(body), SECRET)
+    result = parse_or_error(body)
 
-    if isinstance(found, TaskSnapshot):
-        assert found.task_id == str(json.loads(body)["id"]) != ""
-        assert found.raw == json.loads(body)
-        check_snapshot(found)
+    if isinstance(result, TaskSnapshot):
+        assert result.task_id == str(json.loads(body)["id"]) != ""
+        assert result.raw == json.loads(body)
+        check_snapshot(result)
     else:
-        assert str(found)
+        assert str(result)

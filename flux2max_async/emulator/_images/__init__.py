@@ -1,1 +1,1 @@
-"""Draws the pictures that the emulator serves; `scenes.draw` is the entry point."""
+"""Draws the images that the emulator serves; the entry point is `scenes.draw`."""

@@ -1,0 +1,44 @@
+"""The one shutdown state of a session, which its parts read."""
+
+import math
+
+import attrs
+
+from flux2max_async._exceptions import SessionClosedError
+
+_FINAL_POLL_MARGIN = 1.0
+"""Seconds before the end of the drain at which running tasks are polled for the last time."""
+
+
+@attrs.define(eq=False)
+class Shutdown:
+    """When a session stops.
+
+    States: open, draining (`begin_drain`), closed (`finish`); never back. Only the supervisor changes them. `deadline`
+    is infinite while the session is open and afterwards only moves closer.
+    """
+
+    draining: bool = attrs.field(default=False, init=False)
+    """Whether nothing more is submitted; submitted tasks may still end."""
+    closed: bool = attrs.field(default=False, init=False)
+    """Whether nothing at all is started any more."""
+    deadline: float = attrs.field(default=math.inf, init=False)
+    """When the drain ends, on the event loop's clock."""
+    final_poll_at: float = attrs.field(default=math.inf, init=False)
+    """When tasks that are still running are polled for the last time."""
+
+    def begin_drain(self, now: float, seconds: float) -> None:
+        """Stop submitting, and end the drain in `seconds`; a second call can only end it earlier."""
+        self.draining = True
+        if now + seconds < self.deadline:
+            self.deadline = now + seconds
+            self.final_poll_at = self.deadline - min(_FINAL_POLL_MARGIN, seconds / 10)
+
+    def finish(self) -> None:
+        """Start nothing any more."""
+        self.draining = self.closed = True
+
+
+def closed_error() -> SessionClosedError:
+    """Return the error for a session that is not open."""
+    return SessionClosedError("the session is closed: use it inside `async with FluxSession(...)`")

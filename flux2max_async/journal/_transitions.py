@@ -1,0 +1,58 @@
+"""What an outcome makes of a journal entry. Pure, but for the time of day.
+
+An entry's states: INTENT (about to be submitted) -> SUBMITTED (has a task id) -> COMPLETED or FAILED. A submit that
+certainly created nothing makes it REFUSED, one whose answer was lost UNCERTAIN. A task that is not followed to its end
+here, for whatever reason, stays SUBMITTED.
+"""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import attrs
+
+from flux2max_async._exceptions import FluxError, SubmissionUncertainError, TaskFailedError, TaskNotFoundError
+from flux2max_async._models.results import Completed, Failed, Outcome
+from flux2max_async.journal._entry import EntryState, Holder, JournalEntry
+from flux2max_async.journal._serialization import outcome_to_json
+
+END_STATES = frozenset((EntryState.COMPLETED, EntryState.FAILED))
+
+
+def end_entry(
+    entry: JournalEntry, outcome: Outcome, cost: Decimal | None, *, holder: Holder | None, secrets: tuple[str, ...]
+) -> JournalEntry:
+    """Return the entry of a request that came to an outcome; the outcome may not be the task's end."""
+    state, committed = state_after(outcome), committed_after(outcome, cost)
+    updated = attrs.evolve(
+        entry, state=state, holder=holder, cost=cost, committed=entry.committed if committed is None else committed
+    )
+    if state is EntryState.SUBMITTED:
+        return attrs.evolve(updated, ended_at=None, result={})
+    return attrs.evolve(updated, ended_at=datetime.now(UTC), result=outcome_to_json(outcome, secrets=secrets))
+
+
+def committed_after(outcome: Outcome, cost: Decimal | None) -> Decimal | None:
+    """Return what an outcome cost, in US dollars; None if that isn't known and the reservation has to stay."""
+    match outcome:
+        case Completed() | Failed(error=TaskNotFoundError()):
+            return cost
+        case _ if state_after(outcome) in {EntryState.FAILED, EntryState.REFUSED}:
+            return cost or Decimal(0)
+        case _:
+            return None
+
+
+def state_after(outcome: Outcome) -> EntryState:
+    """Return the state that an outcome puts its entry into."""
+    match outcome:
+        case Completed():
+            return EntryState.COMPLETED
+        case Failed(error=SubmissionUncertainError()):
+            return EntryState.UNCERTAIN
+        case Failed(task_id=None, error=error):
+            # An error of our own, of no kind in particular, says nothing about what was sent.
+            return EntryState.UNCERTAIN if type(error) is FluxError else EntryState.REFUSED
+        case Failed(error=TaskFailedError() | TaskNotFoundError()):
+            return EntryState.FAILED
+        case _:
+            return EntryState.SUBMITTED

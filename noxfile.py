@@ -1,8 +1,12 @@
-"""The project's checks: `nox` runs them all, `nox -s tests` the tests alone."""
+"""The project's checks: `nox` runs them all, `nox -s tests` the tests alone.
+
+They need one supported Python: what has to run once runs on the newest that is installed.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nox
@@ -10,17 +14,29 @@ import nox
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
-nox.options.error_on_missing_interpreters = False
+nox.options.error_on_missing_interpreters = True
 nox.options.reuse_venv = "no"
 nox.options.sessions = ["lint", "types", "tests", "oldest", "compatibility", "browser", "bench_short", "coverage"]
 
-PYTHONS = ["3.11", "3.12", "3.13"]
-AT_ONCE = ["--numprocesses", "3", "--dist", "worksteal"]
-"""The tests wait a lot: more processes run them at once than there may be processors."""
-OF_PROCESSES = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
-"""Leaves out the tests that start programs, which takes a minute: they needn't be run everywhere."""
-OF_THE_COMMAND = ["--ignore=tests/cli/test_commands.py", "--ignore=tests/cli/test_batch.py"]
-"""Leaves out those of the command line, which the oldest and the newest Python and libraries run."""
+SUPPORTED = ["3.11", "3.12", "3.13", "3.14", "3.15"]
+PARALLEL = ["--numprocesses", "3", "--dist", "worksteal"]
+"""The tests wait a lot: more processes than processors are faster."""
+SLOW = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
+"""Leaves out the tests that start programs, which take a minute and need not run on every Python."""
+CLI = ["--ignore=tests/cli/test_commands.py", "--ignore=tests/cli/test_batch.py"]
+"""Leaves out those of the command line, which run on the newest Python and with the oldest libraries."""
+
+
+def is_installed(version: str) -> bool:
+    """Check whether a Python can be run; the name alone may be a shim of pyenv."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return True
+    interpreter = shutil.which(f"python{version}")
+    if interpreter is None:
+        return False
+    found = subprocess.run([interpreter, "--version"], capture_output=True, text=True, check=False)  # noqa: S603 - a Python
+    return found.returncode == 0 and found.stdout.startswith(f"Python {version}.")
+
 
 if shutil.which("pyenv"):
     # pyenv's shims answer only for the versions that are listed.
@@ -28,8 +44,12 @@ if shutil.which("pyenv"):
         ["pyenv", "versions", "--bare"], capture_output=True, text=True, check=True
     ).stdout.split()
     os.environ["PYENV_VERSION"] = ":".join(
-        v for v in reversed(versions) if v.startswith(tuple(f"{p}." for p in PYTHONS))
+        v for v in reversed(versions) if v.startswith(tuple(f"{supported}." for supported in SUPPORTED))
     )
+PYTHONS = [version for version in SUPPORTED if is_installed(version)]
+if not PYTHONS:
+    raise SystemExit(f"no supported Python is installed: one of {', '.join(SUPPORTED)} is needed")
+NEWEST = PYTHONS[-1]
 
 
 def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", options: tuple[str, ...] = ()) -> None:
@@ -38,37 +58,40 @@ def install(session: nox.Session, *groups: str, extras: str = "[cli,emulator]", 
     shutil.rmtree(wheels, ignore_errors=True)
     session.run("uv", "build", "--wheel", "--quiet", "--out-dir", str(wheels), external=True)
     (wheel,) = wheels.glob("*.whl")
-    named = [argument for group in groups for argument in ("--group", group)]
-    session.install(f"{wheel}{extras}", *named, *options)
+    group_options = [argument for group in groups for argument in ("--group", group)]
+    session.install(f"{wheel}{extras}", *group_options, *options)
 
 
 def run_tests(session: nox.Session, *options: str, measured: bool) -> None:
-    """Run the tests against what is installed, never against the checkout; measuring where they went costs time."""
+    """Run the tests against the installed wheel, never against the checkout; measuring coverage costs time."""
     coverage = ("coverage", "run", "-m") if measured else ()
     session.run(
-        *coverage, "pytest", *AT_ONCE, *options, *session.posargs,
+        *coverage, "pytest", *PARALLEL, *options, *session.posargs,
         env={"PYTHONSAFEPATH": "1", "COVERAGE_FILE": str(Path(f".coverage.{session.name}").resolve())},
     )  # fmt: skip
 
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The tests, on each Python; all of them, and measured, on the newest."""
+    """The tests on each installed Python; all of them, and measured, on the newest."""
     install(session, "test")
-    newest = session.python == PYTHONS[-1]
-    run_tests(session, *([] if newest else OF_PROCESSES + OF_THE_COMMAND), measured=newest)
+    newest = session.python == NEWEST
+    if newest:
+        for old in Path().glob(".coverage*"):
+            old.unlink()
+    run_tests(session, *([] if newest else SLOW + CLI), measured=newest)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
-    """The tests with the oldest releases of the dependencies that are promised to do, but for those of processes."""
+    """The tests with the oldest supported releases of the dependencies, without those that start programs."""
     install(session, "test", options=("--resolution", "lowest-direct"))
-    run_tests(session, *OF_PROCESSES, measured=False)
+    run_tests(session, *SLOW, measured=False)
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def compatibility(session: nox.Session) -> None:
-    """The same library under pytest-asyncio, where many users live."""
+    """The library under pytest-asyncio, which many users have."""
     install(session)
     session.install("pytest>=9", "pytest-asyncio>=1.3")
     session.run(
@@ -77,7 +100,7 @@ def compatibility(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def browser(session: nox.Session) -> None:
     """The gallery and the examples' page, in the browser that is installed here."""
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -87,18 +110,18 @@ def browser(session: nox.Session) -> None:
     session.run("pytest", "-o", "addopts=-p no:asyncio", "tests/browser", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def types(session: nox.Session) -> None:
-    """The types, by two checkers, and that all that is public has them."""
+    """The types, with two checkers, and that everything public has them."""
     install(session, "test", "browser", "types")
     session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks", "examples")
-    # Named, or the checker would take a .venv in the project's folder for the one to look into.
+    # Without the path, a .venv in the project's folder would be used.
     python = str(Path(session.bin) / "python")
     session.run("basedpyright", "--pythonpath", python)
     session.run("basedpyright", "--pythonpath", python, "--verifytypes", "flux2max_async", "--ignoreexternal")
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def lint(session: nox.Session) -> None:
     """Style, and that imports run down only."""
     install(session, "lint")
@@ -107,17 +130,17 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports")
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def coverage(session: nox.Session) -> None:
-    """That the tests on the newest Python have been everywhere."""
+    """That the tests on the newest Python cover every line and branch."""
     session.install("coverage[toml]>=7.10")
     session.run("coverage", "combine", "--keep")
     session.run("coverage", "report")
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def bench(session: nox.Session) -> None:
-    """What polling and the client cost, beside the best that is possible and the peers; most of an hour."""
+    """The cost of polling and of the client, compared with the optimum and with other clients; most of an hour."""
     install(session, "bench", extras="")
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
@@ -125,9 +148,9 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/webhooks.py", "--write")
 
 
-@nox.session(python=PYTHONS[-1])
+@nox.session(python=NEWEST)
 def bench_short(session: nox.Session) -> None:
-    """That the benchmarks run, in half a minute, with one small peer."""
+    """That the benchmarks run, in half a minute, with one small client to compare."""
     install(session, extras="")
     session.install("numpy>=2", "scipy>=1.15", "seaart-sdk==0.1.4")
     session.run("python", "benchmarks/polling.py", "--short")

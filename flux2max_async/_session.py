@@ -378,10 +378,6 @@ class FluxSession:
         if self._dispatcher is not None:
             self._dispatcher.close()
 
-    def _check_caller(self) -> None:
-        if self._supervisor is not None:
-            self._supervisor.check_caller()
-
     def _get_supervisor(self) -> Supervisor:
         if self._supervisor is None:
             raise closed_error()
@@ -391,14 +387,11 @@ class FluxSession:
         if self._supervisor is not None:
             self._supervisor.on_external_change(entries)
 
-    def _spawn(self, work: Coroutine[Any, Any, T], *, until_drain: bool = False) -> "asyncio.Task[T]":
+    def _spawn_until_drain(self, work: Coroutine[Any, Any, None]) -> None:
         if self._supervisor is None:
             work.close()
             raise closed_error()
-        return self._supervisor.spawn(work, until_drain=until_drain)
-
-    def _spawn_until_drain(self, work: Coroutine[Any, Any, None]) -> None:
-        self._spawn(work, until_drain=True)
+        self._supervisor.spawn(work, until_drain=True)
 
 
 async def _wait(runner: TaskRunner, future: "asyncio.Future[T]") -> T:

@@ -106,13 +106,13 @@ class _Pipeline:
     """What happens behind a stream. It has no reference to the stream, so that dropping the stream is noticed.
 
     States of the producer: not started (until the first `next()`), pulling, exhausted (the source has ended or
-    failed), stopped (nothing more is submitted, not even what was pulled). After the last outcome `next()` raises `_error`, if
-    there is one. `close()` also stops the delivery.
+    failed), stopped (nothing more is submitted, not even what was pulled). After the last outcome `next()` raises
+    `_error`, if there is one. `close()` also stops the delivery.
 
     Each pulled request is one item, which moves from running over saving, if there is a saver and the task completed,
-    to ready, and then to the consumer. Invariant: every item becomes ready on every path, since its runner ends on every
-    path and the end of its saving is observed by a callback, which is called even if saving is cancelled before its
-    first step. The same holds for the producer.
+    to ready, and then to the consumer. Invariant: every item becomes ready on every path, since its runner ends on
+    every path and the end of its saving is observed by a callback, which is called even if saving is cancelled before
+    its first step. The same holds for the producer.
     """
 
     def __init__(

@@ -24,9 +24,11 @@ from flux2max_async import (
     GenerationRequest,
     InsufficientBalanceError,
     InvalidRequestError,
+    OutcomeStream,
     SessionClosedError,
 )
 from flux2max_async.emulator import Emulator
+from flux2max_async.journal._reuse import ReusePolicy
 
 
 def session_with_slots(gateway: Emulator, slots: int) -> FluxSession:
@@ -473,3 +475,32 @@ async def test_first_error_is_raised(scripted: ScriptedGateway) -> None:
                 outcomes.append(outcome)
 
     assert [outcome.ok for outcome in outcomes] == [False]
+
+
+class BrokenSaver:
+    """A saver with a defect."""
+
+    async def prepare(self) -> None:
+        pass
+
+    async def save(self, outcome: Completed, record: object) -> Completed:
+        raise ZeroDivisionError("a defect")
+
+
+async def test_unexpected_error_while_saving_is_delivered(session: FluxSession) -> None:
+    """A defect in saving becomes the outcome's save_error; the outcome isn't lost."""
+    supervisor = session._supervisor
+    assert supervisor is not None
+    stream = OutcomeStream(
+        ["a cat"],
+        start=lambda request: supervisor.start_request(request, ReusePolicy()),
+        spawn=supervisor.spawn,
+        look_ahead=1,
+        saver=BrokenSaver(),  # type: ignore[arg-type]
+        check_caller=supervisor.check_caller,
+    )
+    (outcome,) = [outcome async for outcome in stream]
+
+    assert isinstance(outcome, Completed)
+    assert "a defect" in str(outcome.save_error)
+    assert isinstance(outcome.save_error and outcome.save_error.__cause__, ZeroDivisionError)

@@ -234,8 +234,6 @@ class ApiClient:
         Args:
             chance: 0.0 to 1.0, drawn anew for each caller.
         """
-        if not self.submit_limiter.refused:
-            return 0.0
         pause = self.submit_limiter.pause(self.now())
         return pause + chance * min(pause, _MAX_PAUSE_SPREAD)
 

@@ -1,8 +1,8 @@
 """Serialization: requests to HTTP requests, HTTP responses to task snapshots.
 
 Sources of facts: [S] the vendor's page for the model, [C] the vendor's open-source clients, [D] the vendor's other
-pages, [B] the documentation of BFL, the maker of the model, whose service the gateway passes requests on to. Where
-these sources differ, all variants are accepted. A response that can't be parsed is a ProtocolError with the JSON path.
+pages, [B] the documentation of BFL, the maker of the model, whose service processes the requests. If these sources
+differ, all variants are accepted. A response that can't be parsed is a ProtocolError with the JSON path.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _GENERATION_PATH = "/model/v1/generation"
 _TASK_PATH = "/model/v1/generation/task/"
 
 _MAX_DECIMAL_EXPONENT = 50
-"""No amount of money is that large; adding such a number to others would raise an error."""
+"""No price is that large, and adding such a number to others would raise an error."""
 
 T = TypeVar("T")
 

@@ -57,7 +57,7 @@ def is_uncertain(error: FluxError) -> bool:
 
 
 def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:
-    """Return whether a failed poll says nothing about the task, so that it is polled again.
+    """Return whether the task should be polled again after a failed poll, because the error isn't about the task.
 
     Args:
         error: The error of the poll.

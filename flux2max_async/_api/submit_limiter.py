@@ -1,10 +1,9 @@
 """The limit for submits after a 429: a pause, and an AIMD limit for the number of tasks in flight.
 
-A 429 says that something is too much, but not whether it is the rate of requests or the number of tasks in flight. So
-it has two effects. All requests pause for as long as the service says. And the number of tasks in flight at that
-moment becomes a ceiling for further submits, which are then sent one at a time, as probes. Each accepted submit raises
-the ceiling a little, so that it settles just below the limit of the service, with several accepted submits for one
-refused probe.
+A 429 doesn't reveal whether the rate of requests or the number of tasks in flight is too high, so it has two effects:
+all requests pause for as long as the service requests, and the current number of tasks in flight becomes a ceiling for
+further submits, which are then sent one at a time, as probes. Each accepted submit raises the ceiling a little. So the
+ceiling settles just below the limit of the service, with several accepted submits for each refused probe.
 
 All times are seconds on one clock, which the caller reads.
 """
@@ -17,7 +16,7 @@ MAX_PAUSE = 120.0
 """Maximum pause in seconds, even if the service requests a longer one."""
 
 _DEFAULT_PAUSE = 1.0
-"""Seconds, if the service doesn't say how long to wait."""
+"""Seconds, if the service requests no particular wait."""
 _BACKOFF_FACTOR = 1.5
 _MAX_BACKOFF = 30.0
 """Seconds."""
@@ -34,8 +33,8 @@ _PROBES_AFTER_REFUSED_POLL = 3
 # - LIMITED BY CEILING: the ceiling is below `max_in_flight`. One submit at a time, the probe. It starts if the ceiling
 #   allows one more task in flight. Otherwise it starts 30 s after the last refusal, because tasks of other clients may
 #   have reached the service's limit, and may have ended since.
-# - LIMITED BY PROBES: a poll was refused, which says nothing about tasks in flight. The next 3 accepted submits are
-#   probes too, without a ceiling. Both limits may apply at once.
+# - LIMITED BY PROBES: a poll was refused, which doesn't indicate a limit for tasks in flight. Submits are probes,
+#   without a ceiling, until 3 of them are accepted. Both limits may apply at the same time.
 #
 # In each state, `_paused_until` holds back all requests, and `_backoff_until` further submits.
 #
@@ -44,7 +43,7 @@ _PROBES_AFTER_REFUSED_POLL = 3
 # - submit_refused (a 429): any state -> LIMITED BY CEILING. The ceiling becomes the number of tasks in flight, if that
 #   is lower. If a probe is refused at about the same number as before, that number is the service's limit: the increase
 #   is halved, so that the ceiling returns to it more slowly. From the second consecutive refusal on, a backoff applies
-#   to submits, whatever the service says.
+#   to submits, in addition to the pause. (A session with a single slot has no lower ceiling: it only pauses.)
 # - poll_refused (a 429): any state -> LIMITED BY PROBES, in addition to a ceiling.
 # - submit_accepted: raises the ceiling by the increase and uses up one probe; -> UNLIMITED once the ceiling is
 #   `max_in_flight` and no probes are left.
@@ -55,7 +54,7 @@ _PROBES_AFTER_REFUSED_POLL = 3
 # - 1 <= ceiling <= max_in_flight.
 # - In a limited state, at most one probe is on the wire. Only its own end allows the next one: a submit that started
 #   before the refusal, when there were no probes, may end at any time and doesn't count.
-# - Refusals of submits that were on the wire together count as one.
+# - Refusals of submits that were on the wire at the same time count as one.
 # - A pause never exceeds 120 s, and is never shortened by a later response.
 @attrs.define
 class SubmitLimiter:
@@ -69,9 +68,9 @@ class SubmitLimiter:
     refused: bool = attrs.field(default=False, init=False)
     """Whether there ever was a 429; until then there is nothing to limit, and nothing to learn."""
     _paused_until: float = attrs.field(default=-math.inf, init=False)
-    """When requests may be sent again. Set by the service."""
+    """When requests may be sent again, as the service requested."""
     _backoff_until: float = attrs.field(default=-math.inf, init=False)
-    """When submits may be sent again. Set after consecutive refusals, whatever the service says."""
+    """When submits may be sent again, after consecutive refusals."""
     _ceiling: float = attrs.field(default=attrs.Factory(lambda self: self._max_in_flight, takes_self=True), init=False)
     """Maximum number of tasks in flight; fractional, because one accepted submit raises it by less than 1."""
     _increase: float = attrs.field(default=_MAX_INCREASE, init=False)

@@ -65,8 +65,8 @@ class TaskPoller:
     The loop in `run()` repeats three steps until the feed has a final snapshot:
 
     - waiting: sleep until the next poll is due. The plan decides when, and after a failed poll the backoff does. A
-      final poll comes just before the deadline and just before the session's drain ends. Pauses that the service asked for
-      and the session's poll limit delay a poll; the limit never delays the final one.
+      final poll comes just before the deadline and just before the session's drain ends. Pauses that the service asked
+      for and the session's poll limit delay a poll; the limit never delays the final one.
     - polling: one GET. A failed poll is not a failed task: it is repeated, but for the failures that
       `may_poll_again()` calls final.
     - ended: `run()` returns the final snapshot, or raises the reason why the task is not followed any more.
@@ -149,8 +149,7 @@ class TaskPoller:
 
     def close(self) -> None:
         """Take no more webhooks: the end has been recorded, or the task is not followed any more."""
-        if self._context.registry.in_use:
-            self._context.registry.remove(self._start.task_id, self)
+        self._context.registry.remove(self._start.task_id, self)
 
     def _ended(self, plan: "_Plan") -> TaskSnapshot:
         snapshot, elapsed, start = self._feed.snapshot, self.elapsed, self._start

@@ -167,19 +167,18 @@ class TaskRunner:
     async def _run(self) -> Outcome:
         try:
             for _ in range(_MAX_KEY_CONFLICTS):
-                match await self._find_existing():
-                    case Replay(outcome=outcome):
-                        self.task_id, self._recorded = outcome.task_id, True
-                        return outcome
-                    case Resume(task_id=task_id, age=age):
-                        return await self._resume(task_id, age)
-                    case Submit():
-                        try:
-                            start = await self._submit()
-                        except KeyConflictError:
-                            self._release_slot()
-                        else:
-                            return await self._poll(start)
+                existing = await self._find_existing()
+                if isinstance(existing, Replay):
+                    self.task_id, self._recorded = existing.outcome.task_id, True
+                    return existing.outcome
+                if isinstance(existing, Resume):
+                    return await self._resume(existing.task_id, existing.age)
+                try:
+                    start = await self._submit()
+                except KeyConflictError:
+                    self._release_slot()
+                else:
+                    return await self._poll(start)
             return self._failed(JournalError(f"the journal neither begins {self.record.key!r} nor returns its entry"))
         except FluxError as error:
             return self._failed(error)

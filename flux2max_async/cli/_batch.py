@@ -61,14 +61,14 @@ def run_batch(options: BatchOptions) -> int:
     Raises:
         FluxError: The batch couldn't be started.
     """
-    sheet = _read_requests(options)
+    requests_file = _read_requests(options)
     folder = Folder(options.out or _default_folder(options.file))
     entries = asyncio.run(folder.entries())
-    sheet = reject_key_conflicts(sheet, entries)
-    if not _check_lines(options, sheet):
+    requests_file = reject_key_conflicts(requests_file, entries)
+    if not _check_lines(options, requests_file):
         return 2
-    orphans, lost = find_orphans(sheet.lines, entries)
-    lines = [*sheet.lines, *orphans]
+    orphans, lost = find_orphans(requests_file.lines, entries)
+    lines = [*requests_file.lines, *orphans]
     plan = make_plan(lines, entries, options.reuse_policy, options.price_guess)
     schedule = flux.LearnedSchedule()
     session = options.settings.create_session(
@@ -98,7 +98,7 @@ def run_batch(options: BatchOptions) -> int:
         as_json=options.as_json,
     )
     report = asyncio.run(run(job))
-    code = _finish(options, folder, sheet.lines, orphans, report)
+    code = _finish(options, folder, requests_file.lines, orphans, report)
     if report.stuck:
         os._exit(code)
     return code
@@ -140,16 +140,16 @@ def _read_requests(options: BatchOptions) -> Sheet:
     return read_sheet(data, file_format, folder=folder, defaults=options.defaults, repeat=options.repeat)
 
 
-def _check_lines(options: BatchOptions, sheet: Sheet) -> bool:
+def _check_lines(options: BatchOptions, requests_file: Sheet) -> bool:
     """Report bad lines, and check whether the batch can go on."""
-    for bad in sheet.bad:
+    for bad in requests_file.bad:
         tell(f"{options.file}:{bad.number}: {bad.field}: {bad.reason}")
-    if sheet.bad and not options.skip_bad:
-        count = len({bad.number for bad in sheet.bad})
+    if requests_file.bad and not options.skip_bad:
+        count = len({bad.number for bad in requests_file.bad})
         problem = "1 line is bad" if count == 1 else f"{count} lines are bad"
         complain(f"{problem}, so nothing was sent; --skip-bad skips bad lines")
         return False
-    if not sheet.lines:
+    if not requests_file.lines:
         complain(f"{options.file} has no prompts")
         return False
     return True

@@ -163,12 +163,12 @@ def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy) -> Act
             return Action.RESUME
 
 
-def reject_key_conflicts(sheet: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
+def reject_key_conflicts(requests_file: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
     """Mark the lines as bad whose keys belong to other requests in the journal."""
     newest = newest_entries(entries)
     lines: list[Line] = []
-    bad = list(sheet.bad)
-    for item in sheet.lines:
+    bad = list(requests_file.bad)
+    for item in requests_file.lines:
         entry = newest.get(item.key)
         if entry is None or entry.state is EntryState.REFUSED or entry.fingerprint == item.content.fingerprint:
             lines.append(item)

@@ -75,8 +75,8 @@ class RequestRecord(BudgetRecord):
         return self.entry.files
 
     def check_same(self, other: NullRecord) -> None:
-        if other.fingerprint is not None:
-            self._check_fingerprint(self.entry, other.fingerprint.fingerprint)
+        assert other.fingerprint is not None  # it has a key, so it was computed
+        self._check_fingerprint(self.entry, other.fingerprint.fingerprint)
 
     # ------------------------------------------------------------------ before the submit
 
@@ -221,8 +221,8 @@ class RequestRecord(BudgetRecord):
         self.entry = attrs.evolve(entry, holder=None)
         when = "" if entry.created_at is None else f" at {entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
         return SubmissionUncertainError(
-            f"this request was about to be submitted{when}, and its answer is unknown: a task may exist and cost money; "
-            "resubmit_uncertain=True submits it again"
+            f"this request was about to be submitted{when}, and its answer is unknown: a task may exist and cost "
+            "money; resubmit_uncertain=True submits it again"
         )
 
     def _is_usable(self, entry: JournalEntry) -> bool:

@@ -126,11 +126,10 @@ class WebhookDispatcher:
             self.poll_now(snapshot.task_id)
         elif not snapshot.status.ended:
             self.publish(snapshot)
-        elif self.publish(snapshot):
+        elif (listener := self.registry.listener(snapshot.task_id)) is not None:
+            listener.on_webhook(snapshot)
             if session.journal is not None:
-                listener = self.registry.listener(snapshot.task_id)
-                if listener is not None:
-                    await listener.wait_closed()
+                await listener.wait_closed()
                 await _record_end(session.journal, snapshot, session.secrets)
         elif session.journal is None or not await _record_end(session.journal, snapshot, session.secrets):
             self._store_early(session, snapshot, len(body))

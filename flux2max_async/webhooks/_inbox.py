@@ -30,7 +30,7 @@ class WebhookInbox:
     journal, the task is polled as if its webhook was lost.
 
     Args:
-        secret: What the service signs deliveries with: at least 32 random characters are recommended. Several while an
+        secret: The key of the deliveries' signatures: at least 32 random characters are recommended. Several while an
             old one is being replaced: all are valid, and new submits name the first.
         public_url: Where the service reaches this inbox; http(s), at most 2083 characters.
         header: The name of the header that holds the signature.
@@ -96,6 +96,6 @@ class WebhookInbox:
 
 def _checked_secrets(secret: str | Iterable[str]) -> tuple[str, ...]:
     secrets = (secret,) if isinstance(secret, str) else tuple(secret) if isinstance(secret, Iterable) else ()
-    if not secrets or not all(isinstance(one, str) and one for one in secrets):
+    if not secrets or not all(isinstance(item, str) and item for item in secrets):
         raise ConfigurationError("secret must be text that is not empty, or several such texts")
     return secrets

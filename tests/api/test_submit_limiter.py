@@ -181,9 +181,9 @@ def test_backoff_of_submits_does_not_delay_polls() -> None:
 def test_no_submit_starts_during_the_pause(retry_after: float) -> None:
     """At any time during the pause, the delay is the rest of it."""
     limiter = limiter_after(refused(1024, 5, retry_after))
-    moments = [1024 + retry_after * eighth / 8 for eighth in range(9)]
+    times = [1024 + retry_after * eighth / 8 for eighth in range(9)]
 
-    assert all(limiter.submit_delay(moment, 0) == 1024 + retry_after - moment for moment in moments)
+    assert all(limiter.submit_delay(time, 0) == 1024 + retry_after - time for time in times)
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.0])
@@ -213,9 +213,9 @@ def test_refusals_of_concurrent_submits_count_once() -> None:
 def test_accepted_submit_resets_the_backoff() -> None:
     """After an accepted submit, the next refusal has a short delay again."""
     limiter = SubmitLimiter(24)
-    for moment in range(100, 1000, 100):
+    for now in range(100, 1000, 100):
         probe = limiter.submit_started()
-        limiter.submit_refused(moment, 0, None, probe=probe)
+        limiter.submit_refused(now, 0, None, probe=probe)
     limiter.submit_accepted(1, probe=limiter.submit_started())
     limiter.submit_refused(2000, 1, None, probe=limiter.submit_started())
 

@@ -1,11 +1,11 @@
-"""The embedded gateway: what people test their applications with must itself be right."""
+"""The emulated gateway: it implements the protocol, and its faults and limits are reproducible."""
 
 import asyncio
 import base64
 import io
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,9 +30,12 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
 
 
 async def post(
-    gateway: Emulator, body: Any, *, key: str | None = None
+    gateway: Emulator, body: Any, *, key: str | None = None, model: str | None = None
 ) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+    """Submit, and return the status, body and headers of the response."""
     headers = {"Authorization": f"Bearer {key or gateway.api_key}"}
+    if model is not None:
+        headers["X-Model"] = model
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with (
         aiohttp.ClientSession() as http,
@@ -42,36 +45,39 @@ async def post(
 
 
 def submit(**params: Any) -> dict[str, Any]:
+    """Return the body of a submit."""
     return {"model": "flux_2_max", "input": [{"params": {"prompt": "a cat", **params}}]}
 
 
-async def test_a_task_lives_as_the_protocol_says(gateway: Emulator) -> None:
-    """From submit to end, a task is pending, in progress with a progress that grows, and completed with everything."""
+async def test_a_task_follows_the_protocol(gateway: Emulator) -> None:
+    """A task is pending, then in progress with increasing progress, then completed with its image and cost."""
     async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(1.0)) as session:
         task = await session.submit("a cat")
-        seen = [(snapshot.status.value, snapshot.progress) async for snapshot in task.updates()]
+        snapshots = [(snapshot.status.value, snapshot.progress) async for snapshot in task.updates()]
         outcome = await task
 
-    assert seen[0] == ("pending", 0.0)
-    assert seen[-1] == ("completed", 1.0)
-    assert [progress for _, progress in seen] == sorted(progress for _, progress in seen if progress is not None)
-    assert len(seen) > 5
+    assert snapshots[0] == ("pending", 0.0)
+    assert snapshots[-1] == ("completed", 1.0)
+    assert [progress for _, progress in snapshots] == sorted(
+        progress for _, progress in snapshots if progress is not None
+    )
+    assert len(snapshots) > 5
     assert outcome.usage is not None
     assert outcome.usage.cost == Decimal("0.07")
     assert outcome.images[0].extra["jobId"] == f"job-{outcome.task_id}"
 
 
 @pytest.mark.parametrize(
-    ("body", "named"),
+    ("body", "name"),
     [
-        pytest.param(b"{", "JSON", id="no JSON"),
-        pytest.param([], "model", id="no object"),
+        pytest.param(b"{", "JSON", id="invalid JSON"),
+        pytest.param([], "model", id="not an object"),
         pytest.param({"model": "flux_1"}, "model", id="another model"),
         pytest.param({"model": "flux_2_max", "input": []}, "input", id="no input"),
         pytest.param({"model": "flux_2_max", "input": [{"params": {}}]}, "prompt", id="no prompt"),
         *(
-            pytest.param(submit(**{name: value}), name, id=f"{name}={value!r:.20}")
-            for name, value in [
+            pytest.param(submit(**{param: value}), param, id=f"{param}={value!r:.20}")
+            for param, value in [
                 ("prompt", " "),
                 ("prompt", None),
                 ("seed", "7"),
@@ -84,33 +90,79 @@ async def test_a_task_lives_as_the_protocol_says(gateway: Emulator) -> None:
                 ("webhook_url", "https://x.example/" + "x" * 2083),
                 ("webhook_secret", 7),
                 ("input_image", "not base64"),
-                ("input_image_8", base64.b64encode(b"no picture").decode()),
+                ("input_image_8", base64.b64encode(b"not an image").decode()),
                 ("input_image_2", 7),
             ]
         ),
     ],
 )
-async def test_parameters_are_checked_like_the_page_does(gateway: Emulator, body: Any, named: str) -> None:
-    """A wrong parameter is a 400 whose error names it, and nothing is accepted."""
+async def test_parameters_are_validated(gateway: Emulator, body: Any, name: str) -> None:
+    """An invalid parameter is refused with a 400 that names it, and no task is created."""
     status, answer, headers = await post(gateway, body)
 
     assert status == 400
-    assert named in answer["error"]["message"]
+    assert name in answer["error"]["message"]
     assert answer["error"]["code"]
     assert headers["X-Request-Id"]
     assert not gateway.accepted
 
 
-async def test_null_is_as_good_as_nothing(gateway: Emulator) -> None:
-    """The page allows null for what is optional, and unknown parameters pass."""
+async def test_null_means_unset(gateway: Emulator) -> None:
+    """Optional parameters may be null, and unknown parameters are accepted."""
     status, answer, _ = await post(gateway, submit(seed=None, input_image=None, prompt_upsampling=True))
 
     assert status == 200
     assert answer["status"] == "pending"
 
 
+NO_MODEL = {"input": submit()["input"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        pytest.param(submit(), None, id="body"),
+        pytest.param(NO_MODEL, "flux_2_max", id="header"),
+        pytest.param({**NO_MODEL, "model": None}, "flux_2_max", id="null in the body"),
+        pytest.param(submit(), "flux_2_max", id="both"),
+    ],
+)
+async def test_the_model_is_in_the_body_or_in_a_header(gateway: Emulator, body: Any, model: str | None) -> None:
+    """The header X-Model may replace the body's `model`, or repeat it."""
+    status, _, _ = await post(gateway, body, model=model)
+
+    assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "model", "message"),
+    [
+        pytest.param(NO_MODEL, None, "model must be flux_2_max", id="none"),
+        pytest.param(NO_MODEL, "flux_1", "model must be flux_2_max", id="another model in the header"),
+        pytest.param(
+            submit(),
+            "flux_1",
+            "model is 'flux_2_max' in the body, but 'flux_1' in the header X-Model",
+            id="both differ",
+        ),
+        pytest.param(
+            {**NO_MODEL, "model": "flux_1"},
+            "flux_2_max",
+            "model is 'flux_1' in the body, but 'flux_2_max' in the header X-Model",
+            id="the body differs",
+        ),
+    ],
+)
+async def test_a_wrong_model_is_refused(gateway: Emulator, body: Any, model: str | None, message: str) -> None:
+    """A missing, unknown or contradictory model is refused with a 400, and no task is created."""
+    status, answer, _ = await post(gateway, body, model=model)
+
+    assert (status, answer["error"]) == (400, {"code": "invalid_parameter", "message": message})
+    assert not gateway.accepted
+
+
 async def test_the_key_is_checked(gateway: Emulator) -> None:
-    """Another key than the emulator's is let in nowhere, and the key isn't wanted where pictures are."""
+    """Submits and polls need the right API key, and downloads refuse any key."""
     status, answer, _ = await post(gateway, submit(), key="wrong")
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {gateway.api_key}"}) as http:
         async with http.get(f"{gateway.url}/results/x.jpeg") as leaked:
@@ -136,7 +188,7 @@ async def test_the_key_is_checked(gateway: Emulator) -> None:
     ],
 )
 async def test_prices(gateway: Emulator, params: dict[str, Any], cost: str) -> None:
-    """The first megapixel costs 7 cents, each further one 3, of output and input alike, each picture rounded up."""
+    """The first megapixel costs $0.07 and each further one $0.03, for output and input images, each rounded up."""
     async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
         outcome = await session.generate(GenerationRequest("a cat", **params))
 
@@ -144,21 +196,21 @@ async def test_prices(gateway: Emulator, params: dict[str, Any], cost: str) -> N
     assert outcome.usage.cost == Decimal(cost)
 
 
-async def test_input_images_are_in_the_picture(tmp_path: Path) -> None:
-    """An input image can be seen in the result."""
+async def test_input_images_are_visible_in_the_result(tmp_path: Path) -> None:
+    """The generated image contains a thumbnail of the input image."""
     async with Emulator(seconds=1.0, seed=1) as gateway, FluxSession(gateway.api_key, base_url=gateway.url) as session:
         outcome = await session.generate(
             "a quiet evening", width=512, height=512, output_format="png", input_images=[png(200, 200, "#ff00ff")]
         )
         path = await session.save(outcome.images[0], tmp_path / "a.png")
-    with Image.open(path) as picture:
-        colours = picture.convert("RGB").getcolors(512 * 512) or []
+    with Image.open(path) as image:
+        colours = image.convert("RGB").getcolors(512 * 512) or []
 
     assert sum(count for count, colour in colours if colour == (255, 0, 255)) > 1000
 
 
-async def test_runs_with_a_seed_are_alike() -> None:
-    """The same seed gives the same ids, durations and fates."""
+async def test_runs_with_the_same_seed_are_equal() -> None:
+    """The same seed produces the same ids, durations and outcomes."""
     runs = []
     for _ in range(2):
         async with Emulator(seed=5, failing=0.3, moderated=0.3, pictures=False) as gateway:
@@ -173,7 +225,7 @@ async def test_runs_with_a_seed_are_alike() -> None:
 
 
 async def test_durations_are_lognormal() -> None:
-    """The median is what was asked for, and time_scale divides it."""
+    """The median is `seconds` divided by `time_scale`, and the logarithms have the standard deviation `spread`."""
     async with Emulator(seconds=8.0, spread=0.3, seed=1, time_scale=4.0, max_in_flight=500, pictures=False) as gateway:
         async with FluxSession(gateway.api_key, base_url=gateway.url, max_in_flight=500) as session:
             async for _ in session.stream(f"cat {number}" for number in range(500)):
@@ -185,7 +237,7 @@ async def test_durations_are_lognormal() -> None:
 
 
 async def test_the_balance_can_be_topped_up() -> None:
-    """An account without money refuses with 402 until it has some."""
+    """Submits are refused with 402 while the balance is too low."""
     async with Emulator(balance=Decimal("0.07"), pictures=False) as gateway:
         statuses = [(await post(gateway, submit()))[0] for _ in range(2)]
         gateway.balance = Decimal(1)
@@ -195,8 +247,8 @@ async def test_the_balance_can_be_topped_up() -> None:
     assert statuses == [200, 402, 200]
 
 
-async def test_a_place_is_free_when_a_task_ends() -> None:
-    """Submits beyond the limit are a 429 that says how long to wait, until a task has ended."""
+async def test_a_slot_is_free_when_a_task_ends() -> None:
+    """Submits above the limit are refused with a 429 that has Retry-After, until a task has ended."""
     async with Emulator(seconds=8.0, spread=0.0, max_in_flight=2, time_scale=2.0, pictures=False) as gateway:
         answers = [await post(gateway, submit()) for _ in range(3)]
         await anyio.sleep(4.1)
@@ -209,7 +261,7 @@ async def test_a_place_is_free_when_a_task_ends() -> None:
 
 @pytest.mark.parametrize("share", [0.2])
 async def test_faults_by_probability(share: float) -> None:
-    """Each fault meets about its share of the calls, and none comes without being asked for."""
+    """Each fault hits about its share of the calls, and no other fault occurs."""
     faults = {Fault.UNAVAILABLE: share, Fault.RATE_LIMITED: share, Fault.NOT_FOUND: 1.0}
     async with Emulator(faults=faults, seed=2, max_in_flight=1000, pictures=False) as gateway:
         statuses = [(await post(gateway, submit()))[0] for _ in range(300)]
@@ -221,8 +273,71 @@ async def test_faults_by_probability(share: float) -> None:
     assert all(hidden)
 
 
-async def test_hung_calls_do_not_hold_up_leaving(gateway: Emulator) -> None:
-    """Leaving the emulator ends the calls that it never answers, at once."""
+@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("endpoint", ["submit", "poll", "download"])
+async def test_every_fault_applies_to_every_endpoint(gateway: Emulator, endpoint: Any, fault: Fault) -> None:
+    """A scripted fault hits the next call to its endpoint, whichever fault and endpoint it is."""
+    _, task, _ = await post(gateway, submit())
+    await anyio.sleep(9)
+    headers = {"Authorization": f"Bearer {gateway.api_key}"}
+    api_url = f"{gateway.url}/model/v1/generation"
+    poll_url = f"{api_url}/task/{task['id']}"
+    async with aiohttp.ClientSession() as http, http.get(poll_url, headers=headers) as response:
+        result_url = (await response.json())["output"][0]["content"][0]["url"]
+    method, url, options = {
+        "submit": ("POST", api_url, {"headers": headers, "json": submit()}),
+        "poll": ("GET", poll_url, {"headers": headers}),
+        "download": ("GET", result_url, {}),
+    }[endpoint]
+
+    async def succeeds() -> bool:
+        try:
+            async with aiohttp.request(method, url, timeout=aiohttp.ClientTimeout(total=5), **options) as response:
+                return response.ok and b"<html>" not in await response.read()
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    assert await succeeds()
+    gateway.script(endpoint, fault, fault)  # twice, because aiohttp repeats a GET whose connection was reset
+    assert not await succeeds()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fault", "message"),
+    [
+        pytest.param("sumbit", "cut", "an endpoint must be one of submit, poll, download, not 'sumbit'", id="typo"),
+        pytest.param(
+            "webhook", "cut", "an endpoint must be one of submit, poll, download, not 'webhook'", id="webhook"
+        ),
+        pytest.param(
+            "submit",
+            "lost_answer",
+            "a fault must be one of rate_limited, server_error, unavailable, reset_before, reset_after, hang, cut, "
+            "garbage, not_found, not 'lost_answer'",
+            id="fault",
+        ),
+    ],
+)
+async def test_unknown_endpoints_and_faults_are_refused(
+    gateway: Emulator, endpoint: Any, fault: str, message: str
+) -> None:
+    """A script with an unknown name raises an error that lists the valid names, and changes nothing."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        gateway.script(endpoint, "unavailable", fault)
+    status, _, _ = await post(gateway, submit())
+
+    assert status == 200
+
+
+def test_unknown_faults_are_refused_at_construction() -> None:
+    """The shares of the constructor accept the faults' values, and no other name."""
+    Emulator(faults={"reset_after": 0.5})
+    with pytest.raises(ValueError, match=r"^a fault must be one of rate_limited, .*, not_found, not 'lost_answer'$"):
+        Emulator(faults={"reset_after": 0.5, "lost_answer": 0.5})
+
+
+async def test_hanging_calls_do_not_delay_closing(gateway: Emulator) -> None:
+    """Closing the emulator immediately ends the calls that it never answers."""
     async with Emulator(pictures=False) as hanging:
         hanging.script("submit", Fault.HANG)
         call = asyncio.ensure_future(post(hanging, submit()))
@@ -234,8 +349,8 @@ async def test_hung_calls_do_not_hold_up_leaving(gateway: Emulator) -> None:
     assert anyio.current_time() - started < 2
 
 
-def test_a_client_that_none_of_us_wrote() -> None:
-    """The SDK of a sibling gateway's operators creates a task here and waits for it."""
+def test_an_independent_client() -> None:
+    """The SDK of another gateway that speaks this protocol creates a task and waits for it."""
     with Emulator(seconds=0.2, spread=0.0) as gateway:
         config = seaart_sdk.ClientConfig(model_base_url=f"{gateway.url}/model", api_key=gateway.api_key)
         service = seaart_sdk.Client(config).modal
@@ -248,31 +363,7 @@ def test_a_client_that_none_of_us_wrote() -> None:
     assert task.usage.cost == "0.07"
 
 
-def test_served_by_hand() -> None:
-    """`python -m flux2max_async.emulator` prints its url and key first, serves, and ends cleanly on Ctrl-C."""
-    command = [sys.executable, "-m", "flux2max_async.emulator", "--port", "0", "--seconds", "0.1", "--seed", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        settings = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
-
-        async def main() -> bool:
-            async with FluxSession(
-                settings["FLUX2MAX_API_KEY"], base_url=settings["FLUX2MAX_BASE_URL"], schedule=FixedSchedule(0.05)
-            ) as session:
-                return (await session.generate("a cat")).ok
-
-        ok = asyncio.run(main())
-        process.send_signal(signal.SIGINT)
-        errors = process.stderr.read()
-        code = process.wait(20)
-
-    assert ok
-    assert errors == ""
-    assert code == 0
-
-
-USER_TEST = """
+FIXTURE_TEST = """
 def test_my_code(flux_emulator):
     import asyncio, flux2max_async
 
@@ -284,21 +375,21 @@ def test_my_code(flux_emulator):
     assert flux_emulator.accepted["a cat"] == 1
 """
 
-NOTHING_LOADED = """
+UNUSED_FIXTURE_TEST = """
 import sys
 
-def test_nothing_was_loaded():
+def test_nothing_was_imported():
     assert not {"aiohttp", "PIL", "attrs", "flux2max_async.emulator", "flux2max_async._public"} & sys.modules.keys()
 """
 
 
 @pytest.mark.parametrize(
-    "content", [pytest.param(USER_TEST, id="used"), pytest.param(NOTHING_LOADED, id="unused, it costs nothing")]
+    "content", [pytest.param(FIXTURE_TEST, id="used"), pytest.param(UNUSED_FIXTURE_TEST, id="unused")]
 )
 def test_pytest_finds_the_fixture(tmp_path: Path, content: str) -> None:
-    """`flux_emulator` is there in anybody's tests, and imports neither aiohttp nor Pillow until it is asked for."""
+    """The plugin provides `flux_emulator`, and imports neither aiohttp nor Pillow until a test uses the fixture."""
     (tmp_path / "test_mine.py").write_text(content)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the folder's own settings would be somebody else's
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # so that pytest does not use the settings of a parent folder
     plugin = ["-p", "flux2max_async.pytest_plugin"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, "-W", "error", str(tmp_path)]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -308,7 +399,7 @@ def test_pytest_finds_the_fixture(tmp_path: Path, content: str) -> None:
 
 
 def test_importing_the_package_imports_no_extra() -> None:
-    """The core brings neither Pillow nor typer nor rich into a process."""
+    """Importing the library imports neither Pillow nor typer nor rich."""
     code = (
         "import sys, flux2max_async; flux2max_async.FluxSession; "
         "print(sorted({'PIL', 'typer', 'rich', 'flux2max_async.emulator'} & sys.modules.keys()))"
@@ -318,11 +409,11 @@ def test_importing_the_package_imports_no_extra() -> None:
     assert result.stdout.strip() == "[]"
 
 
-async def test_without_pictures_every_result_is_the_same_small_one(gateway: Emulator, tmp_path: Path) -> None:
-    """For measurements, results can be had without the time it takes to draw them."""
+async def test_results_without_pictures(gateway: Emulator, tmp_path: Path) -> None:
+    """With `pictures=False`, every result is the same small image."""
     async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
         outcome = await session.generate("a cat", output_format="png", width=2048)
         path = await session.save(outcome.images[0], tmp_path / "a.png")
 
-    with Image.open(path) as picture:
-        assert (picture.format, picture.size) == ("PNG", (64, 64))
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("PNG", (64, 64))

@@ -332,9 +332,9 @@ async def test_an_end_recorded_by_another_session_is_reported(tmp_path: Path) ->
     """With watch_changes=True, the holder's callback gets an entry whose end another session records."""
     path = tmp_path / "run.db"
     await create_journal(path)
-    reported: asyncio.Future[list[JournalEntry]] = asyncio.get_running_loop().create_future()
+    reports: asyncio.Queue[list[JournalEntry]] = asyncio.Queue()
     holder = SqliteJournal(path)
-    await holder.open(reported.set_result, watch_changes=True)
+    await holder.open(reports.put_nowait, watch_changes=True)
     try:
         await holder.begin(intent())
         await holder.record(submitted())
@@ -343,12 +343,12 @@ async def test_an_end_recorded_by_another_session_is_reported(tmp_path: Path) ->
             assert found is not None
             await other.record(attrs.evolve(completed(), holder=found.holder))
             async with asyncio.timeout(1):
-                (entry,) = await reported
+                (entry,) = await reports.get()
     finally:
         await holder.close()
 
     assert found.holder is Holder.OTHER
-    assert entry == attrs.evolve(completed(), holder=Holder.US)
+    assert entry == attrs.evolve(completed(), holder=Holder.US, owner=found.owner)
 
 
 async def test_closing_ends_a_wait_for_a_change(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class _CostAwareSchedule:
         self.factors: list[float] = []
 
     def begin(self, request: object) -> PollPlan:
-        return self  # type: ignore[return-value]
+        return self
 
     def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float = 1.0) -> float:
         self.factors.append(cost_factor)

@@ -1,4 +1,4 @@
-"""Starting runners: in the session's own process and event loop only, and one runner for each task."""
+"""One runner for each request and each task, in the process and event loop that opened the session."""
 
 import asyncio
 import os
@@ -11,7 +11,8 @@ from typing import Any
 
 import anyio
 import pytest
-from support.scripted import ScriptedGateway, answer, completed, running, session_on
+from support.responses import picture
+from support.scripted import Connection, ScriptedGateway, answer, completed, running, session_on
 from support.virtual_time import VirtualJournal
 
 from flux2max_async import (
@@ -20,6 +21,8 @@ from flux2max_async import (
     Failed,
     FluxSession,
     GeneratedImage,
+    GenerationRequest,
+    JournalEntry,
     SessionClosedError,
 )
 from flux2max_async.emulator import Emulator
@@ -55,12 +58,12 @@ def in_another_loop(use: Callable[[], Awaitable[object]]) -> BaseException | Non
     caught: list[BaseException] = []
 
     async def main() -> None:
-        await asyncio.wait_for(use(), 5)  # type: ignore[arg-type]
+        await asyncio.wait_for(use(), 5)
 
     def run() -> None:
         try:
             asyncio.run(main())
-        except BaseException as error:  # noqa: BLE001 - it is returned
+        except BaseException as error:
             caught.append(error)
 
     thread = threading.Thread(target=run)
@@ -144,13 +147,13 @@ async def test_a_forked_child_is_refused(method: str) -> None:
         if not child:  # pragma: no cover - runs in the child
             try:
                 METHODS[method](session).__await__().send(None)
-            except BaseException as error:  # noqa: BLE001 - it is written down
+            except BaseException as error:
                 os.write(writing, f"{type(error).__name__}: {error}".encode())
             os._exit(0)
         os.close(writing)
         text = os.read(reading, 10_000).decode()
         os.close(reading)
-        os.waitpid(child, 0)
+        os.waitpid(child, 0)  # noqa: ASYNC222 - it has ended already
 
     assert text.startswith("ConfigurationError")
     assert str(os.getpid()) in text
@@ -218,7 +221,7 @@ async def test_attaching_settles_the_budget_without_a_journal(scripted: Scripted
     """A reservation that outlived its deadline is settled by the attached task's cost."""
     scripted.polls = deque([answer(200, running())])
     async with session_on(scripted, budget="0.14", task_timeout=10.0) as session:
-        outcome = [outcome async for outcome in session.stream(["a cat"])][0]
+        (outcome,) = [outcome async for outcome in session.stream(["a cat"])]
         budget = session._records._budget
         before = budget.committed
         scripted.polls = deque([answer(200, completed(usage={"cost": "0.05"}))])
@@ -367,3 +370,98 @@ async def test_a_failed_attach_is_an_outcome(scripted: ScriptedGateway) -> None:
         outcomes = [await session.attach("t9").outcome() for _ in range(2)]
 
     assert all(isinstance(outcome, Failed) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_a_caller_that_leaves_at_each_step(scripted: ScriptedGateway, steps: int) -> None:
+    """Whenever a caller is cancelled, a request that isn't on the wire is not sent, and one that is becomes a task."""
+    async with session_on(scripted) as session:
+        caller = asyncio.ensure_future(session.generate("a cat"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        caller.cancel()
+        await anyio.sleep(10.0)
+        stats = session.stats
+
+    assert caller.cancelled()
+    assert len(scripted.of("POST")) == stats.submitted == stats.completed
+    assert stats.in_flight == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_thread_without_an_event_loop_is_refused() -> None:
+    """attach() is no coroutine function, and still belongs to the session's event loop."""
+    async with FluxSession("key", base_url="http://127.0.0.1:9") as session:
+        with pytest.raises(ConfigurationError, match="no event loop"):
+            await asyncio.to_thread(session.attach, "t1")
+
+
+async def test_images_of_an_attached_task_are_saved_by_a_stream(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A stream whose request shares the runner of an attached task saves its images, and records their files."""
+    scripted.polls = deque([answer(200, running())])
+    async with opened(scripted, tmp_path) as session:
+        task_id = (await session.submit("a cat", key="cat")).id
+    url = f"{scripted.url}/0.jpeg"
+    scripted.polls = deque([*(answer(200, running()) for _ in range(3)), answer(200, completed(url=url))])
+    scripted.downloads = deque([answer(200, picture("JPEG"))])
+    request = GenerationRequest("a cat", key="cat")
+    async with opened(scripted, tmp_path) as session:
+        attached = session.attach(task_id)
+        (outcome,) = [outcome async for outcome in session.stream([request], save_to=tmp_path / "images")]
+        await attached
+
+    (entry,) = [entry async for entry in VirtualJournal(tmp_path / "run.db").entries()]
+    assert outcome.unwrap().saved == (tmp_path / "images" / "cat.jpeg",)
+    assert entry.paths == outcome.unwrap().saved
+    assert (entry.state, entry.holder) == (EntryState.COMPLETED, None)
+
+
+async def test_two_items_of_a_stream_wait_for_another_session(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Equal requests of a stream that another session follows hold up nothing else, and both get the outcome."""
+    scripted.submits = deque([answer(200, {"id": "t1"}), answer(200, {"id": "t2"})])
+    polls: list[object] = []
+
+    async def poll(connection: Connection) -> None:
+        task_id = connection.call.path.rpartition("/")[2]
+        polls.append(task_id)
+        ended = task_id == "t2" or len(polls) > 6
+        await answer(200, completed(task_id) if ended else running(task_id))(connection)
+
+    scripted.polls = deque([poll])
+    requests = [GenerationRequest(name, key=name) for name in ("cat", "cat", "dog")]
+    async with opened(scripted, tmp_path) as first, opened(scripted, tmp_path, max_in_flight=1) as second:
+        task = await first.submit("cat", key="cat")
+        outcomes = [outcome.unwrap() async for outcome in second.stream(requests)]
+        await task
+
+    assert [outcome.task_id for outcome in outcomes] == ["t2", "t1", "t1"]
+    assert len(scripted.of("POST")) == 2
+
+
+async def test_changes_reported_while_closing_start_nothing(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A task that a dead process has left behind is not adopted by a session that drains, or is closed."""
+    scripted.polls = deque([answer(200, running()), answer(200, completed())])
+    entry = JournalEntry(key="k", fingerprint="f", request={}, state=EntryState.SUBMITTED, task_id="t9")
+    async with opened(scripted, tmp_path) as session:
+        await session.submit("a cat")
+        supervisor = session._supervisor
+        assert supervisor is not None
+        closing = asyncio.ensure_future(session.aclose(drain=60.0))
+        await asyncio.sleep(0)
+        supervisor.on_external_change([entry])
+        await closing
+        supervisor.on_external_change([entry])
+        with pytest.raises(SessionClosedError):
+            supervisor.attach("t9", None)
+
+    assert not any("t9" in call.path for call in scripted.of("GET"))
+
+
+async def test_background_work_needs_an_open_session() -> None:
+    """Work for a session that isn't open is refused, and its coroutine closed."""
+
+    async def work() -> None:
+        raise AssertionError
+
+    with pytest.raises(SessionClosedError):
+        FluxSession("key")._spawn_until_drain(work())

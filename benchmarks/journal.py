@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from _results import RESULTS, about, blocks, table, write
-from gateway import durations, run_client, prompt, running_gateway
+from gateway import durations, prompt, run_client, running_gateway
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.journal import SqliteJournal

@@ -35,9 +35,9 @@ from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async._version import __version__
 from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
-from flux2max_async.journal._reuse import ReusePolicy
 from flux2max_async.webhooks._inbox import WebhookInbox
 from flux2max_async.webhooks._registry import WebhookRegistry
 

@@ -1,4 +1,4 @@
-"""The one shutdown state of a session, which its parts read."""
+"""The one shutdown state of a session, which its parts read, and the times of a shutdown."""
 
 import math
 
@@ -6,6 +6,10 @@ import attrs
 
 from flux2max_async._exceptions import SessionClosedError
 
+ANSWER_TIMEOUT = 2.0
+"""Seconds that closing waits for the answers to submits on the wire: without its id, a paid task is lost."""
+SETTLE_TIME = 0.05
+"""Seconds in which callers that were waiting for an outcome can begin to save its images before a drain ends."""
 _FINAL_POLL_MARGIN = 1.0
 """Seconds before the end of the drain at which running tasks are polled for the last time."""
 

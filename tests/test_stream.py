@@ -28,7 +28,7 @@ from flux2max_async import (
     SessionClosedError,
 )
 from flux2max_async.emulator import Emulator
-from flux2max_async.journal._reuse import ReusePolicy
+from flux2max_async.journal._lookup import ReusePolicy
 
 
 def session_with_slots(gateway: Emulator, slots: int) -> FluxSession:

@@ -14,8 +14,8 @@ import attrs
 
 from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit, status_of
 from flux2max_async._api.poll_limiter import PollLimiter
-from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again
-from flux2max_async._api.submit_limiter import MAX_PAUSE, SubmitLimiter
+from flux2max_async._api.retry import MAX_PAUSE, backoff, is_uncertain, may_submit_again
+from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.transport import Transport
 from flux2max_async._exceptions import FluxError, RateLimitedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest
@@ -111,16 +111,7 @@ class ApiClient:
             SubmissionUncertainError: The answer was lost; a task may exist.
             FluxError: The reason of the cancellation.
         """
-        if any(not isinstance(image.source, str) for image in request.input_images):
-            async with cancellation.guard():
-                message = await anyio.to_thread.run_sync(build_submit, request)
-        else:
-            message = build_submit(request)
-        if self._turn.locked() or self._submit_delay() > 0:
-            async with cancellation.guard():
-                await self._wait_for_turn()
-        elif cancellation.reason is not None:
-            cancellation.raise_if_cancelled()
+        message = await self._prepare(request, cancellation)
         deadline = self.now() + task_timeout
         failures = 0
         while True:
@@ -146,6 +137,20 @@ class ApiClient:
             self._stats.retries += 1
             log.warning("submit not accepted (%s); sending it again", refusal)
 
+    async def _prepare(self, request: GenerationRequest, cancellation: Cancellation) -> HttpRequest:
+        """Build the message and wait for the submit's turn."""
+        if any(not isinstance(image.source, str) for image in request.input_images):
+            async with cancellation.guard():
+                message = await anyio.to_thread.run_sync(build_submit, request)
+        else:
+            message = build_submit(request)
+        if self._turn.locked() or self._submit_delay() > 0:
+            async with cancellation.guard():
+                await self._wait_for_turn()
+        elif cancellation.reason is not None:
+            cancellation.raise_if_cancelled()
+        return message
+
     async def _try_submit(
         self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float
     ) -> TaskSnapshot:
@@ -155,12 +160,12 @@ class ApiClient:
             await record.begin()
             response = await self._transport.exchange(message, within=deadline - self.now())
             if request.webhook_secret is not None:
-                response = response.without(request.webhook_secret)
+                response = response.with_secret(request.webhook_secret)
             snapshot = parse_submit(response)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self.submit_limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
-            self._poll_limiter.refused(self.now())
+            self._poll_limiter.record_refusal(self.now())
             raise
         except BaseException:
             self.submit_limiter.submit_ended(probe=probe)
@@ -217,12 +222,12 @@ class ApiClient:
         try:
             response = await self._transport.exchange(message, within=within)
             if request is not None and request.webhook_secret is not None:
-                response = response.without(request.webhook_secret)
+                response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self.submit_limiter.poll_refused(self.now(), error.retry_after)
-            self._poll_limiter.refused(self.now())
+            self._poll_limiter.record_refusal(self.now())
             raise
         if snapshot.status is TaskStatus.IN_PROGRESS:
             self._log_unknown_status(snapshot)
@@ -234,12 +239,12 @@ class ApiClient:
         Args:
             chance: 0.0 to 1.0, drawn anew for each caller.
         """
-        pause = self.submit_limiter.pause(self.now())
+        pause = self.submit_limiter.pause_remaining(self.now())
         return pause + chance * min(pause, _MAX_PAUSE_SPREAD)
 
     def reserve_poll(self) -> float:
         """Reserve one poll of the session's limit; return the seconds until it may be made."""
-        return self._poll_limiter.book(self.now())
+        return self._poll_limiter.reserve(self.now())
 
     def poll_cost_factor(self) -> float:
         """Return how many times its usual cost a poll has now."""

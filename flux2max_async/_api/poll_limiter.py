@@ -46,7 +46,7 @@ class PollLimiter:
     """The part of the cost factor that refusals add, as of `_backpressure_time`."""
     _backpressure_time: float = attrs.field(default=0.0, init=False)
 
-    def book(self, now: float) -> float:
+    def reserve(self, now: float) -> float:
         """Reserve one poll; return the seconds until it may be sent."""
         window = now - self._window_start
         if window >= _WINDOW:
@@ -59,7 +59,7 @@ class PollLimiter:
         self._next_token = max(self._next_token, now - 1.0) + 1 / self.max_per_second
         return max(self._next_token - now, 0.0)
 
-    def refused(self, now: float) -> None:
+    def record_refusal(self, now: float) -> None:
         """Record that the service refused a submit or a poll with 429."""
         self._backpressure = min(self._backpressure_at(now) + 1, _MAX_BACKPRESSURE)
         self._backpressure_time = now

@@ -48,7 +48,7 @@ class HttpResponse:
     secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
     """Texts that the service may have echoed, and that no error may show."""
 
-    def without(self, secret: str | None) -> "HttpResponse":
+    def with_secret(self, secret: str | None) -> "HttpResponse":
         """Return the response with one more secret to redact in its errors; None adds nothing."""
         return attrs.evolve(self, secrets=(*self.secrets, secret)) if secret else self
 

@@ -21,6 +21,11 @@ from flux2max_async._exceptions import (
 NOT_FOUND_GRACE_PERIOD = 30.0
 """Seconds after a submit during which a 404 may only mean that the new task is not visible yet."""
 
+DEFAULT_PAUSE = 1.0
+"""Seconds to pause after a 429 that doesn't say how long."""
+MAX_PAUSE = 120.0
+"""Maximum pause in seconds, even if the service requests a longer one."""
+
 _BASE_DELAY = 0.5
 """Seconds."""
 _MAX_DELAY = 15.0

@@ -12,11 +12,8 @@ import math
 
 import attrs
 
-MAX_PAUSE = 120.0
-"""Maximum pause in seconds, even if the service requests a longer one."""
+from flux2max_async._api.retry import DEFAULT_PAUSE, MAX_PAUSE
 
-_DEFAULT_PAUSE = 1.0
-"""Seconds, if the service requests no particular wait."""
 _BACKOFF_FACTOR = 1.5
 _MAX_BACKOFF = 30.0
 """Seconds."""
@@ -87,7 +84,7 @@ class SubmitLimiter:
         """Whether submits are sent one at a time."""
         return self._ceiling < self._max_in_flight or self._probes_left > 0
 
-    def pause(self, now: float) -> float:
+    def pause_remaining(self, now: float) -> float:
         """Return the seconds until any request may be sent."""
         return max(0.0, self._paused_until - now)
 
@@ -102,7 +99,7 @@ class SubmitLimiter:
         """
         if self._is_probing and self.is_limited:
             return math.inf
-        delay = max(self.pause(now), self._backoff_until - now)
+        delay = max(self.pause_remaining(now), self._backoff_until - now)
         if self._ceiling >= self._max_in_flight or in_flight + 1 <= self._ceiling:
             return delay
         return max(delay, self._last_refusal + _PROBE_INTERVAL - now)
@@ -162,5 +159,5 @@ class SubmitLimiter:
 
     def _extend_pause(self, now: float, retry_after: float | None) -> None:
         self.refused = True
-        seconds = _DEFAULT_PAUSE if retry_after is None else retry_after
+        seconds = DEFAULT_PAUSE if retry_after is None else retry_after
         self._paused_until = max(self._paused_until, now + min(seconds, MAX_PAUSE))

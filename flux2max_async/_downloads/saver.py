@@ -91,17 +91,17 @@ class ImageSaver:
     async def _publish(
         self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], record: NullRecord
     ) -> Path:
-        """Give a complete image the first name that is free, or that the same image already has."""
-        number, published = 0, False
-        while not published:
+        """Publish a complete image under the first name that is free, or that the same image already has."""
+        number = 0
+        while True:
             number, target, size = await anyio.to_thread.run_sync(
                 _find_available, part, self.folder, stem, outcome, number + 1
             )
             # First the journal, then the file: a file that is found under this name later is this image.
             files[index : index + 1] = [SavedFile(target.absolute(), size)]
             await record.set_files(tuple(files))
-            published = await anyio.to_thread.run_sync(_link, part, target)
-        return target
+            if await anyio.to_thread.run_sync(_link, part, target):
+                return target
 
     def _stem(self, outcome: Completed) -> str:
         if self.name is None:
@@ -115,7 +115,7 @@ class ImageSaver:
 
 
 def _part_prefix(image: GeneratedImage) -> str:
-    """Return what the part files of an image begin with, so that they can be told from those of others."""
+    """Return what the part files of an image begin with, so that they are not mistaken for those of other images."""
     return hashlib.sha256(f"{image.task_id} {image.index}".encode(errors="replace")).hexdigest()[:16]
 
 
@@ -178,7 +178,7 @@ def _is_same(target: Path, part: Path) -> bool:
 
 
 def _link(part: Path, target: Path) -> bool:
-    """Give a file its name, unless the name is taken; return whether the image is stored under it now."""
+    """Publish a file under its name, unless the name is taken; return whether the image is stored under it now."""
     try:
         target.hardlink_to(part)
     except OSError:

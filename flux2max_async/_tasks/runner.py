@@ -15,7 +15,7 @@ from flux2max_async._polling.updates import SnapshotFeed
 from flux2max_async._tasks.cancellation import SubmitCancellation
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async.journal._budget_record import NullRecord
-from flux2max_async.journal._reuse import KeyConflictError, Replay, Resume, ReusePolicy, Submit
+from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 
 log = logging.getLogger("flux2max_async.tasks")
 

@@ -13,24 +13,19 @@ from flux2max_async._exceptions import ConfigurationError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome
 from flux2max_async._polling.poller import PollingContext
-from flux2max_async._shutdown import closed_error
+from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.runner import RunnerContext, TaskRunner
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._record_factory import RecordFactory
-from flux2max_async.journal._reuse import ReusePolicy
 from flux2max_async.journal._serialization import snapshot_from_entry
 
 log = logging.getLogger("flux2max_async.tasks")
 
 T = TypeVar("T")
-
-_ANSWER_TIMEOUT = 2.0
-"""Seconds that closing waits for the answers to submits on the wire: without its id, a paid task is lost."""
-_SETTLE_TIME = 0.05
-"""Seconds in which callers that were waiting for an outcome can begin to save its images."""
 
 
 class Supervisor:
@@ -264,10 +259,10 @@ class Supervisor:
             task.cancel()
         try:
             async with asyncio.timeout_at(self.shutdown.deadline) as self._draining:
-                await asyncio.sleep(_SETTLE_TIME)
+                await asyncio.sleep(SETTLE_TIME)
                 while tasks := self._tasks - self._producers:
                     await asyncio.wait(tasks)
-                    await asyncio.sleep(_SETTLE_TIME)
+                    await asyncio.sleep(SETTLE_TIME)
         except TimeoutError:
             pass  # what has not ended by now is left unfinished
         finally:
@@ -279,7 +274,7 @@ class Supervisor:
         for runner in list(self._runners):
             runner.cancel_submit(closed_error())
         if unanswered := [runner.answered for runner in self._runners if not runner.answered.done()]:
-            await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
+            await asyncio.wait(unanswered, timeout=ANSWER_TIMEOUT)
         self.close_now()
         if tasks := list(self._tasks):
             await asyncio.wait(tasks)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from typing import IO
 
 _EXTRAS = {"typer": "cli", "rich": "cli", "dotenv": "cli", "jinja2": "cli", "PIL": "emulator"}
 """The extra that installs each optional package."""
@@ -20,6 +21,19 @@ def main() -> None:
         if package not in _EXTRAS:
             raise
         sys.exit(f"flux2max: {package} is missing: pip install 'flux2max_async[{_EXTRAS[package]}]'")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # it would fail again at exit, where Python prints a message and changes the exit code
+                redirect_to_devnull(stream)
+
+
+def redirect_to_devnull(stream: IO[str]) -> None:
+    """Discard what is written to a stream from now on: its reader is gone, its disk is full, or its terminal closed."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def _prepare_standard_streams() -> None:

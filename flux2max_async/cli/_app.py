@@ -55,9 +55,9 @@ def flux2max(
     """
     if Path(".env").exists():
         from flux2max_async.cli._config import read_dotenv
-        from flux2max_async.cli._terminal import errors_as_lines
+        from flux2max_async.cli._terminal import report_errors
 
-        with errors_as_lines():
+        with report_errors():
             context.obj = read_dotenv()
         # As defaults, because options and environment variables take precedence over the file.
         context.default_map = {
@@ -118,13 +118,13 @@ def generate(
     import asyncio
 
     from flux2max_async.cli import _tasks as tasks
-    from flux2max_async.cli._requests_file import picture
-    from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
+    from flux2max_async.cli._requests_file import resolve_image_source
+    from flux2max_async.cli._terminal import StderrLogHandler, attach_log_handler, report_errors
 
-    with errors_as_lines(lambda: _UNFINISHED_HINT), log_to(Complaints(logging.WARNING)):
+    with report_errors(lambda: _UNFINISHED_HINT), attach_log_handler(StderrLogHandler(logging.WARNING)):
         request = flux.GenerationRequest(
             prompt,
-            input_images=[picture(source, Path()) for source in image or ()],
+            input_images=[resolve_image_source(source, Path()) for source in image or ()],
             width=width,
             height=height,
             seed=seed,
@@ -148,9 +148,9 @@ def status(
     import asyncio
 
     from flux2max_async.cli import _tasks as tasks
-    from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.cli._terminal import report_errors
 
-    with errors_as_lines():
+    with report_errors():
         asyncio.run(tasks.status(_settings(context, key_file, base_url), task_id, as_json=as_json))
 
 
@@ -171,9 +171,9 @@ def download(
     import asyncio
 
     from flux2max_async.cli import _tasks as tasks
-    from flux2max_async.cli._terminal import Complaints, errors_as_lines, log_to
+    from flux2max_async.cli._terminal import StderrLogHandler, attach_log_handler, report_errors
 
-    with errors_as_lines(), log_to(Complaints(logging.WARNING)):
+    with report_errors(), attach_log_handler(StderrLogHandler(logging.WARNING)):
         session = tasks.open_session(_settings(context, key_file, base_url), task_timeout)
         asyncio.run(tasks.download(session, task_id, output))
 
@@ -224,13 +224,13 @@ def batch(
     """
     from flux2max_async._config import parse_dollars
     from flux2max_async.cli._batch import BatchOptions, run_batch
-    from flux2max_async.cli._requests_file import defaults_of
-    from flux2max_async.cli._terminal import errors_as_lines
-    from flux2max_async.journal._reuse import ReusePolicy
+    from flux2max_async.cli._requests_file import parse_defaults
+    from flux2max_async.cli._terminal import report_errors
+    from flux2max_async.journal._lookup import ReusePolicy
 
     settings = _settings(context, key_file, base_url)
-    with errors_as_lines(lambda: "run the same command again to go on"):
-        defaults = defaults_of(
+    with report_errors(lambda: "run the same command again to go on"):
+        defaults = parse_defaults(
             extra or (),
             prompt=prompt,
             input_images=image,
@@ -272,9 +272,9 @@ def journal(folder: options.BatchFolder, *, as_json: options.AsJson = False) -> 
     Prints counts, dollars, and the requests that are running or uncertain.
     """
     from flux2max_async.cli._inspect import print_journal
-    from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.cli._terminal import report_errors
 
-    with errors_as_lines():
+    with report_errors():
         print_journal(folder, as_json=as_json)
 
 
@@ -282,9 +282,9 @@ def journal(folder: options.BatchFolder, *, as_json: options.AsJson = False) -> 
 def gallery(folder: options.BatchFolder) -> None:
     """Write a batch's index.html and results.jsonl again."""
     from flux2max_async.cli._inspect import rebuild_gallery
-    from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.cli._terminal import report_errors
 
-    with errors_as_lines():
+    with report_errors():
         rebuild_gallery(folder)
 
 
@@ -327,11 +327,11 @@ def emulate(
     """
     from flux2max_async._config import parse_dollars
     from flux2max_async.cli._emulate import parse_faults
-    from flux2max_async.cli._terminal import errors_as_lines
+    from flux2max_async.cli._terminal import report_errors
     from flux2max_async.emulator import Emulator
     from flux2max_async.emulator.__main__ import serve
 
-    with errors_as_lines():
+    with report_errors():
         gateway = Emulator(
             port=port,
             seconds=seconds,

@@ -14,16 +14,24 @@ import typer
 
 import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
-from flux2max_async.cli._gallery import Gallery, write_all
-from flux2max_async.cli._output_dir import Folder
-from flux2max_async.cli._parsers import READERS, guessed_form
+from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._output_dir import OutputDir
+from flux2max_async.cli._parsers import PARSERS, guess_format
 from flux2max_async.cli._plan import Plan, find_orphans, make_plan, reject_key_conflicts, round_up
-from flux2max_async.cli._requests_file import Line, Sheet, read_sheet
-from flux2max_async.cli._runner import Job, Report, run
+from flux2max_async.cli._requests_file import Line, RequestsFile, read_requests_file
+from flux2max_async.cli._runner import Batch, Report, run
 from flux2max_async.cli._summary import Command, display_state, suggest_command, summary
-from flux2max_async.cli._terminal import Screen, complain, line, pictures, somebody_can_be_asked, tell, tell_exactly
+from flux2max_async.cli._terminal import (
+    Terminal,
+    can_prompt,
+    format_pictures,
+    print_error,
+    print_status,
+    print_verbatim,
+    to_single_line,
+)
 from flux2max_async.journal._entry import JournalEntry
-from flux2max_async.journal._reuse import ReusePolicy
+from flux2max_async.journal._lookup import ReusePolicy
 
 _STANDARD_INPUT = "-"
 _MAX_VALUE_LENGTH = 100
@@ -62,8 +70,8 @@ def run_batch(options: BatchOptions) -> int:
         FluxError: The batch couldn't be started.
     """
     requests_file = _read_requests(options)
-    folder = Folder(options.out or _default_folder(options.file))
-    entries = asyncio.run(folder.entries())
+    output_dir = OutputDir(options.out or _default_folder(options.file))
+    entries = asyncio.run(output_dir.read_journal())
     requests_file = reject_key_conflicts(requests_file, entries)
     if not _check_lines(options, requests_file):
         return 2
@@ -78,28 +86,28 @@ def run_batch(options: BatchOptions) -> int:
         budget=options.budget,
         price_guess=options.price_guess,
         schedule=schedule,
-        journal=flux.SqliteJournal(folder.database),
+        journal=flux.SqliteJournal(output_dir.journal_path),
     )
     if options.dry_run:
         _show_dry_run(options, plan)
         return 0
     _show_plan(options, plan, orphans, lost)
-    if (code := _ask_for_consent(options, plan, folder)) is not None:
+    if (code := _ask_for_consent(options, plan, output_dir)) is not None:
         return code
-    folder.make()
-    folder.gather(lines, entries)
-    job = Job(
-        folder=folder,
+    output_dir.create()
+    output_dir.update_rows(lines, entries)
+    batch = Batch(
+        output_dir=output_dir,
         plan=plan,
         session=session,
         schedule=schedule,
-        places=options.max_in_flight,
+        max_in_flight=options.max_in_flight,
         budget=options.budget,
         as_json=options.as_json,
     )
-    report = asyncio.run(run(job))
-    code = _finish(options, folder, requests_file.lines, orphans, report)
-    if report.stuck:
+    report = asyncio.run(run(batch))
+    code = _finish(options, output_dir, requests_file.lines, orphans, report)
+    if report.output_blocked:
         os._exit(code)
     return code
 
@@ -117,7 +125,7 @@ def _default_folder(file: str) -> Path:
     return Path(f"flux2max-{Path(file).stem}")
 
 
-def _read_requests(options: BatchOptions) -> Sheet:
+def _read_requests(options: BatchOptions) -> RequestsFile:
     """Read the requests file.
 
     Raises:
@@ -130,37 +138,37 @@ def _read_requests(options: BatchOptions) -> Sheet:
         raise flux.ConfigurationError(f"can't read {options.file!r}: {error.strerror}") from error
     file_format = options.file_format
     if file_format is None and is_stdin:
-        file_format = guessed_form(data)
+        file_format = guess_format(data)
         if file_format is None:
             raise flux.ConfigurationError("standard input may be prompts or a table: specify the format with --as")
     file_format = file_format or path.suffix.lower().removeprefix(".")
-    if file_format not in READERS:
+    if file_format not in PARSERS:
         raise flux.ConfigurationError(f"{options.file!r} is not .txt, .jsonl or .csv: specify the format with --as")
     folder = Path() if is_stdin else path.parent
-    return read_sheet(data, file_format, folder=folder, defaults=options.defaults, repeat=options.repeat)
+    return read_requests_file(data, file_format, folder=folder, defaults=options.defaults, repeat=options.repeat)
 
 
-def _check_lines(options: BatchOptions, requests_file: Sheet) -> bool:
+def _check_lines(options: BatchOptions, requests_file: RequestsFile) -> bool:
     """Report bad lines, and check whether the batch can go on."""
-    for bad in requests_file.bad:
-        tell(f"{options.file}:{bad.number}: {bad.field}: {bad.reason}")
-    if requests_file.bad and not options.skip_bad:
-        count = len({bad.number for bad in requests_file.bad})
+    for bad in requests_file.bad_lines:
+        print_status(f"{options.file}:{bad.number}: {bad.field}: {bad.reason}")
+    if requests_file.bad_lines and not options.skip_bad:
+        count = len({bad.number for bad in requests_file.bad_lines})
         problem = "1 line is bad" if count == 1 else f"{count} lines are bad"
-        complain(f"{problem}, so nothing was sent; --skip-bad skips bad lines")
+        print_error(f"{problem}, so nothing was sent; --skip-bad skips bad lines")
         return False
     if not requests_file.lines:
-        complain(f"{options.file} has no prompts")
+        print_error(f"{options.file} has no prompts")
         return False
     return True
 
 
 def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost: Sequence[JournalEntry]) -> None:
-    tell(plan.describe(options.budget))
+    print_status(plan.describe(options.budget))
     if orphans:
-        tell(f"{len(orphans)} of them: no longer in {options.file}, but already paid for")
+        print_status(f"{len(orphans)} of them: no longer in {options.file}, but already paid for")
     for entry in lost:
-        complain(
+        print_error(
             f"{options.file} no longer has {entry.key}, which was submitted; "
             f"to save its picture: flux2max download {entry.task_id}"
         )
@@ -179,8 +187,8 @@ def _show_dry_run(options: BatchOptions, plan: Plan) -> None:
         elif price is not None:
             prompt = params.pop("prompt")
             others = "".join(f", {name} {_truncate(value)}" for name, value in params.items())
-            typer.echo(line(f"{item.key}: {prompt}{others}, ${round_up(price)}"))
-    tell(f"dry run: {plan.describe(options.budget)}")
+            typer.echo(to_single_line(f"{item.key}: {prompt}{others}, ${round_up(price)}"))
+    print_status(f"dry run: {plan.describe(options.budget)}")
 
 
 def _truncate(value: Any) -> str:
@@ -188,58 +196,59 @@ def _truncate(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 1]}…"
 
 
-def _ask_for_consent(options: BatchOptions, plan: Plan, folder: Folder) -> int | None:
+def _ask_for_consent(options: BatchOptions, plan: Plan, output_dir: OutputDir) -> int | None:
     """Ask on the terminal before money is spent; return the exit code without consent, and None with it.
 
     Without a terminal, no consent is needed, except to pay again for what `results.jsonl` lists as paid for.
     """
     if options.yes or not plan.prices:
         return None
-    paid = folder.paid_without_journal(plan.lines)
+    paid = output_dir.count_paid_without_journal(plan.lines)
     if paid:
-        complain(f"{folder.database} is missing: {pictures(paid)} in {folder.results.name} would be paid for again")
-    if somebody_can_be_asked():
+        results = f"{format_pictures(paid)} in {output_dir.results_path.name}"
+        print_error(f"{output_dir.journal_path} is missing: {results} would be paid for again")
+    if can_prompt():
         if typer.confirm("Go on?", err=True):
             return None
-        complain("nothing was sent")
+        print_error("nothing was sent")
         return 1
     if paid or sys.stderr.isatty():
-        complain("can't ask for confirmation, so nothing was sent: add --yes to go ahead")
+        print_error("can't ask for confirmation, so nothing was sent: add --yes to go ahead")
         return 2
     return None
 
 
 def _finish(
-    options: BatchOptions, folder: Folder, lines: Sequence[Line], orphans: Sequence[Line], report: Report
+    options: BatchOptions, output_dir: OutputDir, lines: Sequence[Line], orphans: Sequence[Line], report: Report
 ) -> int:
     """Write the results and the gallery, print the summary, and return the exit code.
 
     Args:
         options: The options of the command.
-        folder: The output folder.
+        output_dir: The output folder.
         lines: The requests in the file.
         orphans: The requests that an earlier run has left.
         report: The result of the run.
     """
     # The journal decides: it also has what other processes have done meanwhile.
-    entries = asyncio.run(folder.entries())
-    folder.gather([*lines, *orphans], entries)
-    gallery = Gallery(folder.path, hurry=len(report.signals) > 1)
-    write_error = write_all(folder, list(folder.rows.values()), gallery, running=False)
-    rows = [folder.rows[item.key] for item in lines]
+    entries = asyncio.run(output_dir.read_journal())
+    output_dir.update_rows([*lines, *orphans], entries)
+    gallery = Gallery(output_dir.path, skip_thumbnails=report.must_leave_now)
+    write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
+    rows = [output_dir.rows[item.key] for item in lines]
     next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess)
-    Screen(sys.stderr if options.as_json else sys.stdout).show(*summary(rows, report, next_plan.spent))
+    Terminal(sys.stderr if options.as_json else sys.stdout).show(*summary(rows, report, next_plan.spent))
     if write_error is not None:
-        complain(write_error)
-    if report.stopped is not None:
-        complain(f"stopped: {report.stopped}")
+        print_error(write_error)
+    if report.error is not None:
+        print_error(f"stopped: {report.error}")
     done = sum(display_state(row) == "done" for row in rows)
     hint = "" if write_error else f"; to view them: {gallery.path}"
-    tell(f"{done} of {pictures(len(rows))} in {folder.path}{hint}")
+    print_status(f"{done} of {format_pictures(len(rows))} in {output_dir.path}{hint}")
     if (suggestion := suggest_command(options.command, rows, report, next_plan, options.budget)) is not None:
         purpose, command = suggestion
         condition = " (with the same standard input)" if options.file == _STANDARD_INPUT else ""
-        tell_exactly(f"{purpose}{condition}: {command}")
-    if done == len(rows) and write_error is None and not report.unheard and not report.stuck:
+        print_verbatim(f"{purpose}{condition}: {command}")
+    if done == len(rows) and write_error is None and not report.stdout_failed and not report.output_blocked:
         return 0
     return 128 + report.signals[0] if report.signals else 1

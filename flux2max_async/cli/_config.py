@@ -11,7 +11,14 @@ import typer
 
 import flux2max_async as flux
 from flux2max_async._config import KEY_VARIABLE, URL_VARIABLE
-from flux2max_async.cli._terminal import Complaints, complain, line, log_to, somebody_can_be_asked, tell
+from flux2max_async.cli._terminal import (
+    StderrLogHandler,
+    attach_log_handler,
+    can_prompt,
+    print_error,
+    print_status,
+    to_single_line,
+)
 
 _PREFIX = "FLUX2MAX_"
 _DOTENV_FILE = ".env"
@@ -25,11 +32,12 @@ def read_dotenv() -> dict[str, str]:
     import dotenv  # noqa: PLC0415 - only users of a .env file need it
 
     try:
-        with log_to(Complaints(logging.WARNING), "dotenv"):  # dotenv logs a warning for each line that it can't parse
+        # Dotenv logs a warning for each line that it can't parse.
+        with attach_log_handler(StderrLogHandler(logging.WARNING), "dotenv"):
             values = dotenv.dotenv_values(path, interpolate=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         # Not fatal: the file may belong to another program, and a setting that is missing is reported later.
-        complain(f"can't read {_DOTENV_FILE}: {_failure_reason(error)}")
+        print_error(f"can't read {_DOTENV_FILE}: {_failure_reason(error)}")
         return {}
     return {name: value for name, value in values.items() if name.startswith(_PREFIX) and value}
 
@@ -62,7 +70,7 @@ class ServiceSettings:
         key = self.read_key()
         if self.base_url and self.base_url == self.dotenv.get(URL_VARIABLE) and key != self.dotenv.get(KEY_VARIABLE):
             # A .env file in a folder from somebody else could direct the user's own key to a foreign address.
-            tell(f"gateway: {line(self.base_url)} (from {_DOTENV_FILE})")
+            print_status(f"gateway: {to_single_line(self.base_url)} (from {_DOTENV_FILE})")
         return flux.FluxSession(key, base_url=self.base_url, **options)
 
     def read_key(self) -> str:
@@ -75,7 +83,7 @@ class ServiceSettings:
             return _read_key_file(self.key_file)
         if key := self.get_variable(KEY_VARIABLE):
             return key
-        if somebody_can_be_asked():
+        if can_prompt():
             return str(typer.prompt("API key", hide_input=True, err=True))
         raise flux.ConfigurationError(
             f"no API key: set {KEY_VARIABLE} in the environment or in {_DOTENV_FILE}, or pass a file with --key-file"

@@ -13,8 +13,16 @@ import typer
 from rich.text import Text
 
 import flux2max_async as flux
-from flux2max_async.cli._progress import Board, polls_a_task
-from flux2max_async.cli._terminal import Screen, complain, errors_as_lines, line, log_to, polls, table
+from flux2max_async.cli._progress import ProgressDisplay, polls_per_task
+from flux2max_async.cli._terminal import (
+    Terminal,
+    attach_log_handler,
+    format_polls,
+    make_table,
+    print_error,
+    report_errors,
+    to_single_line,
+)
 
 if TYPE_CHECKING:
     from flux2max_async.emulator import Emulator
@@ -27,7 +35,7 @@ class Demo:
     count: int
     folder: Path
     gateway: "Emulator"
-    screen: Screen = attrs.field(factory=lambda: Screen(sys.stdout))
+    terminal: Terminal = attrs.field(factory=lambda: Terminal(sys.stdout))
     saved: int = 0
     failed: int = 0
     task_seconds: float = 0.0
@@ -35,10 +43,10 @@ class Demo:
 
     def run(self) -> int:
         """Generate all pictures and return the exit code."""
-        with errors_as_lines(result=self._result), log_to(logging.NullHandler()):
+        with report_errors(self._result), attach_log_handler(logging.NullHandler()):
             asyncio.run(self._run())
         if self.failed:
-            complain(f"{self.failed} of {self.count} pictures failed")
+            print_error(f"{self.failed} of {self.count} pictures failed")
         return 1 if self.failed else 0
 
     async def _run(self) -> None:
@@ -48,20 +56,20 @@ class Demo:
             self.gateway,
             flux.FluxSession(self.gateway.api_key, base_url=self.gateway.url, schedule=schedule) as session,
         ):
-            board = Board(self.count, session, schedule, 24, self.screen)
-            with board.shown():
+            display = ProgressDisplay(self.count, session, schedule, 24, self.terminal)
+            with display.live():
                 try:
                     async with session.stream(_requests(self.count)) as stream:
                         async for outcome in stream:
                             # In a task of its own, so that a slow download doesn't delay the next outcome.
-                            saves.add(asyncio.create_task(self._save(outcome, session, board)))
+                            saves.add(asyncio.create_task(self._save(outcome, session, display)))
                 finally:
                     await _wait_for_saves(saves)
         for save in saves:
             save.result()  # raises if standard output is closed
-        self._print_summary(board)
+        self._print_summary(display)
 
-    async def _save(self, outcome: "flux.Outcome", session: "flux.FluxSession", board: Board) -> None:
+    async def _save(self, outcome: "flux.Outcome", session: "flux.FluxSession", display: ProgressDisplay) -> None:
         """Save the picture of an outcome, or print why there is none."""
         assert outcome.request is not None
         name = str(outcome.request.key)
@@ -70,35 +78,35 @@ class Demo:
             await session.save(completed.images[0], self.folder / f"{name}.jpeg")
         except flux.FluxError as error:
             self.failed += 1
-            board.failed += 1
-            self._print(Text.assemble(("failed", "red"), f" {name}: {line(error)}"))
+            display.failed += 1
+            self._print(Text.assemble(("failed", "red"), f" {name}: {to_single_line(error)}"))
         else:
             self.saved += 1
             self.task_seconds += completed.elapsed
-            board.take(name, outcome)
-            if not self.screen.is_interactive:
-                self._print(Text(f"saved {name}.jpeg ({completed.elapsed:.1f} s, {polls(completed)})"))
+            display.record(name, outcome)
+            if not self.terminal.is_interactive:
+                self._print(Text(f"saved {name}.jpeg ({completed.elapsed:.1f} s, {format_polls(completed)})"))
 
     def _result(self) -> str:
         return f"{self.saved} of {self.count} pictures are saved in {self.folder}"
 
-    def _print_summary(self, board: Board) -> None:
-        stats = board.session.stats
+    def _print_summary(self, display: ProgressDisplay) -> None:
+        stats = display.session.stats
         cells = {
             "done": str(self.saved),
             "failed": str(self.failed),
-            "wall seconds": f"{board.seconds:.1f}",
+            "wall seconds": f"{display.elapsed:.1f}",
             "seconds per task": f"{self.task_seconds / self.saved:.1f}" if self.saved else "-",
-            "polls per task": f"{polls_a_task(stats):.1f}",
+            "polls per task": f"{polls_per_task(stats):.1f}",
             "spent": f"${stats.spent:.2f}",
         }
-        self.screen.show(table(cells), self._result())
+        self.terminal.show(make_table(cells), self._result())
 
     def _print(self, text: Text) -> None:
-        if self.screen.is_interactive:
-            self.screen.print(text, soft_wrap=True)
+        if self.terminal.is_interactive:
+            self.terminal.print(text, soft_wrap=True)
         else:
-            # Not screen.print(): on a broken pipe, rich raises SystemExit, which would break out of the event loop.
+            # Not terminal.print(): on a broken pipe, rich raises SystemExit, which would break out of the event loop.
             typer.echo(text.plain)
 
 

@@ -1,4 +1,4 @@
-"""The gallery: one page of all pictures of a folder to look at, with small copies of them, made once."""
+"""The gallery: an HTML page with all pictures of an output folder, and thumbnails of them."""
 
 import io
 from collections import Counter
@@ -11,49 +11,49 @@ import attrs
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from flux2max_async.cli._output_dir import WAITING, Folder, Row, write_whole
+from flux2max_async.cli._output_dir import WAITING, OutputDir, Row, write_atomically
 from flux2max_async.journal._entry import EntryState
 
-_SIDE = 360
-"""Pixels of the longer side of a small copy."""
-_ORDER = [
+_THUMBNAIL_SIDE = 360
+"""The length of a thumbnail's longer side in pixels."""
+_STATE_ORDER = [
     *(EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED),
     *(EntryState.INTENT, EntryState.SUBMITTED, WAITING, EntryState.COMPLETED),
 ]
-"""States in the order in which somebody may want to see them: what went wrong, what is under way, what is well."""
-_NAMES = {EntryState.INTENT.value: "running", EntryState.SUBMITTED.value: "running"}
-"""What states are called here, where that isn't their own name."""
+"""The order when sorted by state: problems come first, then what is unfinished, then completed requests."""
+_STATE_LABELS = {EntryState.INTENT.value: "running", EntryState.SUBMITTED.value: "running"}
+"""The names of states on the page, if they differ from the journal's."""
 
 
 @attrs.frozen
 class Card:
-    """What stands under one picture, or in its place."""
+    """One image on the page, or the placeholder of a request without images."""
 
     row: Row
     number: int
-    """In the order of the page, from 1."""
+    """The position on the page, from 1."""
     state: str
     rank: int
-    """Of the state, where they are sorted by it."""
-    full: str = ""
-    """The url of the picture, relative to the page; empty where there is none."""
-    small: str = ""
+    """The position of the state in `_STATE_ORDER`."""
+    image_url: str = ""
+    """Relative to the page; empty if there is no image."""
+    thumbnail_url: str = ""
     size: Sequence[object] = ()
-    """The width and height of the picture in pixels, or as they were asked for."""
+    """The image's width and height in pixels; without an image, the requested ones."""
     part: str = ""
-    """Which of several pictures of one request it is."""
+    """The position among several images of one request, such as "1 of 2"."""
 
 
 @attrs.define
 class Gallery:
-    """The page of one folder."""
+    """The page of an output folder."""
 
     folder: Path
-    hurry: bool = False
-    """Whether no more small copies are to be made now."""
+    skip_thumbnails: bool = False
+    """Whether no more thumbnails are created: images without one are shown themselves."""
     _sizes: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
-    """Of pictures that have been looked at."""
-    _page: Environment = attrs.field(
+    """The width and height in pixels of images that were opened, by file name."""
+    _environment: Environment = attrs.field(
         factory=lambda: Environment(
             loader=FileSystemLoader(Path(__file__).parent),
             autoescape=True,
@@ -66,90 +66,100 @@ class Gallery:
 
     @property
     def path(self) -> Path:
-        """The page."""
+        """The HTML file."""
         return self.folder / "index.html"
 
     def write(self, rows: Sequence[Row], *, running: bool) -> None:
-        """Make small copies of the pictures that have none yet, and write the page; whole or not at all.
+        """Create missing thumbnails, and replace the page atomically.
 
         Args:
-            rows: What is to be shown, in order.
-            running: Whether there is more to come: then the page looks for it by itself.
+            rows: The requests to show, in order.
+            running: Whether the batch is still running: the page then reloads itself.
 
         Raises:
-            OSError: It can't be written.
+            OSError: The page can't be written.
         """
         cards: list[Card] = []
         for row in rows:
-            cards += self._cards(row, len(cards) + 1)
+            cards += self._create_cards(row, len(cards) + 1)
         states = Counter(card.state for card in cards)
-        page = self._page.get_template("gallery.html").render(
+        page = self._environment.get_template("gallery.html").render(
             cards=cards,
             title=self.folder.resolve().name,
-            pictures=sum(bool(card.full) for card in cards),
+            image_count=sum(bool(card.image_url) for card in cards),
             spent=sum(row.cost for row in rows if row.cost is not None),
             states=sorted(states.items(), key=lambda item: _rank(item[0]), reverse=True),
             running=running,
             now=datetime.now().astimezone(),
         )
-        write_whole(self.path, page)
+        write_atomically(self.path, page)
 
-    def _cards(self, row: Row, number: int) -> list[Card]:
-        state, rank = _NAMES.get(row.state, row.state), _rank(row.state)
+    def _create_cards(self, row: Row, number: int) -> list[Card]:
+        """Return a card for each image of a request, or a placeholder."""
+        state, rank = _STATE_LABELS.get(row.state, row.state), _rank(row.state)
         cards: list[Card] = []
         for index, name in enumerate(row.files, 1):
-            small, size = self._small_copy(name)
+            thumbnail_url, size = self._create_thumbnail(name)
             part = f"{index} of {len(row.files)}" if len(row.files) > 1 else ""
-            cards.append(Card(row, number + index - 1, state, rank, quote(name), small, size, part))
-        asked = [row.params.get(side) or "any" for side in ("width", "height")]
-        return cards or [Card(row, number, state, rank, size=[] if asked == ["any", "any"] else asked)]
+            cards.append(Card(row, number + index - 1, state, rank, quote(name), thumbnail_url, size, part))
+        requested = [row.params.get(side) or "any" for side in ("width", "height")]
+        return cards or [Card(row, number, state, rank, size=[] if requested == ["any", "any"] else requested)]
 
-    def _small_copy(self, name: str) -> tuple[str, Sequence[object]]:
-        """Give the url of a picture's small copy, which is made if need be, and the picture's width and height."""
-        picture, small = self.folder / name, self.folder / "thumbs" / f"{name}.jpeg"
+    def _create_thumbnail(self, name: str) -> tuple[str, Sequence[object]]:
+        """Create an image's thumbnail if it is missing or outdated.
+
+        Returns:
+            The URL to show, which is that of the image itself without a thumbnail, and the image's width and height.
+        """
+        path, thumbnail = self.folder / name, self.folder / "thumbs" / f"{name}.jpeg"
         try:
-            if name not in self._sizes or not small.exists():
-                with Image.open(picture) as image:
+            if name not in self._sizes or not thumbnail.exists():
+                with Image.open(path) as image:
                     size = image.size
-                    if self.hurry and not small.exists():
+                    if self.skip_thumbnails and not thumbnail.exists():
                         return quote(name), size
-                    if not small.exists() or small.stat().st_mtime < picture.stat().st_mtime:
-                        small.parent.mkdir(exist_ok=True)
-                        write_whole(small, _shrunk(image))
+                    if not thumbnail.exists() or thumbnail.stat().st_mtime < path.stat().st_mtime:
+                        thumbnail.parent.mkdir(exist_ok=True)
+                        write_atomically(thumbnail, _encode_thumbnail(image))
                 self._sizes[name] = size
-        except Exception:  # noqa: BLE001 - whatever is wrong with one picture, the page shows all the others
+        except Exception:  # noqa: BLE001 - a damaged image must not keep the others from being shown
             return quote(name), []
-        return quote(f"thumbs/{small.name}"), self._sizes[name]
+        return quote(f"thumbs/{thumbnail.name}"), self._sizes[name]
 
 
-def write_all(folder: Folder, rows: Sequence[Row], gallery: Gallery, *, running: bool) -> str | None:
-    """Write the results and the page, and tell what has kept them from being written: it keeps nothing else."""
-    works: dict[Path, Callable[[], None]] = {
-        folder.results: lambda: folder.write_results(rows),
+def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, *, running: bool) -> str | None:
+    """Write the results and the gallery, each even if the other fails.
+
+    Returns:
+        What failed, or None.
+    """
+    writers: dict[Path, Callable[[], None]] = {
+        output_dir.results_path: lambda: output_dir.write_results(rows),
         gallery.path: lambda: gallery.write(rows, running=running),
     }
-    troubles: list[str] = []
-    for path, work in works.items():
+    problems: list[str] = []
+    for path, write in writers.items():
         try:
-            work()
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the pictures go on
-            troubles.append(f"can't write {path.name}: {getattr(error, 'strerror', None) or repr(error)}")
-    return "; ".join(troubles) or None
+            write()
+        except Exception as error:  # noqa: BLE001 - no failure here may stop the batch
+            problems.append(f"can't write {path.name}: {getattr(error, 'strerror', None) or repr(error)}")
+    return "; ".join(problems) or None
 
 
-def _shrunk(image: Image.Image) -> bytes:
-    image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # a JPEG is decoded no larger than it needs to be
-    image.thumbnail((_SIDE, _SIDE))
+def _encode_thumbnail(image: Image.Image) -> bytes:
+    """Return a smaller JPEG of an image; transparent pixels become white."""
+    image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))  # so that a JPEG isn't decoded in full size
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        ground = Image.new("RGB", image.size, "white")
-        copy = image.convert("RGBA")
-        ground.paste(copy, mask=copy)
+        thumbnail = Image.new("RGB", image.size, "white")
+        transparent = image.convert("RGBA")
+        thumbnail.paste(transparent, mask=transparent)
     else:
-        ground = image.convert("RGB")
+        thumbnail = image.convert("RGB")
     file = io.BytesIO()
-    ground.save(file, "JPEG", quality=80, optimize=True)
+    thumbnail.save(file, "JPEG", quality=80, optimize=True)
     return file.getvalue()
 
 
 def _rank(state: str) -> int:
-    return _ORDER.index(state) if state in _ORDER else len(_ORDER)
+    return _STATE_ORDER.index(state) if state in _STATE_ORDER else len(_STATE_ORDER)

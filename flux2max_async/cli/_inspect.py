@@ -9,10 +9,10 @@ from pathlib import Path
 import typer
 
 import flux2max_async as flux
-from flux2max_async.cli._gallery import Gallery, write_all
-from flux2max_async.cli._output_dir import Folder, is_lost
+from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._output_dir import OutputDir, is_uncertain
 from flux2max_async.cli._plan import newest_entries, total_cost
-from flux2max_async.cli._terminal import Screen, line, table
+from flux2max_async.cli._terminal import Terminal, make_table, to_single_line
 from flux2max_async.journal._entry import EntryState
 from flux2max_async.journal._serialization import to_json
 
@@ -23,15 +23,15 @@ def print_journal(path: Path, *, as_json: bool) -> None:
     Raises:
         FluxError: There is no journal, or it can't be read.
     """
-    entries = asyncio.run(_open_folder(path).entries())
+    entries = asyncio.run(_open_output_dir(path).read_journal())
     if as_json:
         for entry in entries:
             typer.echo(to_json(entry.to_dict()))
         return
     newest = newest_entries(entries).values()
-    lost = [entry for entry in newest if is_lost(entry)]
+    lost = [entry for entry in newest if is_uncertain(entry)]
     unfinished = (EntryState.SUBMITTED, EntryState.INTENT)
-    running = [entry for entry in newest if entry.state in unfinished and not is_lost(entry)]
+    running = [entry for entry in newest if entry.state in unfinished and not is_uncertain(entry)]
     states = Counter(entry.state for entry in newest)
     spent = total_cost(entries)
     reserved = sum((entry.committed for entry in entries), Decimal(0)) - spent
@@ -45,12 +45,12 @@ def print_journal(path: Path, *, as_json: bool) -> None:
         "spent": f"${spent:.2f}",
         "reserved": f"${max(reserved, Decimal(0)):.2f}",
     }
-    Screen(sys.stdout).show(table(cells))
+    Terminal(sys.stdout).show(make_table(cells))
     for entry in running:
-        typer.echo(line(f"running: {entry.task_id or 'being submitted'}  {entry.key}  ({entry.prompt[:60]})"))
+        typer.echo(to_single_line(f"running: {entry.task_id or 'being submitted'}  {entry.key}  ({entry.prompt[:60]})"))
     for entry in lost:
         created = "" if entry.created_at is None else f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC  "
-        typer.echo(line(f"uncertain: {created}{entry.key}  ({entry.prompt[:60]})"))
+        typer.echo(to_single_line(f"uncertain: {created}{entry.key}  ({entry.prompt[:60]})"))
 
 
 def rebuild_gallery(path: Path) -> None:
@@ -59,18 +59,18 @@ def rebuild_gallery(path: Path) -> None:
     Raises:
         FluxError: There is no journal, it can't be read, or a file can't be written.
     """
-    folder = _open_folder(path)
-    folder.gather((), asyncio.run(folder.entries()))
-    gallery = Gallery(folder.path)
-    if (problem := write_all(folder, list(folder.rows.values()), gallery, running=False)) is not None:
+    output_dir = _open_output_dir(path)
+    output_dir.update_rows((), asyncio.run(output_dir.read_journal()))
+    gallery = Gallery(output_dir.path)
+    if (problem := write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(problem)
     typer.echo(gallery.path)
 
 
-def _open_folder(path: Path) -> Folder:
-    folder = Folder(path)
-    if not folder.database.is_file():
+def _open_output_dir(path: Path) -> OutputDir:
+    output_dir = OutputDir(path)
+    if not output_dir.journal_path.is_file():
         raise flux.ConfigurationError(
-            f"there is no {folder.database.name} in {str(path)!r}: it is not the output folder of a batch"
+            f"there is no {output_dir.journal_path.name} in {str(path)!r}: it is not the output folder of a batch"
         )
-    return folder
+    return output_dir

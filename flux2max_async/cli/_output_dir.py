@@ -1,4 +1,4 @@
-"""The folder of a batch: its pictures, its journal, and a row for each request, told by `results.jsonl`."""
+"""The output folder of a batch: images, the journal, and `results.jsonl` with a row for each request."""
 
 import contextlib
 import json
@@ -18,92 +18,105 @@ from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._serialization import to_json
 
 WAITING = "waiting"
-"""The state of a request of which the journal knows nothing: it was never submitted. All others are the journal's."""
-_PARTS = f".flux2max-{'[0-9a-f]' * 16}.part"
-"""The names of files that are being written."""
-_ABANDONED = 60.0
-"""Seconds after which nobody can be writing one still."""
-_BOUGHT_NOTHING = (WAITING, EntryState.REFUSED.value)
-_ENDS = (EntryState.COMPLETED.value, EntryState.FAILED.value)
-_SHOWN = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
-_NO_FAULT = (
+"""The state of a request that was never submitted. All other states are those of journal entries."""
+_TEMP_FILE_PATTERN = f".flux2max-{'[0-9a-f]' * 16}.part"
+"""Matches the names of files that are being written."""
+_MAX_TEMP_FILE_AGE = 60.0
+"""Seconds after which a temporary file is certainly left over from a process that was killed."""
+_UNPAID_STATES = (WAITING, EntryState.REFUSED.value)
+_FINAL_STATES = (EntryState.COMPLETED.value, EntryState.FAILED.value)
+_ROW_PARAMS = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
+"""The parameters that a row has, besides the prompt."""
+_BATCH_ERRORS = (
     *(flux.SessionClosedError, flux.AuthenticationError, flux.PermissionDeniedError, flux.InsufficientBalanceError),
     *(flux.BudgetExceededError, flux.JournalError),
 )
-"""Why a request may not have been submitted though nothing is wrong with it."""
-_LOST = "its submit was cut off before there was an answer: a task may exist and cost money"
+"""Errors that keep a request from being submitted although nothing is wrong with the request itself."""
+_BATCH_ERROR_NAMES = {error_type.__name__ for error_type in _BATCH_ERRORS}
+_UNCERTAIN_MESSAGE = "the submit was interrupted before the service responded: a task may exist and cost money"
 
 
 @attrs.define
 class Row:
-    """How one request stands."""
+    """The state of one request."""
 
     key: str
     prompt: str
     params: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    """What else was asked for, as JSON values."""
+    """The other parameters, as JSON values."""
     state: str = WAITING
     task_id: str | None = None
     cost: Decimal | None = None
-    """US dollars, once the service has named them."""
+    """US dollars; None until the service has reported the cost."""
     seconds: float | None = None
-    """From the submit to the end."""
+    """From the submit to the end of the task."""
     polls: int | None = None
     files: list[str] = attrs.field(factory=list[str])
-    """The names of its pictures in the folder."""
+    """The file names of the images in the folder."""
     error: str | None = None
-    """Why it came to nothing, or why its pictures aren't all there."""
+    """Why the request failed, or why not all of its images are saved."""
 
     @classmethod
-    def of_line(cls, line: Line) -> "Row":
-        """Give the row of a request that nobody has submitted."""
-        return cls(line.key, line.request.prompt, _shown(line.content.description))
+    def from_line(cls, line: Line) -> "Row":
+        """Return the row of a request that was not submitted."""
+        return cls(line.key, line.request.prompt, _select_params(line.content.description))
 
     @classmethod
-    def of_entry(cls, entry: JournalEntry, folder: Path) -> "Row":
-        """Give the row of what a journal knows."""
-        row = cls(entry.key, entry.prompt, _shown(entry.request), entry.state.value, entry.task_id, entry.cost)
-        if is_lost(entry):
-            row.state, row.error = EntryState.UNCERTAIN.value, _LOST
+    def from_entry(cls, entry: JournalEntry, folder: Path) -> "Row":
+        """Return the row of a journal entry."""
+        params = _select_params(entry.request)
+        row = cls(entry.key, entry.prompt, params, entry.state.value, entry.task_id, entry.cost)
+        if is_uncertain(entry):
+            row.state, row.error = EntryState.UNCERTAIN.value, _UNCERTAIN_MESSAGE
             return row
-        kind = entry.result.get("error", {}).get("kind")
-        if entry.state is EntryState.REFUSED and (kind is None or kind in {one.__name__ for one in _NO_FAULT}):
+        error_name = entry.result.get("error", {}).get("kind")
+        if entry.state is EntryState.REFUSED and (error_name is None or error_name in _BATCH_ERROR_NAMES):
             row.state = WAITING
             return row
         row.seconds, row.polls, row.error = entry.result.get("elapsed"), entry.result.get("polls"), entry.error
-        # The folder may have been moved since.
+        # By name, since the folder may have been moved.
         row.files = [path.name for path in entry.paths if (folder / path.name).is_file()]
         return row
 
     @classmethod
-    def of_json(cls, told: Mapping[str, Any]) -> "Row":
-        """Give the row of a line of `results.jsonl`."""
-        row = cls(str(told["key"]), str(told["prompt"]), dict(told["params"]), str(told["state"]))
-        row.task_id, row.seconds, row.polls, row.error = (
-            told[name] for name in ("task_id", "seconds", "polls", "error")
-        )
-        row.cost = None if told["cost"] is None else Decimal(str(told["cost"]))
-        row.files = [str(name) for name in told["files"]]
-        return row
+    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+        """Return the row of a line of `results.jsonl`.
 
-    def take(self, outcome: "flux.Outcome") -> None:
-        """Take in what the request has come to, or how far it has come before it was left."""
+        Raises:
+            ValueError, KeyError, TypeError, ArithmeticError: Another program has written the line.
+        """
+        return cls(
+            key=str(data["key"]),
+            prompt=str(data["prompt"]),
+            params=dict(data["params"]),
+            state=str(data["state"]),
+            task_id=data["task_id"],
+            cost=None if data["cost"] is None else Decimal(str(data["cost"])),
+            seconds=data["seconds"],
+            polls=data["polls"],
+            files=[str(name) for name in data["files"]],
+            error=data["error"],
+        )
+
+    def update(self, outcome: "flux.Outcome") -> None:
+        """Set the state to that of an outcome, which may be that the request is unfinished."""
         self.task_id = outcome.task_id
+        error: flux.FluxError | None
         if isinstance(outcome, flux.Completed):
             self.state = EntryState.COMPLETED.value
             self.cost = outcome.usage.cost if outcome.usage else None
             self.files = [path.name for path in outcome.saved]
-            trouble = outcome.save_error or outcome.journal_error
+            error = outcome.save_error or outcome.journal_error
         else:
-            self.state = state_of(outcome)
-            trouble = None if isinstance(outcome.error, flux.SessionClosedError) else outcome.error
-        # What a program could do about it, nobody can at the command line.
-        self.error = None if trouble is None else re.sub(r"; (attach\(\)|resubmit_uncertain=True).*", "", str(trouble))
-        if is_end(outcome):
+            self.state = state_after_failure(outcome)
+            error = None if isinstance(outcome.error, flux.SessionClosedError) else outcome.error
+        # Advice about the Python API doesn't help a user of the command line.
+        self.error = None if error is None else re.sub(r"; (attach\(\)|resubmit_uncertain=True).*", "", str(error))
+        if is_final(outcome):
             self.seconds, self.polls = outcome.elapsed, outcome.polls
 
-    def as_json(self) -> dict[str, Any]:
-        """Give it as JSON values."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
         return {
             "key": self.key,
             "prompt": self.prompt,
@@ -118,13 +131,13 @@ class Row:
         }
 
 
-def is_lost(entry: JournalEntry) -> bool:
-    """Tell whether nobody knows, and nobody will find out, if a request has become a task."""
+def is_uncertain(entry: JournalEntry) -> bool:
+    """Check whether it is unknown, for good, if a task exists for a request."""
     return entry.state is EntryState.UNCERTAIN or (entry.state is EntryState.INTENT and entry.holder is None)
 
 
-def state_of(outcome: "flux.Failed") -> str:
-    """Name the state of what has come to nothing."""
+def state_after_failure(outcome: "flux.Failed") -> str:
+    """Return the state of a request that failed or is unfinished."""
     match outcome.error:
         case flux.TaskFailedError() | flux.TaskNotFoundError():
             return EntryState.FAILED.value
@@ -132,158 +145,156 @@ def state_of(outcome: "flux.Failed") -> str:
             return EntryState.UNCERTAIN.value
         case _ if outcome.task_id is not None:
             return EntryState.SUBMITTED.value
-        case error if isinstance(error, _NO_FAULT):
+        case error if isinstance(error, _BATCH_ERRORS):
             return WAITING
         case _:
             return EntryState.REFUSED.value
 
 
-def is_end(outcome: "flux.Outcome") -> bool:
-    """Tell whether a request has come to something, and wasn't merely left as it was."""
+def is_final(outcome: "flux.Outcome") -> bool:
+    """Check whether an outcome is a result of the request itself; otherwise the batch was stopped before."""
     return isinstance(outcome, flux.Completed) or not (
-        isinstance(outcome.error, flux.SessionClosedError) or state_of(outcome) == WAITING
+        isinstance(outcome.error, flux.SessionClosedError) or state_after_failure(outcome) == WAITING
     )
 
 
 @attrs.define
-class Folder:
-    """The folder of a batch."""
+class OutputDir:
+    """The output folder of a batch."""
 
     path: Path
     rows: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
-    """By their keys: first those of the sheet, in its order."""
-    _taken: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
-    """What this run has seen, by the same keys: the journal may know less of it."""
+    """By key; the requests of the file come first, in its order."""
+    _recorded: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
+    """The rows of this run's outcomes by key: the journal may lack some of their results."""
 
     @property
-    def database(self) -> Path:
-        """The journal's file."""
+    def journal_path(self) -> Path:
+        """The journal's SQLite file."""
         return self.path / "journal.db"
 
     @property
-    def results(self) -> Path:
+    def results_path(self) -> Path:
         """The file with a line for each request."""
         return self.path / "results.jsonl"
 
-    def make(self) -> None:
-        """Make the folder, and remove from it what a killed process has left half-written.
+    def create(self) -> None:
+        """Create the folder, and delete temporary files that killed processes have left in it.
 
         Raises:
-            ConfigurationError: It can't be made.
+            ConfigurationError: The folder can't be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise flux.ConfigurationError(f"can't make the folder {str(self.path)!r}: {error.strerror}") from error
-        for part in [*self.path.glob(_PARTS), *(self.path / "thumbs").glob(_PARTS)]:
-            with contextlib.suppress(OSError):  # somebody else may have done so
-                if part.stat().st_mtime < time.time() - _ABANDONED:
-                    part.unlink()
+            raise flux.ConfigurationError(f"can't create the folder {str(self.path)!r}: {error.strerror}") from error
+        for temp_file in [*self.path.glob(_TEMP_FILE_PATTERN), *(self.path / "thumbs").glob(_TEMP_FILE_PATTERN)]:
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                if temp_file.stat().st_mtime < time.time() - _MAX_TEMP_FILE_AGE:
+                    temp_file.unlink()
 
-    async def entries(self) -> "list[JournalEntry]":
-        """Give all that the journal knows, in the order of its making.
+    async def read_journal(self) -> "list[JournalEntry]":
+        """Return all journal entries, the oldest first.
 
         Raises:
-            ConfigurationError: The folder can't be looked into.
+            ConfigurationError: The folder can't be read.
             JournalError: The journal can't be read.
         """
         try:
             if self.path.exists() and not self.path.is_dir():
-                raise flux.ConfigurationError(f"{str(self.path)!r} is no folder")
-            known = self.database.exists()
+                raise flux.ConfigurationError(f"{str(self.path)!r} is not a folder")
+            has_journal = self.journal_path.exists()
         except OSError as error:
-            raise flux.ConfigurationError(f"can't look into {str(self.path)!r}: {error.strerror}") from error
-        return [entry async for entry in flux.SqliteJournal(self.database).entries()] if known else []
+            raise flux.ConfigurationError(f"can't read the folder {str(self.path)!r}: {error.strerror}") from error
+        return [entry async for entry in flux.SqliteJournal(self.journal_path).entries()] if has_journal else []
 
-    def paid_without_journal(self, lines: Iterable[Line]) -> int:
-        """Count the requests of which only `results.jsonl` knows that they may have been paid for."""
-        if self.database.exists():
+    def count_paid_without_journal(self, lines: Iterable[Line]) -> int:
+        """Count the requests that may be paid for according to `results.jsonl`, if the journal is missing."""
+        if self.journal_path.exists():
             return 0
         keys = {line.key for line in lines}
-        return sum(row.key in keys for row in self._read_results() if row.state not in _BOUGHT_NOTHING)
+        return sum(row.key in keys for row in self._read_results() if row.state not in _UNPAID_STATES)
 
-    def take(self, outcome: "flux.Outcome") -> Row:
-        """Take in what a request has come to; gives its row."""
+    def record(self, outcome: "flux.Outcome") -> Row:
+        """Update the row of a request with its outcome, and return the row."""
         assert outcome.request is not None
         row = self.rows[str(outcome.request.key)]
-        row.take(outcome)
-        self._taken[row.key] = row
+        row.update(outcome)
+        self._recorded[row.key] = row
         return row
 
-    def gather(self, lines: Iterable[Line], entries: "Iterable[JournalEntry]") -> None:
-        """Make the rows anew: of what is asked for, and of what else the journal knows.
+    def update_rows(self, lines: Iterable[Line], entries: "Iterable[JournalEntry]") -> None:
+        """Rebuild all rows from the requests of the file, the journal and `results.jsonl`.
 
-        Without lines, what was to be asked for is what `results.jsonl` says.
+        Args:
+            lines: The requests; if there are none, `results.jsonl` decides which unpaid requests are kept.
+            entries: The journal's, the oldest first: the newest entry of each key counts.
         """
-        # Of several entries with one key, the last one is the newest.
-        known = {entry.key: Row.of_entry(entry, self.path) for entry in entries}
-        before = {row.key: row for row in self._read_results()}
-        asked = {line.key: Row.of_line(line) for line in lines}
+        journaled = {entry.key: Row.from_entry(entry, self.path) for entry in entries}
+        previous = {row.key: row for row in self._read_results()}
+        requested = {line.key: Row.from_line(line) for line in lines}
         self.rows = {}
-        for key in dict.fromkeys((*asked, *before, *known)):
-            row = self._completed(known.get(key) or asked.get(key) or before[key])
-            # What has bought nothing and isn't asked for any more is gone: somebody has mended his sheet.
-            if key in asked or not asked or row.state not in _BOUGHT_NOTHING:
+        for key in dict.fromkeys((*requested, *previous, *journaled)):
+            row = self._merge_recorded(journaled.get(key) or requested.get(key) or previous[key])
+            # An unpaid request that is no longer in the file was probably corrected there.
+            if key in requested or not requested or row.state not in _UNPAID_STATES:
                 self.rows[key] = row
 
-    def _completed(self, row: Row) -> Row:
-        """Add what only this run knows."""
-        mine = self._taken.get(row.key)
-        if mine is None:
+    def _merge_recorded(self, row: Row) -> Row:
+        """Return this run's own row if it knows more than the journal does."""
+        recorded = self._recorded.get(row.key)
+        if recorded is None:
             return row
-        if row.state not in _ENDS and (
-            row.state == WAITING or mine.state in _ENDS or (mine.task_id and not row.task_id)
+        if row.state not in _FINAL_STATES and (
+            row.state == WAITING or recorded.state in _FINAL_STATES or (recorded.task_id and not row.task_id)
         ):
-            return mine
-        row.error = row.error or mine.error
+            return recorded
+        row.error = row.error or recorded.error
         return row
 
     def write_results(self, rows: Iterable[Row]) -> None:
-        """Write `results.jsonl` anew; whole or not at all.
+        """Replace `results.jsonl` atomically.
 
         Raises:
             OSError: It can't be written.
         """
-        write_whole(self.results, "".join(f"{to_json(row.as_json())}\n" for row in rows))
+        write_atomically(self.results_path, "".join(f"{to_json(row.to_dict())}\n" for row in rows))
 
     def _read_results(self) -> list[Row]:
+        """Return the rows of `results.jsonl`, without lines that another program has written."""
         rows: list[Row] = []
-        for told in self._told():
-            try:
-                rows.append(Row.of_json(told))
-            except (ValueError, KeyError, TypeError, ArithmeticError):
-                continue  # somebody else has written it
+        for data in self._read_objects():
+            with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError):
+                rows.append(Row.from_dict(data))
         return rows
 
-    def _told(self) -> Iterator[dict[str, Any]]:
-        """Give the lines of `results.jsonl`, as far as they can be read."""
+    def _read_objects(self) -> Iterator[dict[str, Any]]:
         try:
-            text = self.results.read_text(encoding="utf-8", errors="replace")
+            text = self.results_path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return
         for line in text.split("\n"):
             try:
-                told = json.loads(line)
+                data = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(told, dict):
-                yield told
+            if isinstance(data, dict):
+                yield data
 
 
-def write_whole(target: Path, content: str | bytes) -> None:
-    """Write a file that nobody ever sees half-written.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that its old or its new content can be read at any time, and nothing between them.
 
     Raises:
-        OSError: It can't be written; what was there before is there still.
+        OSError: It can't be written; it keeps its old content.
     """
-    part = target.with_name(f".flux2max-{secrets.token_hex(8)}.part")
+    temp_file = path.with_name(f".flux2max-{secrets.token_hex(8)}.part")
     try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
-        part.replace(target)
+        temp_file.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        temp_file.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temp_file.unlink(missing_ok=True)
 
 
-def _shown(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what a picture's caption tells of its request."""
-    return {name: described[name] for name in _SHOWN if name in described}
+def _select_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in _ROW_PARAMS if name in params}

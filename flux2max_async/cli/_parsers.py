@@ -1,4 +1,4 @@
-"""The formats of sheets: text, JSON Lines or CSV becomes fields by name, line by line, as they stand in the file."""
+"""The formats of requests files: text, JSON Lines and CSV are parsed into fields, which are not validated here."""
 
 import csv
 import difflib
@@ -14,130 +14,133 @@ from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.request import GenerationRequest
 
 FIELDS = tuple(field.name for field in attrs.fields(GenerationRequest))
-_NUMBERS = ("seed", "width", "height", "safety_tolerance")
-_LONGEST_CELL = 300_000_000
-"""Characters: eight pictures of 20 MB as data: URIs."""
+_INTEGER_FIELDS = ("seed", "width", "height", "safety_tolerance")
+_MAX_CELL_LENGTH = 300_000_000
+"""Characters: enough for eight images of 20 MB as data: URIs."""
 
 Fields = dict[str, Any]
-Raw = Iterator[tuple[int, Fields | InvalidRequestError]]
-"""The numbers of lines, and their fields by name, or why there are none."""
+ParsedLines = Iterator[tuple[int, Fields | InvalidRequestError]]
+"""Line numbers from 1, each with the line's fields by name, or with the reason why it has none."""
 
 
-def guessed_form(data: bytes) -> str | None:
-    """Guess what is read from standard input: objects, a table whose first line names fields, or prompts.
+def guess_format(data: bytes) -> str | None:
+    """Guess the format of standard input.
 
-    None where that is in doubt.
+    Returns:
+        "jsonl" for text that begins with an object, "csv" for a table whose first line consists of field names,
+        "txt" for prompts, or None if it may be a table as well as prompts.
     """
     text = data.decode("utf-8-sig", errors="replace").lstrip()
     if text.startswith("{"):
         return "jsonl"
-    _, cells = next(_records(text), (1, list[str]()))
+    _, cells = next(_csv_records(text), (1, list[str]()))
     if isinstance(cells, InvalidRequestError):
         return "txt"
-    named = [cell.strip().lower() in FIELDS for cell in cells if cell.strip()]
-    if len(named) > 1 and all(named):
+    are_fields = [cell.strip().lower() in FIELDS for cell in cells if cell.strip()]
+    if len(are_fields) > 1 and all(are_fields):
         return "csv"
-    return None if text.startswith(("[", "sep=")) or (len(named) > 1 and any(named)) else "txt"
+    return None if text.startswith(("[", "sep=")) or (len(are_fields) > 1 and any(are_fields)) else "txt"
 
 
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    """Give the lines with their numbers, whichever system has ended them."""
+def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers, for line endings of any operating system."""
+    # Not str.splitlines(), which also splits at characters that may be part of a prompt.
     return enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1)
 
 
-def prompts(text: str) -> Raw:
-    """Read a prompt a line."""
-    for number, line in _numbered(text):
+def parse_text(text: str) -> ParsedLines:
+    """Parse a file with a prompt on each line."""
+    for number, line in _numbered_lines(text):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
             yield number, {"prompt": prompt}
 
 
-def objects(text: str) -> Raw:
-    """Read an object a line."""
-    for number, line in _numbered(text):
+def parse_jsonl(text: str) -> ParsedLines:
+    """Parse a file with a JSON object on each line."""
+    for number, line in _numbered_lines(text):
         if line.strip():
             try:
-                fields = json.loads(line, object_pairs_hook=_named_once)
+                fields = json.loads(line, object_pairs_hook=_reject_duplicate_names)
             except (ValueError, RecursionError) as error:
                 yield number, InvalidRequestError(f"not valid JSON: {error}", field="line")
                 continue
             if isinstance(fields, dict):
                 yield number, {name: value for name, value in fields.items() if value is not None}
             else:
-                yield number, InvalidRequestError('not an object, as in {"prompt": "a cat"}', field="line")
+                yield number, InvalidRequestError('not an object such as {"prompt": "a cat"}', field="line")
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> Fields:
+def _reject_duplicate_names(pairs: list[tuple[str, Any]]) -> Fields:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("an object has the same name twice")
     return fields
 
 
-def table(text: str) -> Raw:
-    """Read CSV, whose first line names the fields."""
+def parse_csv(text: str) -> ParsedLines:
+    """Parse a CSV file whose first line consists of field names."""
     columns: list[str] | None = None
-    for number, cells in _records(text):
+    for number, cells in _csv_records(text):
         if isinstance(cells, InvalidRequestError):
             yield number, cells
         elif columns is None:
             columns = [cell.strip().lower() for cell in cells]
-            if problems := _problems_of(columns):
+            if problems := _validate_columns(columns):
                 yield from ((number, problem) for problem in problems)
                 return
         elif len(cells) > len(columns):
-            problem = f"the line has {len(cells)} cells, but the first one names {len(columns)} columns"
+            problem = f"the line has {len(cells)} cells, but the first line has {len(columns)} columns"
             yield number, InvalidRequestError(problem, field="line")
         else:
-            yield number, _fields_of(zip(columns, cells, strict=False))
+            yield number, _parse_cells(zip(columns, cells, strict=False))
 
 
-def _records(text: str) -> Iterator[tuple[int, list[str] | InvalidRequestError]]:
-    """Give the cells of each record that has any, with the number of its first line."""
-    before, delimiter, rest = _table_in(text)
-    csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(rest, delimiter=delimiter, strict=True)
+def _csv_records(text: str) -> Iterator[tuple[int, list[str] | InvalidRequestError]]:
+    """Yield the cells of each record that is not empty, with the number of the record's first line."""
+    skipped, delimiter, lines = _find_table(text)
+    csv.field_size_limit(_MAX_CELL_LENGTH)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        number = before + reader.line_num + 1
+        number = skipped + reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            endless = "unexpected end" in str(error)
-            reason = "a quote is opened and never closed, so that all that follows belongs to it" if endless else error
+            is_unclosed = "unexpected end" in str(error)
+            reason = "a quote is opened and never closed, so it includes the rest of the file" if is_unclosed else error
             yield number, InvalidRequestError(f"not valid CSV: {reason}", field="line")
         else:
             if any(cell.strip() for cell in cells):
                 yield number, cells
 
 
-def _table_in(text: str) -> tuple[int, str, Iterator[str]]:
-    """Find where the table begins, what separates its cells, and its lines."""
+def _find_table(text: str) -> tuple[int, str, Iterator[str]]:
+    """Return the number of lines before the table, the delimiter of its cells, and its lines."""
     delimiter = ""
-    lines = [line for _, line in _numbered(text)]
-    for before, line in enumerate(lines):
-        if told := re.fullmatch('"?sep=([^"])"?', line.strip(" ")):  # so that a spreadsheet knows
-            delimiter = told[1]
+    lines = [line for _, line in _numbered_lines(text)]
+    for skipped, line in enumerate(lines):
+        if separator := re.fullmatch('"?sep=([^"])"?', line.strip(" ")):  # a line for spreadsheet programs
+            delimiter = separator[1]
         elif line.strip():
-            # Spreadsheets write semicolons where the comma stands in numbers.
+            # Spreadsheet programs write semicolons where the comma is the decimal separator.
             delimiter = delimiter or max(",;\t", key=line.count)
-            return before, delimiter, (f"{line}\n" for line in lines[before:])
+            return skipped, delimiter, (f"{line}\n" for line in lines[skipped:])
     return 0, ",", iter(())
 
 
-def _problems_of(columns: list[str]) -> list[InvalidRequestError]:
-    problems = [unknown(name) for name in columns if name and name not in FIELDS]
+def _validate_columns(columns: list[str]) -> list[InvalidRequestError]:
+    problems = [unknown_field_error(name) for name in columns if name and name not in FIELDS]
     problems += [
-        InvalidRequestError("the first line names this column twice", field=name)
+        InvalidRequestError("the first line has this column twice", field=name)
         for name, count in Counter(columns).items()
         if count > 1 and name in FIELDS
     ]
     return problems
 
 
-def _fields_of(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError:
+def _parse_cells(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError:
     fields: Fields = {}
     for name, cell in cells:
         text = cell.strip()
@@ -145,33 +148,34 @@ def _fields_of(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError
             continue
         try:
             if not name:
-                return InvalidRequestError(f"{text[:80]!r} stands in a column without a name", field="line")
-            if name in _NUMBERS:
-                fields[name] = _integer(text)
+                return InvalidRequestError(f"{text[:80]!r} is in a column without a name", field="line")
+            if name in _INTEGER_FIELDS:
+                fields[name] = _parse_integer(text)
             elif name == "input_images":
-                # The semicolon in a data: URI separates nothing.
-                fields[name] = [part.strip() for part in re.split(r";(?!base64,)", text) if part.strip()]
+                # The semicolon of a data: URI doesn't separate images.
+                fields[name] = [source.strip() for source in re.split(r";(?!base64,)", text) if source.strip()]
             elif name == "extra":
                 fields[name] = json.loads(text)
             else:
                 fields[name] = text
         except (ValueError, RecursionError):
-            wanted = "an integer" if name in _NUMBERS else 'JSON, as in {"name": 1}'
-            return InvalidRequestError(f"{name} must be {wanted}, not {text[:80]!r}", field=name)
+            expected = "an integer" if name in _INTEGER_FIELDS else 'JSON such as {"name": 1}'
+            return InvalidRequestError(f"{name} must be {expected}, not {text[:80]!r}", field=name)
     return fields
 
 
-def _integer(text: str) -> int:
-    if not re.fullmatch("[+-]?[0-9]+", text):
+def _parse_integer(text: str) -> int:
+    if not re.fullmatch("[+-]?[0-9]+", text):  # int() also takes 1_000
         raise ValueError
     return int(text)
 
 
-def unknown(name: str) -> InvalidRequestError:
-    close = difflib.get_close_matches(name, FIELDS, 1)
-    hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(FIELDS)}"
+def unknown_field_error(name: str) -> InvalidRequestError:
+    """Return the error for a field that doesn't exist, with a suggestion."""
+    close_matches = difflib.get_close_matches(name, FIELDS, 1)
+    hint = f"did you mean {close_matches[0]}?" if close_matches else f"the fields are {', '.join(FIELDS)}"
     return InvalidRequestError(f"there is no field {name[:80]!r}: {hint}", field=name[:80])
 
 
-READERS: dict[str, Callable[[str], Raw]] = {"txt": prompts, "jsonl": objects, "csv": table}
-"""By the endings of files."""
+PARSERS: dict[str, Callable[[str], ParsedLines]] = {"txt": parse_text, "jsonl": parse_jsonl, "csv": parse_csv}
+"""By file suffix, without the dot."""

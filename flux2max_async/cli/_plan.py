@@ -13,11 +13,11 @@ from flux2max_async._budget import Budget
 from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.fingerprint import fingerprint_request
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.cli._output_dir import is_lost
-from flux2max_async.cli._requests_file import BadLine, Line, Sheet, picture
-from flux2max_async.cli._terminal import pictures
+from flux2max_async.cli._output_dir import is_uncertain
+from flux2max_async.cli._requests_file import BadLine, Line, RequestsFile, resolve_image_source
+from flux2max_async.cli._terminal import format_pictures
 from flux2max_async.journal._entry import EntryState, JournalEntry
-from flux2max_async.journal._reuse import ReusePolicy
+from flux2max_async.journal._lookup import ReusePolicy
 
 _CENT = Decimal("0.01")
 
@@ -91,7 +91,7 @@ class Plan:
         """Return a line with the counts and the probable cost."""
         counts = Counter(self.actions.values())
         parts = [f"{counts[action]} {text}" for action, text in _DESCRIPTIONS.items() if counts[action]]
-        description = f"{pictures(len(self.lines))}: {', '.join(parts)}"
+        description = f"{format_pictures(len(self.lines))}: {', '.join(parts)}"
         if self.prices:
             description += f", for about ${round_up(self.total_price)}"
             if budget is not None:
@@ -152,7 +152,7 @@ def _estimate_price(megapixels: int, highest_costs: Mapping[int, Decimal], price
 def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy) -> Action:
     if entry is None or entry.state is EntryState.REFUSED:
         return Action.SUBMIT
-    if is_lost(entry):
+    if is_uncertain(entry):
         return Action.RESUBMIT_UNCERTAIN if reuse_policy.resubmit_uncertain else Action.SKIP_UNCERTAIN
     match entry.state:
         case EntryState.COMPLETED:
@@ -163,11 +163,11 @@ def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy) -> Act
             return Action.RESUME
 
 
-def reject_key_conflicts(requests_file: Sheet, entries: Iterable[JournalEntry]) -> Sheet:
+def reject_key_conflicts(requests_file: RequestsFile, entries: Iterable[JournalEntry]) -> RequestsFile:
     """Mark the lines as bad whose keys belong to other requests in the journal."""
     newest = newest_entries(entries)
     lines: list[Line] = []
-    bad = list(requests_file.bad)
+    bad = list(requests_file.bad_lines)
     for item in requests_file.lines:
         entry = newest.get(item.key)
         if entry is None or entry.state is EntryState.REFUSED or entry.fingerprint == item.content.fingerprint:
@@ -175,7 +175,7 @@ def reject_key_conflicts(requests_file: Sheet, entries: Iterable[JournalEntry]) 
         else:
             reason = f"key {item.key!r} belongs to another request in the journal, for {entry.prompt[:80]!r}"
             bad.append(BadLine(item.number, "key", reason))
-    return Sheet(lines, sorted(bad, key=lambda bad_line: bad_line.number))
+    return RequestsFile(lines, sorted(bad, key=lambda bad_line: bad_line.number))
 
 
 def find_orphans(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:
@@ -204,7 +204,7 @@ def _line_from_entry(entry: JournalEntry) -> Line | None:
     """Rebuild a request; return None if that is impossible: an input image was deleted, or was passed as bytes."""
     params: dict[str, Any] = dict(entry.request)
     try:
-        images = [picture(source, Path()) for source in params.pop("input_images", ())]
+        images = [resolve_image_source(source, Path()) for source in params.pop("input_images", ())]
         request = GenerationRequest(**params, input_images=images, key=entry.key)
         return Line(0, request, fingerprint_request(request))
     except (InvalidRequestError, TypeError):

@@ -1,4 +1,4 @@
-"""A file of requests: text, JSON Lines or CSV becomes requests, and each line that can't is told with its reason."""
+"""A file of requests: text, JSON Lines or CSV becomes requests, and each bad line is reported with its reason."""
 
 import codecs
 import json
@@ -13,33 +13,33 @@ import attrs
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.cli._parsers import FIELDS, READERS, Fields, unknown
+from flux2max_async.cli._parsers import FIELDS, PARSERS, Fields, unknown_field_error
 
-_STEM = 60
-"""Bytes of a prompt that go into the name of its picture."""
-_MARK = 8
-"""Characters of the fingerprint of what is asked for, which make the name that of nothing else."""
+_MAX_KEY_PROMPT_BYTES = 60
+"""The length of the part of a derived key that is made of the prompt."""
+_KEY_FINGERPRINT_LENGTH = 8
+"""The number of characters of the fingerprint in a derived key, which tell apart requests with similar prompts."""
 
 
 @attrs.frozen
 class Line:
-    """One request of a sheet."""
+    """A request of the file."""
 
     number: int
-    """The line in the file, counted from 1."""
+    """The number of the line, from 1."""
     request: GenerationRequest
-    """With a key: its own, or one made of its prompt and of a fingerprint of all that it asks for."""
+    """It always has a key: its own, or one that is derived from the prompt and the fingerprint of the content."""
     content: RequestFingerprint
 
     @property
     def key(self) -> str:
-        """What the request is called."""
+        """The key of the request."""
         return str(self.request.key)
 
 
 @attrs.frozen
 class BadLine:
-    """A line that is no request."""
+    """A line that is not a valid request."""
 
     number: int
     field: str
@@ -47,119 +47,125 @@ class BadLine:
 
 
 @attrs.frozen
-class Sheet:
-    """All lines of a file."""
+class RequestsFile:
+    """The requests and the bad lines of a file."""
 
     lines: list[Line]
-    bad: list[BadLine]
+    bad_lines: list[BadLine]
 
 
-def read_sheet(
-    data: bytes, form: str, *, folder: Path, defaults: Mapping[str, Any] | None = None, repeat: int = 1
-) -> Sheet:
-    """Read a sheet; the pictures that it names are looked at, too.
+def read_requests_file(
+    data: bytes, file_format: str, *, folder: Path, defaults: Mapping[str, Any] | None = None, repeat: int = 1
+) -> RequestsFile:
+    """Read a file of requests, and the images that it refers to.
 
     Args:
         data: The file's bytes.
-        form: "txt", "jsonl" or "csv".
-        folder: What the paths of pictures are relative to.
-        defaults: Fields for all lines that don't say otherwise.
-        repeat: How many pictures to make of each line. Their seeds are counted up, from the line's own or from 0.
+        file_format: "txt", "jsonl" or "csv".
+        folder: The folder that the paths of images are relative to.
+        defaults: The values of fields for lines that don't set them.
+        repeat: The number of requests for each line. Their seeds are consecutive, from the line's own seed or from 0.
 
     Raises:
-        ConfigurationError: All of it is in another encoding.
+        ConfigurationError: The file is in UTF-16.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigurationError("the file is UTF-16: save it as UTF-8")
-    names = _Names()
+        raise ConfigurationError("the file is in UTF-16: save it as UTF-8")
+    keys = _KeyAllocator()
     lines: list[Line] = []
-    bad: list[BadLine] = []
-    for number, fields in READERS[form](data.decode("utf-8-sig", errors="surrogateescape")):
+    bad_lines: list[BadLine] = []
+    for number, fields in PARSERS[file_format](data.decode("utf-8-sig", errors="surrogateescape")):
         try:
             if isinstance(fields, InvalidRequestError):
                 raise fields
-            asked = _request(_with_defaults(fields, defaults or {}), folder)
-            lines += [names.named(number, *again) for again in _repeated(asked, repeat)]
+            request = _create_request(_add_defaults(fields, defaults or {}), folder)
+            lines += [keys.assign(number, *repetition) for repetition in _repeat(request, repeat)]
         except InvalidRequestError as error:
-            bad.append(BadLine(number, error.field, error.message))
+            bad_lines.append(BadLine(number, error.field, error.message))
         except RecursionError:
-            bad.append(BadLine(number, "line", "the line is nested too deeply"))
-    return Sheet(lines, bad)
+            bad_lines.append(BadLine(number, "line", "the line is nested too deeply"))
+    return RequestsFile(lines, bad_lines)
 
 
-def _with_defaults(fields: Fields, defaults: Mapping[str, Any]) -> Fields:
-    every = {**defaults, **fields}
-    if "webhook_url" not in every and "webhook_secret" not in fields:
-        every.pop("webhook_secret", None)  # nobody would sign anything with it
-    return every
+def _add_defaults(fields: Fields, defaults: Mapping[str, Any]) -> Fields:
+    merged = {**defaults, **fields}
+    if "webhook_url" not in merged and "webhook_secret" not in fields:
+        merged.pop("webhook_secret", None)  # a secret is invalid without a webhook
+    return merged
 
 
-def defaults_of(extra: Iterable[str], **fields: Any) -> Fields:
-    """Make the fields for all lines of what options say; paths are relative to the working folder.
+def parse_defaults(extra: Iterable[str], **options: Any) -> Fields:
+    """Return the default values of fields, as given by command-line options.
 
     Args:
-        extra: As in "name=value"; the value is JSON, or text where it isn't.
-        fields: By their names; None is left out.
+        extra: Parameters such as "name=value". The value is JSON, or else text.
+        **options: The values of fields; None leaves a field out. Paths are relative to the working folder.
 
     Raises:
-        InvalidRequestError: A field can't be what is meant, or a picture can't be read.
+        InvalidRequestError: A value is invalid, or an image can't be read.
     """
-    defaults = {name: value for name, value in fields.items() if value is not None}
+    defaults = {name: value for name, value in options.items() if value is not None}
     if "input_images" in defaults:
-        defaults["input_images"] = [picture(image, Path()) for image in defaults["input_images"]]
-    more: Fields = {}
-    for told in extra:
-        name, equals, value = told.partition("=")
+        defaults["input_images"] = [resolve_image_source(source, Path()) for source in defaults["input_images"]]
+    extra_params: Fields = {}
+    for option in extra:
+        name, equals, value = option.partition("=")
         if not equals or not name:
-            raise InvalidRequestError(f"extra must look like name=value, not {told!r}", field="extra")
+            raise InvalidRequestError(f"extra must be like name=value, not {option!r}", field="extra")
         try:
-            more[name] = json.loads(value)
+            extra_params[name] = json.loads(value)
         except ValueError:
-            more[name] = value
+            extra_params[name] = value
         except RecursionError as error:
             raise InvalidRequestError(f"{name} in extra is nested too deeply", field="extra") from error
-    if more:
-        defaults["extra"] = more
-    trial: Fields = {"prompt": "a trial", **defaults}
-    fingerprint_request(GenerationRequest(**trial))
+    if extra_params:
+        defaults["extra"] = extra_params
+    sample: Fields = {"prompt": "a sample, to validate the other fields", **defaults}
+    fingerprint_request(GenerationRequest(**sample))
     return defaults
 
 
-def _request(fields: Fields, folder: Path) -> GenerationRequest:
+def _create_request(fields: Fields, folder: Path) -> GenerationRequest:
     for name, value in fields.items():
         if name not in FIELDS:
-            raise unknown(name)
-        _check_texts(name, value)
+            raise unknown_field_error(name)
+        _validate_encoding(name, value)
     if "prompt" not in fields:
         raise InvalidRequestError("prompt is missing", field="prompt")
     images = fields.get("input_images", ())
     if isinstance(images, (list, tuple)):
-        images = [picture(image, folder) for image in images]
-    known: Fields = {**fields, "input_images": images}
-    return GenerationRequest(**known)
+        images = [resolve_image_source(source, folder) for source in images]
+    resolved: Fields = {**fields, "input_images": images}
+    return GenerationRequest(**resolved)
 
 
-def _check_texts(name: str, value: Any) -> None:
-    """Find what isn't UTF-8, wherever in a field it stands."""
+def _validate_encoding(name: str, value: Any) -> None:
+    """Check that all text in a field's value, at any depth, was UTF-8."""
     match value:
         case str():
-            if any("\ud800" <= letter <= "\udfff" for letter in value):
+            if any("\ud800" <= char <= "\udfff" for char in value):  # from the error handler `surrogateescape`
                 raise InvalidRequestError(f"{name} is not UTF-8: save the file in that encoding", field=name)
             if "\0" in value:
-                raise InvalidRequestError(f"{name} holds a NUL: the file may be UTF-16, save it as UTF-8", field=name)
+                raise InvalidRequestError(
+                    f"{name} contains a NUL character: if the file is in UTF-16, save it as UTF-8", field=name
+                )
         case list():
-            for part in value:
-                _check_texts(name, part)
+            for item in value:
+                _validate_encoding(name, item)
         case dict():
-            for key, part in value.items():
-                _check_texts(name, key)
-                _check_texts(name, part)
+            for key, item in value.items():
+                _validate_encoding(name, key)
+                _validate_encoding(name, item)
         case _:
             pass
 
 
-def picture(source: Any, folder: Path) -> Any:
-    """Take a text for a URL where it looks like one, and for a file's path elsewhere."""
+def resolve_image_source(source: Any, folder: Path) -> Any:
+    """Return text that is not a URL as a path relative to a folder, and everything else unchanged.
+
+    Raises:
+        InvalidRequestError: The path begins with an unknown user's home folder.
+    """
     if not isinstance(source, str) or source.lower().startswith(("http://", "https://", "data:")):
         return source
     try:
@@ -168,47 +174,49 @@ def picture(source: Any, folder: Path) -> Any:
         raise InvalidRequestError(f"can't find {source[:80]!r}: {error}", field="input_images") from error
 
 
-def _repeated(request: GenerationRequest, times: int) -> Iterator[tuple[GenerationRequest, str]]:
-    """Give a request so often, each time with its own seed and what to add to its key."""
-    if times == 1:
+def _repeat(request: GenerationRequest, count: int) -> Iterator[tuple[GenerationRequest, str]]:
+    """Yield the request with consecutive seeds, each time with the suffix of its key."""
+    if count == 1:
         yield request, ""
         return
-    # With a seed of its own, the first one is what it would be alone.
-    first = 1 if request.seed is None else 0
-    for index in range(times):
-        ending = f"-{index + 1}" if index or first else ""
-        yield attrs.evolve(request, seed=(request.seed or 0) + index), ending
+    # The first repetition of a request that has a seed equals the request itself, so its key has no suffix.
+    has_seed = request.seed is not None
+    for index in range(count):
+        suffix = "" if has_seed and index == 0 else f"-{index + 1}"
+        yield attrs.evolve(request, seed=(request.seed or 0) + index), suffix
 
 
-class _Names:
-    """Sees to it that each request has a key, and no two the same."""
+class _KeyAllocator:
+    """Assigns a unique key to each request of a file."""
 
     def __init__(self) -> None:
-        self._owners: dict[str, int] = {}
-        """The lines by their keys."""
-        self._counts: Counter[str] = Counter()
+        self._line_numbers: dict[str, int] = {}
+        """By key."""
+        self._derived_counts: Counter[str] = Counter()
+        """How often each key was derived: equal requests get numbered keys."""
 
-    def named(self, number: int, request: GenerationRequest, ending: str) -> Line:
-        """Give a request its key.
+    def assign(self, number: int, request: GenerationRequest, suffix: str) -> Line:
+        """Return a line whose request has a key.
 
         Args:
-            number: Its line.
-            request: Perhaps with a key of its own.
-            ending: What is added to that, where the line is repeated.
+            number: The number of the line.
+            request: The request, with or without a key of its own.
+            suffix: Text to append to the request's own key.
 
         Raises:
-            InvalidRequestError: A picture that it names can't be read, or another line has its key.
+            InvalidRequestError: An input image can't be read, or another line has the same key.
         """
         content = fingerprint_request(request)
         if request.key is not None:
-            key = f"{request.key}{ending}"
+            key = f"{request.key}{suffix}"
         else:
-            # The key doesn't depend on the place in the file: there, lines come and go.
-            words = "-".join(re.findall(r"\w+", request.prompt.lower())).encode()[:_STEM].decode(errors="ignore")
-            key = "-".join(filter(None, (words.strip("-"), content.fingerprint[:_MARK])))
-            self._counts[key] += 1
-            if self._counts[key] > 1:
-                key = f"{key}-{self._counts[key]}"
-        if (owner := self._owners.setdefault(key, number)) != number:
-            raise InvalidRequestError(f"key {key!r} is that of line {owner} already: each needs its own", field="key")
+            # The line's number is no part of the key, since lines may be inserted and deleted between two runs.
+            words = "-".join(re.findall(r"\w+", request.prompt.lower()))
+            stem = words.encode()[:_MAX_KEY_PROMPT_BYTES].decode(errors="ignore").strip("-")
+            key = "-".join(filter(None, (stem, content.fingerprint[:_KEY_FINGERPRINT_LENGTH])))
+            self._derived_counts[key] += 1
+            if self._derived_counts[key] > 1:
+                key = f"{key}-{self._derived_counts[key]}"
+        if (owner := self._line_numbers.setdefault(key, number)) != number:
+            raise InvalidRequestError(f"line {owner} has the key {key!r} already: keys must be unique", field="key")
         return Line(number, attrs.evolve(request, key=key), content)

@@ -1,4 +1,4 @@
-"""A batch that runs: its outcomes taken down and shown, its page kept fresh, and a way out by signals."""
+"""A batch while it runs: outcomes are recorded and shown, the gallery is kept up to date, and signals stop it."""
 
 import asyncio
 import contextlib
@@ -7,242 +7,275 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from decimal import Decimal
+from typing import TextIO, cast
 
 import anyio.to_thread
 import attrs
 
 import flux2max_async as flux
-from flux2max_async.cli._gallery import Gallery, write_all
-from flux2max_async.cli._output_dir import Folder, is_end
+from flux2max_async.cli import redirect_to_devnull
+from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._output_dir import OutputDir, is_final
 from flux2max_async.cli._plan import Plan
-from flux2max_async.cli._progress import Board
+from flux2max_async.cli._progress import ProgressDisplay
 from flux2max_async.cli._terminal import (
-    Outlet,
-    Screen,
-    complain,
-    line,
-    log_to,
-    nobody_reads,
-    pictures,
-    speaking_aside,
-    tell,
+    LineWriter,
+    Terminal,
+    attach_log_handler,
+    format_pictures,
+    print_error,
+    print_status,
+    to_single_line,
 )
 
-_LONG = 7 * 86_400.0
-"""Seconds that tasks in flight get after the first Ctrl-C: they end by their deadline, or by the second one."""
-_PLAIN = 10.0
-"""Seconds between two lines where there is no terminal."""
-_FRESH, _STALE = 3.0, 30.0
-"""Seconds between two states of the page; the more the longer it takes to make it, within these limits."""
-_SHARE = 0.1
-"""Of the time that may go into the page."""
+_DRAIN_SECONDS = 7 * 86_400.0
+"""The limit for tasks in flight after the first signal: practically none, since they end by their own deadlines."""
+_STATUS_INTERVAL = 10.0
+"""Seconds between status lines if there is no live display."""
+_MIN_REFRESH_INTERVAL, _MAX_REFRESH_INTERVAL = 3.0, 30.0
+"""Seconds between two versions of the gallery; the longer it takes to write, the rarer it is written."""
+_MAX_REFRESH_SHARE = 0.1
+"""The share of the time that writing the gallery may take."""
 _TICK = 0.5
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""What asks to leave; the last one comes where a terminal is closed."""
+"""Seconds between two checks whether something is due."""
+_SIGHUP = getattr(signal, "SIGHUP", None)
+"""The signal that the terminal was closed; Windows has none."""
+_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, _SIGHUP) if number is not None]
 
 
 @attrs.frozen(kw_only=True)
-class Job:
-    """What is to be run."""
+class Batch:
+    """A batch that is ready to run."""
 
-    folder: Folder
+    output_dir: OutputDir
     plan: Plan
     session: "flux.FluxSession"
+    """A session that is not entered yet."""
     schedule: "flux.LearnedSchedule"
-    places: int
+    max_in_flight: int
     budget: Decimal | None
     as_json: bool
+    """Whether outcomes are written to stdout."""
 
 
 @attrs.define
 class Report:
-    """What a run has come to."""
+    """The result of a run."""
 
     seconds: float = 0.0
-    """That it took."""
     task_seconds: list[float] = attrs.field(factory=list[float])
-    """That each task took that ended in this run with pictures."""
+    """The durations of the tasks that were completed in this run."""
     task_polls: int = 0
-    """What those were polled, together."""
-    stopped: "flux.FluxError | None" = None
-    """What has stopped it before its end."""
+    """The number of polls of all these tasks together."""
+    error: "flux.FluxError | None" = None
+    """The error that stopped the run."""
     signals: list[int] = attrs.field(factory=list[int])
-    """The signals that have come."""
-    unheard: bool = False
+    """The signals that were received, in their order: the first stops the run, the second ends it at once."""
+    stdout_failed: bool = False
     """Whether outcomes couldn't be written to stdout."""
-    stuck: bool = False
-    """Whether somebody who doesn't read holds stdout, so that the process can't end by itself."""
+    output_blocked: bool = False
+    """Whether a thread is blocked by a reader that doesn't read: only `os._exit()` ends the process then."""
 
     @property
-    def polls(self) -> float:
-        """How often a task was looked at on average."""
+    def polls_per_task(self) -> float:
+        """The mean number of polls of the tasks that were completed in this run."""
         return self.task_polls / max(1, len(self.task_seconds))
 
+    @property
+    def must_leave_now(self) -> bool:
+        """Whether a second signal was received."""
+        return len(self.signals) > 1
 
-async def run(job: Job) -> Report:
-    """Run a batch, or go on with it.
+
+async def run(batch: Batch) -> Report:
+    """Run or continue a batch until all requests have ended, or until an error or a signal stops it.
 
     Raises:
-        FluxError: It couldn't be begun.
+        FluxError: The session couldn't be opened.
     """
     report = Report()
-    async with job.session as session:
-        screen = Screen(sys.stderr)
-        board = Board(len(job.plan.lines), session, job.schedule, job.places, screen, job.budget, job.plan.spent)
-        gallery = Gallery(job.folder.path)
-        way_out = _WayOut(board, gallery, report)
-        outlet = Outlet("stdout", way_out.unheard) if job.as_json else None
-        outlets = [outlet] if outlet else []
-        over = asyncio.Event()
-        with contextlib.ExitStack() as stack:
-            if job.as_json and not screen.is_interactive:  # both may go down one pipe
-                outlets.append(Outlet("stderr", lambda _: None))
-                stack.enter_context(speaking_aside(outlets[-1]))
-            for context in (log_to(_Notes(board)), way_out.watched(), board.shown()):
-                stack.enter_context(context)
-            keeping = asyncio.create_task(_keep_fresh(job, board, gallery, over))
+    async with batch.session as session:
+        display = ProgressDisplay(
+            total=len(batch.plan.lines),
+            session=session,
+            schedule=batch.schedule,
+            max_in_flight=batch.max_in_flight,
+            console=Terminal(sys.stderr),
+            budget=batch.budget,
+            spent_before=batch.plan.spent,
+        )
+        gallery = Gallery(batch.output_dir.path)
+        graceful_exit = GracefulExit(display, gallery, report)
+        with attach_log_handler(DisplayLogHandler(display)), graceful_exit.handle_signals(), display.live():
+            finished = asyncio.Event()
+            refreshing = asyncio.create_task(_refresh_until(finished, batch, display, gallery))
             try:
-                await _take_all(job, board, report, outlet)
+                output = _json_output(display, graceful_exit, report) if batch.as_json else contextlib.nullcontext()
+                async with output as outcomes:
+                    await _process_outcomes(batch, display, report, outcomes)
             finally:
-                report.seconds = board.seconds
-                for each in outlets:  # outcomes first: while they are waited for, there may be something to say
-                    each.put(None)
-                    while each.is_busy and len(report.signals) < 2:  # noqa: ASYNC110 - it is a thread
-                        await asyncio.sleep(0.02)
-                report.stuck = any(each.is_busy for each in outlets)
-                over.set()
-                await keeping
-                await way_out.closed()
+                finished.set()
+                await refreshing
+                await graceful_exit.wait_closed()
     return report
 
 
-async def _take_all(job: Job, board: Board, report: Report, outlet: Outlet | None) -> None:
-    """Take each outcome as it comes."""
+@contextlib.asynccontextmanager
+async def _json_output(
+    display: ProgressDisplay, graceful_exit: "GracefulExit", report: Report
+) -> AsyncGenerator[LineWriter]:
+    """Yield a writer to stdout. Until it has written everything, slow readers of stdout or stderr block nothing."""
+    stderr = sys.stderr
+    writers = [LineWriter(sys.stdout, graceful_exit.on_stdout_error)]
+    if not display.console.is_interactive:  # stderr may be the same pipe as stdout
+        writers.append(LineWriter(stderr, lambda _: None))
+        sys.stderr = cast("TextIO", writers[-1])
     try:
-        for lines, terms in job.plan.lines_by_reuse_policy():
-            stream = board.session.stream(
+        yield writers[0]
+    finally:
+        # Outcomes come first: messages may still be printed while they are written.
+        drained = [await writer.drain(is_cancelled=lambda: report.must_leave_now) for writer in writers]
+        report.output_blocked = not all(drained)
+        if drained[-1]:  # a blocked stderr stays replaced, so that nothing blocks the main thread from now on
+            sys.stderr = stderr
+
+
+async def _process_outcomes(
+    batch: Batch, display: ProgressDisplay, report: Report, outcomes: LineWriter | None
+) -> None:
+    """Record each outcome in the output folder, on the display and in the report, and write it to stdout."""
+    try:
+        for lines, reuse_policy in batch.plan.lines_by_reuse_policy():
+            stream = display.session.stream(
                 [line.request for line in lines],
-                save_to=job.folder.path,
-                retry_failed=terms.retry_failed,
-                resubmit_uncertain=terms.resubmit_uncertain,
+                save_to=batch.output_dir.path,
+                retry_failed=reuse_policy.retry_failed,
+                resubmit_uncertain=reuse_policy.resubmit_uncertain,
             )
             async for outcome in stream:
-                row = job.folder.take(outcome)
-                if not is_end(outcome):
-                    board.stopping = True
+                row = batch.output_dir.record(outcome)
+                if not is_final(outcome):
+                    display.stopping = True
                     continue
                 if isinstance(outcome, flux.Completed) and not outcome.replayed:
                     report.task_seconds.append(outcome.elapsed)
                     report.task_polls += outcome.polls
-                board.take(row.key, outcome)
-                if outlet is not None:
-                    outlet.put(json.dumps(row.as_json()))
+                display.record(row.key, outcome)
+                if outcomes is not None:
+                    outcomes.write(f"{json.dumps(row.to_dict())}\n")
     except flux.SessionClosedError:
-        pass  # by the way out
+        pass  # a signal or an error of stdout has closed the session
     except flux.FluxError as error:
-        report.stopped = error
+        report.error = error
+    finally:
+        report.seconds = display.elapsed
 
 
-async def _keep_fresh(job: Job, board: Board, gallery: Gallery, over: asyncio.Event) -> None:
-    """Write the page and the results anew until it is over, and say how it stands where there is no terminal."""
-    trouble: str | None = None
-    shown, written, fresh_until = -1, 0.0, 0.0
-    spoken = board.began
-    while not over.is_set():
-        now = time.monotonic()
-        stand = board.done + board.failed
-        if now >= fresh_until and (shown != stand or now >= written + _STALE):
-            shown, written = stand, now
-            before, trouble = trouble, await _written(job, gallery)
-            if trouble is not None and trouble != before:
-                complain(trouble)
-            fresh_until = time.monotonic() + min(max(_FRESH, (time.monotonic() - now) / _SHARE), _STALE)
-        if not board.console.is_interactive and now >= spoken + _PLAIN:
-            spoken = now
-            tell(f"{board.counts()}; {board.pace()}")
+async def _refresh_until(finished: asyncio.Event, batch: Batch, display: ProgressDisplay, gallery: Gallery) -> None:
+    """Keep results and gallery up to date, and print status lines if there is no live display."""
+    last_problem: str | None = None
+    last_count, last_write, next_write = -1, 0.0, 0.0
+    next_status = display.started_at + _STATUS_INTERVAL
+    while not finished.is_set():
+        now, count = time.monotonic(), display.done + display.failed
+        if now >= next_write and (count != last_count or now >= last_write + _MAX_REFRESH_INTERVAL):
+            last_count, last_write = count, now
+            problem = await _write_outputs(batch, gallery)
+            if problem is not None and problem != last_problem:
+                print_error(problem)
+            last_problem = problem
+            duration = time.monotonic() - now
+            interval = min(max(_MIN_REFRESH_INTERVAL, duration / _MAX_REFRESH_SHARE), _MAX_REFRESH_INTERVAL)
+            next_write = time.monotonic() + interval
+        if not display.console.is_interactive and now >= next_status:
+            next_status = now + _STATUS_INTERVAL
+            print_status(f"{display.format_counts()}; {display.format_rates()}")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_TICK):
-                await over.wait()
+                await finished.wait()
 
 
-async def _written(job: Job, gallery: Gallery) -> str | None:
-    """Write what the journal knows by now, of other processes as well; gives what keeps it from being written."""
+async def _write_outputs(batch: Batch, gallery: Gallery) -> str | None:
+    """Write results and gallery from the journal, which includes what other processes do; return what failed."""
     try:
-        job.folder.gather(job.plan.lines, await job.folder.entries())
+        batch.output_dir.update_rows(batch.plan.lines, await batch.output_dir.read_journal())
     except flux.FluxError as error:
         return str(error)
-    rows = [attrs.evolve(row) for row in job.folder.rows.values()]  # the writer has a thread of its own
-    return await anyio.to_thread.run_sync(lambda: write_all(job.folder, rows, gallery, running=True))
+    rows = [attrs.evolve(row) for row in batch.output_dir.rows.values()]  # copies, since a thread reads them
+    return await anyio.to_thread.run_sync(lambda: write_outputs(batch.output_dir, rows, gallery, running=True))
 
 
-class _WayOut:
-    """Leaves a session: at the first signal with all that is in flight, at the second at once."""
+class GracefulExit:
+    """Stops a batch when a signal is received.
 
-    def __init__(self, board: Board, gallery: Gallery, report: Report) -> None:
-        self._board = board
+    Running -> stopping: the first signal, or an error of stdout. Nothing more is submitted, and the session closes
+    as soon as all tasks in flight have ended.
+    Stopping -> leaving: the second signal. The session closes at once; the next run resumes the tasks in flight.
+    """
+
+    def __init__(self, display: ProgressDisplay, gallery: Gallery, report: Report) -> None:
+        self._display = display
         self._gallery = gallery
         self._report = report
-        self._leaving: list[asyncio.Task[None]] = []
-        # When a terminal has been closed, nothing tells any more that it was one.
-        self._terminals = [file for file in (sys.__stdout__, sys.__stderr__) if file is not None and file.isatty()]
+        self._closing: list[asyncio.Task[None]] = []
 
     @contextlib.contextmanager
-    def watched(self) -> Generator[None]:
-        """Mind signals while something is done."""
+    def handle_signals(self) -> Generator[None]:
+        """Handle signals within the context, instead of the handlers that are installed."""
         loop = asyncio.get_running_loop()
 
-        def arrived(number: int, _: object) -> None:
-            loop.call_soon_threadsafe(self._hear, number)
+        def handle(number: int, _: object) -> None:
+            loop.call_soon_threadsafe(self._on_signal, number)
 
-        before = {number: signal.signal(number, arrived) for number in _SIGNALS}
+        previous_handlers = {number: signal.signal(number, handle) for number in _SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
-    def unheard(self, error: Exception) -> None:
-        """Nobody reads the outcomes any more: submit nothing more."""
-        self._report.unheard = True
-        self._close(_LONG)
-        complain(f"can't write to standard output: {getattr(error, 'strerror', None) or error}; no more is submitted")
+    def on_stdout_error(self, error: OSError) -> None:
+        """Stop, since nobody would see the outcomes."""
+        self._report.stdout_failed = True
+        self._close(_DRAIN_SECONDS)
+        print_error(f"can't write to standard output: {error.strerror}; nothing more is submitted")
 
-    async def closed(self) -> None:
-        """Wait until all that was begun to leave has ended."""
-        await asyncio.gather(*self._leaving)
+    async def wait_closed(self) -> None:
+        """Wait until the session is closed, if it is being closed."""
+        await asyncio.gather(*self._closing)
 
-    def _hear(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         self._report.signals.append(number)
-        if number == getattr(signal, "SIGHUP", None):
-            for file in self._terminals:
-                nobody_reads(file)
-        if len(self._report.signals) == 1:
-            stats = self._board.session.stats
-            in_flight = stats.in_flight + stats.submitting
-            self._close(_LONG)
-            left = f"waiting for {pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
-            complain(f"stopping: nothing more is submitted; {left} (Ctrl-C again leaves at once)")
-        else:
-            self._gallery.hurry = True
+        if number == _SIGHUP and self._display.console.is_terminal:
+            # Every write to a terminal that was closed fails, which the live display would not survive.
+            redirect_to_devnull(self._display.console.file)
+        if self._report.must_leave_now:
+            self._gallery.skip_thumbnails = True
             self._close(0.0)
-            complain("leaving at once; what is in flight is followed by the next run")
+            print_error("leaving at once; the next run resumes what is in flight")
+            return
+        stats = self._display.session.stats
+        in_flight = stats.in_flight + stats.submitting
+        self._close(_DRAIN_SECONDS)
+        waiting = f"waiting for {format_pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
+        print_error(f"stopping: nothing more is submitted; {waiting} (Ctrl-C again leaves at once)")
 
-    def _close(self, seconds: float) -> None:
-        self._board.stopping = True
-        self._leaving.append(asyncio.create_task(self._board.session.aclose(drain=seconds)))
+    def _close(self, drain: float) -> None:
+        self._display.stopping = True
+        self._closing.append(asyncio.create_task(self._display.session.aclose(drain=drain)))
 
 
-class _Notes(logging.Handler):
-    """Puts what is logged on the board; an error is said aloud."""
+class DisplayLogHandler(logging.Handler):
+    """Shows the newest warning on the display, and prints errors as well."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, display: ProgressDisplay) -> None:
         super().__init__(logging.WARNING)
-        self._board = board
+        self._display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take note."""
+        """Show the message."""
         if record.levelno >= logging.ERROR:
-            complain(record.getMessage())
-        self._board.note = line(record.getMessage())
+            print_error(record.getMessage())
+        self._display.log_message = to_single_line(record.getMessage())

@@ -13,9 +13,9 @@ from rich.console import RenderableType
 import flux2max_async as flux
 from flux2max_async.cli._output_dir import WAITING, Row
 from flux2max_async.cli._plan import Plan
-from flux2max_async.cli._progress import clock
+from flux2max_async.cli._progress import format_duration
 from flux2max_async.cli._runner import Report
-from flux2max_async.cli._terminal import line, table
+from flux2max_async.cli._terminal import make_table, to_single_line
 from flux2max_async.journal._entry import EntryState
 
 _PROBLEM_STATES = ("unsaved", EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED)
@@ -40,11 +40,11 @@ def summary(rows: Sequence[Row], report: Report, spent: Decimal) -> list[Rendera
     """Return the table of states, a line with time and cost, and a line for each reason of failure."""
     states = Counter(map(display_state, rows))
     columns = ["done", "failed", *(state for state in _OPTIONAL_COLUMNS if states[state])]
-    facts = [clock(report.seconds), f"${spent:.2f} spent"]
+    facts = [format_duration(report.seconds), f"${spent:.2f} spent"]
     if report.task_seconds:
         mean = sum(report.task_seconds) / len(report.task_seconds)
-        facts.insert(1, f"{mean:.1f} s and {report.polls:.1f} polls a task")
-    return [table({state: str(states[state]) for state in columns}), ", ".join(facts), *_failure_reasons(rows)]
+        facts.insert(1, f"{mean:.1f} s and {report.polls_per_task:.1f} polls a task")
+    return [make_table({state: str(states[state]) for state in columns}), ", ".join(facts), *_failure_reasons(rows)]
 
 
 def _failure_reasons(rows: Iterable[Row]) -> list[str]:
@@ -58,7 +58,8 @@ def _failure_reasons(rows: Iterable[Row]) -> list[str]:
             examples.setdefault((state, reason), row)
             counts[state, reason] += 1
     return [
-        f"{count} {state}: {line(row.error)}, e.g. {line(row.key)} ({line(row.prompt)[:60].rstrip()})"
+        f"{count} {state}: {to_single_line(row.error)}, "
+        f"e.g. {to_single_line(row.key)} ({to_single_line(row.prompt)[:60].rstrip()})"
         for (state, reason), count in counts.most_common()
         for row in (examples[state, reason],)
     ]
@@ -102,7 +103,7 @@ def suggest_command(
     states = Counter(map(display_state, rows))
     left = states["running"] + states[WAITING] + states["unsaved"]
     if left:
-        match report.stopped:
+        match report.error:
             case flux.BudgetExceededError() if budget is not None:
                 return f"to go on, with a budget for the other {left}", command.render(
                     without=(*_CONSENT_OPTIONS, "--budget"), add=("--budget", str(next_plan.sufficient_budget))

@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
-from flux2max_async.cli._terminal import Screen, line, polls, tell
+from flux2max_async.cli._terminal import Terminal, format_polls, print_status, to_single_line
 
 SessionContext = AbstractAsyncContextManager["flux.FluxSession"]
 
@@ -60,7 +60,7 @@ async def generate(context: SessionContext, request: "flux.GenerationRequest", o
     async with context as session:
         with _status_line("submitting") as show_status:
             task = await session.submit(request)
-            tell(f"task {task.id} submitted")
+            print_status(f"task {task.id} submitted")
             completed = await _wait_for(task, show_status)
             paths = await _save(session, completed, output, f".{request.output_format or 'jpeg'}")
     _print_result(completed, paths)
@@ -98,7 +98,7 @@ async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> N
         rows.append(("error", snapshot.error.message))
     rows += [("url", image.url) for image in snapshot.images]
     for name, value in rows:
-        typer.echo(f"{name:<8} {line(value)}")
+        typer.echo(f"{name:<8} {to_single_line(value)}")
 
 
 async def _wait_for(task: "flux.GenerationTask", show_status: Callable[[str], None]) -> "flux.Completed":
@@ -131,21 +131,21 @@ def _print_result(completed: "flux.Completed", paths: list[Path]) -> None:
         typer.echo(path)
     cost = completed.usage and completed.usage.cost
     charge = "" if cost is None else f", ${cost:f}"
-    tell(f"{completed.elapsed:.1f} s, {polls(completed)}{charge}")
+    print_status(f"{completed.elapsed:.1f} s, {format_polls(completed)}{charge}")
 
 
 @contextmanager
 def _status_line(text: str) -> Generator[Callable[[str], None]]:
     """Show a status line while the terminal is interactive; yield the function that changes its text."""
-    screen = Screen(sys.stderr)
+    terminal = Terminal(sys.stderr)
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
-        console=screen,
+        console=terminal,
         transient=True,
         redirect_stdout=False,
     )
     row = progress.add_task(text, total=None)
-    with progress if screen.is_interactive else nullcontext():
+    with progress if terminal.is_interactive else nullcontext():
         yield lambda description: progress.update(row, description=description)

@@ -1,10 +1,9 @@
-"""What the commands say: lines on stderr, a console for what lives on a terminal, and errors as exit codes."""
+"""Output of the commands: results on stdout, status and error lines on stderr, and exit codes for errors."""
 
 import asyncio
 import contextlib
-import errno
+import io
 import logging
-import os
 import queue
 import sys
 import threading
@@ -17,179 +16,157 @@ from rich.table import Table
 
 import flux2max_async as flux
 
+_DRAIN_INTERVAL = 0.05
+"""Seconds."""
 
-class Screen(Console):
-    """A console that draws on a terminal, writes plain text down a pipe, and goes on when nobody reads it any more."""
+
+class Terminal(Console):
+    """A console that uses escape codes on a terminal only, and plain text everywhere else."""
 
     def __init__(self, file: TextIO) -> None:
-        # Rich would send escape codes down a pipe where FORCE_COLOR is set, as it is on many CI services.
+        # Rich would write escape codes to a pipe if FORCE_COLOR is set, as it is on many CI services.
         super().__init__(file=file, force_terminal=file.isatty(), highlight=False)
 
-    def on_broken_pipe(self) -> None:
-        """Write to nobody from now on, where rich would end the program."""
-        nobody_reads(self.file)
-
-    def show(self, *things: RenderableType) -> None:
-        """Show what a command comes to; where that can't be written, it is said."""
+    def show(self, *renderables: RenderableType) -> None:
+        """Print the result of a command; if that fails, report why and go on."""
+        with self.capture() as capture:
+            for renderable in renderables:
+                self.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
         try:
-            for thing in things:
-                self.print(thing, markup=False, soft_wrap=isinstance(thing, str))
+            # Not self.print(), with which rich would exit if the reader has closed the pipe.
+            self.file.write(capture.get())
             self.file.flush()
         except OSError as error:
-            nobody_reads(self.file)
-            complain(f"can't write to standard output: {error.strerror}")
+            print_error(f"can't write to standard output: {error.strerror}")
 
 
-def line(said: object) -> str:
-    """Bring what the service, say, has said into one line that leaves the terminal alone."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(said)).split())
+class LineWriter(io.TextIOBase):
+    """A text stream that writes in a background thread, so that a slow reader never blocks the event loop.
+
+    Args:
+        stream: The stream to write to.
+        on_error: Called in the event loop when a write fails. Nothing is written after that.
+    """
+
+    def __init__(self, stream: TextIO, on_error: Callable[[OSError], object]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._on_error = on_error
+        self._loop = asyncio.get_running_loop()
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_texts, daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Write text later."""
+        self._texts.put(text)
+        return len(text)
+
+    async def drain(self, *, is_cancelled: Callable[[], bool]) -> bool:
+        """Wait until everything is written, and end the thread; return False if that was cancelled before."""
+        self._texts.put(None)
+        while self._thread.is_alive():
+            await asyncio.sleep(_DRAIN_INTERVAL)
+            if is_cancelled():
+                break
+        return not self._thread.is_alive()
+
+    def _write_texts(self) -> None:
+        try:
+            for text in iter(self._texts.get, None):
+                self._stream.write(text)
+                self._stream.flush()
+        except OSError as error:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(self._on_error, error)
 
 
-def tell(said: object) -> None:
-    """Say something on stderr, in one line."""
-    tell_exactly(line(said))
+def to_single_line(value: object) -> str:
+    """Return text on one line and without control characters, which could change the terminal's state."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 
-def tell_exactly(text: str) -> None:
-    """Say something on stderr as it is; if nobody hears it, nothing happens."""
-    if _aside and _aside[-1].is_busy:
-        _aside[-1].put(text)
-        return
-    with contextlib.suppress(OSError, ValueError):
-        # Not typer.echo(): it writes past what rich puts in the place of stderr, into the middle of a live line.
+def print_status(message: object) -> None:
+    """Print a message on stderr, on a single line."""
+    print_verbatim(to_single_line(message))
+
+
+def print_error(message: object) -> None:
+    """Print an error or a warning on stderr, on a single line that begins with the program's name."""
+    print_status(f"flux2max: {message}")
+
+
+def print_verbatim(text: str) -> None:
+    """Print text on stderr without changing it; ignore errors, since there is nowhere else to report them."""
+    with contextlib.suppress(OSError):
+        # Not typer.echo(), which bypasses rich's replacement of sys.stderr and would write into the live display.
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
-def complain(said: object) -> None:
-    """Say that something isn't as it should be."""
-    tell(f"flux2max: {said}")
-
-
-def somebody_can_be_asked() -> bool:
-    """Tell whether somebody sits at a terminal who sees a question and can answer it."""
+def can_prompt() -> bool:
+    """Check whether a user can see a question on the terminal and answer it."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
-def errors_as_lines(result: Callable[[], str] | None = None) -> Generator[None]:
-    """Say what went wrong in one line, and exit with the code for it.
+def report_errors(interrupt_hint: Callable[[], str] | None = None) -> Generator[None]:
+    """Print an error on a single line, and exit with its code: 2 for wrong usage, 130 for Ctrl-C, else 1.
 
     Args:
-        result: Tells what there is when Ctrl-C ends it.
+        interrupt_hint: Returns the text to print after Ctrl-C.
     """
     try:
         yield
-        sys.stdout.flush()
     except (flux.InvalidRequestError, flux.ConfigurationError) as error:
-        complain(error)
+        print_error(error)
         raise typer.Exit(2) from error
     except flux.FluxError as error:
-        complain(error)
+        print_error(error)
+        raise typer.Exit(1) from error
+    except BrokenPipeError as error:  # as in `flux2max demo | head`: no reason for a message
         raise typer.Exit(1) from error
     except OSError as error:
-        if error.errno != errno.EPIPE:
-            complain(error)
-        nobody_reads(sys.stdout)
+        print_error(error)
         raise typer.Exit(1) from error
     except (KeyboardInterrupt, typer.Abort):
-        complain(f"stopped: {result()}" if result else "stopped")
+        print_error(f"stopped: {interrupt_hint()}" if interrupt_hint else "stopped")
         raise typer.Exit(130) from None
 
 
 @contextlib.contextmanager
-def log_to(handler: logging.Handler, name: str = "flux2max_async") -> Generator[None]:
-    """Let a handler have a library's log; without one, Python prints warnings on its own."""
-    log = logging.getLogger(name)
-    log.addHandler(handler)
+def attach_log_handler(handler: logging.Handler, logger_name: str = "flux2max_async") -> Generator[None]:
+    """Attach a handler to a logger; with a handler, Python doesn't print warnings to stderr itself."""
+    logger = logging.getLogger(logger_name)
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        logger.removeHandler(handler)
 
 
-class Complaints(logging.Handler):
-    """Says what is logged: a call that has to be made again, or a paid task that is left unfinished."""
+class StderrLogHandler(logging.Handler):
+    """Prints log messages: for example about a submit that is repeated, or a paid task that is left unfinished."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it in a line."""
-        complain(record.getMessage())
+        """Print the message on a single line."""
+        print_error(record.getMessage())
 
 
-class Outlet:
-    """Writes lines in a thread of its own: a reader who is slow, or has gone, holds nothing else up.
-
-    Args:
-        name: "stdout" or "stderr", looked up for each line: what lives on a terminal may stand in its place.
-        failed: Called in the event loop when nothing can be written any more.
-    """
-
-    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
-        self._name = name
-        self._failed = failed
-        self._loop = asyncio.get_running_loop()
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def put(self, text: str | None) -> None:
-        """Have a line written; None is the end."""
-        self._lines.put(text)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether something is still to be written."""
-        return self._thread.is_alive()
-
-    def _work(self) -> None:
-        while (text := self._lines.get()) is not None:
-            file = getattr(sys, self._name)
-            try:
-                file.write(f"{text}\n")
-                file.flush()
-            except (OSError, ValueError) as error:
-                nobody_reads(file)
-                with contextlib.suppress(RuntimeError):  # the loop has ended before
-                    self._loop.call_soon_threadsafe(self._failed, error)
-                return
-
-
-_aside: list[Outlet] = []
-"""What takes the lines for stderr, while nothing may wait for who reads them."""
-
-
-@contextlib.contextmanager
-def speaking_aside(outlet: Outlet) -> Generator[None]:
-    """Have all that is said on stderr written by another thread."""
-    _aside.append(outlet)
-    try:
-        yield
-    finally:
-        _aside.remove(outlet)
-
-
-def table(cells: Mapping[str, str]) -> Table:
-    """Make a table of one row, of which nothing is cut off."""
-    made = Table()
+def make_table(cells: Mapping[str, str]) -> Table:
+    """Return a table with a header and one row; no cell is truncated."""
+    table = Table()
     for name in cells:
-        made.add_column(name, justify="right", no_wrap=True)
-    made.add_row(*cells.values())
-    return made
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*cells.values())
+    return table
 
 
-def polls(picture: "flux.Completed") -> str:
-    """Say how often a task was looked at."""
-    return "1 poll" if picture.polls == 1 else f"{picture.polls} polls"
+def format_polls(completed: "flux.Completed") -> str:
+    """Return the number of polls of a task, as in "2 polls"."""
+    return "1 poll" if completed.polls == 1 else f"{completed.polls} polls"
 
 
-def pictures(count: int) -> str:
-    """Say how many pictures."""
+def format_pictures(count: int) -> str:
+    """Return a number of pictures, as in "2 pictures"."""
     return "1 picture" if count == 1 else f"{count} pictures"
-
-
-def nobody_reads(file: object) -> None:
-    """Give what is written from now on to nobody, so that the interpreter's last flush can't fail."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, file.fileno())  # type: ignore[attr-defined]
-        os.close(nowhere)

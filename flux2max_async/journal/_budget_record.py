@@ -10,7 +10,7 @@ from flux2max_async._exceptions import JournalError
 from flux2max_async._models.fingerprint import RequestFingerprint
 from flux2max_async._models.results import Completed, Outcome
 from flux2max_async.journal._entry import SavedFile
-from flux2max_async.journal._reuse import Replay, Resume, ReusePolicy, Submit
+from flux2max_async.journal._lookup import Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._transitions import committed_after
 
 OnWaiting = Callable[[str | None], None]
@@ -61,7 +61,7 @@ class NullRecord:
         Raises:
             BudgetExceededError: The budget doesn't allow it.
             JournalError: The intent can't be written.
-            KeyConflict: Another process has written one.
+            KeyConflictError: Another process has written one.
         """
 
     async def mark_refused(self) -> None:

@@ -19,8 +19,8 @@ from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome
 from flux2max_async.journal._budget_record import BudgetRecord, NullRecord, OnWaiting
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._protocol import Journal
-from flux2max_async.journal._reuse import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._serialization import outcome_from_entry
 from flux2max_async.journal._transitions import END_STATES, end_entry, state_after
 

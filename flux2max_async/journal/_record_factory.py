@@ -13,9 +13,9 @@ from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Outcome
 from flux2max_async.journal._budget_record import BudgetRecord, NullRecord, OnWaiting
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._lookup import Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record import AdoptedRecord, JournalContext, RequestRecord
-from flux2max_async.journal._reuse import Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._serialization import sanitize
 
 log = logging.getLogger("flux2max_async.journal")

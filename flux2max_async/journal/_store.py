@@ -1,29 +1,7 @@
-"""The SQL statements that read and write a journal's file, and the leases by which processes share it. Blocking.
+"""The SQL statements that read and write a journal's file, those of the leases included. Blocking.
 
 A transaction is atomic: after a crash, all of it can be seen or nothing. Amounts of money are stored as whole
 nano-dollars, so that sums are exact and the database can compute them.
-
-Leases. Each journal that has the file open is an owner: it has a row in `owners`, and a lease of so many seconds.
-
-  alive          its row is there, and it increments the row's heartbeat counter every quarter of its lease
-  presumed dead  its row is there, but another owner knows that the process is gone, or has seen the same counter for
-                 longer than the lease, by that other owner's own monotonic clock
-  dropped        its row was deleted: by close(), or by drop_owner() of an owner that presumes it dead
-
-An owner that was dropped although it lives, since its machine slept, inserts its row again with its next heartbeat.
-What others have adopted in the meantime stays theirs.
-
-An entry is, by its column `owner`:
-
-  free      NULL: no owner works on it
-  held      the id of an owner that has a row: by begin() or record(), or adopted by adopt() or adopt_from()
-  orphaned  the id of an owner that was dropped, or whose process is gone. An owner that notices this calls
-            adopt_from(), which takes the tasks, and frees the intents as UNCERTAIN, since it isn't known whether they
-            were sent. Completed entries whose images are not all saved stay orphaned until a session calls adopt().
-
-What must hold: adopt() and adopt_from() change the owner in one statement that names the previous one, so two owners
-never adopt the same entry. Only the holder takes back what is recorded; others can only add to it. Leases never depend
-on the time of day. Other owners are dropped, and adopted from, in the transaction of one's own heartbeat.
 """
 
 import contextlib

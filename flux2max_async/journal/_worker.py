@@ -1,7 +1,7 @@
 """The thread that reads and writes a journal's file, so that the event loop never waits for a disk.
 
 Jobs that are queued while it waits for the disk run together in its next transaction: concurrent intents share an
-fsync. The thread also writes this owner's heartbeat and watches those of the others; `_store` describes the leases.
+fsync. The thread also writes this owner's heartbeat and watches those of the others; `_leases` describes how owners are found dead.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import attrs
 
 from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._leases import LeaseMonitor
 from flux2max_async.journal._schema import journal_error
 from flux2max_async.journal._store import SqliteStore
 
@@ -61,15 +62,6 @@ class _Watch:
     future: "asyncio.Future[Any]"
 
 
-@attrs.frozen
-class _Sighting:
-    """The newest heartbeat of another owner."""
-
-    heartbeat: int
-    time: float
-    """When it was first seen, by this process's monotonic clock."""
-
-
 class JournalWorker:
     """Runs jobs in their order, in a thread of its own, until it is stopped.
 
@@ -99,9 +91,8 @@ class JournalWorker:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._watches: list[_Watch] = []
-        self._sightings: dict[str, _Sighting] = {}
+        self._leases = LeaseMonitor(lease)
         self._next_heartbeat_at = 0.0
-        self._owners_checked_at = 0.0
         self._has_unsynced_writes = False
         self.is_sole_writer = True
         """Whether nobody else has written since the file was opened."""
@@ -242,32 +233,13 @@ class JournalWorker:
         try:
             with store.transaction(durable=self._has_unsynced_writes):
                 store.heartbeat()
-                self._drop_dead_owners(store, now)
-                adopted = self._adopt_from_dropped_owners(store)
+                adopted = self._leases.check(store, now)
             self._has_unsynced_writes = False
         except sqlite3.Error as error:
             log.warning("%s", journal_error(self._path, error))
         else:
             self._report(adopted)
             self._check_watches(store)
-
-    def _drop_dead_owners(self, store: SqliteStore, now: float) -> None:
-        # If this thread was held up, the others may have been held up by the same lock: their leases start anew.
-        late = now - self._owners_checked_at > self._lease / 2
-        self._owners_checked_at = now
-        for owner_id, owner in store.other_owners().items():
-            sighting = self._sightings.get(owner_id)
-            if sighting is None or sighting.heartbeat != owner.heartbeat or late:
-                sighting = self._sightings[owner_id] = _Sighting(owner.heartbeat, now)
-            if owner.is_gone or now - sighting.time > owner.lease:
-                store.drop_owner(owner_id)
-
-    def _adopt_from_dropped_owners(self, store: SqliteStore) -> list[JournalEntry]:
-        adopted: list[JournalEntry] = []
-        for owner_id in self._sightings.keys() - store.other_owners().keys():
-            del self._sightings[owner_id]
-            adopted += store.adopt_from(owner_id)
-        return adopted
 
     # ------------------------------------------------------------------ changes by other sessions
 

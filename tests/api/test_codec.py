@@ -800,7 +800,7 @@ def escape_all(text: str) -> str:
 )
 def test_error_redacts_an_echoed_secret(encode: Callable[[str], bytes], secret: str) -> None:
     """No error shows the key or the webhook's secret, however the service escapes it in its response."""
-    response = make_response(encode(secret), 401).without(secret)
+    response = make_response(encode(secret), 401).with_secret(secret)
     error = error_from_response(response)
     texts = [
         str(error),
@@ -817,7 +817,7 @@ def test_error_redacts_an_echoed_secret(encode: Callable[[str], bytes], secret: 
 @pytest.mark.parametrize("name", ["Location", "X-Request-Id"])
 def test_error_redacts_a_secret_echoed_in_a_header(name: str) -> None:
     """An error redacts a secret in the location of a redirect and in the request id."""
-    response = make_response(b"", 302, {name: f"https://new.example/?key={SECRET}"}).without(SECRET)
+    response = make_response(b"", 302, {name: f"https://new.example/?key={SECRET}"}).with_secret(SECRET)
     error = error_from_response(response)
 
     assert SECRET not in f"{error!s} {error!r}"
@@ -826,7 +826,7 @@ def test_error_redacts_a_secret_echoed_in_a_header(name: str) -> None:
 def test_protocol_error_redacts_an_echoed_secret() -> None:
     """The description of a response that is not JSON redacts a secret."""
     with pytest.raises(ProtocolError) as caught:
-        parse_submit(make_response(f"who is {SECRET}?".encode()).without(SECRET))
+        parse_submit(make_response(f"who is {SECRET}?".encode()).with_secret(SECRET))
 
     assert SECRET not in f"{caught.value!s} {caught.value!r}"
     assert "who is" in str(caught.value)
@@ -837,8 +837,8 @@ def test_repr_of_a_snapshot_shows_no_echoed_secret(secret: str) -> None:
     """If the service echoes the task's parameters, the snapshot's repr and its error don't show the webhook's secret."""
     echo = {"webhook_secret": secret, "params": [{"webhook_secret": secret}]}
     failure = {"code": secret, "message": f"can't post to the webhook with {secret}"}
-    completed = parse_poll(make_response(finished(metadata=echo, usage=echo)).without(secret), "t1")
-    failed = parse_poll(make_response(running(status="failed", metadata=echo, error=failure)).without(secret), "t1")
+    completed = parse_poll(make_response(finished(metadata=echo, usage=echo)).with_secret(secret), "t1")
+    failed = parse_poll(make_response(running(status="failed", metadata=echo, error=failure)).with_secret(secret), "t1")
 
     for text in (repr(completed), repr(failed), str(failed.error)):
         assert secret not in text
@@ -848,8 +848,8 @@ def test_repr_of_a_snapshot_shows_no_echoed_secret(secret: str) -> None:
 @pytest.mark.parametrize("secret", ["1", "t", "id", "status", "in_progress", '"', "https", "pictures.example"])
 def test_redacting_keeps_ids_and_urls(secret: str) -> None:
     """A weak secret that occurs in the response changes neither the task's id nor the URLs of its images."""
-    submitted = parse_submit(make_response(running()).without(secret))
-    polled = parse_poll(make_response(finished()).without(secret), "t1")
+    submitted = parse_submit(make_response(running()).with_secret(secret))
+    polled = parse_poll(make_response(finished()).with_secret(secret), "t1")
 
     assert submitted.task_id == "t1"
     assert polled.status is TaskStatus.COMPLETED
@@ -860,8 +860,8 @@ def test_redacting_nothing_changes_nothing() -> None:
     """A response that doesn't contain the secret is parsed as if there were no secret."""
     response = make_response(finished())
 
-    assert parse_poll(response.without(SECRET), "t1") == parse_poll(response, "t1")
-    assert parse_poll(response.without(None), "t1") == parse_poll(response, "t1")
+    assert parse_poll(response.with_secret(SECRET), "t1") == parse_poll(response, "t1")
+    assert parse_poll(response.with_secret(None), "t1") == parse_poll(response, "t1")
 
 
 # ---------------------------------------------------------------------- arbitrary responses

@@ -11,7 +11,7 @@ from flux2max_async.emulator import Emulator, Fault
 def reserve_at_rate(limiter: PollLimiter, seconds: float, *, rate: float, start: float = 0.0) -> list[float]:
     """Reserve polls at a constant rate; return the times at which they may be sent."""
     count = round(seconds * rate)
-    return [(now := start + number / rate) + limiter.book(now) for number in range(count)]
+    return [(now := start + number / rate) + limiter.reserve(now) for number in range(count)]
 
 
 def test_half_the_limit_has_no_effect() -> None:
@@ -26,7 +26,7 @@ def test_half_the_limit_has_no_effect() -> None:
 def test_burst_of_one_second_is_sent_at_once() -> None:
     """Of sixty polls at the same time, twenty are sent at once, and the others evenly, in the order of their reservation."""
     limiter = PollLimiter(20.0)
-    delays = [limiter.book(100.0) for _ in range(60)]
+    delays = [limiter.reserve(100.0) for _ in range(60)]
 
     assert delays[:20] == pytest.approx([0.0] * 20, abs=1e-9)
     assert delays[20:] == pytest.approx([number / 20 for number in range(1, 41)])
@@ -45,7 +45,7 @@ def test_infinite_limit_has_no_effect() -> None:
     """Without a limit, a thousand polls at the same time are not delayed."""
     limiter = PollLimiter(float("inf"))
 
-    assert {limiter.book(1.0) for _ in range(1000)} == {0.0}
+    assert {limiter.reserve(1.0) for _ in range(1000)} == {0.0}
     assert limiter.cost_factor(1.0) == 1.0
 
 
@@ -58,7 +58,7 @@ def test_cost_rises_with_the_load_and_falls_again() -> None:
     idle = limiter.cost_factor(20.0)
     reserve_at_rate(limiter, 3, rate=40, start=20.0)
     overloaded = limiter.cost_factor(23.0)
-    limiter.book(100.0)
+    limiter.reserve(100.0)
 
     assert loaded > 1.4
     assert idle == 1.0
@@ -69,10 +69,10 @@ def test_cost_rises_with_the_load_and_falls_again() -> None:
 def test_cost_rises_after_refusals_for_a_while() -> None:
     """Each 429 adds to the cost, up to four times as much as before; most of that is gone a minute later."""
     limiter = PollLimiter(20.0)
-    limiter.refused(10.0)
+    limiter.record_refusal(10.0)
     after_one_refusal = limiter.cost_factor(10.0)
     for _ in range(50):
-        limiter.refused(11.0)
+        limiter.record_refusal(11.0)
 
     assert 1.5 < after_one_refusal < 2.5
     assert 3 < limiter.cost_factor(11.0) < 4

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux2max_async._api.submit_limiter import MAX_PAUSE, SubmitLimiter
+from flux2max_async._api.retry import MAX_PAUSE
+from flux2max_async._api.submit_limiter import SubmitLimiter
 
 Event = Callable[[SubmitLimiter], object]
 
@@ -157,7 +158,7 @@ def test_pause_is_what_the_service_requests(times: int, retry_after: float) -> N
     for _ in range(times):
         probe = limiter.submit_started()
         limiter.submit_refused(now, 2, retry_after, probe=probe)
-        pauses.append(limiter.pause(now))
+        pauses.append(limiter.pause_remaining(now))
         now += 256
 
     assert pauses == [min(retry_after, MAX_PAUSE)] * times
@@ -171,7 +172,7 @@ def test_backoff_of_submits_does_not_delay_polls() -> None:
     for _ in range(20):
         probe = limiter.submit_started()
         limiter.submit_refused(now, 2, 1.0, probe=probe)
-        paused += limiter.pause(now)
+        paused += limiter.pause_remaining(now)
         now += 32
 
     assert paused == 20.0
@@ -282,8 +283,8 @@ def test_delay_is_bounded_after_any_events(events: list[Any], max_in_flight: int
                 now += seconds
     delay = limiter.submit_delay(now, in_flight)
 
-    assert 0 <= limiter.pause(now) <= MAX_PAUSE + 1e-6
-    assert limiter.pause(now) <= delay
+    assert 0 <= limiter.pause_remaining(now) <= MAX_PAUSE + 1e-6
+    assert limiter.pause_remaining(now) <= delay
     assert delay <= MAX_PAUSE + 1e-6 or (delay == INFINITE and any(on_wire))
 
 

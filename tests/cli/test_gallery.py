@@ -11,12 +11,12 @@ from PIL import Image
 
 from flux2max_async import FluxSession, LearnedSchedule
 from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._output_dir import Folder, Row
+from flux2max_async.cli._output_dir import OutputDir, Row
 from flux2max_async.cli._plan import make_plan
-from flux2max_async.cli._progress import Board, clock
-from flux2max_async.cli._runner import Job, _Notes, _written
-from flux2max_async.cli._terminal import Screen, log_to
-from flux2max_async.journal._reuse import ReusePolicy
+from flux2max_async.cli._progress import ProgressDisplay, format_duration
+from flux2max_async.cli._runner import Batch, DisplayLogHandler, _write_outputs
+from flux2max_async.cli._terminal import Terminal, attach_log_handler
+from flux2max_async.journal._lookup import ReusePolicy
 
 
 def text_of(folder: Path, *rows: Row, running: bool = False) -> str:
@@ -71,7 +71,7 @@ def test_small_copies_are_made_once(tmp_path: Path) -> None:
 def test_small_copies_can_wait(tmp_path: Path) -> None:
     """Whoever leaves at once doesn't wait for small copies: the pictures themselves stand in their places."""
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    Gallery(tmp_path, hurry=True).write([Row("a", "a", state="completed", files=["a.png"])], running=False)
+    Gallery(tmp_path, skip_thumbnails=True).write([Row("a", "a", state="completed", files=["a.png"])], running=False)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
 
     assert 'src="a.png"' in page
@@ -131,40 +131,40 @@ def test_nothing_yet(tmp_path: Path) -> None:
 
 async def test_a_journal_that_breaks_while_a_batch_runs(tmp_path: Path) -> None:
     """Where the journal can't be read any more, the page stays as it is, and why is told."""
-    folder = Folder(tmp_path)
-    folder.database.write_bytes(b"SQLite format 3\0 and then nothing" * 40)
-    job = Job(
+    folder = OutputDir(tmp_path)
+    folder.journal_path.write_bytes(b"SQLite format 3\0 and then nothing" * 40)
+    batch = Batch(
         folder=folder,
         plan=make_plan([], [], ReusePolicy(), None),
         session=FluxSession("key"),
         schedule=LearnedSchedule(),
-        places=1,
+        max_in_flight=1,
         budget=None,
         as_json=False,
     )
-    trouble = await _written(job, Gallery(tmp_path))
+    trouble = await _write_outputs(batch, Gallery(tmp_path))
 
     assert trouble is not None
-    assert trouble.startswith(f"the journal {folder.database} is damaged")
+    assert trouble.startswith(f"the journal {folder.journal_path} is damaged")
     assert not (tmp_path / "index.html").exists()
 
 
 def test_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """A warning stands on the board; an error is said aloud, too."""
     schedule = LearnedSchedule()
-    board = Board(1, FluxSession("key"), schedule, 1, Screen(sys.stderr))
+    display = ProgressDisplay(1, FluxSession("key"), schedule, 1, Terminal(sys.stderr))
     log = logging.getLogger("flux2max_async")
-    with log_to(_Notes(board)):
+    with attach_log_handler(DisplayLogHandler(display)):
         log.warning("submit not accepted")
-        first = board.note
+        first = display.log_message
         log.error("the journal's disk\nis full")
 
     assert first == "submit not accepted"
-    assert board.note == "the journal's disk is full"
+    assert display.log_message == "the journal's disk is full"
     assert capsys.readouterr().err == "flux2max: the journal's disk is full\n"
 
 
 @pytest.mark.parametrize(("seconds", "written"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3661, "1:01:01")])
 def test_durations(seconds: float, written: str) -> None:
     """Minutes and seconds, and hours where there are any."""
-    assert clock(seconds) == written
+    assert format_duration(seconds) == written

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux2max_async import ConfigurationError, GenerationRequest, InvalidRequestError
-from flux2max_async.cli._parsers import FIELDS, READERS, guessed_form
-from flux2max_async.cli._requests_file import Sheet, defaults_of, read_sheet
+from flux2max_async.cli._parsers import FIELDS, PARSERS, guess_format
+from flux2max_async.cli._requests_file import RequestsFile, parse_defaults, read_requests_file
 
 
 def png() -> bytes:
@@ -22,11 +22,11 @@ def png() -> bytes:
     return file.getvalue()
 
 
-def read(data: str | bytes, form: str, folder: Path = Path(), **how: Any) -> Sheet:
-    return read_sheet(data if isinstance(data, bytes) else data.encode(), form, folder=folder, **how)
+def read(data: str | bytes, form: str, folder: Path = Path(), **how: Any) -> RequestsFile:
+    return read_requests_file(data if isinstance(data, bytes) else data.encode(), form, folder=folder, **how)
 
 
-def told(sheet: Sheet) -> list[tuple[int, str, str]]:
+def told(sheet: RequestsFile) -> list[tuple[int, str, str]]:
     return [(bad.number, bad.field, bad.reason) for bad in sheet.bad]
 
 
@@ -88,7 +88,7 @@ def test_all_fields(tmp_path: Path, form: str) -> None:
 
 def test_what_a_line_leaves_out() -> None:
     """Options hold for all lines that don't say otherwise; null and empty cells don't."""
-    defaults = defaults_of((), width=512, prompt="a default", seed=None)
+    defaults = parse_defaults((), width=512, prompt="a default", seed=None)
     objects = read('{"prompt": "a cat", "width": null}\n{"width": 1024}\n', "jsonl", defaults=defaults)
     table = read("prompt,width\na cat,\n,1024\n\n", "csv", defaults=defaults)
 
@@ -143,7 +143,7 @@ def test_what_spreadsheets_write_before_the_table(head: str) -> None:
 )
 def test_what_standard_input_holds(text: str, form: str | None) -> None:
     """A brace begins objects, several fields in the first line a table, and all else is a prompt, or in doubt."""
-    assert guessed_form(text.encode()) == form
+    assert guess_format(text.encode()) == form
 
 
 def test_a_file_in_another_encoding() -> None:
@@ -293,7 +293,7 @@ def test_two_lines_with_one_key() -> None:
 )
 def test_extra_options(extra: list[str], values: dict[str, Any]) -> None:
     """A value is JSON, or text where it isn't."""
-    assert defaults_of(extra) == {"extra": values}
+    assert parse_defaults(extra) == {"extra": values}
 
 
 @pytest.mark.parametrize(
@@ -312,12 +312,12 @@ def test_extra_options(extra: list[str], values: dict[str, Any]) -> None:
 def test_a_default_that_is_wrong(extra: list[str], fields: dict[str, Any], field: str) -> None:
     """A mistake in an option is one error, and not one for each line."""
     with pytest.raises(InvalidRequestError) as caught:
-        defaults_of(extra, **fields)
+        parse_defaults(extra, **fields)
 
     assert caught.value.field == field
 
 
-@given(st.sampled_from(sorted(READERS)), st.one_of(st.binary(), st.text().map(str.encode)))
+@given(st.sampled_from(sorted(PARSERS)), st.one_of(st.binary(), st.text().map(str.encode)))
 def test_whatever_a_file_holds(form: str, data: bytes) -> None:
     """Any bytes are lines that are requests and lines that are not; each is told once."""
     sheet = read(data, form)

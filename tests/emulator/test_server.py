@@ -98,21 +98,21 @@ async def test_a_task_follows_the_protocol(gateway: Emulator) -> None:
 )
 async def test_parameters_are_validated(gateway: Emulator, body: Any, name: str) -> None:
     """An invalid parameter is refused with a 400 that names it, and no task is created."""
-    status, answer, headers = await post(gateway, body)
+    status, content, headers = await post(gateway, body)
 
     assert status == 400
-    assert name in answer["error"]["message"]
-    assert answer["error"]["code"]
+    assert name in content["error"]["message"]
+    assert content["error"]["code"]
     assert headers["X-Request-Id"]
     assert not gateway.accepted
 
 
 async def test_null_means_unset(gateway: Emulator) -> None:
     """Optional parameters may be null, and unknown parameters are accepted."""
-    status, answer, _ = await post(gateway, submit(seed=None, input_image=None, prompt_upsampling=True))
+    status, content, _ = await post(gateway, submit(seed=None, input_image=None, prompt_upsampling=True))
 
     assert status == 200
-    assert answer["status"] == "pending"
+    assert content["status"] == "pending"
 
 
 NO_MODEL = {"input": submit()["input"]}
@@ -155,15 +155,15 @@ async def test_the_model_is_in_the_body_or_in_a_header(gateway: Emulator, body: 
 )
 async def test_a_wrong_model_is_refused(gateway: Emulator, body: Any, model: str | None, message: str) -> None:
     """A missing, unknown or contradictory model is refused with a 400, and no task is created."""
-    status, answer, _ = await post(gateway, body, model=model)
+    status, content, _ = await post(gateway, body, model=model)
 
-    assert (status, answer["error"]) == (400, {"code": "invalid_parameter", "message": message})
+    assert (status, content["error"]) == (400, {"code": "invalid_parameter", "message": message})
     assert not gateway.accepted
 
 
 async def test_the_key_is_checked(gateway: Emulator) -> None:
     """Submits and polls need the right API key, and downloads refuse any key."""
-    status, answer, _ = await post(gateway, submit(), key="wrong")
+    status, content, _ = await post(gateway, submit(), key="wrong")
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {gateway.api_key}"}) as http:
         async with http.get(f"{gateway.url}/results/x.jpeg") as leaked:
             leaked_status = leaked.status
@@ -172,7 +172,7 @@ async def test_the_key_is_checked(gateway: Emulator) -> None:
     async with aiohttp.ClientSession() as http, http.get(f"{gateway.url}/results/x.jpeg") as missing:
         missing_status = missing.status
 
-    assert (status, answer["error"]["code"]) == (401, "unauthorized")
+    assert (status, content["error"]["code"]) == (401, "unauthorized")
     assert (leaked_status, unknown_status, missing_status) == (400, 404, 404)
 
 
@@ -250,12 +250,12 @@ async def test_the_balance_can_be_topped_up() -> None:
 async def test_a_slot_is_free_when_a_task_ends() -> None:
     """Submits above the limit are refused with a 429 that has Retry-After, until a task has ended."""
     async with Emulator(seconds=8.0, spread=0.0, max_in_flight=2, time_scale=2.0, pictures=False) as gateway:
-        answers = [await post(gateway, submit()) for _ in range(3)]
+        responses = [await post(gateway, submit()) for _ in range(3)]
         await anyio.sleep(4.1)
         later, _, _ = await post(gateway, submit())
 
-    assert [status for status, _, _ in answers] == [200, 200, 429]
-    assert answers[2][2]["Retry-After"] == "0.5"
+    assert [status for status, _, _ in responses] == [200, 200, 429]
+    assert responses[2][2]["Retry-After"] == "0.5"
     assert later == 200
 
 
@@ -284,11 +284,12 @@ async def test_every_fault_applies_to_every_endpoint(gateway: Emulator, endpoint
     poll_url = f"{api_url}/task/{task['id']}"
     async with aiohttp.ClientSession() as http, http.get(poll_url, headers=headers) as response:
         result_url = (await response.json())["output"][0]["content"][0]["url"]
-    method, url, options = {
+    requests: dict[str, tuple[str, str, dict[str, Any]]] = {
         "submit": ("POST", api_url, {"headers": headers, "json": submit()}),
         "poll": ("GET", poll_url, {"headers": headers}),
         "download": ("GET", result_url, {}),
-    }[endpoint]
+    }
+    method, url, options = requests[endpoint]
 
     async def succeeds() -> bool:
         try:
@@ -337,7 +338,7 @@ def test_unknown_faults_are_refused_at_construction() -> None:
 
 
 async def test_hanging_calls_do_not_delay_closing(gateway: Emulator) -> None:
-    """Closing the emulator immediately ends the calls that it never answers."""
+    """Closing the emulator immediately ends the calls that it never responses."""
     async with Emulator(pictures=False) as hanging:
         hanging.script("submit", Fault.HANG)
         call = asyncio.ensure_future(post(hanging, submit()))

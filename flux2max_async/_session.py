@@ -1,7 +1,5 @@
 """The session: its lifetime, and the public methods."""
 
-import asyncio
-import platform
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from decimal import Decimal
@@ -9,13 +7,13 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import aiohttp
 import attrs
 
 from flux2max_async._api.client import ApiClient
-from flux2max_async._api.codec import build_poll
+from flux2max_async._api.codec import build_poll, validate_task_id
 from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
 from flux2max_async._config import SessionConfig, validate_drain
@@ -31,19 +29,13 @@ from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
-from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.supervisor import Supervisor
-from flux2max_async._version import __version__
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
 from flux2max_async.webhooks._inbox import WebhookInbox
 from flux2max_async.webhooks._registry import WebhookRegistry
-
-T = TypeVar("T")
-
-_USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
 
 
 class FluxSession:
@@ -63,8 +55,7 @@ class FluxSession:
         api_key: The key; else the environment's FLUX2MAX_API_KEY.
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
-        schedule: When to poll; by default, a `LearnedSchedule` of the session's own. One that is given is only read and
-            taught; it may serve several sessions.
+        schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
         task_timeout: Seconds for a task from its submit to its end; None sets no limit.
         max_polls_per_second: For all tasks together; None sets no limit. As it is approached, and for a while after
             each 429, polls cost more and are made less often.
@@ -72,14 +63,13 @@ class FluxSession:
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
         webhooks: Receives the service's webhooks from your server; polls then become rare.
         drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
-        journal: Where intents, task ids and ends are recorded, so that a request that is repeated isn't paid for again:
-            a `SqliteJournal`. The session opens and closes it.
+        journal: Records intents, task ids and ends, so that a repeated request isn't paid for again: a `SqliteJournal`,
+            which the session opens and closes.
         budget: US dollars. A submit whose probable cost, on top of what is spent and reserved, would exceed it raises
             BudgetExceededError; nothing is sent.
-        price_guess: US dollars that a request will probably cost, until the first real cost is known; by default 0.07
-            for the first megapixel and 0.03 for each further one of output and input.
-        budget_scope: "session" counts what this session spends, "journal" everything in the journal; the latter is the
-            default if there is a journal.
+        price_guess: US dollars for a request until the first real cost is known; by default 0.07 for the first
+            megapixel and 0.03 for each further one; each input image counts as one.
+        budget_scope: "session" counts what this session spends, "journal", the default with one, everything in it.
 
     Raises:
         ConfigurationError: No key, a malformed key, http:// to another host, a senseless limit.
@@ -122,7 +112,6 @@ class FluxSession:
         self._transport = Transport(
             config.api_key,
             config.base_url,
-            user_agent=_USER_AGENT,
             timeout=config.http_timeout,
             http=http_session,
             secrets=self._dispatcher.secrets if self._dispatcher else (),
@@ -153,7 +142,8 @@ class FluxSession:
             if self._journal is not None:
                 await self._journal.open(self._on_external_change, watch_changes=self._dispatcher is not None)
         except BaseException:
-            self._close_dispatcher()
+            if self._dispatcher is not None:
+                self._dispatcher.close()
             raise
         self._transport.open(self._config.max_in_flight)
         self._stats.in_flight = self._stats.submitting = 0
@@ -175,11 +165,10 @@ class FluxSession:
         await self.aclose()
 
     async def aclose(self, *, drain: float | None = None) -> None:
-        """Close the session: whatever is still waited for ends with SessionClosedError. It may be called twice.
+        """Close the session: whatever is still waited for ends with SessionClosedError.
 
-        Args:
-            drain: Seconds in which submitted tasks may still end, and the images of a `stream(save_to=...)` be saved,
-                while nothing more is submitted; by default, the session's own. A second call may shorten it.
+        For `drain` seconds, by default the session's own, submitted tasks may still end, and the images of a
+        `stream(save_to=...)` be saved, while nothing more is submitted. A second call may shorten that.
         """
         seconds = self._config.drain if drain is None else validate_drain(drain)
         supervisor = self._supervisor
@@ -205,9 +194,8 @@ class FluxSession:
         With a journal, what was requested before, here or in another process, is not paid for again: the same key, or
         without a key the same content, returns the same task.
 
-        Cancelling it (a web client that left, `asyncio.timeout`) cancels the wait. A call that is on the wire is
-        finished in the background so that its id is not lost, and the task keeps its slot until it ends, since the
-        service counts it.
+        Cancelling it cancels the wait. A call that is on the wire is finished in the background so that its id is not
+        lost, and the task keeps its slot until it ends, since the service counts it.
 
         Args:
             request: A prompt, or a whole request.
@@ -220,7 +208,7 @@ class FluxSession:
         """
         request = as_request(request, **params)
         runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
-        outcome = await _wait(runner, runner.ended)
+        outcome = await runner.wait_as_caller(runner.ended)
         if isinstance(outcome, Failed):
             raise outcome.error.with_traceback(None)
         return outcome if outcome.request is request else attrs.evolve(outcome, request=request)
@@ -236,21 +224,14 @@ class FluxSession:
     ) -> GenerationTask:
         """Wait for a free slot, submit, and return as soon as the service has given the task an id.
 
-        With a journal, it returns the task that exists already, as `generate()` does. Cancelling it is like cancelling
-        `generate()`.
-
-        Args:
-            request: A prompt, or a whole request.
-            retry_failed: Submit again what the journal knows to have failed.
-            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
-            params: Those of `GenerationRequest`; with a whole request they replace its own.
+        Journals, cancelling and the arguments are as in `generate()`.
 
         Raises:
             FluxError: There is no task, or nobody knows whether there is one (SubmissionUncertainError).
         """
         request = as_request(request, **params)
         runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
-        await _wait(runner, runner.answered)
+        await runner.wait_as_caller(runner.answered)
         if runner.task_id is None:
             runner.ended.result().unwrap()
         return GenerationTask(runner)
@@ -267,26 +248,24 @@ class FluxSession:
     ) -> OutcomeStream:
         """Submit lazily (never more than max_in_flight ahead of the consumer) and yield each outcome as it comes.
 
-        A request or task that fails is yielded. What would fail for all the rest (AuthenticationError,
-        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a disk on which no image can
-        be saved) is yielded for the request that met it and stops new submissions; what is already submitted is still
-        polled and yielded, and then the error is raised. The same holds if the source itself raises.
+        A request or task that fails is yielded. An error that all the rest would meet (AuthenticationError,
+        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a full disk) is yielded and
+        stops new submissions; what is already submitted is still polled and yielded, and then the error is raised. The
+        same holds if the source itself raises.
 
         With a journal, the same list can be streamed again, whatever ended the first run: what has ended is yielded at
         once, what is a task is polled, and only the rest is submitted. A list with repeats keeps its repeats.
 
         Args:
-            requests: Prompts or requests, from any iterable; it may be endless. (With a journal, an endless source
-                should give keys: requests without keys are counted, which takes memory.)
+            requests: From any iterable, which may be endless (with a journal, give keys then: without them, requests
+                are counted, which takes memory).
             save_to: A folder into which the images are saved as soon as their tasks end; `Completed.saved` names the
-                files, or `save_error` tells why some are missing. Saving has a bound of its own, twice
-                max_in_flight, before it holds up new submissions. No existing file is ever replaced, and what is there
-                already according to the journal is not downloaded again.
+                files, or `save_error` tells why some are missing. Up to twice max_in_flight outcomes may be saving
+                beside the look-ahead. No existing file is replaced, and none that the journal knows downloaded again.
             name: Returns the file name for an outcome's images, with or without a suffix; by default, the request's key
                 or the task's id. Characters that a file name can't hold are replaced, further images are numbered.
             retry_failed: Submit again what the journal knows to have failed.
-            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice; otherwise it is
-                yielded as Failed, with a SubmissionUncertainError.
+            resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
         """
         if isinstance(requests, (str, GenerationRequest)):
             raise InvalidRequestError("stream() takes many requests: put a single one into a list", field="requests")
@@ -309,54 +288,33 @@ class FluxSession:
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
         """Poll a task that was submitted earlier, here or in another process: at once, and without taking a slot.
 
-        Its deadline is counted from now. A task that this session follows already is that task: it is not polled twice,
-        and nothing is counted twice. With a journal, its end is recorded there.
-
-        Args:
-            task_id: The service's id of the task.
-            request: What was requested, if it is known; the outcome will name it.
+        Its deadline is counted from now. A task that this session follows already is that task: nothing is polled or
+        counted twice. With a journal, its end is recorded there. The outcome names the `request`, if it is given.
         """
-        return GenerationTask(self._get_supervisor().attach(_checked_id(task_id), request))
+        return GenerationTask(self._get_supervisor().attach(validate_task_id(task_id), request))
 
     async def fetch(self, task_id: str, /) -> TaskSnapshot:
-        """Poll a task once, without waiting for anything.
-
-        Raises:
-            FluxError: There was no answer, or none that is a task.
-        """
+        """Poll a task once, without waiting for anything; raises FluxError if there is no readable answer."""
         supervisor = self._get_supervisor()
-        supervisor.check_open()
-        return await supervisor.run_foreground(supervisor.client.poll(build_poll(_checked_id(task_id)), task_id))
+        return await supervisor.run_foreground(supervisor.client.poll(build_poll(validate_task_id(task_id)), task_id))
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download an image: streamed, retried, whole or not at all, and without the API key.
 
         If its URL has expired, the task is polled once for a fresh one. Missing folders are created; an existing file
-        or link is replaced in the moment in which the new one is complete.
-
-        Args:
-            image: One of `Completed.images`.
-            path: The file to write.
-
-        Returns:
-            The path.
+        or link is replaced in the moment in which the new one is complete. Returns the path.
 
         Raises:
             ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
             DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written.
         """
-        supervisor = self._get_supervisor()
-        supervisor.check_open()
-        return await supervisor.run_foreground(self._downloader.save(image, Path(path)))
+        return await self._get_supervisor().run_foreground(self._downloader.save(image, Path(path)))
 
     @property
     def stats(self) -> SessionStats:
         """A copy of the counters."""
-        stats = attrs.evolve(self._stats)
-        if isinstance(self._schedule, LearnedSchedule):
-            stats.median_duration = self._schedule.percentile(50)
-            stats.p90_duration = self._schedule.percentile(90)
-        return stats
+        percentile = self._schedule.percentile if isinstance(self._schedule, LearnedSchedule) else lambda _: None
+        return attrs.evolve(self._stats, median_duration=percentile(50), p90_duration=percentile(90))
 
     # ------------------------------------------------------------------ internals
 
@@ -366,17 +324,14 @@ class FluxSession:
             await supervisor.close()
         finally:
             supervisor.close_now()  # if closing is cut short, as by a second Ctrl-C, the ids are logged all the same
-            self._close_dispatcher()
+            if self._dispatcher is not None:
+                self._dispatcher.close()
             try:
                 if self._journal is not None:
                     await self._journal.close()
             finally:
                 await self._transport.close()
                 self._supervisor = None
-
-    def _close_dispatcher(self) -> None:
-        if self._dispatcher is not None:
-            self._dispatcher.close()
 
     def _get_supervisor(self) -> Supervisor:
         if self._supervisor is None:
@@ -392,18 +347,3 @@ class FluxSession:
             work.close()
             raise closed_error()
         self._supervisor.spawn(work, until_drain=True)
-
-
-async def _wait(runner: TaskRunner, future: "asyncio.Future[T]") -> T:
-    """Wait without owning: a caller that is cancelled leaves the runner, and ends nothing else."""
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        runner.leave(SessionClosedError("the caller was cancelled before the request was submitted"))
-        raise
-
-
-def _checked_id(task_id: str) -> str:
-    if not isinstance(task_id, str) or not task_id:
-        raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", field="task_id")
-    return task_id

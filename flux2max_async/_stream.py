@@ -186,7 +186,8 @@ class _Pipeline:
         self._closed = True
         self._error = None
         self._notify()
-        if unanswered := [item.runner.answered for item in self.undelivered if not item.runner.answered.done()]:
+        runners = [item.runner for item in self.undelivered if not item.runner.callers]
+        if unanswered := [runner.answered for runner in runners if not runner.answered.done()]:
             await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
 
     # ------------------------------------------------------------------ the producer

@@ -74,6 +74,17 @@ def build_submit(request: GenerationRequest) -> HttpRequest:
     return HttpRequest("POST", _GENERATION_PATH, json.dumps({"model": MODEL, "input": [{"params": params}]}).encode())
 
 
+def validate_task_id(task_id: str) -> str:
+    """Return the task id.
+
+    Raises:
+        InvalidRequestError: It can't be one.
+    """
+    if not isinstance(task_id, str) or not task_id:
+        raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", field="task_id")
+    return task_id
+
+
 def build_poll(task_id: str) -> HttpRequest:
     """Return the poll of a task.
 

@@ -9,6 +9,7 @@ like one whose response was lost.
 
 import asyncio
 import math
+import platform
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from yarl import URL
 from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import FluxError, ProtocolError, SessionClosedError, TransportError
+from flux2max_async._version import __version__
 
 _MAX_RESPONSE_BYTES = 16_000_000
 _CHUNK_BYTES = 65_536
@@ -33,6 +35,7 @@ _DOWNLOAD_POOL_SIZE = 100
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
+_USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
 
 
 class Transport:
@@ -41,7 +44,6 @@ class Transport:
     Args:
         api_key: The bearer token; sent to the base URL only.
         base_url: The URL of the API, including any path prefix.
-        user_agent: The value of the User-Agent header.
         timeout: Maximum duration of one exchange in seconds, from waiting for a connection to the last byte received.
         http: A borrowed aiohttp session, which is never closed here. None: sessions of our own.
         secrets: Texts besides the key that no error may show, even if the service echoes them.
@@ -52,14 +54,13 @@ class Transport:
         api_key: str,
         base_url: str,
         *,
-        user_agent: str,
         timeout: float,
         http: aiohttp.ClientSession | None,
         secrets: tuple[str, ...] = (),
     ) -> None:
         self._base_url = base_url
         self._host = urlsplit(base_url).hostname
-        self._user_agent = {"User-Agent": user_agent}
+        self._user_agent = {"User-Agent": _USER_AGENT}
         self._api_headers = {
             **self._user_agent,
             "Accept": "application/json",

@@ -52,6 +52,10 @@ class ImageSaver:
 
     async def save(self, outcome: Completed, record: NullRecord) -> Completed:
         """Return the outcome with the paths of its images; its `save_error` tells why some are missing."""
+        async with record.saving:
+            return await self._save_all(outcome, record)
+
+    async def _save_all(self, outcome: Completed, record: NullRecord) -> Completed:
         files = list(record.files)
         saved: list[Path] = []
         error: FluxError | None = None

@@ -167,10 +167,13 @@ class TaskPoller:
         """Sleep until the next poll may be made; return False if it has to be planned anew, or is not needed."""
         if not await self._sleep(self._delay(plan)):
             return False
-        limited = self._context.client.submit_limiter.refused
-        if limited and not await self._wait_out_pause():
+        limiter = self._context.client.submit_limiter
+        if limiter.refused and not await self._wait_out_pause():
             return False
-        return await self._wait_for_reservation() and (not limited or await self._wait_out_pause())
+        if not await self._wait_for_reservation():
+            return False
+        # Others may have been refused in the meantime.
+        return not limiter.refused or await self._wait_out_pause()
 
     async def _wait_for_reservation(self) -> bool:
         """Wait for the session's poll limit, but not beyond the final poll; return False if the task has ended."""

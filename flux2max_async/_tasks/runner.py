@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
 
 import attrs
 
@@ -19,12 +20,10 @@ from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, Reu
 
 log = logging.getLogger("flux2max_async.tasks")
 
+T = TypeVar("T")
+
 _MAX_KEY_CONFLICTS = 20
 """In a row, before the journal is taken for broken."""
-
-
-def _future() -> "asyncio.Future[Any]":
-    return asyncio.get_running_loop().create_future()
 
 
 class RunnerObserver(Protocol):
@@ -56,13 +55,12 @@ class TaskRunner:
     """Runs one request, and outlives whoever waits for it. Its end is an outcome, never an exception.
 
     States: looking up (`record.find_existing()`), waiting for a slot, submitting, polling, recording, ended. `answered`
-    is resolved once there is a task id, or never will be one; `ended` with the outcome. Only `run()` moves forward;
-    `cancel_submit()` ends a runner that has not been submitted, `close_now()` ends any. `ended` is resolved on every
-    path, also if the asyncio task that runs `run()` is cancelled before its first step: whoever cancels it calls
-    `close_now()`.
+    is resolved once there is a task id, or never will be one; `ended` with the outcome, on every path. Only `run()`
+    moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()` ends any. Whoever cancels
+    the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
 
-    Several callers may share a runner. Each one joins and, if it goes before the end, leaves; when the last one has
-    left, what is not submitted yet is not submitted.
+    Several callers may share a runner: each joins, and leaves if it goes before the end. When the last one has left,
+    what is not submitted yet is not submitted.
     """
 
     request: GenerationRequest | None
@@ -71,17 +69,22 @@ class TaskRunner:
     _context: RunnerContext
     task_id: str | None = None
     feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
-    answered: "asyncio.Future[None]" = attrs.field(factory=_future, init=False)
-    ended: "asyncio.Future[Outcome]" = attrs.field(factory=_future, init=False)
+    answered: "asyncio.Future[None]" = attrs.field(
+        factory=lambda: asyncio.get_running_loop().create_future(), init=False
+    )
+    ended: "asyncio.Future[Outcome]" = attrs.field(
+        factory=lambda: asyncio.get_running_loop().create_future(), init=False
+    )
+    callers: int = attrs.field(default=0, init=False)
+    """How many have joined and not left."""
     poller: TaskPoller | None = attrs.field(default=None, init=False)
     _observers: list[RunnerObserver] = attrs.field(factory=list[RunnerObserver], init=False)
     _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
     _created: float = attrs.field(factory=lambda: asyncio.get_running_loop().time(), init=False)
-    _callers: int = attrs.field(default=0, init=False)
     _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     _holds_slot: bool = attrs.field(default=False, init=False)
     _recorded: bool = attrs.field(default=False, init=False)
-    """Whether the outcome is recorded already: it is a replay, or another runner has recorded it."""
+    """Whether the outcome is recorded already: it is a replay."""
     _unrecorded: Outcome | None = attrs.field(default=None, init=False)
     """The outcome while it is being recorded."""
 
@@ -99,19 +102,27 @@ class TaskRunner:
 
     def join(self, policy: ReusePolicy) -> None:
         """Count a caller; what it allows to be submitted again is allowed from now on."""
-        self._callers += 1
-        if self._callers > 1:
+        self.callers += 1
+        if policy is not self.record.policy:
             self.record.policy = self.record.policy.merge(policy)
 
     def leave(self, reason: FluxError) -> None:
         """Count a caller out; the last one to leave cancels the submit."""
-        self._callers -= 1
-        if not self._callers:
+        self.callers -= 1
+        if not self.callers:
             self.cancel_submit(reason)
 
     def rejoin(self) -> bool:
         """Take back a cancelled submit for a new caller; return False if it is too late."""
         return not self.ended.done() and self._cancellation.revoke()
+
+    async def wait_as_caller(self, future: "asyncio.Future[T]") -> T:
+        """Wait for `answered` or `ended`; a caller that is cancelled leaves the runner."""
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self.leave(SessionClosedError("the caller was cancelled before the request was submitted"))
+            raise
 
     async def wait(self) -> Outcome:
         """Wait for the outcome; cancelling the wait cancels nothing else."""
@@ -133,19 +144,16 @@ class TaskRunner:
             observer.on_waiting_elsewhere(waiting=True)
 
     def cancel_submit(self, reason: FluxError) -> None:
-        """Don't submit what isn't submitted yet. A call on the wire is finished, and the task it creates is polled."""
+        """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
         self._cancellation.cancel(reason)
 
     def close_now(self) -> None:
         """End at once, because the session does."""
-        if self._unrecorded is not None:
-            self._end(self._unrecorded)
-            return
-        if self.task_id is None:
-            message = "the session was closed while a submit was unanswered: a task may exist and cost money"
-        else:
+        message = "the session was closed while a submit was unanswered: a task may exist and cost money"
+        if self.task_id is not None:
             message = f"the session was closed before task {self.task_id} had ended; attach() it later"
-        self._end(self._failed(SessionClosedError(message)))
+            self.record.suspend(self.task_id)
+        self._end(self._unrecorded or self._failed(SessionClosedError(message)))
 
     # ------------------------------------------------------------------ the run
 
@@ -191,11 +199,17 @@ class TaskRunner:
     async def _find_existing(self) -> Replay | Resume | Submit:
         if self.record.key is None:  # then there is nothing to wait for
             return await self.record.find_existing(self._on_waiting_elsewhere)
+        existing: Replay | Resume | Submit | None = None
         try:
             async with self._cancellation.guard():
-                return await self.record.find_existing(self._on_waiting_elsewhere)
+                existing = await self.record.find_existing(self._on_waiting_elsewhere)
+        except FluxError:
+            # Cancelled in the moment in which an answer was found: a task that exists is followed all the same.
+            if existing is None or isinstance(existing, Submit):
+                raise
         finally:
             self._set_waiting(waiting=False)
+        return existing
 
     async def _submit(self) -> PollStart:
         assert self.request is not None
@@ -227,8 +241,10 @@ class TaskRunner:
         """Follow a task that was submitted earlier; together with whoever follows it here already."""
         leader = self._context.single_flight.by_task_id.setdefault(task_id, self)
         if leader is not self:
-            self.record, self.feed, self._recorded = leader.record, leader.feed, True
             self._set_task_id(task_id)
+            async with aclosing(leader.feed.updates()) as updates:
+                async for snapshot in updates:
+                    self.feed.publish(snapshot)
             return attrs.evolve(await asyncio.shield(leader.ended), request=self.request)
         polling = self._context.polling
         polling.client.add_in_flight()
@@ -279,10 +295,9 @@ class TaskRunner:
         self._set_waiting(waiting=True)
 
     def _set_waiting(self, *, waiting: bool) -> None:
-        if waiting is not self._waiting_elsewhere:
-            self._waiting_elsewhere = waiting
-            for observer in self._observers:
-                observer.on_waiting_elsewhere(waiting=waiting)
+        changed, self._waiting_elsewhere = waiting is not self._waiting_elsewhere, waiting
+        for observer in self._observers if changed else ():
+            observer.on_waiting_elsewhere(waiting=waiting)
 
     def _set_task_id(self, task_id: str) -> None:
         self.task_id = task_id

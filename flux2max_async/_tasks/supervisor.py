@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from flux2max_async._exceptions import ConfigurationError, SessionClosedError
+from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome
 from flux2max_async._polling.poller import PollingContext
@@ -131,24 +131,30 @@ class Supervisor:
             ConfigurationError: It was opened in another process or event loop.
         """
         self.check_caller()
-        if self.shutdown.draining:
-            raise closed_error()
+        self._check_submitting()
         # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
         await asyncio.sleep(0)
         if self._records.keeps_nothing:
             record = NullRecord(policy=policy)
         else:
             record = await self._records.create(request, policy)
-        if self.shutdown.draining:
-            raise closed_error()
+        self._check_submitting()
         if record.key is None:
             runner = self._start_runner(request, record)
         else:
+            if (existing := self.single_flight.by_key.get(record.key)) is not None:
+                existing.record.check_same(record)
+                if policy.resubmit_uncertain:  # if the submit that is under way is uncertain, it is to be made again
+                    await asyncio.shield(existing.answered)
+                    self._check_submitting()
             runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
-            if runner.record is not record:
-                runner.record.check_same(record)
+            runner.request = runner.request or request
         runner.join(policy)
         return runner
+
+    def _check_submitting(self) -> None:
+        if self.shutdown.draining:
+            raise closed_error()
 
     def attach(self, task_id: str, request: GenerationRequest | None) -> TaskRunner:
         """Return the runner of a task that was submitted earlier."""
@@ -169,7 +175,9 @@ class Supervisor:
 
     def _adopt(self, entry: JournalEntry) -> None:
         """Follow a task that a dead process left behind, so that its end is in the journal whoever asks for it."""
-        if entry.key not in self.single_flight.by_key and entry.task_id not in self.single_flight.by_task_id:
+        if (runner := self.single_flight.by_task_id.get(entry.task_id or "")) is not None:
+            runner.record.on_adopted(entry)
+        elif entry.key not in self.single_flight.by_key:
             record = self._records.adopt(entry)
             self.single_flight.get_or_create(entry.key, lambda: self._start_runner(None, record, entry.task_id))
 
@@ -209,6 +217,11 @@ class Supervisor:
         Raises:
             SessionClosedError: The session was closed meanwhile.
         """
+        try:
+            self.check_caller()
+        except FluxError:
+            work.close()
+            raise
         task = self.spawn(work)
         try:
             return await task

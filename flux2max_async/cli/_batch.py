@@ -14,9 +14,9 @@ import typer
 
 import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
+from flux2max_async.cli._file_formats import PARSERS, guess_format
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir
-from flux2max_async.cli._parsers import PARSERS, guess_format
 from flux2max_async.cli._plan import Plan, find_orphans, make_plan, reject_key_conflicts, round_up
 from flux2max_async.cli._requests_file import Line, RequestsFile, read_requests_file
 from flux2max_async.cli._runner import Batch, Report, run
@@ -44,7 +44,7 @@ class BatchOptions:
 
     file: str
     file_format: str | None
-    """One of `READERS`; None infers it from the suffix, or from the content of standard input."""
+    """One of `PARSERS`; None infers it from the suffix, or from the content of standard input."""
     defaults: Mapping[str, Any] = attrs.field(repr=False)
     """The fields of lines that don't set them."""
     repeat: int
@@ -233,7 +233,7 @@ def _finish(
     # The journal decides: it also has what other processes have done meanwhile.
     entries = asyncio.run(output_dir.read_journal())
     output_dir.update_rows([*lines, *orphans], entries)
-    gallery = Gallery(output_dir.path, skip_thumbnails=report.must_leave_now)
+    gallery = Gallery(output_dir.path, skip_thumbnails=report.must_exit_now)
     write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
     rows = [output_dir.rows[item.key] for item in lines]
     next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess)

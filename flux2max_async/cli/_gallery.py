@@ -1,4 +1,4 @@
-"""The gallery: an HTML page with all pictures of an output folder, and thumbnails of them."""
+"""The gallery: an HTML page with all images of an output folder, and their thumbnails."""
 
 import io
 from collections import Counter
@@ -50,7 +50,7 @@ class Gallery:
 
     folder: Path
     skip_thumbnails: bool = False
-    """Whether no more thumbnails are created: images without one are shown themselves."""
+    """Whether to create no more thumbnails: the page then shows an image itself if its thumbnail is missing."""
     _sizes: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
     """The width and height in pixels of images that were opened, by file name."""
     _environment: Environment = attrs.field(
@@ -109,7 +109,7 @@ class Gallery:
         """Create an image's thumbnail if it is missing or outdated.
 
         Returns:
-            The URL to show, which is that of the image itself without a thumbnail, and the image's width and height.
+            The URL of the thumbnail, or of the image itself if it has none, and the image's width and height.
         """
         path, thumbnail = self.folder / name, self.folder / "thumbs" / f"{name}.jpeg"
         try:
@@ -131,7 +131,7 @@ def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, 
     """Write the results and the gallery, each even if the other fails.
 
     Returns:
-        What failed, or None.
+        The failures, or None if both were written.
     """
     writers: dict[Path, Callable[[], None]] = {
         output_dir.results_path: lambda: output_dir.write_results(rows),

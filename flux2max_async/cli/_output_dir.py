@@ -83,7 +83,7 @@ class Row:
         """Return the row of a line of `results.jsonl`.
 
         Raises:
-            ValueError, KeyError, TypeError, ArithmeticError: Another program has written the line.
+            ValueError, KeyError, TypeError, ArithmeticError: The line is invalid: another program has written it.
         """
         return cls(
             key=str(data["key"]),
@@ -99,7 +99,7 @@ class Row:
         )
 
     def update(self, outcome: "flux.Outcome") -> None:
-        """Set the state to that of an outcome, which may be that the request is unfinished."""
+        """Update the row with an outcome, which may have left the request unfinished."""
         self.task_id = outcome.task_id
         error: flux.FluxError | None
         if isinstance(outcome, flux.Completed):
@@ -132,7 +132,7 @@ class Row:
 
 
 def is_uncertain(entry: JournalEntry) -> bool:
-    """Check whether it is unknown, for good, if a task exists for a request."""
+    """Check whether nothing can determine any more if the submit created a task."""
     return entry.state is EntryState.UNCERTAIN or (entry.state is EntryState.INTENT and entry.holder is None)
 
 
@@ -152,7 +152,7 @@ def state_after_failure(outcome: "flux.Failed") -> str:
 
 
 def is_final(outcome: "flux.Outcome") -> bool:
-    """Check whether an outcome is a result of the request itself; otherwise the batch was stopped before."""
+    """Check whether an outcome is the request's own result; if not, the batch stopped before there was one."""
     return isinstance(outcome, flux.Completed) or not (
         isinstance(outcome.error, flux.SessionClosedError) or state_after_failure(outcome) == WAITING
     )
@@ -283,7 +283,7 @@ class OutputDir:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that its old or its new content can be read at any time, and nothing between them.
+    """Replace a file atomically: a reader gets either the old or the new content.
 
     Raises:
         OSError: It can't be written; it keeps its old content.

@@ -1,4 +1,4 @@
-"""A file of requests: text, JSON Lines or CSV becomes requests, and each bad line is reported with its reason."""
+"""Requests files: text, JSON Lines or CSV is read into requests, and each bad line is reported with its reason."""
 
 import codecs
 import json
@@ -13,12 +13,12 @@ import attrs
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.cli._parsers import FIELDS, PARSERS, Fields, unknown_field_error
+from flux2max_async.cli._file_formats import FIELDS, PARSERS, Fields, unknown_field_error
 
 _MAX_KEY_PROMPT_BYTES = 60
-"""The length of the part of a derived key that is made of the prompt."""
+"""The maximum length of the part of a derived key that is made from the prompt."""
 _KEY_FINGERPRINT_LENGTH = 8
-"""The number of characters of the fingerprint in a derived key, which tell apart requests with similar prompts."""
+"""The number of characters of the fingerprint in a derived key, which distinguish requests with similar prompts."""
 
 
 @attrs.frozen
@@ -28,7 +28,7 @@ class Line:
     number: int
     """The number of the line, from 1."""
     request: GenerationRequest
-    """It always has a key: its own, or one that is derived from the prompt and the fingerprint of the content."""
+    """Always has a key: its own, or one that is derived from the prompt and the fingerprint of the content."""
     content: RequestFingerprint
 
     @property
@@ -57,7 +57,7 @@ class RequestsFile:
 def read_requests_file(
     data: bytes, file_format: str, *, folder: Path, defaults: Mapping[str, Any] | None = None, repeat: int = 1
 ) -> RequestsFile:
-    """Read a file of requests, and the images that it refers to.
+    """Read a requests file and the images that it refers to.
 
     Args:
         data: The file's bytes.

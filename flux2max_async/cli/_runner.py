@@ -15,11 +15,11 @@ import anyio.to_thread
 import attrs
 
 import flux2max_async as flux
-from flux2max_async.cli import redirect_to_devnull
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir, is_final
 from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._progress import ProgressDisplay
+from flux2max_async.cli._streams import redirect_to_devnull
 from flux2max_async.cli._terminal import (
     LineWriter,
     Terminal,
@@ -84,7 +84,7 @@ class Report:
         return self.task_polls / max(1, len(self.task_seconds))
 
     @property
-    def must_leave_now(self) -> bool:
+    def must_exit_now(self) -> bool:
         """Whether a second signal was received."""
         return len(self.signals) > 1
 
@@ -136,7 +136,7 @@ async def _json_output(
         yield writers[0]
     finally:
         # Outcomes come first: messages may still be printed while they are written.
-        drained = [await writer.drain(is_cancelled=lambda: report.must_leave_now) for writer in writers]
+        drained = [await writer.drain(is_cancelled=lambda: report.must_exit_now) for writer in writers]
         report.output_blocked = not all(drained)
         if drained[-1]:  # a blocked stderr stays replaced, so that nothing blocks the main thread from now on
             sys.stderr = stderr
@@ -212,7 +212,7 @@ class GracefulExit:
 
     Running -> stopping: the first signal, or an error of stdout. Nothing more is submitted, and the session closes
     as soon as all tasks in flight have ended.
-    Stopping -> leaving: the second signal. The session closes at once; the next run resumes the tasks in flight.
+    Stopping -> exiting: the second signal. The session closes at once; the next run resumes the tasks in flight.
     """
 
     def __init__(self, display: ProgressDisplay, gallery: Gallery, report: Report) -> None:
@@ -251,16 +251,16 @@ class GracefulExit:
         if number == _SIGHUP and self._display.console.is_terminal:
             # Every write to a terminal that was closed fails, which the live display would not survive.
             redirect_to_devnull(self._display.console.file)
-        if self._report.must_leave_now:
+        if self._report.must_exit_now:
             self._gallery.skip_thumbnails = True
             self._close(0.0)
-            print_error("leaving at once; the next run resumes what is in flight")
+            print_error("exiting at once; the next run resumes the tasks in flight")
             return
         stats = self._display.session.stats
         in_flight = stats.in_flight + stats.submitting
         self._close(_DRAIN_SECONDS)
         waiting = f"waiting for {format_pictures(in_flight)} in flight" if in_flight else "nothing is in flight"
-        print_error(f"stopping: nothing more is submitted; {waiting} (Ctrl-C again leaves at once)")
+        print_error(f"stopping: nothing more is submitted; {waiting} (Ctrl-C again exits at once)")
 
     def _close(self, drain: float) -> None:
         self._display.stopping = True

@@ -29,11 +29,11 @@ class Terminal(Console):
 
     def show(self, *renderables: RenderableType) -> None:
         """Print the result of a command; if that fails, report why and go on."""
-        with self.capture() as capture:
-            for renderable in renderables:
-                self.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
         try:
-            # Not self.print(), with which rich would exit if the reader has closed the pipe.
+            # Captured first, because rich exits the process if the reader of the pipe it prints to is gone.
+            with self.capture() as capture:
+                for renderable in renderables:
+                    self.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
             self.file.write(capture.get())
             self.file.flush()
         except OSError as error:

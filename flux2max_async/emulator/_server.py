@@ -128,7 +128,7 @@ class Emulator:
         self._service.balance = dollars
 
     def script(self, endpoint: Endpoint, *faults: Fault | str | None) -> None:
-        """Set the faults that the next calls to an endpoint meet, one fault per call.
+        """Queue faults for the next calls to an endpoint, one fault per call.
 
         Args:
             endpoint: "submit", "poll" or "download".

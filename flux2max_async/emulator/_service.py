@@ -120,7 +120,7 @@ class Service:
     )
 
     def script(self, endpoint: str, faults: Iterable[str | None]) -> None:
-        """Append to the faults that the next calls to an endpoint meet.
+        """Queue faults for the next calls to an endpoint.
 
         Raises:
             ValueError: There is no such endpoint or fault.

@@ -1,5 +1,6 @@
 """Records of requests without a journal: in nothing (NullRecord), or in the session's budget (BudgetRecord)."""
 
+import asyncio
 from collections.abc import Callable
 from decimal import Decimal
 
@@ -9,7 +10,7 @@ from flux2max_async._budget import Budget
 from flux2max_async._exceptions import JournalError
 from flux2max_async._models.fingerprint import RequestFingerprint
 from flux2max_async._models.results import Completed, Outcome
-from flux2max_async.journal._entry import SavedFile
+from flux2max_async.journal._entry import JournalEntry, SavedFile
 from flux2max_async.journal._lookup import Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._transitions import committed_after
 
@@ -37,6 +38,8 @@ class NullRecord:
     """The request's content, as far as this record needs it."""
 
     task_id: str | None = attrs.field(default=None)
+    saving: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False)
+    """Held while images are saved: several items of streams may share this record."""
     policy: ReusePolicy = attrs.field(factory=ReusePolicy)
 
     def check_same(self, other: "NullRecord") -> None:
@@ -82,6 +85,12 @@ class NullRecord:
         """
         return outcome
 
+    def suspend(self, task_id: str) -> None:
+        """Keep what is reserved for a task that is not followed any more: whoever attaches it settles that."""
+
+    def on_adopted(self, entry: JournalEntry) -> None:
+        """Learn that the journal has given the entry, which another session held, to this one."""
+
     async def set_files(self, files: tuple[SavedFile, ...]) -> None:
         """Record under which names complete images are about to be stored."""
 
@@ -125,11 +134,14 @@ class BudgetRecord(NullRecord):
             self._budget.observe(self.fingerprint.megapixels, cost)
         if (committed := committed_after(outcome, cost)) is not None:
             self._settle(committed)
-        elif self._reserved is not None and outcome.task_id is not None:
-            # The task may cost money yet: whoever attaches it later settles the reservation.
-            self._budget.suspend(outcome.task_id, self._reserved)
-            self._reserved = None
+        elif outcome.task_id is not None:
+            self.suspend(outcome.task_id)
         return outcome
+
+    def suspend(self, task_id: str) -> None:
+        if self._reserved is not None:
+            self._budget.suspend(task_id, self._reserved)
+            self._reserved = None
 
     def _estimate(self) -> Decimal:
         return self._budget.estimate(1 if self.fingerprint is None else self.fingerprint.megapixels)

@@ -144,6 +144,10 @@ class RequestRecord(BudgetRecord):
         await self._write(end_entry(self.entry, outcome, cost, holder=holder, secrets=self._secrets()))
         return outcome if self.problem is None else attrs.evolve(outcome, journal_error=self.problem)
 
+    def on_adopted(self, entry: JournalEntry) -> None:
+        if self.entry.holder is Holder.OTHER:
+            self.entry = attrs.evolve(self.entry, holder=Holder.US, owner=entry.owner)
+
     async def set_files(self, files: tuple[SavedFile, ...]) -> None:
         await self._write(attrs.evolve(self.entry, files=files))
 

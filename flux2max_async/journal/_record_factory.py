@@ -12,7 +12,7 @@ from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_r
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Outcome
 from flux2max_async.journal._budget_record import BudgetRecord, NullRecord, OnWaiting
-from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._entry import EntryState, Holder, JournalEntry
 from flux2max_async.journal._lookup import Replay, Resume, ReusePolicy, Submit
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record import AdoptedRecord, JournalContext, RequestRecord
@@ -74,21 +74,16 @@ class RecordFactory:
 
 
 class AttachedRecord(NullRecord):
-    """The record of an attached task: its entry in the journal, if there is one, else the session's budget."""
+    """The record of an attached task: its entry in the journal, if there is one, else the session's budget.
+
+    Its images are saved by nobody: a stream whose request is this task has a record of its own.
+    """
 
     def __init__(self, context: JournalContext, task_id: str, request: GenerationRequest | None) -> None:
         super().__init__(task_id)
         self._context = context
         self._request = request
         self._record = NullRecord(task_id)
-
-    @property
-    def files(self) -> tuple[SavedFile, ...]:  # type: ignore[override]
-        return self._record.files
-
-    @property
-    def problem(self) -> JournalError | None:  # type: ignore[override]
-        return self._record.problem
 
     async def find_existing(self, on_waiting: OnWaiting) -> Replay | Resume | Submit:
         try:
@@ -105,11 +100,11 @@ class AttachedRecord(NullRecord):
     async def finish(self, outcome: Outcome, cost: Decimal | None) -> Outcome:
         return await self._record.finish(outcome, cost)
 
-    async def set_files(self, files: tuple[SavedFile, ...]) -> None:
-        await self._record.set_files(files)
+    def suspend(self, task_id: str) -> None:
+        self._record.suspend(task_id)
 
-    async def release(self) -> None:
-        await self._record.release()
+    def on_adopted(self, entry: JournalEntry) -> None:
+        self._record.on_adopted(entry)
 
     async def _find_entry(self) -> JournalEntry | None:
         """Return the task's entry, held by this session unless another one that is alive holds it."""

@@ -23,6 +23,8 @@ def end_entry(
 ) -> JournalEntry:
     """Return the entry of a request that came to an outcome; the outcome may not be the task's end."""
     state, committed = state_after(outcome), committed_after(outcome, cost)
+    if state is EntryState.REFUSED and entry.task_id is not None:
+        state, committed = EntryState.SUBMITTED, None  # it is a task already, whatever ended this attempt to follow it
     updated = attrs.evolve(
         entry, state=state, holder=holder, cost=cost, committed=entry.committed if committed is None else committed
     )

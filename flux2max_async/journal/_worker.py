@@ -1,7 +1,7 @@
 """The thread that reads and writes a journal's file, so that the event loop never waits for a disk.
 
 Jobs that are queued while it waits for the disk run together in its next transaction: concurrent intents share an
-fsync. The thread also writes this owner's heartbeat and watches those of the others; `_leases` describes how owners are found dead.
+fsync. The thread also writes this owner's heartbeat and watches those of the others, as `_leases` describes.
 """
 
 import asyncio

@@ -1,5 +1,6 @@
 """Interrupted batches: real signals to separate processes, closed pipes and terminals, and continuing afterwards."""
 
+import contextlib
 import io
 import json
 import os
@@ -209,16 +210,30 @@ def test_full_pipe_for_stdout_and_stderr(service: Service) -> None:
     extra = "x" * 3000
     Path("prompts.txt").write_text("".join(f"{number} {extra}\n" for number in range(40)), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", "prompts.txt", *SMALL, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    read_fd, write_fd = os.pipe()
+    process = subprocess.Popen(command, stdout=write_fd, stderr=write_fd)
     wait_until(lambda: Path("flux2max-prompts/results.jsonl").exists() and states()["completed"] == 40)
+    # An outcome that is too long for the rest of the pipe's buffer may leave enough of it for a short message.
+    filler = threading.Thread(target=_fill_pipe, args=(write_fd,), daemon=True)
+    filler.start()
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
     with process:
         code = process.wait(timeout=20)
+    os.close(read_fd)
+    filler.join()
+    os.close(write_fd)
 
     assert code == 128 + signal.SIGTERM
     assert states() == {"completed": 40}
+
+
+def _fill_pipe(write_fd: int) -> None:
+    """Write until the pipe's reader is closed."""
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            os.write(write_fd, b" ")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this platform has no SIGHUP")
@@ -243,13 +258,17 @@ def test_closed_terminal(service: Service) -> None:
     assert states() == {"completed": paid, "waiting": 20 - paid}
 
 
-@pytest.mark.parametrize("arguments", [("--dry-run",), ("--dry-run", "--json"), ("--json",), ()])
-def test_full_disk(service: Service, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(("--dry-run",), ""), (("--dry-run", "--json"), "1"), (("--json",), ""), ((), ""), ((), "1")],
+)
+def test_full_disk(service: Service, arguments: tuple[str, ...], unbuffered: str) -> None:
     """If standard output can't be written, that is reported; --json and --dry-run then fail; no picture is lost."""
     gateway = service()
     command = [sys.executable, "-W", "error", "-m", "flux2max_async.cli", "batch", write_prompts(2), *SMALL, *arguments]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
 
     assert done.returncode == (1 if arguments else 0)
     assert "No space left on device" in done.stderr

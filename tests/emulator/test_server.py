@@ -115,6 +115,15 @@ async def test_null_means_unset(gateway: Emulator) -> None:
     assert content["status"] == "pending"
 
 
+async def test_large_submits_are_validated_too(gateway: Emulator) -> None:
+    """A body that is validated in a thread is accepted or refused like a small one."""
+    valid, _, _ = await post(gateway, submit(prompt="a cat " * 4000))
+    invalid, content, _ = await post(gateway, submit(prompt="a cat " * 4000, width=63))
+
+    assert (valid, invalid) == (200, 400)
+    assert content["error"]["message"] == "width must be an integer of at least 64"
+
+
 NO_MODEL = {"input": submit()["input"]}
 
 

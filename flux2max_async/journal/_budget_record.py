@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Callable
 from decimal import Decimal
 
-import attrs
-
 from flux2max_async._budget import Budget
 from flux2max_async._exceptions import JournalError
 from flux2max_async._models.fingerprint import RequestFingerprint
@@ -18,7 +16,6 @@ OnWaiting = Callable[[str | None], None]
 """Called with the task's id, if it has one, while another process follows the request."""
 
 
-@attrs.define(eq=False, slots=False, auto_attribs=False)
 class NullRecord:
     """The record of a session without journal and budget: it keeps nothing.
 
@@ -37,10 +34,11 @@ class NullRecord:
     fingerprint: RequestFingerprint | None = None
     """The request's content, as far as this record needs it."""
 
-    task_id: str | None = attrs.field(default=None)
-    saving: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False)
-    """Held while images are saved: several items of streams may share this record."""
-    policy: ReusePolicy = attrs.field(factory=ReusePolicy)
+    def __init__(self, task_id: str | None = None, policy: ReusePolicy | None = None) -> None:
+        self.task_id: str | None = task_id
+        self.policy: ReusePolicy = policy or ReusePolicy()
+        self.saving: asyncio.Lock = asyncio.Lock()
+        """Held while images are saved: several items of streams may share this record."""
 
     def check_same(self, other: "NullRecord") -> None:
         """Check that another request with the same key asks for the same.
@@ -116,7 +114,7 @@ class BudgetRecord(NullRecord):
         task_id: str | None = None,
         policy: ReusePolicy | None = None,
     ) -> None:
-        super().__init__(task_id, policy or ReusePolicy())
+        super().__init__(task_id, policy)
         self._budget = budget
         self.fingerprint = fingerprint
         self._reserves = reserves

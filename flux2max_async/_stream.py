@@ -92,7 +92,7 @@ class _Item:
     runner: TaskRunner
 
     def on_waiting_elsewhere(self, *, waiting: bool) -> None:
-        """Let the stream pull another request while this one waits for another process."""
+        """Allow the stream to pull another request while this one waits for another process."""
         self.pipeline.look_ahead.release(1 if waiting else -1)
 
     def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:

@@ -43,7 +43,7 @@ class SubmitCancellation:
 
     @contextlib.asynccontextmanager
     async def guard(self, until: float | None = None) -> AsyncGenerator[None]:
-        """Let what waits inside be cancelled.
+        """Make what waits inside cancellable.
 
         Args:
             until: When the wait ends by itself, on the event loop's clock.

@@ -263,7 +263,7 @@ class Supervisor:
             self._draining.reschedule(self.shutdown.deadline)
 
     async def drain(self) -> None:
-        """Let submitted tasks end, and their images be saved, until the deadline."""
+        """Wait for submitted tasks to end, and for their images to be saved, until the deadline."""
         if self.shutdown.deadline <= self._loop.time():
             return
         for runner in list(self._runners):

@@ -5,6 +5,7 @@ import itertools
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -125,9 +126,8 @@ def _part_prefix(image: GeneratedImage) -> str:
 
 def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{secrets.token_hex(8)}.part"
-    probe.touch(exist_ok=False)
-    probe.unlink()
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # it has no name, if the file system can do that: a process that is killed here leaves nothing behind
 
 
 def _remove_parts(folder: Path, prefix: str) -> None:

@@ -288,7 +288,7 @@ def _parse_object(value: object, _: object = None) -> dict[str, Any]:
 
 def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[Any, Any], T]:
     """Return a structure hook for a class that treats null as missing and keeps unknown keys in `extra`."""
-    field_names = attrs.fields_dict(cls).keys()  # type: ignore[arg-type]
+    field_names = attrs.fields_dict(cls).keys()  # type: ignore[arg-type]  # T is an attrs class
     structure = make_dict_structure_fn(cls, converter)
 
     def hook(value: Any, _: Any) -> T:

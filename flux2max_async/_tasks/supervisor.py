@@ -142,11 +142,14 @@ class Supervisor:
         if record.key is None:
             runner = self._start_runner(request, record)
         else:
-            if (existing := self.single_flight.by_key.get(record.key)) is not None:
+            existing = self.single_flight.by_key.get(record.key)
+            if existing is not None and policy.resubmit_uncertain:
+                # If the submit that is under way turns out to be uncertain, it is to be made again.
+                await asyncio.shield(existing.answered)
+                self._check_submitting()
+                existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
+            if existing is not None:
                 existing.record.check_same(record)
-                if policy.resubmit_uncertain:  # if the submit that is under way is uncertain, it is to be made again
-                    await asyncio.shield(existing.answered)
-                    self._check_submitting()
             runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
             runner.request = runner.request or request
         runner.join(policy)

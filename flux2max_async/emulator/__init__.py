@@ -10,8 +10,9 @@ For demos, and for testing applications without an API key, costs or a network. 
 is available without any configuration.
 """
 
+from flux2max_async.emulator._faults import Fault
 from flux2max_async.emulator._server import Emulator
-from flux2max_async.emulator._service import EmulatedTask, Fault
+from flux2max_async.emulator._service import EmulatedTask
 from flux2max_async.emulator._webhook_sender import Delivery, Webhooks
 
 __all__ = ["Delivery", "EmulatedTask", "Emulator", "Fault", "Webhooks"]

@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import functools
 import secrets
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,15 +15,21 @@ import anyio.to_thread
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
-from flux2max_async.emulator._images.scenes import draw
-from flux2max_async.emulator._service import EmulatedTask, Endpoint, Fault, Service
+from flux2max_async.emulator._answers import ERRORS, GARBAGE, RESPONSES, Answer
+from flux2max_async.emulator._faults import Fault
+from flux2max_async.emulator._responses import build_response, error_response, reset, send_half
+from flux2max_async.emulator._results import Results
+from flux2max_async.emulator._service import EmulatedTask, Endpoint, Service
+from flux2max_async.emulator._traits import TRAITS
 from flux2max_async.emulator._validation import ServiceError, parse_submit
 from flux2max_async.emulator._webhook_sender import Delivery, Webhooks, WebhookSender
 
-Handler = Callable[[], Awaitable[web.StreamResponse]]
+Handler = Callable[[Fault | None], Awaitable[web.StreamResponse]]
 
 _MAX_INLINE_BODY_BYTES = 20_000
 """Larger bodies are validated in a thread, because decoding input images takes long."""
+_USUAL_RESPONSE = Answer(200, "{task}")
+_HUGE_HEADER_BYTES = 20_000
 _MAX_BODY_BYTES = 300_000_000  # eight input images of 20 MB, as base64
 
 
@@ -41,7 +44,7 @@ class Emulator:
         max_in_flight: Limit on running tasks; further submits are refused with 429.
         failing: Share of tasks that fail; a prompt that contains "[fail]" always does.
         moderated: Share of tasks that moderation refuses; a prompt that contains "[moderate]" always is.
-        faults: Share of submits and polls that meet each `Fault`.
+        faults: Share of submits and polls that meet each `Fault`; for a trait, share of tasks that have it.
         url_lifetime: Seconds of the service until a result URL expires.
         balance: US dollars in the account; None for unlimited.
         webhooks: How finished tasks are posted to the webhook URLs of their submits; None for `Webhooks()`.
@@ -50,7 +53,7 @@ class Emulator:
         port: Port to listen on; 0 takes any free port.
 
     Raises:
-        ValueError: There is no such fault.
+        ValueError: There is no such fault, or shares are more than 1 together.
     """
 
     def __init__(
@@ -83,9 +86,9 @@ class Emulator:
             balance=balance,
             seed=seed,
         )
-        self._webhook_sender = WebhookSender(webhooks or Webhooks(), self._service, self._result_url)
+        self._results = Results(self._service, lambda: self.url, draws_images=pictures)
+        self._webhook_sender = WebhookSender(webhooks or Webhooks(), self._service, self._results.describe)
         self.api_key: str = api_key or f"emulated-{secrets.token_hex(12)}"
-        self._draws_images = pictures
         self._port = port
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
@@ -132,10 +135,11 @@ class Emulator:
 
         Args:
             endpoint: "submit", "poll" or "download".
-            faults: Any fault can be used with any endpoint; None lets a call succeed.
+            faults: None lets a call succeed. A trait is given to the task that the submit creates, or to the task that
+                is polled. Downloads can meet errors and faults of connections; their other faults are traits of tasks.
 
         Raises:
-            ValueError: There is no such endpoint or fault.
+            ValueError: There is no such endpoint, or no such fault of it.
         """
         self._service.script(endpoint, faults)
 
@@ -146,6 +150,7 @@ class Emulator:
         app.router.add_post("/model/v1/generation", self._submit)
         app.router.add_get("/model/v1/generation/task/{id}", self._poll)
         app.router.add_get("/results/{id}", self._download)
+        app.router.add_get("/signed/{id}/{name:.*}", self._download)
         self._closing = asyncio.Event()
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -183,7 +188,7 @@ class Emulator:
     # ------------------------------------------------------------------ endpoints
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
-        async def handle() -> web.StreamResponse:
+        async def handle(fault: Fault | None) -> web.StreamResponse:
             try:
                 body = await request.json()
             except ValueError as error:
@@ -193,38 +198,27 @@ class Emulator:
                 parsed = await anyio.to_thread.run_sync(parse_submit, body, model)
             else:
                 parsed = parse_submit(body, model)
-            task = self._service.accept(parsed, now=_now(), epoch=time.time())
+            trait = fault if fault in TRAITS else None
+            task = self._service.accept(parsed, now=_now(), epoch=time.time(), trait=trait)
             self._webhook_sender.schedule(task)
-            return self._json(self._service.describe(task, "", _now()))
+            return self._json(await self._results.describe(task, _now()), fault)
 
         return await self._respond(request, "submit", handle)
 
     async def _poll(self, request: web.Request) -> web.StreamResponse:
-        async def handle() -> web.StreamResponse:
+        async def handle(fault: Fault | None) -> web.StreamResponse:
             now = _now()
             task = self._service.find(request.match_info["id"], now)
             task.polls += 1
-            return self._json(self._service.describe(task, self._result_url(task, now), now))
+            if fault is not None and fault in TRAITS:
+                self._service.give_trait(task, fault)
+            return self._json(await self._results.describe(task, now), fault)
 
         return await self._respond(request, "poll", handle)
 
     async def _download(self, request: web.Request) -> web.StreamResponse:
-        async def handle() -> web.StreamResponse:
-            task_id, _, _ = request.match_info["id"].rpartition(".")
-            task = self._service.tasks.get(task_id)
-            if task is None:
-                raise self._service.not_found()
-            if _now() > float(request.query.get("expires", "0")):
-                raise ServiceError(403, "expired", "the url has expired")
-            data = await self._image(task)
-            headers = {"Accept-Ranges": "bytes", "ETag": f'"{task.id}"'}
-            start = request.http_range.start or 0
-            if start and request.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                return web.Response(
-                    status=206, body=data[start:], content_type=f"image/{task.output_format}", headers=headers
-                )
-            return web.Response(body=data, content_type=f"image/{task.output_format}", headers=headers)
+        async def handle(_: Fault | None) -> web.StreamResponse:
+            return await self._results.download(request)
 
         return await self._respond(request, "download", handle)
 
@@ -232,25 +226,27 @@ class Emulator:
         """Run the handler of a call and return its response, except for what the fault that the call meets changes."""
         fault = self._service.next_fault(endpoint)
         if fault is Fault.RESET_BEFORE:
-            return _reset(request)
+            return reset(request)
         try:
             self._check_key(request, endpoint)
-            self._service.raise_for_fault(fault)
-            response = await handler()
+            if fault is not None and fault in ERRORS:
+                return build_response(ERRORS[fault], self._service.time_scale)
+            response = await handler(fault)
         except ServiceError as error:
-            return _error_response(error)
+            return error_response(error)
         match fault:
             case Fault.RESET_AFTER:
-                return _reset(request)
+                return reset(request)
             case Fault.HANG:
                 await self._closing.wait()
-                return _reset(request)
+                return reset(request)
             case Fault.CUT:
-                return await _send_half(request, response)
+                return await send_half(request, response)
             case Fault.GARBAGE:
-                return web.Response(
-                    text="<html><body><h1>Welcome to nginx!</h1></body></html>", content_type="text/html"
-                )
+                return build_response(GARBAGE, self._service.time_scale)
+            case Fault.HUGE_HEADERS:
+                response.headers["X-Debug"] = "x" * _HUGE_HEADER_BYTES
+                return response
             case _:
                 return response
 
@@ -262,57 +258,11 @@ class Emulator:
         elif key != f"Bearer {self.api_key}":
             raise ServiceError(401, "unauthorized", "the API key is missing or wrong")
 
-    def _json(self, body: dict[str, Any]) -> web.Response:
-        return web.json_response(body, headers={"X-Request-Id": secrets.token_hex(8)})
-
-    def _result_url(self, task: EmulatedTask, now: float) -> str:
-        """Return the URL of a task's result; its lifetime starts at `now`."""
-        expires = now + self._service.url_lifetime / self._service.time_scale
-        return f"{self.url}/results/{task.id}.{task.output_format}?expires={expires!r}"
-
-    async def _image(self, task: EmulatedTask) -> bytes:
-        if not self._draws_images:
-            return _draw("", 0, 64, 64, task.output_format, ())
-        return await anyio.to_thread.run_sync(
-            _draw, task.prompt, task.seed, task.width, task.height, task.output_format, task.input_images
-        )
-
-
-@functools.lru_cache(maxsize=32)
-def _draw(prompt: str, seed: int, width: int, height: int, output_format: str, inputs: tuple[bytes, ...]) -> bytes:
-    return draw(prompt, seed=seed, width=width, height=height, output_format=output_format, input_images=inputs)
+    def _json(self, task: dict[str, Any], fault: Fault | None) -> web.Response:
+        """Return the response to a call that has taken effect."""
+        answer = _USUAL_RESPONSE if fault is None else RESPONSES.get(fault, _USUAL_RESPONSE)
+        return build_response(answer, self._service.time_scale, {"task": task, "id": task["id"]})
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _error_response(error: ServiceError) -> web.Response:
-    headers = {"X-Request-Id": secrets.token_hex(8)}
-    if error.retry_after is not None:
-        headers["Retry-After"] = f"{error.retry_after:g}"
-    body = {"error": {"code": error.code, "message": error.message}}
-    return web.json_response(body, status=error.status, headers=headers)
-
-
-def _reset(request: web.Request) -> web.Response:
-    """Reset the TCP connection, as a crashed proxy does."""
-    if request.transport is not None:  # pragma: no branch - None if the client has just disconnected
-        connection: socket.socket = request.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        request.transport.abort()
-    return web.Response()  # aiohttp needs one, but cannot send it
-
-
-async def _send_half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Send the headers and half of the body, then close the connection."""
-    assert isinstance(response, web.Response)
-    body = response.body
-    assert isinstance(body, bytes)
-    partial = web.StreamResponse(status=response.status, headers=response.headers)
-    partial.content_length = len(body)
-    await partial.prepare(request)
-    await partial.write(body[: len(body) // 2])
-    if request.transport is not None:  # pragma: no branch - None if the client has just disconnected
-        request.transport.close()
-    return partial

@@ -5,40 +5,19 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from enum import StrEnum
 from typing import Any, Literal, get_args
 
 import attrs
 
-from flux2max_async.emulator._validation import MEGAPIXEL, MODEL, ServiceError, SubmitRequest
+from flux2max_async.emulator._answers import RESPONSES
+from flux2max_async.emulator._faults import Fault
+from flux2max_async.emulator._traits import TRAITS, Fate
+from flux2max_async.emulator._validation import MEGAPIXEL, ServiceError, SubmitRequest
 
 Endpoint = Literal["submit", "poll", "download"]
 
 _HIDDEN_SECONDS = 2.0
 """How long a new task is not found if it meets `Fault.NOT_FOUND`."""
-
-
-class Fault(StrEnum):
-    """What can go wrong with a call. Unless it says that the call takes effect, the service is unchanged."""
-
-    RATE_LIMITED = "rate_limited"
-    """429 with Retry-After."""
-    SERVER_ERROR = "server_error"
-    """500."""
-    UNAVAILABLE = "unavailable"
-    """503."""
-    RESET_BEFORE = "reset_before"
-    """The connection is reset before the body of the call is read."""
-    RESET_AFTER = "reset_after"
-    """The call takes effect, then the connection is reset."""
-    HANG = "hang"
-    """The call takes effect and is never answered."""
-    CUT = "cut"
-    """The call takes effect, and the connection is closed after half of the response."""
-    GARBAGE = "garbage"
-    """The call takes effect, and the response is an HTML page."""
-    NOT_FOUND = "not_found"
-    """404. As a share of the submits: polls do not find the new task in its first two seconds."""
 
 
 @attrs.define(eq=False)
@@ -59,24 +38,60 @@ class EmulatedTask:
     begins: float
     """Start time, in seconds on the event loop's clock, like all times here."""
     ends: float
-    fate: Literal["completed", "failed", "moderated"] = "completed"
+    fate: Fate = "completed"
     """How the task ends."""
     visible: float = 0.0
     """The time from which polls find the task."""
     webhook_url: str | None = None
     webhook_secret: str | None = attrs.field(default=None, repr=False)
     polls: int = 0
+    downloads: int = 0
+    trait: Fault | None = None
+    """What is different about the task."""
 
 
-def _parse_fault(name: str) -> Fault:
-    try:
-        return Fault(name)
-    except ValueError:
-        raise ValueError(f"a fault must be one of {', '.join(Fault)}, not {name!r}") from None
+_DOWNLOAD_FAULTS = [fault for fault in Fault if fault not in TRAITS and fault not in RESPONSES]
 
 
-def _parse_faults(shares: Mapping[Any, float]) -> dict[Fault, float]:
-    return {_parse_fault(name): share for name, share in shares.items()}
+def _parse_fault(name: str, endpoint: Endpoint | None = None) -> Fault:
+    valid, subject = (_DOWNLOAD_FAULTS, "a fault of downloads") if endpoint == "download" else ([*Fault], "a fault")
+    if name not in valid:
+        raise ValueError(f"{subject} must be one of {', '.join(valid)}, not {name!r}")
+    return Fault(name)
+
+
+def parse_shares(shares: Mapping[Any, float]) -> dict[Fault, float]:
+    """Return the shares by fault.
+
+    Raises:
+        ValueError: There is no such fault, or a share is negative, or the shares of calls or those of tasks are more
+            than 1 together.
+    """
+    parsed = {_parse_fault(name): share for name, share in shares.items()}
+    hidden = {fault: share for fault, share in parsed.items() if fault is Fault.NOT_FOUND}
+    for group in (_call_shares(parsed), _trait_shares(parsed), hidden):
+        # With a tolerance, because a hundred shares of 0.01 are a little more than 1.
+        if not (all(share >= 0 for share in group.values()) and sum(group.values()) < 1.000001):
+            raise ValueError(f"the shares of {', '.join(group)} must be at least 0, and at most 1 together")
+    return parsed
+
+
+def _call_shares(shares: Mapping[Fault, float]) -> dict[Fault, float]:
+    """Return the shares of the faults of which a call meets at most one."""
+    return {fault: share for fault, share in shares.items() if fault not in TRAITS and fault is not Fault.NOT_FOUND}
+
+
+def _trait_shares(shares: Mapping[Fault, float]) -> dict[Fault, float]:
+    return {fault: share for fault, share in shares.items() if fault in TRAITS}
+
+
+def _draw(shares: Mapping[Fault, float], number: float) -> Fault | None:
+    """Return the fault in whose share a number from 0 to 1 falls."""
+    for fault, share in shares.items():
+        number -= share
+        if number < 0:
+            return fault
+    return None
 
 
 @attrs.define(kw_only=True)
@@ -90,13 +105,13 @@ class Service:
         max_in_flight: Limit on running tasks; further submits are refused with 429.
         failing: Share of tasks that fail; a prompt that contains "[fail]" always does.
         moderated: Share of tasks that moderation refuses; a prompt that contains "[moderate]" always is.
-        faults: Share of submits and polls that meet each fault.
+        faults: Share of submits and polls that meet each fault, and share of tasks that have each trait.
         url_lifetime: Seconds until a result URL expires.
         balance: US dollars in the account; None for unlimited.
         seed: Makes durations, ids and faults the same in every run.
 
     Raises:
-        ValueError: There is no such fault.
+        ValueError: There is no such fault, or shares are more than 1 together.
     """
 
     seconds: float
@@ -105,7 +120,7 @@ class Service:
     max_in_flight: int
     failing: float
     moderated: float
-    faults: Mapping[Fault, float] = attrs.field(converter=_parse_faults)
+    faults: Mapping[Fault, float] = attrs.field(converter=parse_shares)
     url_lifetime: float
     balance: Decimal | None
     seed: int | None
@@ -119,15 +134,15 @@ class Service:
         default=attrs.Factory(lambda self: random.Random(self.seed), takes_self=True), init=False
     )
 
-    def script(self, endpoint: str, faults: Iterable[str | None]) -> None:
+    def script(self, endpoint: Endpoint, faults: Iterable[str | None]) -> None:
         """Queue faults for the next calls to an endpoint.
 
         Raises:
-            ValueError: There is no such endpoint or fault.
+            ValueError: There is no such endpoint, or no such fault of it.
         """
         if endpoint not in get_args(Endpoint):
             raise ValueError(f"an endpoint must be one of {', '.join(get_args(Endpoint))}, not {endpoint!r}")
-        parsed = [None if name is None else _parse_fault(name) for name in faults]
+        parsed = [None if name is None else _parse_fault(name, endpoint) for name in faults]
         self._scripts[endpoint].extend(parsed)
 
     def next_fault(self, endpoint: Endpoint) -> Fault | None:
@@ -137,16 +152,10 @@ class Service:
             return self._scripts[endpoint].popleft()
         if endpoint == "download":
             return None
-        remaining = self._random.random()
-        for fault, share in self.faults.items():
-            if fault is not Fault.NOT_FOUND:
-                remaining -= share
-                if remaining < 0:
-                    return fault
-        return None
+        return _draw(_call_shares(self.faults), self._random.random())
 
-    def accept(self, request: SubmitRequest, *, now: float, epoch: float) -> EmulatedTask:
-        """Create the task for a submit.
+    def accept(self, request: SubmitRequest, *, now: float, epoch: float, trait: Fault | None = None) -> EmulatedTask:
+        """Create the task for a submit; without a trait it may get one by the shares.
 
         Raises:
             ServiceError: Too many tasks are in flight, or the balance is too low.
@@ -182,10 +191,19 @@ class Service:
             webhook_url=params.get("webhook_url"),
             webhook_secret=params.get("webhook_secret"),
         )
+        # Not from the service's generator, so that traits do not change ids, durations and fates.
+        trait = trait or _draw(_trait_shares(self.faults), random.Random(f"trait of {task.id}").random())
+        if trait is not None:
+            self.give_trait(task, trait)
         self.tasks[task.id] = task
         self._running.add(task.id)
         self.accepted[task.prompt] += 1
         return task
+
+    def give_trait(self, task: EmulatedTask, trait: Fault) -> None:
+        """Replace the trait of a task."""
+        task.trait = trait
+        task.fate = TRAITS[trait].fate or task.fate
 
     def find(self, task_id: str, now: float) -> EmulatedTask:
         """Return a task that polls can find.
@@ -205,43 +223,6 @@ class Service:
             task_id for task_id in self._running if (task := self.tasks.get(task_id)) is not None and task.ends > now
         }
         return len(self._running)
-
-    def describe(self, task: EmulatedTask, result_url: str, now: float) -> dict[str, Any]:
-        """Return the task object of the protocol, as of `now`."""
-        common = {"id": task.id, "model": MODEL, "created_at": int(task.created_at)}
-        if now < task.ends:
-            progress = (now - task.begins) / (task.ends - task.begins)
-            return {**common, "status": "pending" if progress < 0.05 else "in_progress", "progress": round(progress, 2)}
-        match task.fate:
-            case "completed":
-                image = {"type": "image", "url": result_url, "jobId": f"job-{task.id}"}
-                return {
-                    **common,
-                    "status": "completed",
-                    "progress": 1.0,
-                    "output": [{"content": [image]}],
-                    "usage": {"cost": str(task.cost), "discount": 1},
-                    "metadata": {},
-                }
-            case "failed":
-                error = {"code": "generation_failed", "message": "the model gave up"}
-            case _:
-                error = {"code": "content_policy_violation", "message": "Request Moderated"}
-        return {**common, "status": "failed", "error": error}
-
-    def raise_for_fault(self, fault: Fault | None) -> None:
-        """Raise the error response of a fault, if it has one."""
-        match fault:
-            case Fault.RATE_LIMITED:
-                raise self.rate_limited("too many requests")
-            case Fault.SERVER_ERROR:
-                raise ServiceError(500, "internal_error", "something broke")
-            case Fault.UNAVAILABLE:
-                raise ServiceError(503, "unavailable", "try again later")
-            case Fault.NOT_FOUND:
-                raise self.not_found()
-            case _:
-                pass
 
     def rate_limited(self, message: str) -> ServiceError:
         """Return a 429 that suggests to wait a second."""

@@ -5,9 +5,8 @@ import hashlib
 import hmac
 import json
 import random
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import aiohttp
 import anyio
@@ -76,19 +75,23 @@ class _Message:
     headers: dict[str, str]
 
 
+class _Describe(Protocol):
+    async def __call__(self, task: EmulatedTask, now: float, *, maker: bool) -> dict[str, Any]: ...
+
+
 class WebhookSender:
     """Waits for the end of each task that has a webhook URL, and posts the task.
 
     Args:
         webhooks: The settings.
         service: The service that owns the tasks.
-        result_url: Returns the URL of a task's result, valid from the given time.
+        describe: Returns the task object of a task as of a time; with `maker`, in the format of the model's maker.
     """
 
-    def __init__(self, webhooks: Webhooks, service: Service, result_url: Callable[[EmulatedTask, float], str]) -> None:
+    def __init__(self, webhooks: Webhooks, service: Service, describe: _Describe) -> None:
         self._webhooks = webhooks
         self._service = service
-        self._result_url = result_url
+        self._describe = describe
         self.deliveries: list[Delivery] = []
         self._running: set[asyncio.Task[None]] = set()
         self._http: aiohttp.ClientSession | None = None
@@ -117,8 +120,8 @@ class WebhookSender:
         await anyio.sleep_until(task.ends)
         await self._sleep(self._webhooks.delay)
         if forged and task.webhook_secret:
-            await self._post(url, self._build_forged_message(task), attempt=0)
-        message = self._build_message(task)
+            await self._post(url, await self._build_forged_message(task), attempt=0)
+        message = await self._build_message(task)
         for attempt, delay in enumerate((0.0, *self._webhooks.retries), 1):
             await self._sleep(delay)
             if await self._post(url, message, attempt):
@@ -130,20 +133,21 @@ class WebhookSender:
     async def _sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds / self._service.time_scale)
 
-    def _build_message(self, task: EmulatedTask) -> _Message:
+    async def _build_message(self, task: EmulatedTask) -> _Message:
         now = max(anyio.current_time(), task.ends)  # timers may fire slightly early
-        url = self._result_url(task, now)
-        content = self._service.describe(task, url, now)
         if self._webhooks.shape == "maker":
-            content = _to_maker_shape(task, content, url)
+            content = await self._describe(task, now, maker=True)
+            content["timestamp"] = datetime.now(UTC).isoformat()
+        else:
+            content = await self._describe(task, now, maker=False)
         body = json.dumps(content).encode()
         headers = {"Content-Type": "application/json"}
         if task.webhook_secret:
             headers[self._webhooks.header] = _compute_signature(body, task.webhook_secret)
         return _Message(task.id, body, headers)
 
-    def _build_forged_message(self, task: EmulatedTask) -> _Message:
-        return self._build_message(
+    async def _build_forged_message(self, task: EmulatedTask) -> _Message:
+        return await self._build_message(
             attrs.evolve(
                 task,
                 fate="failed" if task.fate == "completed" else "completed",
@@ -177,16 +181,6 @@ class WebhookSender:
         finally:
             self.deliveries.append(Delivery(message.task_id, attempt, attempt == 0, status, sent_at, message.body))
         return status is not None and 200 <= status < 300
-
-
-def _to_maker_shape(task: EmulatedTask, content: dict[str, Any], url: str) -> dict[str, Any]:
-    """Return the body that the model's maker posts for a task that has ended [B]."""
-    match content:
-        case {"error": {"code": code, "message": message}}:
-            result = {"status": "Error", "error": code, "message": message}
-        case _:
-            result = {"status": "Ready", "result": {"sample": url, "prompt": task.prompt, "seed": task.seed}}
-    return {"id": task.id, **result, "timestamp": datetime.now(UTC).isoformat()}
 
 
 def _compute_signature(body: bytes, secret: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from support.commands import Command
 
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.cli._app import emulate
@@ -78,6 +79,14 @@ def test_an_invalid_port_is_a_usage_error(module: list[str], port: str) -> None:
     assert result.returncode == 2
     assert "--port" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_shares_that_are_more_than_one_together(flux2max: Command) -> None:
+    """`emulate` reports shares that can't all be met in one line, with their names."""
+    result = flux2max("emulate", "--fault", "cut=0.6", "--fault", "firewall=0.6", "--fault", "late_404=0.6")
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "flux2max: the shares of cut, firewall must be at least 0, and at most 1 together\n"
 
 
 def test_both_commands_have_the_same_defaults() -> None:

@@ -282,7 +282,20 @@ async def test_faults_by_probability(share: float) -> None:
     assert all(hidden)
 
 
-@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault.RATE_LIMITED,
+        Fault.SERVER_ERROR,
+        Fault.UNAVAILABLE,
+        Fault.RESET_BEFORE,
+        Fault.RESET_AFTER,
+        Fault.HANG,
+        Fault.CUT,
+        Fault.GARBAGE,
+        Fault.NOT_FOUND,
+    ],
+)
 @pytest.mark.parametrize("endpoint", ["submit", "poll", "download"])
 async def test_every_fault_applies_to_every_endpoint(gateway: Emulator, endpoint: Any, fault: Fault) -> None:
     """A scripted fault hits the next call to its endpoint, whichever fault and endpoint it is."""
@@ -312,6 +325,9 @@ async def test_every_fault_applies_to_every_endpoint(gateway: Emulator, endpoint
     assert not await succeeds()
 
 
+DOWNLOAD_FAULTS = [*Fault][: [*Fault].index(Fault.HUGE_HEADERS) + 1]
+
+
 @pytest.mark.parametrize(
     ("endpoint", "fault", "message"),
     [
@@ -322,9 +338,17 @@ async def test_every_fault_applies_to_every_endpoint(gateway: Emulator, endpoint
         pytest.param(
             "submit",
             "lost_answer",
-            "a fault must be one of rate_limited, server_error, unavailable, reset_before, reset_after, hang, cut, "
-            "garbage, not_found, not 'lost_answer'",
+            f"a fault must be one of {', '.join(Fault)}, not 'lost_answer'",
             id="fault",
+        ),
+        *(
+            pytest.param(
+                "download",
+                fault,
+                f"a fault of downloads must be one of {', '.join(DOWNLOAD_FAULTS)}, not {fault!r}",
+                id=f"{fault} of a download",
+            )
+            for fault in ("lost_answer", "late_404", "status_done", "envelope")
         ),
     ],
 )
@@ -342,7 +366,7 @@ async def test_unknown_endpoints_and_faults_are_refused(
 def test_unknown_faults_are_refused_at_construction() -> None:
     """The shares of the constructor accept the faults' values, and no other name."""
     Emulator(faults={"reset_after": 0.5})
-    with pytest.raises(ValueError, match=r"^a fault must be one of rate_limited, .*, not_found, not 'lost_answer'$"):
+    with pytest.raises(ValueError, match=r"^a fault must be one of rate_limited, .*, cut_link, not 'lost_answer'$"):
         Emulator(faults={"reset_after": 0.5, "lost_answer": 0.5})
 
 
@@ -371,6 +395,27 @@ def test_an_independent_client() -> None:
     assert task.status == "completed"
     assert task.output[0].content[0].url.startswith(f"{gateway.url}/results/{created.id}")
     assert task.usage.cost == "0.07"
+
+
+def test_an_independent_client_reads_the_errors() -> None:
+    """That SDK reads the message of an error, the id in an error, and why a task failed, where it expects them [C]."""
+    with Emulator(seconds=0.2, spread=0.0) as gateway:
+        config = seaart_sdk.ClientConfig(model_base_url=f"{gateway.url}/model", api_key=gateway.api_key)
+        service = seaart_sdk.Client(config).modal
+        gateway.script("submit", "error_error_message", "sync_timeout", "error_with_number", "status_completed")
+        with pytest.raises(seaart_sdk.SeaArtError) as refused:
+            service.create(submit(width=63))
+        with pytest.raises(seaart_sdk.SeaArtError) as timed_out:
+            service.create(submit())
+        failing, completing = service.create(submit()), service.create(submit())
+        with pytest.raises(seaart_sdk.SeaArtError) as failed:
+            service.wait(failing.id, seaart_sdk.with_poll_interval(0.05))
+        completed = service.wait(completing.id, seaart_sdk.with_poll_interval(0.05))
+
+    assert (refused.value.status, refused.value.message) == (400, "width must be an integer of at least 64")
+    assert (timed_out.value.status, timed_out.value.kind) == (504, "timeout")
+    assert failed.value.message == "task failed: the model gave up"
+    assert completed.status == "COMPLETED"
 
 
 FIXTURE_TEST = """

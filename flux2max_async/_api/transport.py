@@ -35,6 +35,10 @@ _DOWNLOAD_POOL_SIZE = 100
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
+_MAX_HEADER_BYTES = 65_536
+"""Maximum size of one response header; aiohttp's own limit is 8,190 bytes."""
+_MAX_HEADERS = 1000
+_CREDENTIALS = ("Authorization", "Cookie", "Proxy-Authorization")
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
 
 
@@ -58,7 +62,7 @@ class Transport:
         http: aiohttp.ClientSession | None,
         secrets: tuple[str, ...] = (),
     ) -> None:
-        self._base_url = base_url
+        self.base_url = base_url
         self._host = urlsplit(base_url).hostname
         self._user_agent = {"User-Agent": _USER_AGENT}
         self._api_headers = {
@@ -107,7 +111,7 @@ class Transport:
         """
         session = _require_open(self._api_session)
         payload = None if request.body is None else _SubmitPayload(request.body)
-        url = URL(self._base_url + request.path, encoded=True)
+        url = URL(self.base_url + request.path, encoded=True)
         failure: FluxError
         try:
             async with (
@@ -131,7 +135,14 @@ class Transport:
     ) -> "aiohttp.client._RequestContextManager":
         if payload is None:
             return session.get(
-                url, headers=self._api_headers, allow_redirects=False, timeout=_NO_TIMEOUT, raise_for_status=False
+                url,
+                headers=self._api_headers,
+                allow_redirects=False,
+                timeout=_NO_TIMEOUT,
+                raise_for_status=False,
+                max_line_size=_MAX_HEADER_BYTES,
+                max_field_size=_MAX_HEADER_BYTES,
+                max_headers=_MAX_HEADERS,
             )
         return session.post(
             url,
@@ -140,13 +151,23 @@ class Transport:
             allow_redirects=False,
             timeout=_NO_TIMEOUT,
             raise_for_status=False,
+            max_line_size=_MAX_HEADER_BYTES,
+            max_field_size=_MAX_HEADER_BYTES,
+            max_headers=_MAX_HEADERS,
             # The host that would be verified anyway. aiohttp pools connections by it too, so submits get their own.
             server_hostname=self._host,
         )
 
     @asynccontextmanager
-    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
-        """Open a download from any host, without the key, following redirects.
+    async def download(
+        self, url: str, headers: Mapping[str, str], *, with_credentials: bool = True
+    ) -> AsyncGenerator["DownloadResponse"]:
+        """Open a download from any host, without the key, and without following a redirect.
+
+        Args:
+            url: The URL, which is sent byte for byte.
+            headers: Further headers.
+            with_credentials: Whether a borrowed session may send the credentials among its own headers.
 
         Raises:
             TransportError: There was no response.
@@ -159,7 +180,17 @@ class Transport:
         # With any other encoding, lengths and ranges would refer to the encoded content.
         all_headers = {**self._user_agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
         try:
-            response = await session.get(url, headers=all_headers, timeout=timeout, raise_for_status=False)
+            response = await session.get(
+                _exact_url(url),
+                headers=all_headers,
+                allow_redirects=False,
+                timeout=timeout,
+                raise_for_status=False,
+                max_line_size=_MAX_HEADER_BYTES,
+                max_field_size=_MAX_HEADER_BYTES,
+                max_headers=_MAX_HEADERS,
+                middlewares=None if with_credentials else _middlewares_without_credentials(session),
+            )
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
@@ -173,6 +204,7 @@ class DownloadResponse:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
+        self.received = datetime.now(UTC)
         self._content = response.content
 
     async def read(self) -> bytes:
@@ -217,6 +249,32 @@ class _SubmitPayload(aiohttp.Payload):
 
 def _create_session(pool_size: int) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=pool_size), cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _exact_url(text: str) -> URL:
+    """Return a URL that aiohttp sends as it is spelled."""
+    url = URL(text, encoded=True)
+    if not text.endswith("?") or url.raw_query_string:
+        return url
+    # yarl drops an empty query, but a question mark in the path is sent.
+    return URL.build(scheme=url.scheme, authority=url.raw_authority, path=f"{url.raw_path}?", encoded=True)
+
+
+def _middlewares_without_credentials(
+    session: aiohttp.ClientSession,
+) -> "tuple[aiohttp.ClientMiddlewareType, ...] | None":
+    """Return middlewares that remove what neither browsers nor aiohttp send on after a redirect to another origin."""
+    names = [name for name in _CREDENTIALS if name in session.headers]
+
+    async def drop_credentials(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        for name in names:
+            request.headers.popall(name, None)
+        return await handler(request)
+
+    # Those of a request replace the session's own, so these are among them.
+    return (drop_credentials, *getattr(session, "_middlewares", ())) if names else None
 
 
 def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession:

@@ -1,13 +1,14 @@
-"""Downloads images: into a part file beside the target, resumed after failures, and published only when complete."""
+"""Downloads images: into a part file beside the target, retried, and published only when complete."""
 
 import asyncio
 import contextlib
+import io
 import math
 import os
 import random
-import re
 import secrets
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -15,33 +16,45 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from flux2max_async._api.retry import backoff
-from flux2max_async._api.transport import DownloadResponse, Transport
-from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, ResultExpiredError, TransportError
-from flux2max_async._models.images import is_web_url
-from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot
-
-MAX_IMAGE_BYTES = 100_000_000
-_MAX_CONSECUTIVE_FAILURES = 5
-_BUFFER_BYTES = 1_000_000
+from flux2max_async._api.transport import Transport
+from flux2max_async._downloads.inline_images import decode_inline_image
+from flux2max_async._downloads.retries import RETRY_WINDOW, YOUNG_AGE, Link, Retries
+from flux2max_async._downloads.transfer import AttemptError, LinkRefusedError, Transfer
+from flux2max_async._exceptions import (
+    DownloadError,
+    FluxError,
+    ProtocolError,
+    ResultExpiredError,
+    SessionClosedError,
+    TransportError,
+)
+from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
 
 
 class Downloader:
     """Downloads the images of tasks.
 
+    An attempt that fails is repeated for 60 s, whatever the timeout is, because the link of a task that has just ended
+    may not work yet. If an image's URL has expired, its task is polled once for a fresh one. An image whose URL is a
+    `data:` URI needs no download.
+
     Args:
         transport: Opens the downloads.
-        timeout: Maximum duration of one download in seconds; infinite for no limit.
-        poll: Polls a task once, for a fresh URL if an image's URL has expired.
+        timeout: Maximum duration of one attempt in seconds, at least 120; infinite for no limit.
+        poll: Polls a task once.
     """
 
     def __init__(self, transport: Transport, timeout: float, poll: Callable[[str], Awaitable[TaskSnapshot]]) -> None:
         self._transport = transport
-        self._timeout = timeout
+        self._timeout = max(timeout, RETRY_WINDOW + YOUNG_AGE)
         self._poll = poll
 
     async def save(self, image: GeneratedImage, target: Path) -> Path:
-        """Download an image to a path; an existing file is replaced once the download is complete."""
+        """Download an image to a path; an existing file is replaced once the download is complete.
+
+        Raises:
+            DownloadError: As `fetch()` does.
+        """
         with translate_write_errors(target):
             part = target.with_name(f".{secrets.token_hex(8)}.part")
         await self.fetch(image, part, target)
@@ -52,40 +65,110 @@ class Downloader:
             part.unlink(missing_ok=True)
         return target
 
-    async def fetch(self, image: GeneratedImage, part: Path, target: Path) -> None:
-        """Download an image into a part file, which exists afterwards only if the image is complete.
+    async def read(self, image: GeneratedImage) -> bytes:
+        """Return the bytes of an image.
 
-        If the image's URL has expired, its task is polled once for a fresh one.
+        Raises:
+            DownloadError: As `fetch()` does.
+        """
+        file = io.BytesIO()
+        await self._download(image, file)
+        return file.getvalue()
+
+    async def fetch(self, image: GeneratedImage, part: Path, target: Path) -> str:
+        """Download an image into a part file, which exists afterwards only if the image is complete.
 
         Args:
             image: The image.
             part: The file to create, and its folder if that is missing.
             target: The path to which the caller will publish the file; named in errors.
 
+        Returns:
+            The image's format: "jpeg", "png", "webp", "gif" or "avif".
+
         Raises:
             ResultExpiredError: The URL has expired, and there is no fresh one that works.
-            DownloadError: The image can't be downloaded in time, is larger than 100 MB, or can't be written.
+            DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written.
         """
-        try:
-            async with asyncio.timeout(None if self._timeout == math.inf else self._timeout):
+        with translate_write_errors(target):
+            # Not in a worker thread: it takes microseconds, and if the wait for the thread were cancelled, the file
+            # would be left behind.
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("xb+") as file:
                 try:
-                    await _download(self._transport, image.url, part, target)
-                except ResultExpiredError:
-                    await _download(self._transport, await self._fresh_url(image), part, target)
-        except TimeoutError as error:
-            raise DownloadError(f"the download has not ended within {self._timeout:g} s") from error
+                    image_format = await self._download(image, file)
+                    await anyio.to_thread.run_sync(_flush, file)
+                except BaseException:
+                    part.unlink(missing_ok=True)  # noqa: ASYNC240 - as above
+                    raise
+        return image_format
+
+    async def _download(self, image: GeneratedImage, file: IO[bytes]) -> str:
+        """Download an image into a file, and return its format."""
+        try:
+            return await self._download_with_retries(image, file)
         except DownloadError as error:
             error.task_id = image.task_id
             raise
 
-    async def _fresh_url(self, image: GeneratedImage) -> str:
+    async def _download_with_retries(self, image: GeneratedImage, file: IO[bytes]) -> str:
+        link = Link(image.url, image.received_at)
+        if image.url == NO_URL:
+            link = await self._renew(link, image)
+        transfer, retries = Transfer(file), Retries()
+        started = anyio.current_time()
+        while True:
+            try:
+                return await self._attempt(link.url, transfer)
+            except (TransportError, AttemptError) as error:
+                failure = error
+            now = anyio.current_time()
+            # Without a limit, a server that sends a byte for each request would be asked for days.
+            if transfer.has_progressed and now < started + self._timeout:
+                retries = Retries()
+            is_over = retries.add(now)
+            time = datetime.now(UTC)
+            if isinstance(failure, LinkRefusedError) and link.needs_renewal(now, time, is_over=is_over):
+                refused, link = link, await self._renew(link, image)
+                now = anyio.current_time()
+                if link.is_fresh and not refused.is_young(time):
+                    retries = Retries()
+                    is_over = retries.add(now)
+                if link.url != refused.url:  # otherwise its server may have said when to come back
+                    transfer = Transfer(file)
+                    continue
+            if is_over:
+                raise _final_error(failure, link, retries.failures, image.task_id) from failure
+            retry_after = failure.retry_after if isinstance(failure, AttemptError) else None
+            at_most = link.until_renewal(now)
+            await anyio.sleep(retries.next_delay(now, random.random(), retry_after, at_most=at_most))
+
+    async def _attempt(self, url: str, transfer: Transfer) -> str:
+        if is_inline(url):
+            return await anyio.to_thread.run_sync(_write_inline_image, url, transfer.file)
         try:
-            snapshot = await self._poll(image.task_id)
-            return snapshot.images[image.index].url
+            async with asyncio.timeout(self._timeout if math.isfinite(self._timeout) else None):
+                return await transfer.attempt(self._transport, url)
+        except TimeoutError as error:
+            raise DownloadError(f"the download has not ended within {self._timeout:g} s") from error
+        except ProtocolError as error:
+            raise DownloadError(f"can't download: {error}") from error
+
+    async def _renew(self, link: Link, image: GeneratedImage) -> Link:
+        """Ask the task for a fresh URL; without one, a young URL may still begin to work.
+
+        Raises:
+            ResultExpiredError: There is none, and the URL is not young.
+        """
+        try:
+            fresh = (await self._poll(image.task_id)).images[image.index]
+        except SessionClosedError:
+            raise
         except (FluxError, IndexError) as error:
-            raise ResultExpiredError(
-                f"the image's URL has expired, and task {image.task_id} has no fresh one: {error}"
-            ) from error
+            if link.url != NO_URL and link.is_young(datetime.now(UTC)):
+                return attrs.evolve(link, problem=error)
+            raise _expired("", image.task_id, error) from error
+        return Link(fresh.url, fresh.received_at, is_fresh=True)
 
 
 @contextlib.contextmanager
@@ -101,23 +184,12 @@ def translate_write_errors(target: Path) -> Generator[None]:
         raise DownloadError(f"can't write {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-async def _download(transport: Transport, url: str, part: Path, target: Path) -> None:
-    """Download a URL into a part file and flush it to disk; remove the file if that fails or is cancelled."""
-    if url == NO_URL:
-        raise ResultExpiredError("the image's URL was too long to be kept in the journal")
-    if not is_web_url(url):
-        raise DownloadError(f"can't download: the image's URL is not an http(s) URL: {url[:80]!r}")
-    with translate_write_errors(target):
-        # Not in a worker thread: it takes microseconds, and if the wait for the thread were cancelled, the file would
-        # be left behind.
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as file:
-            try:
-                await _download_with_retries(transport, url, file)
-                await anyio.to_thread.run_sync(_flush, file)
-            except BaseException:
-                part.unlink(missing_ok=True)  # noqa: ASYNC240 - as above
-                raise
+def _write_inline_image(uri: str, file: IO[bytes]) -> str:
+    data, image_format = decode_inline_image(uri)
+    file.seek(0)
+    file.truncate()
+    file.write(data)
+    return image_format
 
 
 def _flush(file: IO[bytes]) -> None:
@@ -125,123 +197,14 @@ def _flush(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-class _RetryableDownloadError(Exception):
-    """An attempt failed, and another one may succeed."""
+def _final_error(failure: Exception, link: Link, failures: int, task_id: str) -> DownloadError:
+    if isinstance(failure, LinkRefusedError):
+        return _expired(f" ({failure})", task_id, link.problem)
+    return DownloadError(f"the download failed {failures} times in a row, for {RETRY_WINDOW:g} s: {failure}")
 
 
-@attrs.define
-class _DownloadState:
-    """The progress of a download over several attempts."""
-
-    received: int = 0
-    """Bytes in the file."""
-    total: int | None = None
-    """Bytes of the whole image, if known."""
-    validator: str | None = None
-    """The strong ETag or the Last-Modified date of the image, for If-Range."""
-    is_resumable: bool = False
-
-    def restart(self, headers: Mapping[str, str]) -> None:
-        """Begin at the first byte, with the headers of a response that contains the whole image."""
-        self.received = 0
-        is_encoded = "Content-Encoding" in headers  # then lengths and ranges refer to the encoded content
-        length = headers.get("Content-Length", "")
-        self.total = int(length) if length.isdecimal() and not is_encoded else None
-        etag = headers.get("ETag", "")
-        self.validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-        self.is_resumable = headers.get("Accept-Ranges", "").lower() == "bytes" and not is_encoded
-
-    def is_continued_by(self, headers: Mapping[str, str]) -> bool:
-        """Return whether a partial response contains the requested rest of the same image."""
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-        is_same = headers.get("ETag") in {None, self.validator} or headers.get("ETag", "").startswith("W/")
-        return (
-            content_range is not None
-            and 0 < self.received == int(content_range[1])
-            and content_range[2] in {"*", str(self.total)}
-            and is_same
-        )
-
-    def request_headers(self) -> dict[str, str]:
-        """Return the headers that request the rest of the image, if that is possible."""
-        if not (self.received and self.is_resumable):
-            return {}
-        headers = {"Range": f"bytes={self.received}-"}
-        return headers | {"If-Range": self.validator} if self.validator else headers
-
-
-async def _download_with_retries(transport: Transport, url: str, file: IO[bytes]) -> None:
-    state = _DownloadState()
-    failures = 0
-    while True:
-        received_before = state.received
-        try:
-            async with transport.download(url, state.request_headers()) as response:
-                await _receive(response, file, state)
-        except (TransportError, _RetryableDownloadError) as error:
-            failures = 1 if state.received > received_before else failures + 1
-            if failures == _MAX_CONSECUTIVE_FAILURES:
-                raise DownloadError(f"the download failed {failures} times in a row: {error}") from error
-            await anyio.sleep(backoff(failures, random.random()))
-        except ProtocolError as error:
-            raise DownloadError(f"can't download: {error}") from error
-        else:
-            return
-
-
-async def _receive(response: DownloadResponse, file: IO[bytes], state: _DownloadState) -> None:
-    """Append the content of a response to the file."""
-    _check_response(response, state)
-    buffer = bytearray()
-    try:
-        while chunk := await response.read():
-            buffer += chunk
-            if state.received + len(buffer) > MAX_IMAGE_BYTES:
-                raise _too_large()
-            if len(buffer) >= _BUFFER_BYTES:
-                await _write(file, buffer, state)
-    except TransportError:
-        await _write(file, buffer, state)  # so that it is not requested again
-        raise
-    await _write(file, buffer, state)
-    if state.received == 0:
-        raise _RetryableDownloadError("the image is empty")
-    if state.total is not None and state.received != state.total:
-        raise _RetryableDownloadError(f"received {state.received} of {state.total} bytes")
-
-
-def _check_response(response: DownloadResponse, state: _DownloadState) -> None:
-    """Check the status and the headers of a response, and update the state if the whole image follows."""
-    match response.status:
-        case 200:
-            state.restart(response.headers)
-            if (state.total or 0) > MAX_IMAGE_BYTES:
-                raise _too_large()
-        case 206 if state.is_continued_by(response.headers):
-            pass
-        case 206 | 416:
-            state.is_resumable = False
-            raise _RetryableDownloadError("the response is not the requested range")
-        case 403 | 404 | 410 as status:
-            raise ResultExpiredError(f"the image's URL has expired (HTTP {status})")
-        case status if status in {408, 429} or status >= 500:
-            raise _RetryableDownloadError(f"HTTP {status}")
-        case status:
-            raise DownloadError(f"can't download: HTTP {status}")
-
-
-async def _write(file: IO[bytes], buffer: bytearray, state: _DownloadState) -> None:
-    """Write a buffer to the file after the bytes that are counted as received, and clear it."""
-
-    def write() -> None:
-        file.seek(state.received)
-        file.truncate()
-        file.write(buffer)
-
-    await anyio.to_thread.run_sync(write)
-    state.received += len(buffer)
-    buffer.clear()
-
-
-def _too_large() -> DownloadError:
-    return DownloadError("the image is larger than 100 MB")
+def _expired(detail: str, task_id: str, problem: Exception | None) -> ResultExpiredError:
+    rest = (
+        f"and task {task_id} has no fresh one: {problem}" if problem else f"and so has the fresh one of task {task_id}"
+    )
+    return ResultExpiredError(f"the image's URL has expired{detail}, {rest}")

@@ -14,15 +14,17 @@ import attrs
 
 from flux2max_async._downloads.downloader import translate_write_errors
 from flux2max_async._downloads.filenames import file_name
+from flux2max_async._downloads.image_format import is_whole_file
 from flux2max_async._exceptions import DownloadError, FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import SavedFile
 
-Download = Callable[[GeneratedImage, Path, Path], Awaitable[None]]
-"""Downloads an image into a file that exists afterwards only if it is complete; errors name the second path."""
+Download = Callable[[GeneratedImage, Path, Path], Awaitable[str]]
+"""Downloads an image into a file that exists afterwards only if it is complete, and returns the image's format; errors
+name the second path."""
 
-_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
+_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif"}
 
 
 @attrs.define(eq=False)
@@ -30,7 +32,8 @@ class ImageSaver:
     """Saves the images of a stream into one folder.
 
     Each image is downloaded into a part file of its own and then published under a free name: an existing file is never
-    replaced, and an image that is already there is not stored twice.
+    replaced, and an image that is already there is not stored twice. The exception is a file that the journal knows as
+    this image, and that is no whole image any more.
 
     Args:
         folder: Created if it doesn't exist.
@@ -68,7 +71,9 @@ class ImageSaver:
                         await anyio.to_thread.run_sync(_remove_parts, self.folder, _part_prefix(image))
                     known = files[image.index : image.index + 1]
                     existing = await anyio.to_thread.run_sync(self._find_saved, known) if known else None
-                    saved.append(existing or await self._save(image, stem, outcome, files, record))
+                    if existing is None or await anyio.to_thread.run_sync(_is_damaged, existing):
+                        existing = await self._save(image, stem, files, record, existing)
+                    saved.append(existing)
         except FluxError as failure:
             error = failure
         await record.release()
@@ -84,23 +89,35 @@ class ImageSaver:
         return None
 
     async def _save(
-        self, image: GeneratedImage, stem: str, outcome: Completed, files: list[SavedFile], record: NullRecord
+        self, image: GeneratedImage, stem: str, files: list[SavedFile], record: NullRecord, damaged: Path | None
     ) -> Path:
         part = self.folder / f".{_part_prefix(image)}.{secrets.token_hex(4)}.part"
-        await self.download(image, part, self.folder / stem)
+        suffix = f".{await self.download(image, part, self.folder / stem)}"
         try:
-            return await self._publish(part, stem, outcome, image.index, files, record)
+            if damaged is not None and await self._replace(damaged, part, image.index, files, record):
+                return damaged
+            return await self._publish(part, stem, suffix, image.index, files, record)
         finally:
             part.unlink(missing_ok=True)
 
+    async def _replace(self, damaged: Path, part: Path, index: int, files: list[SavedFile], record: NullRecord) -> bool:
+        """Replace a damaged file with the complete image, unless its size has changed; return whether it was."""
+        replaced = await anyio.to_thread.run_sync(_replace_file, part, damaged, files[index].size)
+        if replaced is None:
+            return False
+        # Not before: if this is not written, the next run finds the same image under this name.
+        files[index] = replaced
+        await record.set_files(tuple(files))
+        return True
+
     async def _publish(
-        self, part: Path, stem: str, outcome: Completed, index: int, files: list[SavedFile], record: NullRecord
+        self, part: Path, stem: str, suffix: str, index: int, files: list[SavedFile], record: NullRecord
     ) -> Path:
         """Publish a complete image under the first name that is free, or that the same image already has."""
         number = 0
         while True:
             number, target, size = await anyio.to_thread.run_sync(
-                _find_available, part, self.folder, stem, outcome, number + 1
+                _find_available, part, self.folder, stem, suffix, number + 1
             )
             # First the journal, then the file: a file that is found under this name later is this image.
             files[index : index + 1] = [SavedFile(target.absolute(), size)]
@@ -136,21 +153,24 @@ def _remove_parts(folder: Path, prefix: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _suffix(part: Path, outcome: Completed) -> str:
-    with part.open("rb") as file:
-        head = file.read(12)
-    if head.startswith(b"\x89PNG"):
-        return ".png"
-    if head.startswith(b"\xff\xd8\xff"):
-        return ".jpeg"
-    if head.startswith(b"RIFF") and head.endswith(b"WEBP"):
-        return ".webp"
-    return f".{(outcome.request and outcome.request.output_format) or 'jpeg'}"
+def _is_damaged(path: Path) -> bool:
+    try:
+        return not is_whole_file(path)
+    except PermissionError:
+        return False  # nothing is known against it
 
 
-def _find_available(part: Path, folder: Path, stem: str, outcome: Completed, first: int) -> tuple[int, Path, int]:
+def _replace_file(part: Path, target: Path, recorded_size: int) -> SavedFile | None:
+    """Replace a file if it still has its recorded size; return the new one, or None if it was left alone."""
+    if not target.is_file() or target.stat().st_size != recorded_size:
+        return None
+    size = part.stat().st_size
+    part.replace(target)
+    return SavedFile(target.absolute(), size)
+
+
+def _find_available(part: Path, folder: Path, stem: str, suffix: str, first: int) -> tuple[int, Path, int]:
     """Return the first number whose file name is available, that file, and the size of the image."""
-    suffix = _suffix(part, outcome)
     if (given := Path(stem).suffix).lower() in _SUFFIXES:
         stem, suffix = stem.removesuffix(given), given
     for number in itertools.count(first):

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import anyio
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from flux2max_async import (
     ResultExpiredError,
     SessionClosedError,
 )
+from flux2max_async._downloads import retries, saver
 from flux2max_async._downloads.filenames import file_name
 from flux2max_async._downloads.saver import _link, _move
 from flux2max_async.emulator import Emulator
@@ -44,6 +46,7 @@ def encode_image(colour: str, image_format: str = "JPEG") -> bytes:
 
 
 RED, BLUE = encode_image("red"), encode_image("blue")
+AVIF = b"\0\0\0\x14ftypavif\0\0\0\0mif1" + b"\0\0\0\x10meta........" + b"\0\0\0\x10mdat........"
 STALLED = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + RED, then="hang")
 
 
@@ -147,6 +150,7 @@ async def test_name_without_save_to_is_an_error(session: FluxSession) -> None:
         ),
         pytest.param("a cat", lambda outcome: outcome.request.prompt + ".png", "a cat.png", id="name with a suffix"),
         pytest.param("a cat", lambda _: "cat.JPG", "cat.JPG", id="name with an uppercase suffix"),
+        pytest.param("a cat", lambda _: "cat.gif", "cat.gif", id="name with the suffix of another format"),
         pytest.param("a cat", lambda _: "no. 7.5", "no. 7.5.jpeg", id="name with a dot"),
         pytest.param("a cat", lambda _: "../../etc/passwd", "etc-passwd.jpeg", id="name with a path"),
     ],
@@ -167,15 +171,14 @@ async def test_file_name(scripted: ScriptedGateway, tmp_path: Path, request_: An
         pytest.param(picture("PNG"), "jpeg", "png", id="PNG"),
         pytest.param(picture("JPEG"), "png", "jpeg", id="JPEG"),
         pytest.param(picture("WEBP"), "png", "webp", id="WebP"),
-        pytest.param(picture("GIF"), "png", "png", id="unknown format, PNG requested"),
-        pytest.param(b"?", None, "jpeg", id="unknown format"),
-        pytest.param(b"RIFF\x04\0\0\0AVI LIST", None, "jpeg", id="RIFF, not WebP"),
+        pytest.param(picture("GIF"), "png", "gif", id="GIF"),
+        pytest.param(AVIF, None, "avif", id="AVIF"),
     ],
 )
 async def test_suffix_matches_the_content(
     scripted: ScriptedGateway, tmp_path: Path, content: bytes, output_format: Any, suffix: str
 ) -> None:
-    """The suffix is that of the image's format or, if that is unknown, of the requested format."""
+    """The suffix is that of the image's format, whatever was requested."""
     serve(scripted, content)
     request = GenerationRequest("a cat", output_format=output_format)
     (outcome,) = await run(session_on(scripted), request, save_to=tmp_path)
@@ -604,6 +607,116 @@ async def test_rerun_downloads_only_missing_images(
     assert {outcome.saved for outcome in third} == {outcome.saved for outcome in second}
 
 
+HTML = b"<html><h1>Just a moment...</h1></html>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(answer(200, HTML, [("Content-Type", "image/jpeg")]), id="HTML"),
+        pytest.param(answer(200, b""), id="empty"),
+        pytest.param(raw(b"HTTP/1.1 200 OK\r\n\r\n" + RED[:300]), id="cut without a length"),
+    ],
+)
+async def test_what_is_no_image_is_not_saved(scripted: ScriptedGateway, tmp_path: Path, content: Behaviour) -> None:
+    """What is not a whole image is the outcome's save_error, is not recorded, and a rerun downloads the image."""
+    serve(scripted, content)
+    (first,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+    async with VirtualJournal(tmp_path / "run.db") as journal:
+        (entry,) = [entry async for entry in journal.entries()]
+    names_after_failure = names(tmp_path / "cats")
+    serve(scripted, RED)
+    (second,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    assert isinstance(first.save_error, DownloadError)
+    assert (first.saved, entry.files, names_after_failure) == ((), (), [])
+    assert second.saved == (tmp_path / "cats" / "t1.jpeg",)
+    assert second.saved[0].read_bytes() == RED
+
+
+DAMAGES = [
+    pytest.param(lambda data: data[: len(data) // 2].ljust(len(data), b"\0"), id="zeros at the end"),
+    pytest.param(lambda data: bytes(len(data)), id="zeros"),
+    pytest.param(lambda data: HTML.ljust(len(data)), id="HTML"),
+    pytest.param(lambda data: b"\0" + data[1:], id="zero at the start"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_rerun_replaces_damaged_files(
+    image_gateway: Emulator, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """A file of the recorded size that isn't a whole image is replaced by the image, under the same name."""
+    folder = tmp_path / "cats"
+    first = await run(journal_session(image_gateway, tmp_path), *CATS, save_to=folder)
+    images = {path: path.read_bytes() for outcome in first for path in outcome.saved}
+    (folder / "cat 1.jpeg").write_bytes(damage(images[folder / "cat 1.jpeg"]))
+    calls = image_gateway.calls.copy()
+    second = await run(journal_session(image_gateway, tmp_path), *CATS, save_to=folder)
+    third = await run(journal_session(image_gateway, tmp_path), *CATS, save_to=folder)
+
+    assert image_gateway.calls - calls == {"download": 1}
+    assert all(outcome.save_error is None for outcome in (*second, *third))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == images
+
+
+async def test_rerun_mends_what_was_saved_in_place_of_an_image(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A page of HTML that was recorded as an image is replaced, and the size of the image is recorded."""
+    serve(scripted, RED)
+    (outcome,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+    async with VirtualJournal(tmp_path / "run.db") as journal:
+        (entry,) = [entry async for entry in journal.entries()]
+        await journal.record(attrs.evolve(entry, files=(attrs.evolve(entry.files[0], size=len(HTML)),)))
+    outcome.saved[0].write_bytes(HTML)
+    second = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+    third = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    assert [again.saved for again in (*second, *third)] == [outcome.saved] * 2
+    assert outcome.saved[0].read_bytes() == RED
+    assert names(tmp_path / "cats") == ["t1.jpeg"]
+    assert len(downloads(scripted)) == 2
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"notes"), lambda path: path.unlink()])
+async def test_damaged_file_that_changes_meanwhile(
+    scripted: ScriptedGateway, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    """A damaged file that somebody changes during the download is left alone."""
+    serve(scripted, RED)
+    (outcome,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+    (path,) = outcome.saved
+    path.write_bytes(bytes(len(RED)))
+
+    async def change_and_send(connection: Connection) -> None:
+        change(path)
+        await answer(200, RED)(connection)
+
+    serve(scripted, change_and_send)
+    (second,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    is_free = not path.exists() or path.read_bytes() == RED
+    assert second.saved == ((path if is_free else path.with_name("t1-2.jpeg")),)
+    assert second.saved[0].read_bytes() == RED
+    assert is_free or path.read_bytes() == b"notes"
+
+
+async def test_saved_file_that_may_not_be_read(
+    scripted: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that this user may not read is taken for the image if it has its size."""
+    serve(scripted, RED)
+    (first,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    def refuse(_: Path) -> bool:  # as root, every file can be read
+        raise PermissionError
+
+    monkeypatch.setattr(saver, "is_whole_file", refuse)
+    (second,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    assert second.saved == first.saved
+    assert len(downloads(scripted)) == 1
+
+
 async def test_rerun_with_a_moved_folder(image_gateway: Emulator, tmp_path: Path) -> None:
     """Images are recognized by name and size if their folder was moved; for a new folder they are downloaded again."""
     first = await run(journal_session(image_gateway, tmp_path), *CATS, save_to=tmp_path / "cats")
@@ -618,8 +731,11 @@ async def test_rerun_with_a_moved_folder(image_gateway: Emulator, tmp_path: Path
     assert {outcome.saved for outcome in third} == {(tmp_path / "copies" / path.name,) for (path,) in moved}
 
 
-async def test_rerun_after_the_url_expired(image_gateway: Emulator, tmp_path: Path) -> None:
+async def test_rerun_after_the_url_expired(
+    image_gateway: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An image that is missing long after its URL expired is downloaded again, after one poll of its task."""
+    monkeypatch.setattr(retries, "YOUNG_AGE", 0.0)  # virtual time doesn't make the URL older
     await run(journal_session(image_gateway, tmp_path), *CATS, save_to=tmp_path / "cats")
     (tmp_path / "cats" / "cat 3.jpeg").unlink()
     await anyio.sleep(86_400)

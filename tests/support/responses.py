@@ -41,3 +41,11 @@ def picture(image_format: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (4, 4), "navy").save(file, image_format)
     return file.getvalue()
+
+
+def jpeg(payload: bytes = b"") -> bytes:
+    """Return an encoded image of 4 by 4 pixels that contains a payload as comments."""
+    image = picture("JPEG")
+    parts = [payload[start : start + 65_533] for start in range(0, len(payload), 65_533)]
+    comments = b"".join(b"\xff\xfe" + (len(part) + 2).to_bytes(2, "big") + part for part in parts)
+    return image[:2] + comments + image[2:]

@@ -33,6 +33,8 @@ class NullRecord:
     """Why the newest facts are not in the journal."""
     fingerprint: RequestFingerprint | None = None
     """The request's content, as far as this record needs it."""
+    webhook_token: str | None = None
+    """The token in the webhook URL of the next attempt; set before `begin()`."""
 
     def __init__(self, task_id: str | None = None, policy: ReusePolicy | None = None) -> None:
         self.task_id: str | None = task_id

@@ -72,6 +72,8 @@ class JournalEntry:
     """The saved images, in their order."""
     owner: str | None = attrs.field(default=None, repr=False)
     """The journal's own id of the session that holds the entry, or held it when it died."""
+    webhook_token: str | None = attrs.field(default=None, repr=False)
+    """The token in the submit's webhook URL, by which a delivery finds the entry if the submit's answer was lost."""
 
     @property
     def prompt(self) -> str:

@@ -39,6 +39,10 @@ class Journal(Protocol):
         """Return the entry of a task."""
         ...
 
+    async def find_token(self, token: str, /) -> JournalEntry | None:  # noqa: ARG002 - for journals that store tokens
+        """Return the entry that was begun with this `webhook_token`; None if there is none, or tokens aren't stored."""
+        return None
+
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
         """Write an intent durably, so that it survives a power failure, and hold it.
 
@@ -62,7 +66,8 @@ class Journal(Protocol):
         """Record an entry's new values.
 
         A session that doesn't hold the entry can only add what isn't known yet: a task id or an end. If the `holder` is
-        OTHER, the session that holds the entry keeps it.
+        OTHER, the session that holds the entry keeps it. A task never becomes REFUSED or UNCERTAIN again: a webhook may
+        have revealed it.
         """
         ...
 

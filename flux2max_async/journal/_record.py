@@ -105,7 +105,12 @@ class RequestRecord(BudgetRecord):
         amount = self._estimate()
         self._reserve(amount)
         entry = attrs.evolve(
-            self.entry, state=EntryState.INTENT, holder=Holder.US, committed=amount, created_at=datetime.now(UTC)
+            self.entry,
+            state=EntryState.INTENT,
+            holder=Holder.US,
+            committed=amount,
+            created_at=datetime.now(UTC),
+            webhook_token=self.webhook_token,
         )
         limit = self._budget.budget if self._context.limits_journal else None
         try:
@@ -158,9 +163,14 @@ class RequestRecord(BudgetRecord):
     # ------------------------------------------------------------------ internals
 
     async def _recorded_elsewhere(self, outcome: Outcome) -> Outcome | None:
-        """Return the end that another process has recorded of a task that is not followed here any more."""
-        entry = self.entry
-        if entry.holder is not Holder.US or outcome.task_id is None or state_after(outcome) in END_STATES:
+        """Return the end that another process has recorded of a task that is not followed here any more.
+
+        It may have recorded the end of an uncertain submit, too, from a webhook with its token.
+        """
+        entry, state = self.entry, state_after(outcome)
+        if entry.holder is not Holder.US or state in END_STATES:
+            return None
+        if outcome.task_id is None and (state is not EntryState.UNCERTAIN or entry.webhook_token is None):
             return None
         try:
             found = await self._journal.find(entry.key)

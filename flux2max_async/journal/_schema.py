@@ -23,6 +23,8 @@ APPLICATION_ID = 0x464C5832
 #   entries.created, .submitted, .ended = ..._at, in seconds since the epoch
 #   owners.beat = the heartbeat counter                   owners.place = host_id()
 #   totals.outlay = the sum of entries.outlay, which the triggers maintain
+# Earlier versions of the library must be able to read and write the same file, so further columns are nullable, are
+# added to existing tables, and don't change the schema's version.
 SCHEMA = (
     """CREATE TABLE entries (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, attempt INTEGER NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
@@ -39,9 +41,11 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+ADD_COLUMN = "ALTER TABLE entries ADD COLUMN token TEXT"  # = JournalEntry.webhook_token
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS tasks ON entries (task_id) WHERE task_id IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS held ON entries (owner) WHERE owner IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS tokens ON entries (token) WHERE token IS NOT NULL",
 )
 
 _RETRY_DELAY = 0.02  # seconds
@@ -97,6 +101,12 @@ def check_version(connection: sqlite3.Connection, path: Path) -> None:
             f"the journal {path} was written by a newer version (schema {version}, known up to {SCHEMA_VERSION}): "
             "update flux2max_async; it was left as it is"
         )
+
+
+def has_token_column(connection: sqlite3.Connection) -> bool:
+    """Check whether a journal's entries have the column that earlier versions of the library don't create."""
+    rows = connection.execute("SELECT 1 FROM pragma_table_info('entries') WHERE name = 'token'")
+    return rows.fetchone() is not None
 
 
 # ------------------------------------------------------------------ connections and processes

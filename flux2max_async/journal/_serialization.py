@@ -23,6 +23,7 @@ from flux2max_async._models.results import (
     TaskSnapshot,
     TaskStatus,
     Usage,
+    is_inline,
 )
 from flux2max_async.journal._entry import EntryState, JournalEntry
 
@@ -36,16 +37,15 @@ def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[
     """Return an outcome as JSON values, in which secrets that the service has echoed are masked."""
     data: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
     if isinstance(outcome, Failed):
-        error = outcome.error
-        details = {name: getattr(error, name, None) for name in ("code", "status", "request_id")}
-        details = {name: value for name, value in details.items() if value is not None}
-        data["error"] = {"kind": type(error).__name__, "message": error.message, **details}
+        data["error"] = _error_to_json(outcome.error)
     else:
         data["images"] = [_image_to_json(image) for image in outcome.images]
         data["metadata"] = dict(outcome.metadata)
         if (usage := outcome.usage) is not None:
             cost, discount = _decimal_to_json(usage.cost), _decimal_to_json(usage.discount)
             data["usage"] = {"cost": cost, "discount": discount, "extra": dict(usage.extra)}
+        if outcome.partial_error is not None:
+            data["partial_error"] = _error_to_json(outcome.partial_error)
     return dict(sanitize(data, secrets))
 
 
@@ -58,7 +58,14 @@ def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -
         error.task_id = task_id
         return Failed(task_id=entry.task_id, request=request, error=error, elapsed=elapsed, polls=polls, replayed=True)
     images = tuple(
-        GeneratedImage(url=image["url"], type=image["type"], task_id=task_id, extra=image["extra"], index=index)
+        GeneratedImage(
+            url=image["url"],
+            type=image["type"],
+            task_id=task_id,
+            extra=image["extra"],
+            index=index,
+            received_at=entry.ended_at,
+        )
         for index, image in enumerate(result["images"])
     )
     usage = None
@@ -71,6 +78,7 @@ def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -
         images=images,
         usage=usage,
         metadata=result["metadata"],
+        partial_error=_task_error_from_json(result["partial_error"], task_id) if "partial_error" in result else None,
         elapsed=elapsed,
         polls=polls,
         replayed=True,
@@ -95,6 +103,7 @@ def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot | None:
                 images=completed.images,
                 usage=completed.usage,
                 metadata=completed.metadata,
+                partial_error=completed.partial_error,
             )
         case Failed(error=TaskFailedError() as error):
             return TaskSnapshot(task_id=entry.task_id or "", status=TaskStatus.FAILED, error=error)
@@ -131,8 +140,18 @@ _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def _image_to_json(image: GeneratedImage) -> dict[str, Any]:
-    url = image.url if len(image.url) <= _MAX_TEXT_LENGTH else NO_URL
-    return {"url": url, "type": image.type, "extra": dict(image.extra)}
+    data: dict[str, Any] = {"url": image.url, "type": image.type, "extra": dict(image.extra)}
+    if is_inline(image.url):
+        data |= {"url": NO_URL, "inline_characters": len(image.url)}
+    elif len(image.url) > _MAX_TEXT_LENGTH:
+        data["url"] = NO_URL
+    return data
+
+
+def _error_to_json(error: FluxError) -> dict[str, Any]:
+    details = {name: getattr(error, name, None) for name in ("code", "status", "request_id")}
+    details = {name: value for name, value in details.items() if value is not None}
+    return {"kind": type(error).__name__, "message": error.message, **details}
 
 
 def _error_from_json(data: Mapping[str, Any], task_id: str) -> FluxError:
@@ -143,8 +162,12 @@ def _error_from_json(data: Mapping[str, Any], task_id: str) -> FluxError:
         )
     if kind == SubmissionUncertainError.__name__:
         return SubmissionUncertainError(message)
-    error_class = ContentModeratedError if kind == ContentModeratedError.__name__ else TaskFailedError
-    return error_class(message, task_id=task_id, code=data.get("code"))
+    return _task_error_from_json(data, task_id)
+
+
+def _task_error_from_json(data: Mapping[str, Any], task_id: str) -> TaskFailedError:
+    error_class = ContentModeratedError if data.get("kind") == ContentModeratedError.__name__ else TaskFailedError
+    return error_class(str(data.get("message", "")), task_id=task_id, code=data.get("code"))
 
 
 def _decimal_to_json(number: Decimal | None) -> str | None:

@@ -119,6 +119,11 @@ class SqliteJournal:
         found: JournalEntry | None = await self._run(lambda store: store.find_task(task_id), writes=False)
         return found
 
+    async def find_token(self, token: str, /) -> JournalEntry | None:
+        """Return the entry that was begun with this `webhook_token`."""
+        found: JournalEntry | None = await self._run(lambda store: store.find_token(token), writes=False)
+        return found
+
     async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
         """Write an intent durably; return False if the key has this attempt already."""
         begun: bool = await self._run(

@@ -20,11 +20,13 @@ import attrs
 from flux2max_async._budget import check_budget
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async.journal._schema import (
+    ADD_COLUMN,
     INDEXES,
     SCHEMA,
     check_file,
     check_version,
     connect_read_only,
+    has_token_column,
     host_id,
     process_is_gone,
     retry_while_locked,
@@ -37,14 +39,16 @@ _NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
 _MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
 _COLUMNS = """
     e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
-    e.request, e.result, e.files, o.id, o.place, o.pid
+    e.request, e.result, e.files, e.token, o.id, o.place, o.pid
 """
 _SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
-# The holder may change everything, but an end stays an end, and a completed request stays completed. Others may add
-# what isn't recorded yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody
-# holds may be recorded again in the same state, with images that were saved since.
+# The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
+# completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded
+# yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody holds may be recorded
+# again in the same state, with images that were saved since.
 _MAY_UPDATE = """
     owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN (state, 'completed'))
+        AND (state != 'submitted' OR :state IN ('submitted', 'completed', 'failed'))
     OR owner IS NULL AND state = :state AND NOT :keep_owner
     OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
     OR state = 'submitted' AND :state IN ('completed', 'failed')
@@ -104,6 +108,8 @@ class SqliteStore:
                 for statement in SCHEMA:
                     execute(statement)
             check_version(self._connection, self._path)
+            if not has_token_column(self._connection):
+                execute(ADD_COLUMN)
             for statement in INDEXES:
                 execute(statement)
             for owner_id, other in self.other_owners().items():
@@ -160,6 +166,11 @@ class SqliteStore:
         ).fetchone()
         return row and self._entry(row)
 
+    def find_token(self, token: str) -> JournalEntry | None:
+        """Return the entry that was begun with a token."""
+        row = self._connection.execute(f"{_SELECT} WHERE e.token = ?", (token,)).fetchone()
+        return row and self._entry(row)
+
     def ended_entries(self) -> list[JournalEntry]:
         """Return the entries that are held here and have ended; other sessions may have recorded these ends."""
         rows = self._connection.execute(
@@ -181,13 +192,13 @@ class SqliteStore:
             committed = Decimal(self._value("SELECT outlay FROM totals")) / _NANO_DOLLARS_PER_DOLLAR
             check_budget(limit, committed, entry.committed)
         inserted: int = execute(
-            "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
-            " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
+            "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, token, request, result, files)"
+            " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
-            " created = excluded.created, ended = NULL, request = excluded.request, result = '{}'"
-            " WHERE state = 'refused'",
+            " created = excluded.created, ended = NULL, token = excluded.token, request = excluded.request,"
+            " result = '{}' WHERE state = 'refused'",
             (entry.key, entry.attempt, entry.fingerprint, self.owner, _to_nano_dollars(entry.committed),
-             _to_epoch(entry.created_at), to_json(dict(entry.request))),
+             _to_epoch(entry.created_at), entry.webhook_token, to_json(dict(entry.request))),
         ).rowcount  # fmt: skip
         return inserted == 1
 
@@ -285,18 +296,19 @@ def read_entries(path: Path, after: int, limit: int) -> list[tuple[int, JournalE
         check_version(connection, path)
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return []  # the process that created the file was killed before it created the tables
-        rows = connection.execute(f"{_SELECT} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
-        return [(row[17], _row_to_entry(row, _other_holder(row))) for row in rows]
+        select = _SELECT if has_token_column(connection) else _SELECT.replace("e.token", "NULL")
+        rows = connection.execute(f"{select} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
+        return [(row[18], _row_to_entry(row, _other_holder(row))) for row in rows]
 
 
 def _other_holder(row: tuple[Any, ...]) -> Holder | None:
-    owner_id, host, pid = row[14:17]
+    owner_id, host, pid = row[15:18]
     return None if owner_id is None or process_is_gone(host, pid) else Holder.OTHER
 
 
 def _row_to_entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
     (key, attempt, fingerprint, state, owner, task_id, cost, committed, created_at, submitted_at, ended_at, request,
-     result, files) = row[:14]  # fmt: skip
+     result, files, token) = row[:15]  # fmt: skip
     return JournalEntry(
         key=key,
         attempt=attempt,
@@ -313,6 +325,7 @@ def _row_to_entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
         request=json.loads(request),
         result=json.loads(result),
         files=tuple(SavedFile(Path(path), size) for path, size in json.loads(files)),
+        webhook_token=token,
     )
 
 

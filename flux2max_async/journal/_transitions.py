@@ -2,7 +2,8 @@
 
 An entry's states: INTENT (about to be submitted) -> SUBMITTED (has a task id) -> COMPLETED or FAILED. A submit that
 certainly created nothing makes it REFUSED, one whose answer was lost UNCERTAIN. A task that is not followed to its end
-here, for whatever reason, stays SUBMITTED.
+here, for whatever reason, stays SUBMITTED. A webhook with the token of a submit takes its entry from any state without
+a task id to SUBMITTED or to the end.
 """
 
 from datetime import UTC, datetime
@@ -29,8 +30,22 @@ def end_entry(
         entry, state=state, holder=holder, cost=cost, committed=entry.committed if committed is None else committed
     )
     if state is EntryState.SUBMITTED:
-        return attrs.evolve(updated, ended_at=None, result={})
+        return submitted_entry(updated, outcome.task_id)
+    if state in END_STATES:
+        updated = _with_task_id(updated, outcome.task_id)
     return attrs.evolve(updated, ended_at=datetime.now(UTC), result=outcome_to_json(outcome, secrets=secrets))
+
+
+def submitted_entry(entry: JournalEntry, task_id: str | None) -> JournalEntry:
+    """Return the entry of a request that is a task, whose end is not known yet."""
+    return attrs.evolve(_with_task_id(entry, task_id), state=EntryState.SUBMITTED, ended_at=None, result={})
+
+
+def _with_task_id(entry: JournalEntry, task_id: str | None) -> JournalEntry:
+    """Return an entry with a task id that only a webhook, or an error in the answer to the submit, has revealed."""
+    if entry.task_id is not None:
+        return entry
+    return attrs.evolve(entry, task_id=task_id, submitted_at=entry.created_at)
 
 
 def committed_after(outcome: Outcome, cost: Decimal | None) -> Decimal | None:

@@ -4,10 +4,12 @@ The response tells the sender only whether to send the delivery again: 200 means
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 from flux2max_async._exceptions import JournalError, ProtocolError, SessionClosedError, WebhookSignatureError
+from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import MAX_BODY
 
 if TYPE_CHECKING:
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flux2max_async.webhooks")
 
-Deliver = Callable[[bytes, Mapping[str, str]], Awaitable[None]]
-"""Processes one delivery, given its body and headers."""
 Message = MutableMapping[str, Any]
 
 _RESPONSE_TEXTS = {
@@ -28,6 +28,13 @@ _RESPONSE_TEXTS = {
     500: "failed",
     503: "not now",
 }
+
+
+class Deliver(Protocol):
+    """Processes one delivery."""
+
+    async def __call__(self, body: bytes, headers: HeadersLike, *, url: str | None) -> None:
+        """Process a delivery to a URL, or to a path with a query."""
 
 
 class AsgiApp:
@@ -45,9 +52,9 @@ class AsgiApp:
         """Handle one ASGI connection."""
         match scope["type"]:
             case "http":
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                headers, url = list(scope["headers"]), _asgi_url(scope)
                 try:
-                    status = await _process(self._deliver, scope["method"], headers, _asgi_body(receive))
+                    status = await _process(self._deliver, scope["method"], url, headers, _asgi_body(receive))
                 except ConnectionError:
                     return  # the sender has disconnected
                 await send({"type": "http.response.start", "status": status, "headers": _asgi_headers(status)})
@@ -67,13 +74,13 @@ async def aiohttp_response(deliver: Deliver, request: "web.Request") -> "web.Res
     from aiohttp import web  # noqa: PLC0415 - other servers don't need aiohttp.web
 
     try:
-        status = await _process(deliver, request.method, request.headers, _aiohttp_body(request))
+        status = await _process(deliver, request.method, request.path_qs, request.headers, _aiohttp_body(request))
     except ConnectionError:
         status = 400  # sent only if the sender is still connected
     return web.Response(status=status, text=_RESPONSE_TEXTS[status], headers=_extra_headers(status))
 
 
-async def _process(deliver: Deliver, method: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> int:
+async def _process(deliver: Deliver, method: str, url: str, headers: HeadersLike, body: AsyncIterator[bytes]) -> int:
     """Process a delivery and return the HTTP status of the response.
 
     Raises:
@@ -89,7 +96,7 @@ async def _process(deliver: Deliver, method: str, headers: Mapping[str, str], bo
         if len(content) > MAX_BODY:
             return 413
     try:
-        await deliver(bytes(content), headers)
+        await deliver(bytes(content), headers, url=url)
     except WebhookSignatureError as error:
         log.warning("webhook refused: %s", error)
         return 401
@@ -105,9 +112,9 @@ async def _process(deliver: Deliver, method: str, headers: Mapping[str, str], bo
     return 200
 
 
-def _content_length(headers: Mapping[str, str]) -> int:
+def _content_length(headers: HeadersLike) -> int:
     """Return the declared length, or 0 if it is missing or not a number."""
-    declared = next((value for name, value in headers.items() if name.lower() == "content-length"), "")
+    declared = next(iter(header_values(headers, "Content-Length")), "")
     # int() refuses texts of thousands of digits; the first 20 digits already exceed the limit.
     return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
 
@@ -122,6 +129,11 @@ async def _aiohttp_body(request: "web.Request") -> AsyncIterator[bytes]:
         # The sender has disconnected, or the body doesn't match its headers. The type of the error depends on which
         # parser aiohttp uses.
         raise ConnectionResetError from error
+
+
+def _asgi_url(scope: Message) -> str:
+    """Return the path and the query; ASGI decodes the former and leaves the latter as it came."""
+    return f"{quote(scope.get('path', ''))}?{scope.get('query_string', b'').decode('latin-1')}"
 
 
 async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncIterator[bytes]:

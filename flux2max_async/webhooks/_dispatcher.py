@@ -14,9 +14,10 @@ from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnaps
 from flux2max_async._shutdown import Shutdown
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._protocol import Journal
-from flux2max_async.journal._transitions import END_STATES, end_entry
-from flux2max_async.webhooks._payload import is_not_found, read_delivery
+from flux2max_async.journal._transitions import END_STATES, end_entry, submitted_entry
+from flux2max_async.webhooks._payload import read_delivery, reports_not_found
 from flux2max_async.webhooks._registry import WebhookRegistry
+from flux2max_async.webhooks._tokens import add_token
 
 log = logging.getLogger("flux2max_async.webhooks")
 
@@ -81,11 +82,16 @@ class WebhookDispatcher:
         """Accept no more deliveries."""
         self._session = None
 
-    def add_webhook(self, request: GenerationRequest) -> GenerationRequest:
-        """Return the request with this inbox as its webhook, unless it names a webhook of its own."""
+    def add_webhook(self, request: GenerationRequest, token: str) -> GenerationRequest:
+        """Return the request with this inbox as its webhook, unless it names a webhook of its own.
+
+        Args:
+            request: The request.
+            token: The token of its submit.
+        """
         if request.webhook_url is not None:
             return request
-        return attrs.evolve(request, webhook_url=self._public_url, webhook_secret=self._secret)
+        return attrs.evolve(request, webhook_url=add_token(self._public_url, token), webhook_secret=self._secret)
 
     def publish(self, snapshot: TaskSnapshot) -> bool:
         """Pass a snapshot to the task's listener; return whether there is one."""
@@ -100,8 +106,12 @@ class WebhookDispatcher:
         if listener is not None:
             listener.on_webhook(None)
 
-    async def dispatch(self, body: bytes) -> None:
+    async def dispatch(self, body: bytes, token: str | None = None) -> None:
         """Process a delivery whose signature is valid; return when it need not be repeated.
+
+        Args:
+            body: Its content.
+            token: The token in its URL, if there is one.
 
         Raises:
             ProtocolError: It can't be read.
@@ -112,27 +122,41 @@ class WebhookDispatcher:
         if session is None or session.loop.is_closed():
             raise SessionClosedError("no session is open for this delivery")
         if session.loop is asyncio.get_running_loop():
-            await self._dispatch(session, body)
+            await self._dispatch(session, body, token)
         else:
-            await _run_in_loop(self._dispatch(session, body), session.loop)
+            await _run_in_loop(self._dispatch(session, body, token), session.loop)
 
-    async def _dispatch(self, session: _Session, body: bytes) -> None:
+    async def _dispatch(self, session: _Session, body: bytes, token: str | None) -> None:
         try:
             snapshot = read_delivery(body, session.secrets)
         except ProtocolError as error:
             self.poll_now(error.task_id or "")
             raise
-        if is_not_found(snapshot):  # only the service's own answer to a poll can say so
+        if reports_not_found(snapshot):  # only the service's own answer to a poll can say so
             self.poll_now(snapshot.task_id)
-        elif not snapshot.status.ended:
-            self.publish(snapshot)
         elif (listener := self.registry.listener(snapshot.task_id)) is not None:
             listener.on_webhook(snapshot)
-            if session.journal is not None:
+            if snapshot.status.ended and session.journal is not None:
                 await listener.wait_closed()
-                await _record_end(session.journal, snapshot, session.secrets)
-        elif session.journal is None or not await _record_end(session.journal, snapshot, session.secrets):
-            self._store_early(session, snapshot, len(body))
+                await _record(session.journal, snapshot, token, session.secrets)
+        elif snapshot.status.ended or token is not None:
+            await self._dispatch_unfollowed(session, snapshot, len(body), token)
+
+    async def _dispatch_unfollowed(
+        self, session: _Session, snapshot: TaskSnapshot, size: int, token: str | None
+    ) -> None:
+        """Process a delivery about a task that isn't followed here by its id: its submit may have no answer yet."""
+        expected = self.registry.resolve(token, snapshot)
+        if expected and snapshot.status.ended:
+            # For the listener of the task. At once, because it may be registered, and removed again, while the journal
+            # is written.
+            self.registry.store_early(snapshot, size)
+        # Recorded here and not by the expecting runner, so that the id is in the journal before this returns.
+        recorded = session.journal is not None and await _record(
+            session.journal, snapshot, token, session.secrets, followed=expected
+        )
+        if snapshot.status.ended and not expected and not recorded:
+            self._store_early(session, snapshot, size)
 
     def _store_early(self, session: _Session, snapshot: TaskSnapshot, size: int) -> None:
         """Store an end until a listener for it is registered: it may arrive before the answer to its submit."""
@@ -150,7 +174,7 @@ class WebhookDispatcher:
             if not self.registry.has_early(snapshot):
                 return
             try:
-                if await _record_end(journal, snapshot, secrets):
+                if await _record(journal, snapshot, None, secrets):
                     self.registry.discard_early(snapshot)
                     return
             except JournalError as error:
@@ -172,15 +196,32 @@ async def _run_in_loop(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEv
         raise SessionClosedError("the session's event loop ended while it processed this delivery") from None
 
 
-async def _record_end(journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> bool:
-    """Record the end of a task; return False if the journal doesn't know the task."""
+async def _record(
+    journal: Journal, snapshot: TaskSnapshot, token: str | None, secrets: tuple[str, ...], *, followed: bool = False
+) -> bool:
+    """Record the id and the end in a delivery; return False if the journal knows neither the task nor the token.
+
+    Args:
+        journal: The journal.
+        snapshot: The content of the delivery.
+        token: The token in its URL, if there is one.
+        secrets: What must not be written.
+        followed: Whether this session goes on with the request, and must keep its entry.
+    """
     entry = await journal.find_task(snapshot.task_id)
-    if entry is None:
+    if entry is None and token is not None:
+        entry = await journal.find_token(token)
+    if entry is None or entry.task_id not in {None, snapshot.task_id}:
         return False
-    if entry.state not in END_STATES:
+    if entry.state in END_STATES or (entry.task_id is not None and not snapshot.status.ended):
+        return True
+    # With OTHER, whoever holds the entry keeps it.
+    holder = None if entry.holder is Holder.US and not followed else Holder.OTHER
+    if snapshot.status.ended:
         cost = snapshot.usage.cost if snapshot.usage else None
-        holder = None if entry.holder is Holder.US else Holder.OTHER
         await journal.record(end_entry(entry, _outcome(entry, snapshot), cost, holder=holder, secrets=secrets))
+    else:
+        await journal.record(attrs.evolve(submitted_entry(entry, snapshot.task_id), holder=holder))
     return True
 
 
@@ -194,5 +235,6 @@ def _outcome(entry: JournalEntry, snapshot: TaskSnapshot) -> Outcome:
         images=snapshot.images,
         usage=snapshot.usage,
         metadata=snapshot.metadata,
+        partial_error=snapshot.partial_error,
         elapsed=elapsed,
     )

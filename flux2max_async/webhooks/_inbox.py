@@ -1,6 +1,6 @@
 """The inbox: the public side of webhooks, for each kind of server."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from flux2max_async._config import validate_seconds
@@ -8,7 +8,9 @@ from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
 from flux2max_async.webhooks._dispatcher import WebhookDispatcher
+from flux2max_async.webhooks._headers import HeadersLike
 from flux2max_async.webhooks._signature import MAX_AGE, SIGNATURE_HEADER, verify
+from flux2max_async.webhooks._tokens import add_token, new_token, token_of
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -25,6 +27,10 @@ class WebhookInbox:
     Each submit whose request names no webhook of its own names this inbox. A delivery with a valid signature ends its
     task at once; polls cover what is lost or late, and become the rarer the more webhooks arrive first.
 
+    Each submit has a delivery URL of its own: `public_url` with a token in its query. If the answer to a submit is
+    lost, the delivery of its task still reveals the id and the end, so that the image is not lost and nothing is paid
+    for twice.
+
     With several server processes behind one address, a delivery can reach one that doesn't follow the task. If they
     share a journal, that process records the end there, and the task's own process notices within a second. Without a
     journal, the task is polled as if its webhook was lost.
@@ -32,9 +38,10 @@ class WebhookInbox:
     Args:
         secret: The key of the deliveries' signatures: at least 32 random characters are recommended. Several while an
             old one is being replaced: all are valid, and new submits name the first.
-        public_url: Where the service reaches this inbox; http(s), at most 2083 characters.
+        public_url: Where the service reaches this inbox; http(s). With the token it has at most 2083 characters.
         header: The name of the header that holds the signature.
-        max_age: Seconds after which a delivery that says when it was sent is refused as replayed; None for no limit.
+        max_age: Seconds after which a delivery that says when it was sent is refused as replayed, and by which that
+            time may be in the future; None for no limit.
 
     Raises:
         ConfigurationError: The secret is empty, or the address is not one that a request could name.
@@ -51,13 +58,7 @@ class WebhookInbox:
         self._secrets = _checked_secrets(secret)
         self._header = header
         self._max_age = None if max_age is None else validate_seconds("max_age", max_age)
-        try:
-            GenerationRequest("-", webhook_url=public_url, webhook_secret=self._secrets[0])
-        except InvalidRequestError as error:
-            raise ConfigurationError(error.message.replace("webhook_url", "public_url")) from error
-        if public_url is None:
-            raise ConfigurationError("public_url must be the address at which the service reaches this inbox")
-        self.public_url: str = public_url
+        self.public_url: str = _checked_url(public_url)
         self.asgi: AsgiApp = AsgiApp(self.deliver)
         """An ASGI application that answers on any path.
 
@@ -73,7 +74,7 @@ class WebhookInbox:
         """Answer the service, as a handler of aiohttp.web: `app.router.add_post(path, inbox.aiohttp_handler)`."""
         return await aiohttp_response(self.deliver, request)
 
-    async def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
+    async def deliver(self, body: bytes, headers: HeadersLike, *, url: str | None = None) -> None:
         """Process one delivery, for servers of other kinds; return when it need not be repeated.
 
         With a journal, the end is recorded before this returns. A repeated delivery, or one about a task that has
@@ -82,16 +83,36 @@ class WebhookInbox:
 
         Args:
             body: The bytes as they came.
-            headers: The delivery's headers.
+            headers: The delivery's headers, as text or bytes: a mapping (of any framework, or with lists of values),
+                WSGI's environ, or pairs of names and values.
+            url: The address that was delivered to, or its path and query. Its token reveals which submit the delivery
+                belongs to if that submit's answer was lost.
 
         Raises:
+            InvalidRequestError: The body is not bytes, or the headers or the URL have none of these forms.
             WebhookSignatureError: It isn't the service's; answer 401.
             ProtocolError: It can't be read; answer 400.
             SessionClosedError: No session is open; answer 503, and the service will try again.
             JournalError: The end can't be recorded; answer 503, too.
         """
+        if url is not None and not isinstance(url, str):
+            raise InvalidRequestError(f"url must be text, not {type(url).__name__}", field="url")
         verify(body, headers, self._secrets, header=self._header, max_age=self._max_age)
-        await self.dispatcher.dispatch(body)
+        await self.dispatcher.dispatch(body, token_of(url))
+
+
+def _checked_url(public_url: str) -> str:
+    """Return the URL if a request can name it, also with a token."""
+    if public_url is None:
+        raise ConfigurationError("public_url must be the address at which the service reaches this inbox")
+    name = "public_url"
+    try:
+        GenerationRequest("-", webhook_url=public_url)
+        name = "public_url, with the token of a submit,"
+        GenerationRequest("-", webhook_url=add_token(public_url, new_token()))
+    except InvalidRequestError as error:
+        raise ConfigurationError(error.message.replace("webhook_url", name)) from error
+    return public_url
 
 
 def _checked_secrets(secret: str | Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ or late. So where a webhook is expected, the cost of a poll is divided by the sh
 That share is learned from the most recent ends; it changes within a few of them, in both directions.
 """
 
+import asyncio
 import math
 from collections import OrderedDict
 from typing import Protocol
@@ -36,7 +37,11 @@ class Listener(Protocol):
 
 @attrs.define(eq=False)
 class WebhookRegistry:
-    """The listeners of a session by task id, and deliveries that arrived before their listener."""
+    """The listeners of a session by task id, deliveries that arrived before their listener, and expected submits.
+
+    A submit is expected, by the token in its delivery URL, from before it is sent until its task is followed, or given
+    up: a delivery with its token reveals the task's id even if the submit's answer is lost.
+    """
 
     in_use: bool = attrs.field(default=False, init=False)
     """Whether the session has an inbox, or a journal through which other processes report ends."""
@@ -45,6 +50,9 @@ class WebhookRegistry:
     _listeners: dict[str, Listener] = attrs.field(factory=dict[str, Listener], init=False)
     _early: OrderedDict[str, TaskSnapshot] = attrs.field(factory=OrderedDict[str, TaskSnapshot], init=False)
     """Ends that no listener waits for yet: a webhook may arrive before the answer to its submit."""
+    _expected: dict[str, "asyncio.Future[TaskSnapshot]"] = attrs.field(
+        factory=dict[str, "asyncio.Future[TaskSnapshot]"], init=False
+    )
     _shutdown: Shutdown = attrs.field(factory=Shutdown, init=False)
 
     def reset(self, shutdown: Shutdown) -> None:
@@ -52,6 +60,7 @@ class WebhookRegistry:
         self.in_use = True
         self._listeners.clear()
         self._early.clear()
+        self._expected.clear()
         self._shutdown = shutdown
 
     @property
@@ -105,3 +114,22 @@ class WebhookRegistry:
     def discard_early(self, snapshot: TaskSnapshot) -> None:
         """Remove a stored delivery."""
         self._early.pop(snapshot.task_id, None)
+
+    def expect(self, token: str) -> "asyncio.Future[TaskSnapshot]":
+        """Register a submit that is about to be sent; return the future of the first delivery with its token."""
+        future: asyncio.Future[TaskSnapshot] = asyncio.get_running_loop().create_future()
+        self._expected[token] = future
+        return future
+
+    def forget(self, token: str) -> None:
+        """Unregister a submit: its task is followed by its id, or it created none, or it is given up."""
+        self._expected.pop(token, None)
+
+    def resolve(self, token: str | None, snapshot: TaskSnapshot) -> bool:
+        """Pass a snapshot to the submit with a token; return False if no such submit is expected."""
+        future = None if token is None else self._expected.get(token)
+        if future is None or future.cancelled():
+            return False
+        if not future.done():
+            future.set_result(snapshot)
+        return True

@@ -3,11 +3,12 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from flux2max_async._api.codec import parse_datetime
+from flux2max_async._api.task_object import parse_datetime
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError, WebhookSignatureError
+from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import parse_json_object, require_bytes
 
 SIGNATURE_HEADER = "X-BFL-Signature"  # [B]
@@ -17,7 +18,7 @@ MAX_AGE = 300.0
 
 def verify(
     body: bytes,
-    headers: Mapping[str, str],
+    headers: HeadersLike,
     secret: str | Iterable[str],
     *,
     header: str = SIGNATURE_HEADER,
@@ -28,39 +29,61 @@ def verify(
 
     Args:
         body: The bytes as they were received; JSON that was parsed and serialized again has a different signature.
-        headers: The delivery's headers; names are case-insensitive.
+        headers: The delivery's headers, as text or bytes: a mapping (of any framework, or with lists of values), WSGI's
+            environ, or pairs of names and values; names are case-insensitive.
         secret: The value sent as `webhook_secret`; several while an old one is being replaced. An empty secret never
             verifies.
         header: The name of the header that holds the signature, `sha256=<hex>` or the hexadecimal digits alone. [B]
-        max_age: Seconds after which a delivery whose body has a timestamp is refused as replayed; None for no limit.
+        max_age: Seconds after which a delivery whose body has a timestamp is refused as replayed, and by which its
+            timestamp may be in the future; None for no limit.
         now: The current time, timezone-aware; this machine's clock by default.
 
     Raises:
-        WebhookSignatureError: The signature is missing, malformed or wrong, or the delivery is too old.
-        InvalidRequestError: The body is not bytes, a secret is not text, or `now` has no time zone.
+        WebhookSignatureError: The signature is missing, malformed or wrong, or the delivery is too old, or its
+            timestamp too far in the future.
+        InvalidRequestError: The body is not bytes, the headers have none of these forms, a secret is not text, or `now`
+            has no time zone.
     """
     body = require_bytes(body)
     if now is not None and now.tzinfo is None:
         raise InvalidRequestError("now must be timezone-aware", field="now")
     valid_digests = [hmac.new(key, body, hashlib.sha256).hexdigest() for key in _keys(secret)]
-    values = [value for name, value in headers.items() if name.lower() == header.lower()]
+    values = header_values(headers, header)
     if not values:
         raise WebhookSignatureError(f"the delivery has no {header} header")
-    digests = [match[1].lower() for value in values if (match := _SIGNATURE.fullmatch(value.strip()))]
+    digests = [digest for value in values if (digest := _digest_in(value)) is not None]
     if not digests:
-        raise WebhookSignatureError(f"the {header} header holds no signature: it must be sha256=<64 hex digits>")
+        raise WebhookSignatureError(
+            f"the {header} header holds no signature, or several that differ: it must be sha256=<64 hex digits>"
+        )
     # Compare all pairs, so that the time taken does not depend on which one matches.
     matches = [hmac.compare_digest(digest, valid) for digest in digests for valid in valid_digests]
     if not any(matches):
         raise WebhookSignatureError("the signature is wrong: the secret differs, or the body was changed")
-    sent = None if max_age is None else _sent_at(body)
-    if max_age is not None and sent is not None and ((now or datetime.now(UTC)) - sent).total_seconds() > max_age:
-        raise WebhookSignatureError(
-            f"the delivery was sent more than {max_age:g} s ago: it was replayed, or this machine's clock is wrong"
-        )
+    if max_age is not None and (sent := _sent_at(body)) is not None:
+        _check_age(((now or datetime.now(UTC)) - sent).total_seconds(), max_age)
 
 
 _SIGNATURE = re.compile(r"(?:sha256=)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
+
+
+def _digest_in(value: str) -> str | None:
+    """Return the digest in a header's value; None if there is none, or if not all parts of a joined value agree."""
+    matches = [_SIGNATURE.fullmatch(part.strip()) for part in value.split(",")]
+    digests = {match and match[1].lower() for match in matches}
+    return digests.pop() if len(digests) == 1 else None
+
+
+def _check_age(age: float, max_age: float) -> None:
+    if age > max_age:
+        raise WebhookSignatureError(
+            f"the delivery was sent more than {max_age:g} s ago: it was replayed, or this machine's clock is wrong"
+        )
+    if age < -max_age:
+        raise WebhookSignatureError(
+            f"the delivery's timestamp is more than {max_age:g} s in the future: the sender's or this machine's clock "
+            "is wrong"
+        )
 
 
 def _keys(secret: str | Iterable[str]) -> list[bytes]:

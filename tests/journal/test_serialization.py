@@ -1,6 +1,7 @@
 """Outcomes written to journal entries and read back."""
 
 import json
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -19,13 +20,14 @@ from flux2max_async import (
     TaskStatus,
     Usage,
 )
+from flux2max_async._models.results import NO_URL
 from flux2max_async.journal import EntryState
 from flux2max_async.journal._serialization import outcome_from_entry, outcome_to_json, sanitize, snapshot_from_entry
 
 
-def ended_entry(outcome: Completed | Failed) -> JournalEntry:
+def ended_entry(outcome: Completed | Failed, secrets: tuple[str, ...] = ()) -> JournalEntry:
     """Return the entry of an outcome, as it is read from a file."""
-    result: dict[str, Any] = json.loads(json.dumps(outcome_to_json(outcome)))
+    result: dict[str, Any] = json.loads(json.dumps(outcome_to_json(outcome, secrets=secrets)))
     state = EntryState.COMPLETED if isinstance(outcome, Completed) else EntryState.FAILED
     return JournalEntry(key="k", fingerprint="c1", request={}, state=state, task_id=outcome.task_id, result=result)
 
@@ -86,6 +88,49 @@ def test_an_outcome_read_back_equals_the_original(outcome: Completed | Failed) -
         )  # fmt: skip
         assert (replayed.task_id, replayed.elapsed, replayed.polls) == (outcome.task_id, outcome.elapsed, outcome.polls)
         assert entry.error == outcome.error.message
+
+
+@pytest.mark.parametrize("error_class", [TaskFailedError, ContentModeratedError])
+def test_a_partial_error_is_read_back(error_class: type[TaskFailedError]) -> None:
+    """Why further images are missing is replayed, and passed on in a snapshot, without secrets."""
+    partial_error = error_class("refused my-key", task_id="t1", code="c")
+    outcome = Completed(task_id="t1", images=IMAGES, partial_error=partial_error)
+    entry = ended_entry(outcome, secrets=("my-key",))
+    replayed, snapshot = outcome_from_entry(entry, None), snapshot_from_entry(entry)
+
+    assert isinstance(replayed, Completed)
+    assert snapshot is not None
+    for error in (replayed.partial_error, snapshot.partial_error):
+        assert type(error) is error_class
+        assert (error.message, error.task_id, error.code) == ("refused ***", "t1", "c")
+    assert entry.error is None
+
+
+def test_images_of_an_entry_are_as_old_as_its_end() -> None:
+    """The age of a replayed URL is known: it was received when the entry ended."""
+    ended_at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    entry = attrs.evolve(ended_entry(Completed(task_id="t1", images=IMAGES)), ended_at=ended_at)
+    replayed = outcome_from_entry(entry, None)
+
+    assert isinstance(replayed, Completed)
+    assert [image.received_at for image in replayed.images] == [ended_at, ended_at]
+
+
+@pytest.mark.parametrize("characters", [30, 4096, 3_000_000])
+@pytest.mark.parametrize("scheme", ["data:image/png;base64,", "DATA:image/png;base64,"])
+def test_an_inline_image_is_stored_as_its_length(characters: int, scheme: str) -> None:
+    """An inline image is never stored, only its number of characters; its URL has to be requested again."""
+    url = scheme.ljust(characters, "A")
+    inline = GeneratedImage(url=url, type="image", task_id="t1", extra={"jobId": "j"}, index=0)
+    entry = ended_entry(Completed(task_id="t1", images=(inline, IMAGES[1])))
+    replayed = outcome_from_entry(entry, None)
+
+    assert entry.to_dict()["result"]["images"][0] == {
+        "url": NO_URL, "inline_characters": characters, "type": "image", "extra": {"jobId": "j"},
+    }  # fmt: skip
+    assert len(json.dumps(entry.to_dict())) < 1000
+    assert isinstance(replayed, Completed)
+    assert replayed.images == (attrs.evolve(inline, url=NO_URL), IMAGES[1])
 
 
 def test_secrets_are_masked_and_long_texts_hashed() -> None:

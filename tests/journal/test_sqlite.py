@@ -272,6 +272,109 @@ async def test_find_may_miss_an_entry_but_begin_never_does(tmp_path: Path) -> No
     assert found.holder is Holder.OTHER
 
 
+# ---------------------------------------------------------------------- tokens of webhooks
+
+
+async def test_an_entry_is_found_by_its_token(journal: SqliteJournal, tmp_path: Path) -> None:
+    """The token of an intent finds its entry, through all later states; it is neither exported nor in the repr."""
+    await asyncio.gather(*(journal.begin(intent(key, webhook_token=f"token-{key}")) for key in ("a", "k", "z")))
+    await journal.begin(intent("without"))
+    begun = await journal.find_token("token-k")
+    await journal.record(submitted())
+    await journal.record(completed())
+    ended = await journal.find_token("token-k")
+    listed = [entry.webhook_token async for entry in SqliteJournal(journal.path).entries()]
+    exported = await journal.export(tmp_path / "run.jsonl")
+
+    assert begun is not None
+    assert attrs.evolve(begun, owner=None) == intent(webhook_token="token-k")
+    assert ended == attrs.evolve(completed(), webhook_token="token-k")
+    assert listed == ["token-a", "token-k", "token-z", None]
+    assert await journal.find_token("unknown") is None
+    assert "token-k" not in exported.read_text()
+    assert "token-k" not in repr(ended)
+
+
+async def test_an_attempt_that_is_begun_again_has_its_new_token(journal: SqliteJournal) -> None:
+    """When a refused attempt is begun again, its earlier token is forgotten."""
+    await journal.begin(intent(webhook_token="first"))
+    await journal.record(attrs.evolve(intent(), state=EntryState.REFUSED, holder=None))
+    await journal.begin(intent(webhook_token="second"))
+    found = [await journal.find_token(token) for token in ("first", "second")]
+
+    assert [entry and entry.state for entry in found] == [None, EntryState.INTENT]
+
+
+async def test_tokens_are_indexed(journal: SqliteJournal) -> None:
+    """An entry is found by its token without reading the others."""
+    await journal.begin(intent(webhook_token="token"))
+    with closing(sqlite3.connect(journal.path)) as connection:
+        plan = connection.execute("EXPLAIN QUERY PLAN SELECT * FROM entries e WHERE e.token = ?", ("token",)).fetchall()
+
+    assert "USING INDEX tokens" in str(plan)
+
+
+async def test_an_end_that_another_session_found_by_its_token_is_reported(tmp_path: Path) -> None:
+    """The holder of an intent is told its end, with its token, when another session records it; it keeps the entry."""
+    path = tmp_path / "run.db"
+    await create_journal(path)
+    reports: asyncio.Queue[list[JournalEntry]] = asyncio.Queue()
+    holder = SqliteJournal(path)
+    await holder.open(reports.put_nowait, watch_changes=True)
+    try:
+        await holder.begin(intent(webhook_token="token"))
+        async with SqliteJournal(path) as other:
+            found = await other.find_token("token")
+            assert found is not None
+            await other.record(attrs.evolve(completed(), holder=Holder.OTHER))
+            async with asyncio.timeout(1):
+                (entry,) = await reports.get()
+        await holder.record(attrs.evolve(intent(), state=EntryState.UNCERTAIN, holder=None))
+        released = await holder.find("k")
+    finally:
+        await holder.close()
+
+    expected = attrs.evolve(completed(), webhook_token="token")
+    assert (found.state, found.holder) == (EntryState.INTENT, Holder.OTHER)
+    assert entry == attrs.evolve(expected, holder=Holder.US, owner=found.owner)
+    assert released == expected
+
+
+@pytest.mark.parametrize("state", [EntryState.UNCERTAIN, EntryState.REFUSED, EntryState.INTENT])
+async def test_a_task_that_another_session_found_by_its_token_stays_one(tmp_path: Path, state: EntryState) -> None:
+    """A holder that takes its submit for lost or refused doesn't undo the task id that a webhook has revealed."""
+    path = tmp_path / "run.db"
+    await create_journal(path)
+    async with SqliteJournal(path) as first, SqliteJournal(path) as second:
+        await first.begin(intent(webhook_token="token"))
+        await second.record(attrs.evolve(submitted(), holder=Holder.OTHER))
+        held = await first.find("k")
+        await first.record(attrs.evolve(intent(), state=state, holder=None, committed=Decimal(0)))
+        found = await first.find("k")
+        begun = await first.begin(intent())
+
+    assert held is not None
+    assert held.holder is Holder.US
+    assert found == attrs.evolve(submitted(), holder=None, webhook_token="token")
+    assert not begun
+
+
+async def test_an_uncertain_submit_becomes_a_task_or_an_end(tmp_path: Path) -> None:
+    """An entry that nobody holds takes the id and the end that a webhook reveals, and stays free."""
+    async with SqliteJournal(tmp_path / "run.db") as journal:
+        for key in ("k", "b"):
+            await journal.begin(intent(key))
+            await journal.record(attrs.evolve(intent(key), state=EntryState.UNCERTAIN, holder=None))
+        await journal.record(attrs.evolve(submitted(), holder=Holder.OTHER))
+        await journal.record(attrs.evolve(completed("b"), holder=Holder.OTHER))
+        found = [await journal.find(key) for key in ("k", "b")]
+
+    assert found == [attrs.evolve(submitted(), holder=None), completed("b")]
+
+
+# ---------------------------------------------------------------------- entries that can't be stored
+
+
 async def test_an_entry_that_cannot_be_stored_fails_alone(journal: SqliteJournal) -> None:
     """A task id that can't be written as UTF-8 is a JournalError for its own caller only."""
     await journal.begin(intent())
@@ -591,6 +694,36 @@ async def test_a_file_of_schema_version_1_goes_on_working(tmp_path: Path) -> Non
 
     assert found == attrs.evolve(submitted(), holder=None)
     assert ended == completed()
+
+
+async def test_a_file_without_the_column_of_tokens_is_read_and_extended(tmp_path: Path) -> None:
+    """A file of an earlier version is listed as it is; a session adds the column, and the earlier version goes on."""
+    path = tmp_path / "run.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VERSION_1)
+    before = path.read_bytes()
+    listed = [entry async for entry in SqliteJournal(path).entries()]
+    unchanged = path.read_bytes() == before
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("new", webhook_token="token"))
+        # Statements of an earlier version, over a connection that was opened before the column existed.
+        rewrite(
+            path,
+            "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, request, result, files)"
+            " VALUES ('old', 1, 'c1', 'intent', NULL, 0, NULL, '{}', '{}', '[]')",
+        )
+        found = [await journal.find_token("token"), await journal.find("old")]
+    async with SqliteJournal(path) as journal:  # the column is added once
+        again = await journal.find_token("token")
+    with closing(sqlite3.connect(path)) as connection:
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+
+    assert unchanged
+    assert listed == [attrs.evolve(submitted(), holder=None)]
+    assert [entry and (entry.key, entry.webhook_token) for entry in (*found, again)] == [
+        ("new", "token"), ("old", None), ("new", "token"),
+    ]  # fmt: skip
+    assert version == 1
 
 
 async def test_an_interrupted_creation_is_rolled_back(tmp_path: Path) -> None:

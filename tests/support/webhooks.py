@@ -67,6 +67,6 @@ def session_on(gateway: Emulator | ScriptedGateway, inbox: WebhookInbox, **setti
     return FluxSession(gateway.api_key, base_url=gateway.url, webhooks=inbox, **settings)
 
 
-async def deliver(inbox: WebhookInbox, payload: object) -> None:
+async def deliver(inbox: WebhookInbox, payload: object, *, url: str | None = None) -> None:
     """Deliver a payload with a valid signature."""
-    await inbox.deliver(*sign(payload))
+    await inbox.deliver(*sign(payload), url=url)

@@ -8,7 +8,7 @@ import logging
 import socket
 import struct
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ from flux2max_async import (
     WebhookSignatureError,
 )
 from flux2max_async.emulator import Emulator
+from flux2max_async.webhooks import HeadersLike
 from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
+from flux2max_async.webhooks._headers import header_values
 from flux2max_async.webhooks._payload import MAX_BODY
+from flux2max_async.webhooks._tokens import token_of
 
 SECRET = "hush-7f3a9c"
 PATH = "/hooks/flux"
@@ -47,7 +50,8 @@ class RecordingInbox:
     """Records deliveries; raises `error` if there is one."""
 
     error: Exception | None = None
-    delivered: list[tuple[bytes, Mapping[str, str]]] = attrs.field(factory=list[tuple[bytes, Mapping[str, str]]])
+    delivered: list[tuple[bytes, HeadersLike]] = attrs.field(factory=list[tuple[bytes, HeadersLike]])
+    urls: list[str | None] = attrs.field(factory=list[str | None])
 
     @property
     def asgi(self) -> AsgiApp:
@@ -56,8 +60,9 @@ class RecordingInbox:
     async def aiohttp_handler(self, request: web.Request) -> web.Response:
         return await aiohttp_response(self.deliver, request)
 
-    async def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
+    async def deliver(self, body: bytes, headers: HeadersLike, *, url: str | None) -> None:
         self.delivered.append((body, headers))
+        self.urls.append(url)
         if self.error is not None:
             raise self.error
 
@@ -120,10 +125,10 @@ class HttpResponse:
     text: str
 
 
-def request_head(length: int | None = None, *more: str, method: str = "POST") -> bytes:
+def request_head(length: int | None = None, *more: str, method: str = "POST", query: str = "") -> bytes:
     """Return the head of a request, with a chunked body if no length is given."""
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    return "\r\n".join([f"{method} {PATH} HTTP/1.1", "Host: app.example", framing, *more, "", ""]).encode()
+    return "\r\n".join([f"{method} {PATH}{query} HTTP/1.1", "Host: app.example", framing, *more, "", ""]).encode()
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -195,11 +200,24 @@ async def test_body_and_headers_are_passed_on(server: str, caplog: pytest.LogCap
     assert [(response.status, response.text) for response in (whole, pieces, chunks)] == [(200, "ok")] * 3
     assert whole.headers["content-type"] == "text/plain; charset=utf-8"
     assert [received for received, _ in recorder.delivered] == [body, body, body, b"", b" " * MAX_BODY]
-    assert all(
-        {name.lower(): value for name, value in received.items()}["x-signature"] == "a"
-        for _, received in recorder.delivered[:3]
-    )
+    assert all(header_values(received, "x-signature") == ["a"] for _, received in recorder.delivered[:3])
     assert not logged_errors(caplog)
+
+
+async def test_repeated_headers_and_the_url_are_passed_on(server: str) -> None:
+    """Both values of a repeated header arrive, and the query as it was sent."""
+    query = "?a=%2F%20&flux2max_submit=to-k_en"
+    head = request_head(0, "X-Signature: a", "x-signature: b", query=query)
+    async with running_server(server, recorder := RecordingInbox()) as port:
+        response = await send_raw(port, head)
+
+    ((_, headers),) = recorder.delivered
+    (url,) = recorder.urls
+    assert response.status == 200
+    assert header_values(headers, "X-Signature") == ["a", "b"]
+    assert url is not None
+    assert url.endswith(query)
+    assert token_of(url) == "to-k_en"
 
 
 @pytest.mark.parametrize(
@@ -345,7 +363,9 @@ def test_detected_as_asgi_3() -> None:
     assert config.interface == "asgi3"
 
 
-async def run_asgi(scope: dict[str, Any], *events: dict[str, Any]) -> list[MutableMapping[str, Any]]:
+async def run_asgi(
+    scope: dict[str, Any], *events: dict[str, Any], recorder: RecordingInbox | None = None
+) -> list[MutableMapping[str, Any]]:
     """Run the application on one connection with the given events, and return the messages it sends."""
     pending_events, messages = list(events), list[MutableMapping[str, Any]]()
 
@@ -355,9 +375,20 @@ async def run_asgi(scope: dict[str, Any], *events: dict[str, Any]) -> list[Mutab
     async def send(message: MutableMapping[str, Any]) -> None:
         messages.append(message)
 
-    await RecordingInbox().asgi(scope, receive, send)
+    await (recorder or RecordingInbox()).asgi(scope, receive, send)
     assert not pending_events
     return messages
+
+
+async def test_path_that_looks_like_a_query() -> None:
+    """A question mark or hash in the decoded path is no query; a scope without a path or query is accepted."""
+    recorder = RecordingInbox()
+    path = "/hooks?flux2max_submit=forged#"
+    scope = {"type": "http", "method": "POST", "headers": []}
+    await run_asgi(scope, {"type": "http.request"}, recorder=recorder)
+    await run_asgi(scope | {"path": path, "query_string": b"x=1"}, {"type": "http.request"}, recorder=recorder)
+
+    assert recorder.urls == ["?", "/hooks%3Fflux2max_submit%3Dforged%23?x=1"]
 
 
 async def test_lifespan() -> None:

@@ -107,7 +107,7 @@ async def test_attached_task(scripted: ScriptedGateway, inbox_server: InboxServe
 
 
 async def test_submits_name_the_inbox(scripted: ScriptedGateway, inbox_server: InboxServer) -> None:
-    """Each submit has the inbox's URL and its first secret; outcomes have the original request."""
+    """Each submit has the inbox's URL with a token, and its first secret; outcomes have the original request."""
     inbox_server.inbox = WebhookInbox(secret=["new", "old"], public_url=inbox_server.inbox.public_url)
     request = GenerationRequest("a cat")
     async with session_on(scripted, inbox_server.inbox, schedule=FixedSchedule(1.0)) as session:
@@ -116,7 +116,9 @@ async def test_submits_name_the_inbox(scripted: ScriptedGateway, inbox_server: I
     params = [call.params for call in scripted.of("POST")]
 
     assert done.request is request
-    assert (params[0]["webhook_url"], params[0]["webhook_secret"]) == (inbox_server.inbox.public_url, "new")
+    url, _, token = str(params[0]["webhook_url"]).partition("?flux2max_submit=")
+    assert (url, params[0]["webhook_secret"]) == (inbox_server.inbox.public_url, "new")
+    assert len(token) == 22
     assert (params[1]["webhook_url"], params[1]["webhook_secret"]) == ("https://elsewhere.example/hook", "theirs")
 
 
@@ -138,7 +140,8 @@ async def test_request_with_its_own_webhook(gateway: Emulator, inbox_server: Inb
         ({"secret": None}, "secret"),
         ({"public_url": None}, "public_url"),
         ({"public_url": "ftp://app.example"}, "public_url"),
-        ({"public_url": "https://app.example/" + "x" * 2083}, "public_url"),
+        ({"public_url": "https://app.example/" + "x" * 2083}, "public_url must have at most 2083"),
+        ({"public_url": "https://app.example/" + "x" * 2050}, "public_url, with the token .* at most 2083"),
         ({"max_age": 0}, "max_age"),
     ],
 )

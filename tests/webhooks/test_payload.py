@@ -25,6 +25,7 @@ from flux2max_async import (
     TaskStatus,
 )
 from flux2max_async.webhooks import MAX_BODY, WebhookSignatureError, parse, verify
+from flux2max_async.webhooks._payload import reports_not_found
 
 SECRET = "hush-7f3a9c"
 OTHER_SECRET = "whist-41d0e2"
@@ -61,10 +62,14 @@ def check_refused(
 
 @pytest.mark.parametrize(
     "signature",
-    [f"sha256={digest()}", digest(), digest().upper(), f"SHA256={digest().upper()}", f"  sha256={digest()} "],
+    [
+        *(f"sha256={digest()}", digest(), digest().upper(), f"SHA256={digest().upper()}", f"  sha256={digest()} "),
+        # Joined by a proxy.
+        *(f"{digest()}, {digest()}", f"sha256={digest()},{digest().upper()} ,sha256={digest()}"),
+    ],
 )
 def test_valid_signature(signature: str) -> None:
-    """The body's HMAC-SHA256 is accepted with or without its prefix, in either case."""
+    """The body's HMAC-SHA256 is accepted with or without its prefix, in either case, and repeated."""
     verify(BODY, {"X-BFL-Signature": signature}, SECRET)
 
 
@@ -119,7 +124,9 @@ def test_empty_secret(secret: str | list[str]) -> None:
     [
         None,
         # Not 64 digits, not hexadecimal, not ASCII.
-        *("", "sha256=", digest()[:-1], digest() + "0", f"{digest()}, {digest()}", f"{digest()}\n{digest()}"),
+        *("", "sha256=", digest()[:-1], digest() + "0", f"{digest()}\n{digest()}", f"{digest()} {digest()}"),
+        # Joined by a proxy, but not all parts are signatures, or they differ.
+        *(f"{digest()}, {digest(secret=OTHER_SECRET)}", f"{digest()}, garbage", f"{digest()},", f",{digest()}"),
         *("g" + digest()[1:], "é" + digest()[1:], "\N{FULLWIDTH DIGIT ONE}" * 64),
         *(prefix + digest() for prefix in ("sha512=", "sha256=sha256=", "\N{LATIN SMALL LETTER LONG S}ha256=")),
         # Another algorithm, another secret or another body.
@@ -182,6 +189,7 @@ LONG_AGO = (NOW - timedelta(seconds=301)).timestamp()
         *("2025-11-22T09:54:59Z", "2025-11-22T09:54:59.900000+00:00", "2025-11-22T10:54:59+01:00"),
         *("2025-11-22T09:54:59", "2025-11-21", "0001-01-01T00:00:00+14:00"),
         *(LONG_AGO, int(LONG_AGO), str(LONG_AGO), 0),
+        *(LONG_AGO * 1e3, int(LONG_AGO * 1e3), str(int(LONG_AGO * 1e3))),  # milliseconds
     ],
 )
 def test_old_delivery(timestamp: object) -> None:
@@ -196,15 +204,31 @@ def test_old_delivery(timestamp: object) -> None:
     "body",
     [
         *map(body_sent_at, ("2025-11-22T09:55:00Z", "2025-11-22T04:55:00-05:00", NOW.timestamp() - 300)),
-        *map(body_sent_at, ("2025-11-22T10:04:00Z", "9999-12-31T23:59:59-14:00")),
-        *map(body_sent_at, ("yesterday", "", None, True, [1], {"at": 1}, 1e300, -1e300, 1763800000000000)),
+        *map(body_sent_at, ("2025-11-22T10:04:00Z", "2025-11-22T10:05:00Z", NOW.timestamp() + 300)),
+        *map(body_sent_at, (NOW.timestamp() * 1e3, str(int(NOW.timestamp() * 1e3 - 299_000)))),
+        *map(body_sent_at, ("yesterday", "", None, True, [1], {"at": 1}, -1e300, "1e999")),
         *(BODY, b'{"id": "t1", "about": {"timestamp": 1}}', b'["timestamp", 1]'),
         *(b'{"timestamp": 1', b'\xff"timestamp"', b""),
     ],
 )
 def test_delivery_not_known_to_be_old(body: bytes) -> None:
-    """A delivery verifies if it is recent, from the future, or has no readable timestamp."""
+    """A delivery verifies if it is recent, from the near future, or has no readable timestamp."""
     verify(body, signature_headers(body), SECRET, now=NOW)
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        *("2025-11-22T10:05:01Z", "2025-11-22T11:05:01+01:00", "9999-12-31T23:59:59-14:00"),
+        *(NOW.timestamp() + 301, (NOW.timestamp() + 301) * 1e3, str(int(NOW.timestamp() * 1e3) + 301_000)),
+    ],
+)
+def test_delivery_from_the_future(timestamp: object) -> None:
+    """A timestamp more than five minutes ahead would count as fresh until then: it is refused."""
+    body = body_sent_at(timestamp)
+
+    assert "300 s in the future" in str(check_refused(body, signature_headers(body), now=NOW))
+    verify(body, signature_headers(body), SECRET, max_age=None, now=NOW)
 
 
 def test_max_age() -> None:
@@ -263,6 +287,45 @@ def test_bfl_result(status: str) -> None:
     assert [(image.url, image.type, image.task_id) for image in snapshot.images] == [(SAMPLE, "image", "t1")]
     assert snapshot.images[0].extra == {"prompt": "a lighthouse", "seed": 1, "extra": 2}
     assert snapshot.raw == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"result": {"sample": SAMPLE}},
+        *({"status": status, "result": {"sample": SAMPLE}} for status in (None, 200, ["Ready"], "Splendid")),
+        *({"status": status, "output": [{"content": [{"url": SAMPLE}]}]} for status in ("succeeded", "DONE", "ready")),
+        {"status": "completed", "output": [{"content": [{"image_url": {"url": SAMPLE}}]}]},
+    ],
+)
+def test_finished_task(task: dict[str, object]) -> None:
+    """A delivery with an image reports a completed task, in each format, whatever the word for it."""
+    before = datetime.now(UTC)
+    snapshot = parse(task_body(**task))
+
+    assert (snapshot.status, [image.url for image in snapshot.images]) == (TaskStatus.COMPLETED, [SAMPLE])
+    received_at = snapshot.images[0].received_at
+    assert received_at is not None
+    assert before <= received_at <= datetime.now(UTC)
+
+
+def test_inline_image() -> None:
+    """An image in the delivery itself becomes a `data:` URI."""
+    content = {"type": "image", "b64_json": "iVBORw0KGgoAAAA="}
+    snapshot = parse(task_body(status="completed", output=[{"content": [content]}]))
+
+    assert [image.url for image in snapshot.images] == ["data:image/png;base64,iVBORw0KGgoAAAA="]
+
+
+@pytest.mark.parametrize("code", [200, 0])
+def test_envelope(code: int) -> None:
+    """A task object in the platform's envelope is read; `raw` is the whole delivery."""
+    payload = {"status": {"code": code, "message": "ok"}, "data": finished(id="t7")}
+    snapshot = parse(json.dumps(payload).encode())
+    not_found = parse(json.dumps(payload | {"data": {"id": "t7", "status": "Task_Not-Found"}}).encode())
+
+    assert (snapshot.task_id, snapshot.status, snapshot.raw) == ("t7", TaskStatus.COMPLETED, payload)
+    assert (reports_not_found(snapshot), reports_not_found(not_found)) == (False, True)
 
 
 def test_task_object_takes_precedence() -> None:
@@ -335,8 +398,7 @@ def test_running_task(status: str, expected: str) -> None:
             for result in (None, {"sample": None}, {"sample": ""}, {"sample": [1]})
         ),
         *({"status": "completed", "output": output} for output in ([], [{"content": "nothing"}], {"a": 1}, 1)),
-        *({"status": status, "result": {"sample": SAMPLE}} for status in (None, 200, ["Ready"])),
-        {"result": {"sample": SAMPLE}},
+        *({"status": status} for status in (None, 200, ["Ready"])),
     ],
 )
 def test_invalid_delivery_with_id(task: dict[str, object]) -> None:

@@ -119,7 +119,7 @@ def _infinite_if_none(value: float | None) -> float:
 # ------------------------------------------------------------------ attrs validators
 
 
-def _validate_max_in_flight(_: Any, field: "attrs.Attribute[Any]", value: int) -> None:
+def _validate_count(_: Any, field: "attrs.Attribute[Any]", value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{field.name} must be an integer of at least 1, not {value!r}")
 
@@ -154,7 +154,7 @@ class SessionConfig:
     """None reads the environment."""
     base_url: str = attrs.field(converter=_read_base_url)
     """None reads the environment."""
-    max_in_flight: int = attrs.field(validator=_validate_max_in_flight)
+    max_in_flight: int = attrs.field(validator=_validate_count)
     max_polls_per_second: float = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
     task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)
     http_timeout: float = attrs.field(validator=_validate_duration)
@@ -163,6 +163,7 @@ class SessionConfig:
     price_guess: Decimal | None = attrs.field(converter=_parse_price_guess)
     has_journal: bool
     budget_scope: str | None = attrs.field(validator=_validate_budget_scope)
+    max_uncertain: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
 
     @property
     def budget_limits_journal(self) -> bool:

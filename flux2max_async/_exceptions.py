@@ -7,15 +7,15 @@
      ├── TransportError             no response: no connection, a reset, a timeout
      ├── ProtocolError              a response that doesn't follow the protocol
      ├── ResponseError              an error response
-     │    ├── BadRequestError            400, 422
+     │    ├── BadRequestError            400, 422, and any other 4xx without a class of its own
      │    ├── AuthenticationError        401
-     │    ├── InsufficientBalanceError   402, or a 403 about the balance
+     │    ├── InsufficientBalanceError   402, and any 4xx whose code or words say so
      │    ├── PermissionDeniedError      any other 403
      │    ├── TaskNotFoundError          404
      │    ├── RateLimitedError           429
      │    └── ServerError                5xx
-     ├── TaskFailedError            the service reports that the task failed
-     │    └── ContentModeratedError      moderation refused it; the same request would fail again
+     ├── TaskFailedError            the service reports that the task failed, or refuses its content
+     │    └── ContentModeratedError      moderation refused it; the same request would be refused again
      ├── DeadlineExceededError      the task took too long; attach() it later          (also a TimeoutError)
      ├── SubmissionUncertainError   the response to a submit was lost: a task may exist, and may cost money
      ├── BudgetExceededError        the budget doesn't allow another image; nothing was sent
@@ -42,6 +42,8 @@ class FluxError(Exception):
     message: str
     task_id: str | None = attrs.field(default=None, init=False, repr=False)
     """The task that the error is about, if there is one: `session.attach(task_id)` follows it again."""
+    stops_stream: bool = attrs.field(default=False, init=False, repr=False)
+    """Whether it was the last of several in a row that show that further submits would end in the same way."""
 
     def __str__(self) -> str:
         return self.message
@@ -92,6 +94,9 @@ class ResponseError(FluxError):
     """The service's id of the HTTP request, for its support."""
     retry_after: float | None = attrs.field(default=None, kw_only=True)
     """Seconds to wait before the next attempt, if the service requested it."""
+    from_api: bool = attrs.field(default=True, kw_only=True, repr=False)
+    """False if the body has none of the API's formats, like the page of a proxy or firewall. Such an answer reveals
+    nothing about the account or the task."""
 
     def __str__(self) -> str:
         code = f", code {self.code}" if self.code else ""
@@ -100,7 +105,7 @@ class ResponseError(FluxError):
 
 
 class BadRequestError(ResponseError):
-    """The service refused a parameter (400, 422)."""
+    """The service refused a parameter (400, 422), or the request for a reason without a class of its own."""
 
 
 class AuthenticationError(ResponseError):
@@ -108,7 +113,7 @@ class AuthenticationError(ResponseError):
 
 
 class InsufficientBalanceError(ResponseError):
-    """The account can't pay for another image (402, or a 403 about the balance)."""
+    """The account can't pay for another image (402, and any 4xx whose code or words say so)."""
 
 
 class PermissionDeniedError(ResponseError):

@@ -124,4 +124,5 @@ from flux2max_async.journal import (
 from flux2max_async.journal import (
     SqliteJournal as SqliteJournal,
 )
+from flux2max_async.webhooks._headers import HeadersLike as HeadersLike
 from flux2max_async.webhooks._inbox import WebhookInbox as WebhookInbox

@@ -1,7 +1,7 @@
 """The session: its lifetime, and the public methods."""
 
 from collections import Counter
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from decimal import Decimal
 from functools import partial
 from os import PathLike
@@ -30,7 +30,6 @@ from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.supervisor import Supervisor
-from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
@@ -47,9 +46,10 @@ class FluxSession:
     `Failed(SessionClosedError)`, quickly, and logs the ids of unfinished tasks in one line.
 
     A submit is repeated only if it certainly created nothing (no connection, 429, 503), until the deadline, and then
-    the last error is raised. A 429 slows the whole session: submits pause as long as the service says, then one at a
-    time probes. Polls are repeated on any transport error, 408, 429, 5xx, a 404 soon after the submit, and an
-    unreadable answer (five in a row are a ProtocolError), until the deadline.
+    the last error is raised. A 429 slows the whole session: all calls pause as long as requested, at most 120 s, and
+    then submits probe one at a time. Polls are repeated until the deadline on any transport error, 408, 429, 5xx, a 404
+    soon after the submit, an unreadable answer (five in a row are a ProtocolError), and a refusal, unless the API
+    repeats it three times over 10 s; the page of a proxy or firewall never ends a task.
 
     Args:
         api_key: The key; else the environment's FLUX2MAX_API_KEY.
@@ -57,11 +57,11 @@ class FluxSession:
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
         task_timeout: Seconds for a task from its submit to its end; None sets no limit.
-        max_polls_per_second: For all tasks together; None sets no limit. As it is approached, and for a while after
-            each 429, polls cost more and are made less often.
+        max_polls_per_second: For all tasks together; None sets no limit. Near it, and after a 429, polls become rarer.
         http_timeout: Seconds for one HTTP exchange, the last byte of its answer included.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
-        webhooks: Receives the service's webhooks from your server; polls then become rare.
+        webhooks: Receives the service's webhooks from your server. Polls become rare, and a lost answer to a submit is
+            made good by its webhook.
         drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
         journal: Records intents, task ids and ends, so that a repeated request isn't paid for again: a `SqliteJournal`,
             which the session opens and closes.
@@ -70,6 +70,8 @@ class FluxSession:
         price_guess: US dollars for a request until the first real cost is known; by default 0.07 for the first
             megapixel and 0.03 for each further one; each input image counts as one.
         budget_scope: "session" counts what this session spends, "journal", the default with one, everything in it.
+        max_uncertain: After so many lost answers to submits in a row, submits are sent one at a time; one more, and a
+            stream submits nothing more. None sets no limit.
 
     Raises:
         ConfigurationError: No key, a malformed key, http:// to another host, a senseless limit.
@@ -92,6 +94,7 @@ class FluxSession:
         budget: Decimal | float | str | None = None,
         price_guess: Decimal | float | str | None = None,
         budget_scope: Literal["session", "journal"] | None = None,
+        max_uncertain: int | None = 5,
     ) -> None:
         self._config = config = SessionConfig(
             api_key=api_key,
@@ -104,6 +107,7 @@ class FluxSession:
             budget=budget,
             price_guess=price_guess,
             budget_scope=budget_scope,
+            max_uncertain=max_uncertain,
             has_journal=journal is not None,
         )
         if webhooks is not None and not isinstance(webhooks, WebhookInbox):
@@ -134,29 +138,31 @@ class FluxSession:
         if self._supervisor is not None and not self._supervisor.loop_is_closed:
             self._supervisor.check_caller()
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        shutdown = Shutdown()
+        config, shutdown = self._config, Shutdown()
+        client = ApiClient(self._transport, self._stats, config)
+        registry = self._dispatcher.registry if self._dispatcher else WebhookRegistry()
+        registry.in_use = self._dispatcher is not None or self._journal is not None
+        supervisor = Supervisor(
+            PollingContext(client, self._schedule, registry, shutdown, config.task_timeout),
+            self._stats,
+            self._records,
+            max_in_flight=config.max_in_flight,
+            add_webhook=self._dispatcher.add_webhook if self._dispatcher else None,
+        )
         if self._dispatcher is not None:
-            spawn = self._spawn_until_drain
+            spawn = partial(supervisor.spawn, until_drain=True)
             self._dispatcher.open(shutdown, self._journal, secrets=self._transport.secrets, spawn=spawn)
+        self._transport.open(config.max_in_flight)
         try:
             if self._journal is not None:
-                await self._journal.open(self._on_external_change, watch_changes=self._dispatcher is not None)
+                await self._journal.open(supervisor.on_external_change, watch_changes=self._dispatcher is not None)
         except BaseException:
             if self._dispatcher is not None:
                 self._dispatcher.close()
+            await self._transport.close()
             raise
-        self._transport.open(self._config.max_in_flight)
         self._stats.in_flight = self._stats.submitting = 0
-        client = ApiClient(self._transport, self._stats, self._config.max_in_flight, self._config.max_polls_per_second)
-        registry = self._dispatcher.registry if self._dispatcher else WebhookRegistry()
-        registry.in_use = self._dispatcher is not None or self._journal is not None
-        self._supervisor = Supervisor(
-            PollingContext(client, self._schedule, registry, shutdown, self._config.task_timeout),
-            self._stats,
-            self._records,
-            max_in_flight=self._config.max_in_flight,
-            add_webhook=self._dispatcher.add_webhook if self._dispatcher else None,
-        )
+        self._supervisor = supervisor
         return self
 
     async def __aexit__(
@@ -249,12 +255,12 @@ class FluxSession:
         """Submit lazily (never more than max_in_flight ahead of the consumer) and yield each outcome as it comes.
 
         A request or task that fails is yielded. An error that all the rest would meet (AuthenticationError,
-        InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError, a full disk) is yielded and
-        stops new submissions; what is already submitted is still polled and yielded, and then the error is raised. The
-        same holds if the source itself raises.
+        InsufficientBalanceError, PermissionDeniedError, ConfigurationError, BudgetExceededError, JournalError, a full
+        disk, `max_uncertain`) is yielded and stops new submissions; what is already submitted is still polled and
+        yielded, and then the error is raised. The same holds if the source itself raises.
 
-        With a journal, the same list can be streamed again, whatever ended the first run: what has ended is yielded at
-        once, what is a task is polled, and only the rest is submitted. A list with repeats keeps its repeats.
+        With a journal, the same list can be streamed again: what has ended is yielded at once, tasks are polled, and
+        only the rest is submitted. A list with repeats keeps its repeats.
 
         Args:
             requests: From any iterable, which may be endless (with a journal, give keys then: without them, requests
@@ -262,8 +268,8 @@ class FluxSession:
             save_to: A folder into which the images are saved as soon as their tasks end; `Completed.saved` names the
                 files, or `save_error` tells why some are missing. Up to twice max_in_flight outcomes may be saving
                 beside the look-ahead. No existing file is replaced, and none that the journal knows downloaded again.
-            name: Returns the file name for an outcome's images, with or without a suffix; by default, the request's key
-                or the task's id. Characters that a file name can't hold are replaced, further images are numbered.
+            name: Returns the file name for an outcome's images, with or without a suffix; by default, the key or task
+                id. Characters that a file name can't hold are replaced, further images are numbered.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
         """
@@ -273,9 +279,7 @@ class FluxSession:
             raise InvalidRequestError("name is for the files in save_to: give both", field="name")
         supervisor = self._get_supervisor()
         supervisor.check_caller()
-        policy = ReusePolicy(
-            retry_failed, resubmit_uncertain, save_images=save_to is not None, occurrences=Counter[str]()
-        )
+        policy = ReusePolicy(retry_failed, resubmit_uncertain, save_to is not None, occurrences=Counter[str]())
         return OutcomeStream(
             requests,
             start=partial(supervisor.start_request, policy=policy),
@@ -288,8 +292,8 @@ class FluxSession:
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:
         """Poll a task that was submitted earlier, here or in another process: at once, and without taking a slot.
 
-        Its deadline is counted from now. A task that this session follows already is that task: nothing is polled or
-        counted twice. With a journal, its end is recorded there. The outcome names the `request`, if it is given.
+        Its deadline is counted from now. If this session follows the task already, nothing is polled or counted twice.
+        With a journal, its end is recorded there. The outcome names the `request`, if it is given.
         """
         return GenerationTask(self._get_supervisor().attach(validate_task_id(task_id), request))
 
@@ -299,10 +303,10 @@ class FluxSession:
         return await supervisor.run_foreground(supervisor.client.poll(build_poll(validate_task_id(task_id)), task_id))
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
-        """Download an image: streamed, retried, whole or not at all, and without the API key.
+        """Download an image: streamed, retried, whole or not at all, without the API key; return the path.
 
         If its URL has expired, the task is polled once for a fresh one. Missing folders are created; an existing file
-        or link is replaced in the moment in which the new one is complete. Returns the path.
+        or link is replaced in the moment in which the new one is complete.
 
         Raises:
             ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
@@ -310,13 +314,20 @@ class FluxSession:
         """
         return await self._get_supervisor().run_foreground(self._downloader.save(image, Path(path)))
 
+    async def read(self, image: GeneratedImage, /) -> bytes:
+        """Return the bytes of an image: retried, checked and renewed as by `save()`.
+
+        Raises:
+            ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
+            DownloadError: The image can't be downloaded, or is larger than 100 MB.
+        """
+        return await self._get_supervisor().run_foreground(self._downloader.read(image))
+
     @property
     def stats(self) -> SessionStats:
         """A copy of the counters."""
         percentile = self._schedule.percentile if isinstance(self._schedule, LearnedSchedule) else lambda _: None
         return attrs.evolve(self._stats, median_duration=percentile(50), p90_duration=percentile(90))
-
-    # ------------------------------------------------------------------ internals
 
     async def _close(self, supervisor: Supervisor) -> None:
         try:
@@ -337,13 +348,3 @@ class FluxSession:
         if self._supervisor is None:
             raise closed_error()
         return self._supervisor
-
-    def _on_external_change(self, entries: list[JournalEntry]) -> None:
-        if self._supervisor is not None:
-            self._supervisor.on_external_change(entries)
-
-    def _spawn_until_drain(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._supervisor is None:
-            work.close()
-            raise closed_error()
-        self._supervisor.spawn(work, until_drain=True)

@@ -12,7 +12,7 @@ import attrs
 
 from flux2max_async._api.retry import is_disk_failure, is_fatal_for_batch
 from flux2max_async._downloads.saver import ImageSaver
-from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError
+from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._tasks.handle import GenerationTask
@@ -170,7 +170,7 @@ class _Pipeline:
         self._exhausted = True
         if self._producer is not None:
             self._producer.cancel()
-            reason = error if isinstance(error, FluxError) else SessionClosedError("the stream was closed")
+            reason = _why_not_sent(error)
             for item in self.undelivered:
                 item.runner.leave(reason)
         self._notify()
@@ -187,7 +187,7 @@ class _Pipeline:
         self._error = None
         self._notify()
         runners = [item.runner for item in self.undelivered if not item.runner.callers]
-        if unanswered := [runner.answered for runner in runners if not runner.answered.done()]:
+        if unanswered := [runner.submit_done for runner in runners if not runner.submit_done.done()]:
             await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
 
     # ------------------------------------------------------------------ the producer
@@ -219,7 +219,7 @@ class _Pipeline:
                 return
             self._stop_for_shutdown()
             if request is not None and isinstance(self._error, FluxError):
-                self._reject(request, self._error)
+                self._reject(request, _why_not_sent(self._error))
             raise
         except BaseException as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
             self._on_source_failed(error, error.__cause__)
@@ -314,6 +314,17 @@ class _LookAhead:
     def release(self, amount: int = 1) -> None:
         self._available += amount
         self._released.set()
+
+
+def _why_not_sent(error: FluxError | None) -> FluxError:
+    """Return the error of requests that are not sent because a stream stops: its own, unless that is about another."""
+    if error is None:
+        return SessionClosedError("the stream was closed")
+    if isinstance(error, SubmissionUncertainError) or error.task_id is not None:
+        reason = SessionClosedError(f"not sent, because the stream has stopped: {error}")
+        reason.__cause__ = error
+        return reason
+    return error
 
 
 def _ends_the_stream(error: FluxError) -> bool:

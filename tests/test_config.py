@@ -33,6 +33,7 @@ VALID: dict[str, Any] = {
     "price_guess": None,
     "budget_scope": None,
     "has_journal": False,
+    "max_uncertain": 5,
 }
 
 
@@ -353,6 +354,20 @@ def test_an_invalid_number_of_slots_is_refused_by_name(limit: object) -> None:
     assert str(error) == f"max_in_flight must be an integer of at least 1, not {limit!r}"
 
 
+@pytest.mark.parametrize("limit", [None, 1, 5, 10**9])
+def test_a_valid_max_uncertain_is_kept(limit: int | None) -> None:
+    """max_uncertain may be any positive integer, or None for no limit."""
+    assert config(max_uncertain=limit).max_uncertain == limit
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "5", True, math.inf, []], ids=repr)
+def test_an_invalid_max_uncertain_is_refused_by_name(limit: Any) -> None:
+    """The error about a max_uncertain that is not a positive integer names the setting and its value."""
+    error = config_error(max_uncertain=limit)
+
+    assert str(error) == f"max_uncertain must be an integer of at least 1, not {limit!r}"
+
+
 # ---------------------------------------------------------------------- budget
 
 
@@ -427,6 +442,7 @@ def test_an_invalid_budget_scope_is_refused_by_name(scope: Any, has_journal: boo
         ({"budget": -1}, "budget must be an amount"),
         ({"price_guess": "much"}, "price_guess must be an amount"),
         ({"budget_scope": "journal"}, "budget_scope must be 'session'"),
+        ({"max_uncertain": 0}, "max_uncertain must be an integer of at least 1, not 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -66,7 +66,13 @@ PARENTS: dict[type[FluxError], tuple[type[Exception], ...]] = {
     ResultExpiredError: (DownloadError,),
 }
 
-RESPONSE_FIELDS: dict[str, object] = {"status": 429, "code": "too_many", "request_id": "r-1", "retry_after": 2.5}
+RESPONSE_FIELDS: dict[str, object] = {
+    "status": 429,
+    "code": "too_many",
+    "request_id": "r-1",
+    "retry_after": 2.5,
+    "from_api": False,
+}
 TASK_FIELDS: dict[str, object] = {"task_id": "t1", "code": "boom"}
 
 FIELDS: dict[type[FluxError], dict[str, object]] = {
@@ -112,6 +118,7 @@ PUBLIC = {
     "GeneratedImage",
     "GenerationRequest",
     "GenerationTask",
+    "HeadersLike",
     "ImageSource",
     "InputImage",
     "InsufficientBalanceError",
@@ -149,7 +156,9 @@ PUBLIC = {
 
 def create_error(error_type: type[FluxError]) -> FluxError:
     """Return an error of a class, with all its fields."""
-    return error_type("it went wrong", **FIELDS[error_type])
+    error = error_type("it went wrong", **FIELDS[error_type])
+    error.stops_stream = True
+    return error
 
 
 def documented_tree() -> dict[str, str | None]:
@@ -269,6 +278,8 @@ def test_unknown_fields_are_none() -> None:
     assert (task_error.task_id, task_error.code) == (None, None)
     assert DeadlineExceededError("late").task_id is None
     assert TransportError("lost").maybe_sent is True
+    assert response_error.from_api is True
+    assert response_error.stops_stream is False
 
 
 # ---------------------------------------------------------------------- the package

@@ -547,7 +547,11 @@ async def test_closing_interrupts_saves_and_fetches(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("behaviour", [answer(401, b""), answer(302, b""), answer(404, b"")], ids=["401", "302", "404"])
+@pytest.mark.parametrize(
+    "behaviour",
+    [answer(401, {"message": "no"}), answer(302, b""), answer(404, {"message": "no"}), answer(403, b"<html></html>")],
+    ids=["401", "302", "404", "firewall"],
+)
 async def test_polling_errors_have_the_task_id(scripted: ScriptedGateway, behaviour: Any) -> None:
     """Any error that ends the polling of a task has its id."""
     scripted.polls = deque([behaviour])

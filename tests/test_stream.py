@@ -160,7 +160,7 @@ async def test_fatal_error_cancels_waiting_submits(scripted: ScriptedGateway) ->
 
 async def test_fatal_error_while_waiting_for_a_slot(scripted: ScriptedGateway) -> None:
     """A request that waits for a slot during a fatal error is delivered with that error."""
-    scripted.submits = deque([answer(200, {"id": "t1"}), answer(401, b"", after=5.0)])
+    scripted.submits = deque([answer(200, {"id": "t1"}), answer(401, {"message": "no"}, after=5.0)])
     scripted.polls = deque([answer(200, completed(), after=100.0)])
     outcomes = []
     async with session_on(scripted, max_in_flight=2) as session:
@@ -334,7 +334,8 @@ async def test_server_limit_of_three() -> None:
 @pytest.mark.parametrize("requests", [2, 4, 50])
 async def test_fatal_error_with_an_exhausted_source(scripted: ScriptedGateway, requests: int) -> None:
     """After a fatal error with the source exhausted, submitting stops, all is delivered, and the error is raised."""
-    scripted.submits = deque([answer(429, b"", [("Retry-After", "5")])] * min(requests, 24) + [answer(401, b"")])
+    refusals = [answer(429, b"", [("Retry-After", "5")])] * min(requests, 24)
+    scripted.submits = deque([*refusals, answer(401, {"message": "no"})])
     outcomes = []
     async with session_on(scripted) as session:
         with pytest.raises(AuthenticationError):
@@ -467,14 +468,15 @@ async def test_first_error_is_raised(scripted: ScriptedGateway) -> None:
         yield "cat 1"
         raise LookupError("no more cats")
 
-    scripted.polls = deque([answer(401, b"")])
+    scripted.polls = deque([answer(401, {"message": "no"})])
     outcomes = []
     async with session_on(scripted) as session:
         with pytest.raises(LookupError):
             async for outcome in session.stream(source()):
                 outcomes.append(outcome)
 
-    assert [outcome.ok for outcome in outcomes] == [False]
+    assert [type(outcome.error) for outcome in outcomes if isinstance(outcome, Failed)] == [AuthenticationError]
+    assert len(outcomes) == 1
 
 
 class BrokenSaver:

@@ -12,12 +12,22 @@ from typing import Protocol
 import anyio.to_thread
 import attrs
 
-from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit, status_of
+from flux2max_async._api.circuit_breaker import Attempt, CircuitBreaker
+from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit
 from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.retry import MAX_PAUSE, backoff, is_uncertain, may_submit_again
+from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
+from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.transport import Transport
-from flux2max_async._exceptions import FluxError, RateLimitedError, SubmissionUncertainError
+from flux2max_async._config import SessionConfig
+from flux2max_async._exceptions import (
+    ContentModeratedError,
+    FluxError,
+    RateLimitedError,
+    ResponseError,
+    SubmissionUncertainError,
+)
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
 from flux2max_async._stats import SessionStats
@@ -65,6 +75,20 @@ class AcceptedSubmit:
     """When the accepted attempt was sent, on the event loop's clock."""
     deadline: float
     """When the task is to be given up."""
+    by_webhook: bool = False
+    """Whether its answer was lost, and the snapshot is what its webhook reports."""
+
+
+@attrs.frozen
+class LostSubmit:
+    """A submit whose answer was lost: a task may exist."""
+
+    error: SubmissionUncertainError
+    started: float
+    """When it was sent, on the event loop's clock."""
+    deadline: float
+    """When the task, if there is one, is to be given up."""
+    attempt: Attempt
 
 
 class ApiClient:
@@ -73,18 +97,16 @@ class ApiClient:
     Args:
         transport: Exchanges HTTP messages.
         stats: The session's counters.
-        max_in_flight: The maximum number of tasks that the session keeps in flight.
-        max_polls_per_second: The limit for the polls of all tasks together.
+        config: The session's settings.
     """
 
-    def __init__(
-        self, transport: Transport, stats: SessionStats, max_in_flight: int, max_polls_per_second: float
-    ) -> None:
+    def __init__(self, transport: Transport, stats: SessionStats, config: SessionConfig) -> None:
         self.now: Callable[[], float] = asyncio.get_running_loop().time
         self._transport = transport
         self._stats = stats
-        self.submit_limiter = SubmitLimiter(max_in_flight)
-        self._poll_limiter = PollLimiter(max_polls_per_second)
+        self.submit_limiter = SubmitLimiter(config.max_in_flight)
+        self._poll_limiter = PollLimiter(config.max_polls_per_second)
+        self._breaker = CircuitBreaker(config.max_uncertain)
         self._turn = asyncio.Lock()
         self._capacity_changed = asyncio.Event()
         self._unknown_statuses: set[str] = set()
@@ -93,8 +115,8 @@ class ApiClient:
 
     async def submit(
         self, request: GenerationRequest, *, task_timeout: float, cancellation: Cancellation, record: SubmitRecord
-    ) -> AcceptedSubmit:
-        """Submit until the service accepts or refuses for good.
+    ) -> AcceptedSubmit | LostSubmit:
+        """Submit until the service accepts or refuses for good, or its answer is lost.
 
         An attempt on the wire is never cancelled: its task would exist and cost money, and nobody would know its id.
 
@@ -107,8 +129,9 @@ class ApiClient:
         Raises:
             InvalidRequestError: An input image can't be read.
             ResponseError: The service refused.
+            ContentModeratedError: Moderation refused the content.
+            ConfigurationError: There is no such API at the base URL.
             TransportError: No connection within the time.
-            SubmissionUncertainError: The answer was lost; a task may exist.
             FluxError: The reason of the cancellation.
         """
         message = await self._prepare(request, cancellation)
@@ -116,14 +139,15 @@ class ApiClient:
         failures = 0
         while True:
             started = self.now()
+            attempt = self._breaker.start() if self._breaker.has_failures else Attempt()
             refusal: FluxError
             try:
-                return AcceptedSubmit(await self._try_submit(message, request, record, deadline), started, deadline)
+                return AcceptedSubmit(
+                    await self._try_submit(message, request, record, deadline, attempt), started, deadline
+                )
             except FluxError as error:
                 if is_uncertain(error):
-                    raise SubmissionUncertainError(
-                        f"the submit was sent, but its answer was lost ({error}): a task may exist and cost money"
-                    ) from error
+                    return LostSubmit(_uncertain_error(error), started, deadline, attempt)
                 if not may_submit_again(error):
                     raise
                 refusal = error.with_traceback(None)
@@ -152,7 +176,7 @@ class ApiClient:
         return message
 
     async def _try_submit(
-        self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float
+        self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float, attempt: Attempt
     ) -> TaskSnapshot:
         probe = self.submit_limiter.refused and self.submit_limiter.submit_started()
         self._stats.submitting += 1
@@ -161,24 +185,54 @@ class ApiClient:
             response = await self._transport.exchange(message, within=deadline - self.now())
             if request.webhook_secret is not None:
                 response = response.with_secret(request.webhook_secret)
-            snapshot = parse_submit(response)
+            snapshot = parse_submit(response, base_url=self._transport.base_url)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
             self.submit_limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
             self._poll_limiter.record_refusal(self.now())
+            self._breaker.on_answer(attempt)
             raise
-        except BaseException:
+        except BaseException as error:
             self.submit_limiter.submit_ended(probe=probe)
+            self._record_failed_submit(error, attempt)
             raise
         else:
             self._stats.submitted += 1
             self._stats.in_flight += 1
+            if self._breaker.has_failures:
+                self._breaker.on_answer(attempt)
             if self.submit_limiter.refused:
                 self.submit_limiter.submit_accepted(self._stats.in_flight, probe=probe)
             return snapshot
         finally:
             self._stats.submitting -= 1
             self._capacity_changed.set()
+
+    def _record_failed_submit(self, error: BaseException, attempt: Attempt) -> None:
+        """Record in the circuit breaker what a failed submit reveals about further ones."""
+        if isinstance(error, FluxError) and is_uncertain(error):
+            self._breaker.on_uncertain(attempt)
+        elif isinstance(error, (ResponseError, ContentModeratedError)) and not may_submit_again(error):
+            if getattr(error, "from_api", True):
+                self._breaker.on_answer(attempt)
+            else:
+                error.stops_stream = self._breaker.on_foreign_answer(attempt)
+        else:
+            self._breaker.release(attempt)
+
+    def resolve(self, lost: LostSubmit) -> None:
+        """Record that a webhook has reported which task a lost submit created; the task counts as in flight."""
+        self._breaker.resolve(lost.attempt)
+        self._stats.submitted += 1
+        self.add_in_flight()
+        self._capacity_changed.set()
+
+    def give_up(self, lost: LostSubmit) -> None:
+        """Record that nobody will tell any more what became of a lost submit."""
+        if self._breaker.is_closed:
+            lost.error.stops_stream = False  # the row has ended while its webhook was waited for
+        lost.error.stops_stream = self._breaker.give_up(lost.attempt)
+        self._capacity_changed.set()
 
     async def _wait_to_retry(self, refusal: FluxError, failures: int) -> None:
         if not isinstance(refusal, RateLimitedError):  # after a 429 the limiter decides
@@ -196,7 +250,7 @@ class ApiClient:
                         await self._capacity_changed.wait()
 
     def _submit_delay(self) -> float:
-        if self._stats.submitting >= _MAX_CONCURRENT_SUBMITS:
+        if self._stats.submitting >= _MAX_CONCURRENT_SUBMITS or (self._breaker.has_failures and self._breaker.blocks):
             return math.inf
         if not self.submit_limiter.refused:
             return 0.0
@@ -266,11 +320,19 @@ class ApiClient:
         self._capacity_changed.set()
 
     def _log_unknown_status(self, snapshot: TaskSnapshot) -> None:
-        status = snapshot.raw.get("status")
-        if not isinstance(status, str) or status_of(status) is not None:
+        status = reported_status(snapshot)
+        if status is None or status in KNOWN_STATUSES or status_of(status) is not None:
             return
         # Some statuses hold a counter: by its letters alone, each kind is logged once.
         kind = "".join(filter(str.isalpha, status))[:80]
         if kind not in self._unknown_statuses and len(self._unknown_statuses) < _MAX_UNKNOWN_STATUSES:
             self._unknown_statuses.add(kind)
             log.warning("unknown task status %r: taken for still running", status[:80])
+
+
+def _uncertain_error(cause: FluxError) -> SubmissionUncertainError:
+    error = SubmissionUncertainError(
+        f"the submit was sent, but its answer was lost ({cause}): a task may exist and cost money"
+    )
+    error.__cause__ = cause
+    return error

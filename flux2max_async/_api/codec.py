@@ -1,4 +1,4 @@
-"""Serialization: requests to HTTP requests, HTTP responses to task snapshots.
+"""Serialization: requests to HTTP requests, and the responses to them to snapshots or errors.
 
 Sources of facts: [S] the vendor's page for the model, [C] the vendor's open-source clients, [D] the vendor's other
 pages, [B] the documentation of BFL, the maker of the model, whose service processes the requests. If these sources
@@ -7,40 +7,45 @@ differ, all variants are accepted. A response that can't be parsed is a Protocol
 
 import contextlib
 import json
-import re
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import attrs
 import cattrs
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+from cattrs.gen import make_dict_unstructure_fn, override
 
+from flux2max_async._api.classification import is_moderation
 from flux2max_async._api.response import (
     HttpResponse,
     error_from_response,
     extract_error,
-    parse_finite,
+    has_clear_error,
+    load_object,
     parse_json_object,
-    redact,
 )
-from flux2max_async._exceptions import ContentModeratedError, InvalidRequestError, ProtocolError, TaskFailedError
+from flux2max_async._api.statuses import KNOWN_STATUSES, is_not_found, status_of
+from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
+from flux2max_async._exceptions import (
+    BadRequestError,
+    ConfigurationError,
+    ContentModeratedError,
+    FluxError,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    ProtocolError,
+    ResponseError,
+    TaskNotFoundError,
+)
 from flux2max_async._models.images import error_at_index
 from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest
-from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage
+from flux2max_async._models.results import TaskSnapshot, TaskStatus
 
 MODEL = "flux_2_max"
 
 # As in [C] and [D].
 _GENERATION_PATH = "/model/v1/generation"
 _TASK_PATH = "/model/v1/generation/task/"
-
-_MAX_DECIMAL_EXPONENT = 50
-"""No price is that large, and adding such a number to others would raise an error."""
-
-T = TypeVar("T")
 
 
 @attrs.frozen
@@ -97,71 +102,42 @@ def build_poll(task_id: str) -> HttpRequest:
 # ------------------------------------------------------------------ responses
 
 
-def parse_submit(response: HttpResponse) -> TaskSnapshot:
+def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
     """Parse the response to a submit.
 
-    If it has a task id, no other part of it can cause an error, because the task exists and costs money.
+    If it has a task id, whatever its HTTP status, the task exists and costs money. Then no other part of it can cause
+    an error, unless the service refuses the request; the error then has the id.
+
+    Args:
+        response: The response.
+        base_url: Where the API should be; named in the error if it isn't there.
 
     Raises:
         ResponseError: The service refused the submit.
-        ProtocolError: The response has neither an id nor an error, so it is unknown whether a task exists.
+        ContentModeratedError: Moderation refused its content.
+        ConfigurationError: There is no such API at the base URL.
+        ProtocolError: The response has neither an id nor a clear error, so it is unknown whether a task exists.
     """
-    if not 200 <= response.status < 300:
-        raise error_from_response(response)
-    body = _parse_body(response)
-    if (task_id := task_id_of(body)) is None:
-        if extract_error(body) is not None:
-            # [C] A response without an id is a refusal, whatever its HTTP status.
-            raise error_from_response(response)
-        raise ProtocolError("the response to the submit has neither a task id nor an error")
+    is_success = 200 <= response.status < 300
+    body = _parse_body(response) if is_success else load_object(response)
+    task_id, task = find_task(body)
+    if task_id is None:
+        if is_success and not has_clear_error(body):
+            raise ProtocolError("the response to the submit has neither a task id nor an error")
+        raise _submit_error(response, base_url)
+    if not is_success:
+        word = task.get("status")
+        status = status_of(word) if isinstance(word, str) else None
+        if status in {None, TaskStatus.FAILED} and _is_final_error(response.status):
+            error = _submit_error(response, base_url)
+            error.task_id = task_id
+            raise error
+        if status is not TaskStatus.FAILED:
+            task = {**task, "error": None}  # it is why the service has not waited for the task's end
     try:
-        return snapshot_from_json(task_id, body, raw=body, secrets=response.secrets)
+        return snapshot_from_json(task_id, task, raw=body, secrets=response.secrets, received_at=response.received)
     except ProtocolError:
         return TaskSnapshot(task_id=task_id, status=TaskStatus.IN_PROGRESS, raw=body)
-
-
-def parse_poll(response: HttpResponse, task_id: str) -> TaskSnapshot:
-    """Parse the response to a poll.
-
-    Raises:
-        ResponseError: The service responded with an error.
-        ProtocolError: The response can't be parsed as a task.
-    """
-    if not 200 <= response.status < 300:
-        raise error_from_response(response)
-    body = _parse_body(response)
-    if not isinstance(body.get("status"), str) and extract_error(body) is not None:
-        raise error_from_response(response)
-    return snapshot_from_json(task_id, body, raw=body, secrets=response.secrets)
-
-
-# ------------------------------------------------------------------ the task object
-
-# Intermediate values, discarded after parsing: frozen classes would make each response and the import slower.
-
-
-@attrs.define(eq=False, repr=False)
-class _Content:
-    url: str | None = None
-    type: str = "image"
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-
-
-@attrs.define(eq=False, repr=False)
-class _Group:
-    content: list[_Content] = attrs.field(factory=list[_Content])
-
-
-@attrs.define(eq=False, repr=False)
-class _Task:
-    """The fields of the task object [S], [C] that are parsed."""
-
-    status: str
-    progress: float | None = None
-    created_at: datetime | None = None
-    output: list[_Group] = attrs.field(factory=list[_Group])
-    usage: Usage | None = None
-    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
 
 def _parse_body(response: HttpResponse) -> dict[str, Any]:
@@ -176,146 +152,52 @@ def _parse_body(response: HttpResponse) -> dict[str, Any]:
     return body if isinstance(body, dict) else parse_json_object(response)
 
 
-def task_id_of(body: Mapping[str, Any]) -> str | None:
-    """Return the task id in a response, as text; None if there is none."""
-    match body.get("id"):
-        case str(task_id) if task_id:
-            return task_id
-        case int(number) if not isinstance(number, bool):
-            return str(number)
-        case _:
-            return None
+def _is_final_error(status: int) -> bool:
+    """Return whether an HTTP error with a task id is final: the gateway has not merely given up waiting [C]."""
+    return 300 <= status < 500 and status not in {408, 429}
 
 
-def snapshot_from_json(
-    task_id: str, body: Mapping[str, Any], *, raw: Mapping[str, Any], secrets: tuple[str, ...]
-) -> TaskSnapshot:
-    """Parse a task object.
+def _submit_error(response: HttpResponse, base_url: str) -> FluxError:
+    """Return the error of a submit that has certainly not been accepted, or has an HTTP error status."""
+    error = error_from_response(response)
+    if type(error) is InsufficientBalanceError:
+        return error
+    if type(error) is TaskNotFoundError or response.status == 405 or 300 <= response.status < 400:
+        return ConfigurationError(f"base_url {base_url!r} is wrong: no such API is there: {error}")
+    # Not by the page of a firewall, nor if another meaning of the status is certain.
+    is_refusal = response.status < 500 and type(error) in {BadRequestError, PermissionDeniedError, ResponseError}
+    if is_refusal and error.from_api and response.status != 408 and is_moderation(error.code, error.message):
+        return ContentModeratedError(error.message, code=error.code)
+    return error
 
-    Args:
-        task_id: The id of the task.
-        body: The task object.
-        raw: The original JSON, which becomes the snapshot's `raw`.
-        secrets: Texts to redact in the task's error, in case the service echoes them.
+
+def parse_poll(response: HttpResponse, task_id: str) -> TaskSnapshot:
+    """Parse the response to a poll.
 
     Raises:
-        ProtocolError: It can't be parsed, or reports the task as completed without an output or an error.
+        ResponseError: The service responded with an error.
+        ProtocolError: The response can't be parsed as a task.
     """
+    if not 200 <= response.status < 300:
+        raise error_from_response(response)
+    body = _parse_body(response)
+    task = unwrap_task(body)
+    word = task.get("status")
+    if isinstance(word, str) and word not in KNOWN_STATUSES and is_not_found(word):
+        raise TaskNotFoundError("the service reports that there is no such task", status=404)
     try:
-        task = _converter.structure(body, _Task)
-    except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as cause:
-        details = "; ".join(cattrs.transform_error(cause, "$"))
-        raise ProtocolError(f"task {task_id}: the response is unreadable: {details}") from cause
-    contents = [content for group in task.output for content in group.content if content.url]
-    images = tuple(
-        GeneratedImage(url=content.url or "", type=content.type, task_id=task_id, extra=content.extra, index=index)
-        for index, content in enumerate(contents)
-    )
-    status = status_of(task.status) or TaskStatus.IN_PROGRESS
-    error: TaskFailedError | None = None
-    if status is TaskStatus.FAILED or (status is TaskStatus.COMPLETED and not images):
-        if status is TaskStatus.COMPLETED and not body.get("error"):
-            raise ProtocolError(f"task {task_id} is reported as completed, but has no output")
-        status = TaskStatus.FAILED
-        code, message = extract_error(body) or (None, "the service gave no reason")
-        error = _task_error(task_id, code and redact(code, secrets), redact(message, secrets))
-    return TaskSnapshot(
-        task_id=task_id,
-        status=status,
-        progress=task.progress,
-        images=images,
-        usage=task.usage,
-        created_at=task.created_at,
-        error=error,
-        metadata=task.metadata,
-        raw=raw,
-    )
-
-
-def status_of(text: str) -> TaskStatus | None:
-    """Return the status with a name, which is case-insensitive; None if it is unknown."""
-    return _STATUSES.get(text.strip().lower())
-
-
-_STATUSES = {status.value: status for status in TaskStatus} | {"processing": TaskStatus.IN_PROGRESS}  # [D]
-
-
-def _task_error(task_id: str, code: str | None, message: str) -> TaskFailedError:
-    # [B] "content_policy_violation", "Request Moderated", "Content Moderated".
-    moderated = re.search(r"moderat(ed|ion)|content.?policy|nsfw", f"{code} {message}", re.IGNORECASE)
-    return (ContentModeratedError if moderated else TaskFailedError)(message, task_id=task_id, code=code)
+        return snapshot_from_json(task_id, task, raw=body, secrets=response.secrets, received_at=response.received)
+    except ProtocolError:
+        if not isinstance(word, str) and extract_error(body) is not None:
+            raise error_from_response(response) from None
+        raise
 
 
 # ------------------------------------------------------------------ the converter
 
 
-def _parse_progress(value: object, _: object = None) -> float | None:
-    progress = value if type(value) is float else parse_finite(value)
-    return progress if progress is not None and 0 <= progress <= 1 else None
-
-
-def _parse_decimal(value: object, _: object = None) -> Decimal | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = Decimal(str(value).strip())
-    except (InvalidOperation, ValueError):
-        return None
-    return number if number.is_finite() and abs(number.adjusted()) < _MAX_DECIMAL_EXPONENT else None
-
-
-def parse_datetime(value: object, _: object = None) -> datetime | None:
-    """Parse seconds since the epoch [C] or ISO 8601 [D], in UTC unless it has an offset; None for anything else."""
-    try:
-        seconds = value if type(value) is int else parse_finite(value)
-        if seconds is not None:
-            return datetime.fromtimestamp(seconds, UTC)
-        parsed = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except (ValueError, OverflowError, OSError):
-        return None
-    return parsed and parsed.replace(tzinfo=parsed.tzinfo or UTC)
-
-
-def _require_string(value: object, _: object = None) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, not {type(value).__name__}")
-    return value
-
-
-def _parse_object(value: object, _: object = None) -> dict[str, Any]:
-    return dict(value) if isinstance(value, dict) else {}
-
-
-def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[Any, Any], T]:
-    """Return a structure hook for a class that treats null as missing and keeps unknown keys in `extra`."""
-    field_names = attrs.fields_dict(cls).keys()  # type: ignore[arg-type]  # T is an attrs class
-    structure = make_dict_structure_fn(cls, converter)
-
-    def hook(value: Any, _: Any) -> T:
-        if not isinstance(value, dict):
-            raise TypeError(f"expected an object, not {type(value).__name__}")
-        known = {name: item for name, item in value.items() if name in field_names and item is not None}
-        if "extra" in field_names:
-            known["extra"] = {name: item for name, item in value.items() if name not in field_names or name == "extra"}
-        return structure(known, cls)
-
-    return hook
-
-
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter()
-    converter.register_structure_hook(str, _require_string)
-    converter.register_structure_hook(float | None, _parse_progress)
-    converter.register_structure_hook(Decimal | None, _parse_decimal)
-    converter.register_structure_hook(datetime | None, parse_datetime)
-    converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _parse_object)
-    structure_usage = _make_lenient_hook(Usage, converter)
-    # An unreadable usage must not make the images unreadable.
-    converter.register_structure_hook(
-        Usage | None, lambda value, _: structure_usage(value, Usage) if isinstance(value, dict) else None
-    )
-    for cls in (_Content, _Group, _Task):
-        converter.register_structure_hook(cls, _make_lenient_hook(cls, converter))
     converter.register_unstructure_hook(
         GenerationRequest,
         make_dict_unstructure_fn(

@@ -3,7 +3,6 @@
 The letters in brackets name the sources of facts, as in `codec`.
 """
 
-import contextlib
 import http
 import json
 import math
@@ -15,6 +14,8 @@ from typing import Any
 
 import attrs
 
+from flux2max_async._api.classification import BALANCE_CODES, is_balance_error
+from flux2max_async._api.statuses import status_of
 from flux2max_async._exceptions import (
     AuthenticationError,
     BadRequestError,
@@ -26,9 +27,15 @@ from flux2max_async._exceptions import (
     ServerError,
     TaskNotFoundError,
 )
+from flux2max_async._models.results import TaskStatus
 
-_BALANCE_CODES = {str(code) for code in range(40201, 40209)}
 _MAX_MESSAGE_LENGTH = 1000
+# [C], [D] Some gateways put such a message beside the data of a success.
+_SUCCESS_WORDS = re.compile(
+    r"\b(ok|okay|success\w*|accepted|created|(en)?queued?|submitted|scheduled|received|start(ed|ing)|pending|processing"
+    r"|running|generating|in.progress|ready|done|completed?)\b",
+    re.IGNORECASE,
+)
 _MAX_HTML_BYTES = 4000
 """How much of a body that is not JSON is searched for text."""
 _MAX_TEXT_LENGTH = 200
@@ -67,61 +74,131 @@ def redact(text: str, secrets: tuple[str, ...]) -> str:
 
 def error_from_response(response: HttpResponse) -> ResponseError:
     """Return the error that a response reports."""
-    try:
-        body = parse_json_object(response)
-    except ProtocolError:
-        body = {}
-    code, message = extract_error(body) or (None, _describe_body(response))
+    body = unwrap(load_object(response))
+    code, message = extract_error(body) or (next(iter(_all_codes(body)), None), _describe_body(response))
+    from_api = _has_api_format(body)
+    if not from_api and 400 <= response.status < 500:
+        message = f"a proxy or firewall, not the API, answered: {message}"
     headers = response.headers
     request_id = headers.get("X-Request-Id")
     if 300 <= response.status < 400:
         location = headers.get("Location", "an unknown location")
         message = f"the API redirects to {location}: set base_url to its final location"
-    error_class = _error_class(response.status, code, message)
+    error_class = _error_class(_effective_status(response.status, body), body, message if from_api else "")
     return error_class(
         response.redact(message),
         status=response.status,
         code=code and response.redact(code),
         request_id=request_id and response.redact(request_id),
-        retry_after=_parse_retry_after(response, body),
+        retry_after=parse_retry_after(response.headers, response.received, body),
+        from_api=from_api,
     )
 
 
-def _error_class(status: int, code: str | None, message: str) -> type[ResponseError]:
-    # [C] Codes 40201 to 40208 and these words mean an insufficient balance, with status 402, 403 or even 200.
-    is_balance_error = (code or "") in _BALANCE_CODES or re.search(
-        r"insufficient (balance|credits)", message, re.IGNORECASE
-    )
+def _effective_status(status: int, body: Mapping[str, Any]) -> int:
+    """Return the HTTP status; for a success, the one in the envelope of the body [C]."""
+    match body:
+        case {"status": {"code": code}} | {"code": code} if 200 <= status < 300:
+            return int(text) if (text := _code(code)) and re.fullmatch(r"[45]\d\d", text) else status
+        case _:
+            return status
+
+
+def _error_class(status: int, body: Mapping[str, Any], message: str) -> type[ResponseError]:
+    if (status < 300 or 400 <= status < 500) and is_balance_error(_all_codes(body), message):
+        return InsufficientBalanceError
     match status:
-        case 402:
-            return InsufficientBalanceError
-        case _ if is_balance_error and (status == 403 or status < 300):
-            return InsufficientBalanceError
-        case 400 | 422:
-            return BadRequestError
         case 401:
             return AuthenticationError
+        case 402:
+            return InsufficientBalanceError
         case 403:
             return PermissionDeniedError
         case 404:
             return TaskNotFoundError
         case 429:
             return RateLimitedError
+        case _ if 400 <= status < 500:
+            return BadRequestError
         case _ if status >= 500:
             return ServerError
         case _:
             return ResponseError
 
 
+def unwrap(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object in an envelope [C]; the body itself if it is not one of a success."""
+    match body:
+        case {"status": {"code": code}, "data": dict(data)} | {"code": code, "data": dict(data)}:
+            return data if is_success_code(code) else body
+        case _:
+            return body
+
+
+def is_success_code(code: object) -> bool:
+    """Return whether the code in an envelope [C] means that all went well: 0, 200 or another 2xx, or a word for it."""
+    return re.fullmatch(r"0|2\d\d|ok|success", _code(code) or "", re.IGNORECASE) is not None
+
+
 def extract_error(body: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """Return the code and the message of the error in a body, in any known format; None if there is no error."""
-    for nested in (body.get("error"), body.get("status")):
-        if isinstance(nested, dict) and nested:
-            return _code(nested.get("code")), (_message(nested) or _dump_json(nested))[:_MAX_MESSAGE_LENGTH]
+    body = unwrap(body)
     error, message = body.get("error"), _message(body)
-    if isinstance(error, str) and error:
-        return (error, message) if message else (_code(body.get("code")), error)
-    return (_code(body.get("code")), message) if message else None
+    code = _code(body.get("code"))
+    if nested := _nested_errors(body):
+        code = next(iter(_all_codes(body)), None)
+        message = next(filter(None, map(_message, nested)), None) or message or _dump_json(nested[0])
+    elif isinstance(error, str) and error:
+        code, message = (error, message) if message else (code, error)
+    return (code, message[:_MAX_MESSAGE_LENGTH]) if message else None
+
+
+def has_clear_error(body: Mapping[str, Any]) -> bool:
+    """Return whether the body of a success reports an error, and not merely a message about the success.
+
+    If that is not clear, a task may exist.
+    """
+    task = unwrap(body)
+    error = extract_error(task)
+    if error is None or is_success_code(error[0]):
+        return False
+    if task.get("error"):
+        return True
+    code, message = error
+    if code is not None and re.fullmatch(r"[45]\d{2,4}", code):  # an HTTP status, or one with more digits, as 40201
+        return True
+    status = task.get("status")
+    if task is not body or (isinstance(status, str) and status_of(status) is not TaskStatus.FAILED):
+        return False
+    words = f"{code} {message}".replace("_", " ")
+    return task.get("success") is not True and _SUCCESS_WORDS.search(words) is None
+
+
+def _has_api_format(body: Mapping[str, Any]) -> bool:
+    """Return whether a body has one of the formats in which the API reports errors."""
+    if nested := _nested_errors(body):
+        return any(_message(error) or _codes_of(error) for error in nested)
+    return extract_error(body) is not None or not BALANCE_CODES.isdisjoint(_all_codes(body))
+
+
+def _nested_errors(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects `error` and `status` of a body that report an error; one with empty fields reports none."""
+    error, status = body.get("error"), body.get("status")
+    nested = [error] if isinstance(error, dict) and any(error.values()) else []
+    if isinstance(status, dict) and not is_success_code(status.get("code")):
+        nested += [status] if _message(status) or _codes_of(status) else []
+    return nested
+
+
+def _all_codes(body: Mapping[str, Any]) -> list[str]:
+    """Return the codes in the body of an error, the most specific one first."""
+    codes = [code for nested in _nested_errors(body) for code in _codes_of(nested)]
+    error = _code(body.get("error"))
+    return [*codes, *filter(None, [error]), *_codes_of(body)]
+
+
+def _codes_of(error: Mapping[str, Any]) -> list[str]:
+    return [code for name in ("error_code", "code") if (code := _code(error.get(name))) is not None]
 
 
 def _message(body: Mapping[str, Any]) -> str | None:
@@ -139,6 +216,8 @@ def _dump_json(value: object) -> str:
 
 
 def _code(value: object) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
 
 
@@ -148,12 +227,23 @@ def parse_json_object(response: HttpResponse) -> dict[str, Any]:
     Raises:
         ProtocolError: It is not a JSON object.
     """
-    body: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(response.body)
+    body = _load_json(response)
     if not isinstance(body, dict):
         raise ProtocolError(f"expected a JSON object, got HTTP {response.status} {_describe_body(response)}")
     return body
+
+
+def load_object(response: HttpResponse) -> dict[str, Any]:
+    """Return the JSON object in a response; an empty one if there is none."""
+    body = _load_json(response)
+    return body if isinstance(body, dict) else {}
+
+
+def _load_json(response: HttpResponse) -> object:
+    try:
+        return json.loads(response.body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _describe_body(response: HttpResponse) -> str:
@@ -167,27 +257,29 @@ def _describe_body(response: HttpResponse) -> str:
     return f"{phrase}: {text[:_MAX_TEXT_LENGTH]}" if text else f"{phrase}, with an empty body"
 
 
-def _parse_retry_after(response: HttpResponse, body: Mapping[str, Any]) -> float | None:
-    """Return the requested wait in seconds: seconds or an HTTP date in the header [D], or seconds in the body [B]."""
-    error = body.get("error")
+def parse_retry_after(
+    headers: Mapping[str, str], received: datetime, body: Mapping[str, Any] | None = None
+) -> float | None:
+    """Return the requested wait in seconds: seconds or an HTTP date in the header [D], or seconds in the body [B].
+
+    Args:
+        headers: A case-insensitive mapping.
+        received: When the response was received, by this machine's clock.
+        body: The JSON object in the response, if there is one.
+    """
+    error = body and body.get("error")
     for value in (
-        response.headers.get("Retry-After"),
-        body.get("retry_after"),
+        headers.get("Retry-After"),
+        body and body.get("retry_after"),
         error.get("retry_after") if isinstance(error, dict) else None,
     ):
         seconds = parse_finite(value)
-        if seconds is None and isinstance(value, str):
-            seconds = _seconds_until(value, response)
+        if seconds is None and isinstance(value, str) and (then := _parse_http_date(value)):
+            # Prefer the server's clock, because this machine's may be wrong.
+            seconds = (then - (_parse_http_date(headers.get("Date", "")) or received)).total_seconds()
         if seconds is not None:
             return max(0.0, seconds)
     return None
-
-
-def _seconds_until(http_date: str, response: HttpResponse) -> float | None:
-    then = _parse_http_date(http_date)
-    # Prefer the server's clock, because this machine's may be wrong.
-    now = _parse_http_date(response.headers.get("Date", "")) or response.received
-    return (then - now).total_seconds() if then else None
 
 
 def _parse_http_date(text: str) -> datetime | None:

@@ -5,6 +5,7 @@ import errno
 from flux2max_async._exceptions import (
     AuthenticationError,
     BudgetExceededError,
+    ConfigurationError,
     DownloadError,
     FluxError,
     InsufficientBalanceError,
@@ -53,6 +54,8 @@ def is_uncertain(error: FluxError) -> bool:
     match error:
         case TransportError(maybe_sent=maybe_sent):
             return maybe_sent
+        case InsufficientBalanceError():
+            return False
         case ResponseError(status=status):
             return status == 408 or (status >= 500 and status != 503)
         case ProtocolError():
@@ -71,9 +74,9 @@ def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:
     match error:
         case TransportError() | RateLimitedError() | ServerError():
             return True
-        case TaskNotFoundError():
+        case TaskNotFoundError(from_api=True):
             return elapsed is not None and elapsed < NOT_FOUND_GRACE_PERIOD
-        case ResponseError(status=408):
+        case ResponseError(status=408) | ResponseError(from_api=False):
             return True
         case _:
             return is_unreadable(error)
@@ -84,6 +87,9 @@ def is_unreadable(error: FluxError) -> bool:
     match error:
         case ProtocolError():
             return True
+        # The envelope of the response has a status code of its own [C].
+        case TaskNotFoundError() | RateLimitedError() | ServerError() | AuthenticationError() | PermissionDeniedError():
+            return False
         case ResponseError(status=status):
             return 200 <= status < 300
         case _:
@@ -91,11 +97,20 @@ def is_unreadable(error: FluxError) -> bool:
 
 
 def is_fatal_for_batch(error: FluxError) -> bool:
-    """Return whether every further submit with the same key, budget and journal would fail in the same way."""
-    return isinstance(
-        error,
-        (AuthenticationError, InsufficientBalanceError, PermissionDeniedError, BudgetExceededError, JournalError),
-    )
+    """Return whether every further submit of the same session would fail in the same way.
+
+    An answer that is not the API's own reveals nothing about other requests, until several in a row are alike. A poll
+    that is refused concerns other submits only if it is about the key or the balance.
+    """
+    match error:
+        case BudgetExceededError() | JournalError() | ConfigurationError():
+            return True
+        case AuthenticationError(from_api=True) | InsufficientBalanceError(from_api=True):
+            return True
+        case PermissionDeniedError(from_api=True, task_id=None):
+            return True
+        case _:
+            return error.stops_stream
 
 
 def is_disk_failure(error: FluxError) -> bool:

@@ -32,6 +32,21 @@ FINAL_STATUSES = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
 NO_URL = "about:blank"
 """The URL of an image whose real URL is unknown and has to be requested from the service."""
 
+_MAX_URL_REPR = 200
+
+
+def is_inline(url: str) -> bool:
+    """Return whether an image's URL is a `data:` URI, which contains the image itself."""
+    return url[:5].lower() == "data:"
+
+
+def _shorten_url(url: str) -> str:
+    """Return the repr of a URL, in which an inline image is replaced by its length."""
+    if is_inline(url):
+        header, _, data = url.partition(",")
+        return repr(f"{header[:_MAX_URL_REPR]},... ({len(data)} characters)")
+    return repr(url)
+
 
 @attrs.frozen(kw_only=True)
 class Usage:
@@ -48,14 +63,16 @@ class Usage:
 class GeneratedImage:
     """An image of a completed task. `session.save()` downloads it."""
 
-    url: str
-    """Short-lived: it expires after about 10 minutes."""
+    url: str = attrs.field(repr=_shorten_url)
+    """Short-lived: it expires after about 10 minutes. An inline image is a `data:` URI, which never expires."""
     type: str
     task_id: str
     extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """`jobId` and whatever else the service reports."""
     index: int = 0
     """The position among the task's images, from 0."""
+    received_at: datetime | None = attrs.field(default=None, eq=False, repr=False)
+    """When the URL was received, by this machine's clock; timezone-aware. None if nobody knows."""
 
 
 @attrs.frozen(kw_only=True)
@@ -72,6 +89,8 @@ class TaskSnapshot:
     """Timezone-aware."""
     error: TaskFailedError | None = None
     """Set if and only if the status is FAILED."""
+    partial_error: TaskFailedError | None = None
+    """Why a completed task has fewer images than it should have."""
     # Both may echo secrets, so neither is in the repr.
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     raw: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
@@ -91,6 +110,8 @@ class Completed:
     """Never empty."""
     usage: Usage | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
+    partial_error: TaskFailedError | None = None
+    """Why further images of the same task are missing, as when moderation refused some; None if none are."""
     elapsed: float = 0.0
     """Seconds from the submit (or the attach) to the poll or webhook that reported the end."""
     polls: int = 0

@@ -10,10 +10,11 @@ import attrs
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import HttpRequest, build_poll
-from flux2max_async._api.retry import backoff, is_unreadable, may_poll_again
-from flux2max_async._exceptions import DeadlineExceededError, FluxError, ProtocolError
+from flux2max_async._api.task_object import reported_status
+from flux2max_async._exceptions import DeadlineExceededError, FluxError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
+from flux2max_async._polling.failures import PollFailures
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._polling.updates import SnapshotFeed, Wakeup
 from flux2max_async._shutdown import Shutdown
@@ -21,13 +22,14 @@ from flux2max_async.webhooks._registry import WebhookRegistry
 
 log = logging.getLogger("flux2max_async.polling")
 
-_MAX_UNREADABLE_IN_A_ROW = 5
 _JITTER, _MAX_JITTER = 0.1, 0.25
 """Delays vary by so much of themselves, and by so many seconds at most."""
 _FINAL_POLL_MARGIN = 1.0
 """Seconds before the deadline at which a task is polled for the last time."""
 _CLOCK_TOLERANCE = 0.01
 """Seconds by which a timer may fire early."""
+_MAX_STATUS_LENGTH = 80
+"""Characters of an unknown status in a message."""
 
 
 @attrs.frozen
@@ -56,6 +58,8 @@ class PollStart:
     submitted_here: bool
     """Whether the schedule may learn from it."""
     expects_webhook: bool
+    webhook: TaskSnapshot | None = None
+    """What a webhook reported, if the task is known by it: the answer to its submit was lost."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -67,8 +71,8 @@ class TaskPoller:
     - waiting: sleep until the next poll is due. The plan decides when, and after a failed poll the backoff does. A
       final poll comes just before the deadline and just before the session's drain ends. Pauses that the service asked
       for and the session's poll limit delay a poll; the limit never delays the final one.
-    - polling: one GET. A failed poll is not a failed task: it is repeated, but for the failures that
-      `may_poll_again()` calls final.
+    - polling: one GET. A failed poll is not a failed task: it is repeated until `PollFailures` finds that the failures
+      in a row end the task.
     - ended: `run()` returns the final snapshot, or raises the reason why the task is not followed any more.
 
     Any time, `on_webhook()` can publish a final snapshot: it cuts the sleep short or abandons the poll on the wire.
@@ -86,9 +90,7 @@ class TaskPoller:
     """What the newest poll reported; progress in a webhook was measured at an unknown time."""
     _running_until: float = attrs.field(default=0.0, init=False)
     """Seconds from the submit to the newest poll that found the task running."""
-    _failed_polls: int = attrs.field(default=0, init=False)
-    """In a row."""
-    _unreadable_answers: int = attrs.field(default=0, init=False)
+    _failures: PollFailures = attrs.field(factory=PollFailures, init=False)
     """In a row."""
     _poll_now: bool = attrs.field(default=False, init=False)
     """Whether a webhook that can't be read calls for a poll."""
@@ -103,6 +105,8 @@ class TaskPoller:
     def listen(self) -> None:
         """Take webhooks for the task from now on, and those that have arrived already."""
         self._feed.on_first_watcher = self._on_first_watcher
+        if self._start.webhook is not None:
+            self.on_webhook(self._start.webhook)
         if self._context.registry.in_use:
             early = self._context.registry.add(self._start.task_id, self)
             if early is not None:
@@ -155,7 +159,9 @@ class TaskPoller:
         snapshot, elapsed, start = self._feed.snapshot, self.elapsed, self._start
         assert snapshot is not None
         if start.submitted_here:
-            not_before = elapsed if self.ended_by_webhook else self._running_until
+            # The webhook of a lost submit may have come long before it was known that the answer is lost.
+            is_prompt = self.ended_by_webhook and start.webhook is None
+            not_before = elapsed if is_prompt else self._running_until
             plan.finish(not_before, elapsed, completed=snapshot.error is None)
         if start.expects_webhook and (self.ended_by_webhook or self.polls):
             self._context.registry.record_end(by_webhook=self.ended_by_webhook)
@@ -194,8 +200,8 @@ class TaskPoller:
         """Return the seconds until the next poll is due."""
         if self._poll_now:
             return 0.0
-        if self._failed_polls:
-            return self._remaining(backoff(self._failed_polls, random.random()))
+        if self._failures.count:
+            return self._remaining(self._failures.retry_delay(self._last_poll_at, random.random()))
         if self._feed.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
         delay = self._planned_delay(plan)
@@ -234,11 +240,17 @@ class TaskPoller:
         remaining = self._start.deadline - self._context.client.now()
         undisturbed = await self._wakeup.sleep(min(delay, max(remaining, 0.0)))
         if undisturbed and delay >= remaining:
-            raise DeadlineExceededError(
-                f"task {self._start.task_id} has not ended within {self._context.task_timeout:g} s; attach() it later",
-                task_id=self._start.task_id,
-            )
+            raise self._deadline_error()
         return undisturbed and not self._feed.ended
+
+    def _deadline_error(self) -> DeadlineExceededError:
+        status = self._feed.snapshot and reported_status(self._feed.snapshot)
+        known = f"its last status was {status[:_MAX_STATUS_LENGTH]!r}" if status else "no poll has found its status"
+        return DeadlineExceededError(
+            f"task {self._start.task_id} has not ended within {self._context.task_timeout:g} s: {known}; "
+            "attach() it later",
+            task_id=self._start.task_id,
+        )
 
     def _on_first_watcher(self) -> None:
         if self._start.expects_webhook:
@@ -260,7 +272,8 @@ class TaskPoller:
             if not self._feed.ended:  # otherwise a webhook was faster
                 self._on_failed_poll(error)
         else:
-            self._failed_polls = self._unreadable_answers = 0
+            if self._failures.count:
+                self._failures.reset()
             self._progress = snapshot.progress
             self._feed.publish(snapshot)
             if not self._feed.ended:
@@ -273,20 +286,20 @@ class TaskPoller:
             self._last_poll_at = client.now()
 
     def _on_failed_poll(self, error: Exception) -> None:
-        """Count a failed poll; raise if another one would be pointless."""
-        age = self._start.age
-        if not isinstance(error, FluxError) or not may_poll_again(
-            error, elapsed=None if age is None else age + self.elapsed
-        ):
+        """Record a failed poll; raise if another one would be pointless."""
+        if not isinstance(error, FluxError):
             raise error
-        self._failed_polls += 1
-        self._unreadable_answers = self._unreadable_answers + 1 if is_unreadable(error) else 0
-        if self._unreadable_answers == _MAX_UNREADABLE_IN_A_ROW:
-            raise ProtocolError(
-                f"task {self._start.task_id}: {_MAX_UNREADABLE_IN_A_ROW} unreadable answers in a row: {error}"
-            ) from error
+        age, task_id = self._start.age, self._start.task_id
+        final = self._failures.record(
+            error, self._context.client.now(), elapsed=None if age is None else age + self.elapsed
+        )
+        if final is error:
+            raise error
+        if final is not None:
+            final.message = f"task {task_id}: {final.message}"
+            raise final from error
         self._context.client.count_retry()
-        log.warning("task %s: poll %d failed (%s)", self._start.task_id, self.polls, error)
+        log.warning("task %s: poll %d failed (%s)", task_id, self.polls, error)
 
 
 class _Plan:

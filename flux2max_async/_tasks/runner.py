@@ -2,19 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
+from flux2max_async._api.client import AcceptedSubmit
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome
-from flux2max_async._polling.poller import PollingContext, PollStart, TaskPoller
+from flux2max_async._polling.poller import PollStart, TaskPoller
 from flux2max_async._polling.updates import SnapshotFeed
 from flux2max_async._tasks.cancellation import SubmitCancellation
-from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async._tasks.context import RunnerContext, RunnerObserver
+from flux2max_async._tasks.submission import ExpectedWebhook, make_good
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 
@@ -26,38 +27,15 @@ _MAX_KEY_CONFLICTS = 20
 """In a row, before the journal is taken for broken."""
 
 
-class RunnerObserver(Protocol):
-    """Follows a runner; its methods are called synchronously and must not raise."""
-
-    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
-        """Called when the runner begins, or ceases, to wait for another process that follows the request."""
-
-    def on_ended(self, runner: "TaskRunner", outcome: Outcome) -> None:
-        """Called in the moment of the end, before anything else can happen."""
-
-
-@attrs.frozen
-class RunnerContext:
-    """What the runners of a session share."""
-
-    polling: PollingContext
-    slots: asyncio.Semaphore
-    """One has to be free before a submit; it is held until the task ends."""
-    add_webhook: Callable[[GenerationRequest], GenerationRequest] | None
-    """Returns the request with the session's webhook, or unchanged; None if the session has none."""
-    single_flight: SingleFlight
-    check_caller: Callable[[], None]
-    """Raises if the calling process or event loop is not the session's."""
-
-
 @attrs.define(eq=False, repr=False)
 class TaskRunner:
     """Runs one request, and outlives whoever waits for it. Its end is an outcome, never an exception.
 
     States: looking up (`record.find_existing()`), waiting for a slot, submitting, polling, recording, ended. `answered`
-    is resolved once there is a task id, or never will be one; `ended` with the outcome, on every path. Only `run()`
-    moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()` ends any. Whoever cancels
-    the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
+    is resolved once there is a task id, or never will be one, and `submit_done` at the same time, or earlier if the
+    answer to the submit is lost and only a webhook can still reveal the id; `ended` is resolved with the outcome, on
+    every path. Only `run()` moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()`
+    ends any. Whoever cancels the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
 
     Several callers may share a runner: each joins, and leaves if it goes before the end. When the last one has left,
     what is not submitted yet is not submitted.
@@ -70,6 +48,9 @@ class TaskRunner:
     task_id: str | None = None
     feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
     answered: "asyncio.Future[None]" = attrs.field(
+        factory=lambda: asyncio.get_running_loop().create_future(), init=False
+    )
+    submit_done: "asyncio.Future[None]" = attrs.field(
         factory=lambda: asyncio.get_running_loop().create_future(), init=False
     )
     ended: "asyncio.Future[Outcome]" = attrs.field(
@@ -220,13 +201,24 @@ class TaskRunner:
         else:
             await self._context.slots.acquire()
             self._holds_slot = True
-        add_webhook = self._context.add_webhook
-        request = self.request if add_webhook is None else add_webhook(self.request)
-        polling = self._context.polling
-        accepted = await polling.client.submit(
-            request, task_timeout=polling.task_timeout, cancellation=self._cancellation, record=self.record
-        )
-        self.feed.publish(accepted.snapshot)
+        self.task_id = None  # of an earlier attempt, which another process has followed
+        polling, add_webhook = self._context.polling, self._context.add_webhook
+        expected = None if add_webhook is None else ExpectedWebhook.create(self.request, add_webhook, polling)
+        self.record.webhook_token = expected.token if expected else None
+        try:
+            result = await polling.client.submit(
+                expected.request if expected else self.request,
+                task_timeout=polling.task_timeout,
+                cancellation=self._cancellation,
+                record=self.record,
+            )
+            _resolve(self.submit_done, None)
+            accepted = result if isinstance(result, AcceptedSubmit) else await make_good(result, expected, polling)
+        finally:
+            if expected:
+                expected.forget()
+        if not accepted.by_webhook:
+            self.feed.publish(accepted.snapshot)
         return PollStart(
             task_id=accepted.snapshot.task_id,
             request=self.request,
@@ -234,7 +226,8 @@ class TaskRunner:
             deadline=accepted.deadline,
             age=0.0,
             submitted_here=True,
-            expects_webhook=request is not self.request,
+            expects_webhook=expected is not None,
+            webhook=accepted.snapshot if accepted.by_webhook else None,
         )
 
     async def _resume(self, task_id: str, age: float | None) -> Outcome:
@@ -283,6 +276,7 @@ class TaskRunner:
             images=end.images,
             usage=end.usage,
             metadata=end.metadata,
+            partial_error=end.partial_error,
             elapsed=polling.client.now() - start.started,
             polls=self.poller.polls,
         )
@@ -301,6 +295,10 @@ class TaskRunner:
 
     def _set_task_id(self, task_id: str) -> None:
         self.task_id = task_id
+        self._set_answered()
+
+    def _set_answered(self) -> None:
+        _resolve(self.submit_done, None)
         _resolve(self.answered, None)
 
     def _end(self, outcome: Outcome) -> None:
@@ -311,7 +309,7 @@ class TaskRunner:
         if self.poller is not None and self._context.polling.registry.in_use:
             self.poller.close()
         self._release_slot()
-        _resolve(self.answered, None)
+        self._set_answered()
         _resolve(self.ended, outcome)
         for observer in self._observers:
             observer.on_ended(self, outcome)
@@ -341,7 +339,7 @@ class TaskRunner:
         while link is not None:
             link.__traceback__ = None
             link = link.__cause__ or link.__context__
-        return Failed(task_id=self.task_id, request=self.request, error=error, elapsed=self.elapsed, polls=self.polls)
+        return Failed(task_id=error.task_id, request=self.request, error=error, elapsed=self.elapsed, polls=self.polls)
 
 
 def _resolve(future: "asyncio.Future[Any]", value: object) -> None:

@@ -15,8 +15,10 @@ from flux2max_async._models.results import Completed, Outcome
 from flux2max_async._polling.poller import PollingContext
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
-from flux2max_async._tasks.runner import RunnerContext, TaskRunner
+from flux2max_async._tasks.context import RunnerContext
+from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async._tasks.submission import AddWebhook
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
@@ -55,7 +57,7 @@ class Supervisor:
         records: RecordFactory,
         *,
         max_in_flight: int,
-        add_webhook: Callable[[GenerationRequest], GenerationRequest] | None,
+        add_webhook: AddWebhook | None,
     ) -> None:
         self.shutdown = polling.shutdown
         self.client = polling.client
@@ -175,6 +177,8 @@ class Supervisor:
                     self._adopt(entry)
             elif (listener := self._polling.registry.listener(entry.task_id or "")) is not None:
                 listener.on_webhook(snapshot_from_entry(entry))
+            elif (snapshot := snapshot_from_entry(entry)) is not None:
+                self._polling.registry.resolve(entry.webhook_token, snapshot)
 
     def _adopt(self, entry: JournalEntry) -> None:
         """Follow a task that a dead process left behind, so that its end is in the journal whoever asks for it."""
@@ -289,7 +293,7 @@ class Supervisor:
         self.shutdown.finish()
         for runner in list(self._runners):
             runner.cancel_submit(closed_error())
-        if unanswered := [runner.answered for runner in self._runners if not runner.answered.done()]:
+        if unanswered := [runner.submit_done for runner in self._runners if not runner.submit_done.done()]:
             await asyncio.wait(unanswered, timeout=ANSWER_TIMEOUT)
         self.close_now()
         if tasks := list(self._tasks):

@@ -31,6 +31,7 @@ from flux2max_async import (
     AuthenticationError,
     BadRequestError,
     ConfigurationError,
+    ContentModeratedError,
     FluxError,
     FluxSession,
     GenerationRequest,
@@ -43,7 +44,6 @@ from flux2max_async import (
     ServerError,
     SessionClosedError,
     SubmissionUncertainError,
-    TaskNotFoundError,
     TransportError,
 )
 from flux2max_async._api.transport import _SubmitPayload
@@ -132,14 +132,27 @@ async def test_missing_input_file_sends_nothing(scripted: ScriptedGateway, tmp_p
             answer(403, {"error": {"code": 40203, "message": "no"}}), InsufficientBalanceError, id="403, no balance"
         ),
         pytest.param(answer(403, {"message": "no"}), PermissionDeniedError, id="403"),
-        pytest.param(answer(404, b""), TaskNotFoundError, id="404"),
-        pytest.param(answer(418, b"teapot"), ResponseError, id="418"),
-        pytest.param(answer(307, b"", [("Location", "https://x.example/")]), ResponseError, id="307"),
+        pytest.param(
+            answer(429, {"status": {"code": 429, "message": "no", "error_code": 40203}, "data": None}),
+            InsufficientBalanceError,
+            id="429, no balance",
+        ),
+        pytest.param(answer(400, {"message": "insufficient credits"}), InsufficientBalanceError, id="400, no balance"),
+        pytest.param(
+            answer(403, {"error": {"code": "content_policy_violation", "message": "no"}}),
+            ContentModeratedError,
+            id="403, moderated",
+        ),
+        pytest.param(answer(403, b"<html>blocked</html>"), PermissionDeniedError, id="403 of a firewall"),
+        pytest.param(answer(404, b""), ConfigurationError, id="404"),
+        pytest.param(answer(405, {"detail": "Method Not Allowed"}), ConfigurationError, id="405"),
+        pytest.param(answer(418, b"teapot"), BadRequestError, id="418"),
+        pytest.param(answer(307, b"", [("Location", "https://x.example/")]), ConfigurationError, id="307"),
         pytest.param(answer(200, {"error": {"code": 7, "message": "no"}}), ResponseError, id="200, error"),
     ],
 )
 async def test_refusal_is_raised_without_retry(
-    scripted: ScriptedGateway, behaviour: Behaviour, error: type[ResponseError]
+    scripted: ScriptedGateway, behaviour: Behaviour, error: type[FluxError]
 ) -> None:
     """A refusal is raised as an error of its own class and is not retried."""
     scripted.submits = deque([behaviour])
@@ -290,16 +303,31 @@ async def test_submit_response_with_a_completed_task_needs_no_poll(scripted: Scr
     assert (outcome.task_id, outcome.polls) == ("t9", 0)
 
 
+LOST_ANSWERS = frozenset(
+    (
+        *(Fault.SERVER_ERROR, Fault.BAD_GATEWAY, Fault.GATEWAY_TIMEOUT, Fault.REQUEST_TIMEOUT, Fault.RESET_BEFORE),
+        *(Fault.RESET_AFTER, Fault.HANG, Fault.CUT, Fault.GARBAGE, Fault.NO_ID, Fault.STATUS_TASK_NOT_FOUND),
+    )
+)
+
+
 @pytest.mark.parametrize("fault", [None, *Fault])
 async def test_no_fault_causes_a_second_task(gateway: Emulator, fault: Fault | None) -> None:
-    """Whatever a single fault does to a submit, the service accepts at most one POST for the prompt."""
+    """Whatever a single fault does to a submit, at most one POST creates a task, whose end, id or doubt is reported."""
     gateway.script("submit", fault)
+    error: FluxError | None = None
     async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
-        outcomes = [outcome async for outcome in session.stream(["a cat"])]
+        try:
+            await session.generate("a cat")
+        except FluxError as failure:
+            error = failure
 
-    assert len(outcomes) == 1
     assert gateway.accepted["a cat"] <= 1
-    assert outcomes[0].ok or isinstance(outcomes[0].error, (SubmissionUncertainError, TaskNotFoundError))
+    for task in gateway.tasks.values():
+        assert (error is None) == (task.fate == "completed") or isinstance(error, SubmissionUncertainError), error
+        assert error is None or error.task_id == task.id or isinstance(error, SubmissionUncertainError)
+    assert gateway.tasks or error is not None
+    assert isinstance(error, SubmissionUncertainError) is (fault in LOST_ANSWERS)
 
 
 @pytest.mark.parametrize("extra_images", range(3))

@@ -1,6 +1,7 @@
 """The retry policy: one table of cases for each decision."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from flux2max_async import (
     AuthenticationError,
     BadRequestError,
+    BudgetExceededError,
     ConfigurationError,
     ContentModeratedError,
     DeadlineExceededError,
@@ -16,6 +18,7 @@ from flux2max_async import (
     FluxError,
     InsufficientBalanceError,
     InvalidRequestError,
+    JournalError,
     PermissionDeniedError,
     ProtocolError,
     RateLimitedError,
@@ -38,6 +41,21 @@ from flux2max_async._api.retry import (
     may_submit_again,
 )
 
+ErrorT = TypeVar("ErrorT", bound=FluxError)
+
+
+def of_poll(error: ErrorT) -> ErrorT:
+    """Return the error of a task's poll, which has the task's id."""
+    error.task_id = "t1"
+    return error
+
+
+def last_of_several(error: ErrorT) -> ErrorT:
+    """Return the error that was the last of too many in a row."""
+    error.stops_stream = True
+    return error
+
+
 CASES: dict[str, FluxError] = {
     "not sent": TransportError("no connection", maybe_sent=False),
     "response lost": TransportError("reset", maybe_sent=True),
@@ -45,6 +63,11 @@ CASES: dict[str, FluxError] = {
     "200, error": ResponseError("no", status=200),
     "299, error": ResponseError("no", status=299),
     "200, no balance": InsufficientBalanceError("no", status=200),
+    "200, 401 in an envelope": AuthenticationError("no", status=200),
+    "200, 403 in an envelope": PermissionDeniedError("no", status=200),
+    "200, 404 in an envelope": TaskNotFoundError("no", status=200),
+    "200, 429 in an envelope": RateLimitedError("no", status=200),
+    "200, 500 in an envelope": ServerError("no", status=200),
     "307": ResponseError("redirect", status=307),
     "400": BadRequestError("no", status=400),
     "401": AuthenticationError("no", status=401),
@@ -56,6 +79,18 @@ CASES: dict[str, FluxError] = {
     "408": ResponseError("no", status=408),
     "409": ResponseError("no", status=409),
     "422": BadRequestError("no", status=422),
+    "400 of a firewall": BadRequestError("no", status=400, from_api=False),
+    "401 of a firewall": AuthenticationError("no", status=401, from_api=False),
+    "402 of a firewall": InsufficientBalanceError("no", status=402, from_api=False),
+    "403 of a firewall": PermissionDeniedError("no", status=403, from_api=False),
+    "404 of a firewall": TaskNotFoundError("no", status=404, from_api=False),
+    "302 of a firewall": ResponseError("no", status=302, from_api=False),
+    "third 403 of a firewall": last_of_several(PermissionDeniedError("no", status=403, from_api=False)),
+    "401 of a poll": of_poll(AuthenticationError("no", status=401)),
+    "402 of a poll": of_poll(InsufficientBalanceError("no", status=402)),
+    "403 of a poll": of_poll(PermissionDeniedError("no", status=403)),
+    "408, no balance": InsufficientBalanceError("no", status=408),
+    "429, no balance": InsufficientBalanceError("no", status=429),
     "429": RateLimitedError("no", status=429),
     "429, Retry-After": RateLimitedError("no", status=429, retry_after=7.0),
     "500": ServerError("no", status=500),
@@ -66,8 +101,12 @@ CASES: dict[str, FluxError] = {
     "599": ServerError("no", status=599),
     "failed": TaskFailedError("no", task_id="t1"),
     "moderated": ContentModeratedError("no", task_id="t1"),
+    "moderated at the submit": ContentModeratedError("no"),
     "deadline exceeded": DeadlineExceededError("late", task_id="t1"),
     "uncertain": SubmissionUncertainError("lost"),
+    "uncertain probe": last_of_several(SubmissionUncertainError("lost")),
+    "budget": BudgetExceededError("spent"),
+    "journal": JournalError("full"),
     "invalid request": InvalidRequestError("no", field="width"),
     "invalid settings": ConfigurationError("no"),
     "closed": SessionClosedError("closed"),
@@ -84,7 +123,7 @@ def table(*true_cases: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return pytest.mark.parametrize(("error", "expected"), rows)
 
 
-@table("not sent", "429", "429, Retry-After", "503", "503, Retry-After")
+@table("not sent", "429", "429, Retry-After", "503", "503, Retry-After", "200, 429 in an envelope")
 def test_submit_is_retried_only_if_it_certainly_created_nothing(error: FluxError, expected: bool) -> None:
     """After no connection, a 429 or a 503 there is no task; after anything else, a retry might be paid for twice."""
     result = may_submit_again(error)
@@ -111,10 +150,12 @@ def test_uncertain_submit_is_never_retried(error: FluxError) -> None:
 RETRIED_POLLS = (
     *("not sent", "response lost", "not HTTP", "200, error", "299, error", "200, no balance"),
     *("408", "429", "429, Retry-After", "500", "502", "503", "503, Retry-After", "504", "599"),
+    *("200, 429 in an envelope", "200, 500 in an envelope", "408, no balance"),
+    *(f"{status} of a firewall" for status in ("302", "400", "401", "402", "403", "404", "third 403")),
 )
 
 
-@table(*RETRIED_POLLS, "404")
+@table(*RETRIED_POLLS, "404", "200, 404 in an envelope")
 def test_poll_is_retried_soon_after_the_submit(error: FluxError, expected: bool) -> None:
     """A failed poll is retried, and so is a 404 soon after the submit."""
     result = may_poll_again(error, elapsed=NOT_FOUND_GRACE_PERIOD - 0.001)
@@ -149,9 +190,13 @@ def test_unreadable_response_is_retried(error: FluxError) -> None:
     assert not is_final
 
 
-@table("401", "402", "403", "403, no balance", "200, no balance")
+@table(
+    *("401", "402", "403", "403, no balance", "200, no balance", "408, no balance", "429, no balance"),
+    *("200, 401 in an envelope", "200, 403 in an envelope", "401 of a poll", "402 of a poll"),
+    *("third 403 of a firewall", "uncertain probe", "invalid settings", "budget", "journal"),
+)
 def test_errors_that_are_fatal_for_a_batch(error: FluxError, expected: bool) -> None:
-    """A key that is invalid, forbidden or without balance ends a stream; nothing else does."""
+    """What every further submit would meet ends a stream; a single answer of a firewall and a poll's 403 do not."""
     result = is_fatal_for_batch(error)
 
     assert result is expected

@@ -24,6 +24,7 @@ from flux2max_async import (
     TaskStatus,
     Usage,
 )
+from flux2max_async._models.results import is_inline
 
 REQUEST = GenerationRequest("a lighthouse", webhook_secret="hush-7f3a9c", extra={"steps": 4})
 IMAGE = GeneratedImage(url="https://pictures.example/0.jpeg", type="image", task_id="t1", extra={"jobId": "j1"})
@@ -195,6 +196,7 @@ def test_missing_facts_are_none_or_empty() -> None:
 
     assert first == second
     assert (first.progress, first.images, first.usage, first.created_at, first.error) == (None, (), None, None, None)
+    assert first.partial_error is None
     assert first.metadata == first.raw == Usage().extra == {}
     assert first.metadata is not second.metadata
     assert (Usage().cost, Usage().discount) == (None, None)
@@ -205,8 +207,39 @@ def test_only_what_identifies_an_outcome_is_required() -> None:
     completed, failed = Completed(task_id="t1", images=(IMAGE,)), Failed(error=FluxError("no"))
 
     assert (completed.request, completed.usage, completed.metadata) == (None, None, {})
+    assert completed.partial_error is None
     assert (completed.elapsed, completed.polls, completed.replayed, completed.saved) == (0.0, 0, False, ())
     assert (failed.task_id, failed.request, failed.elapsed, failed.polls) == (None, None, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://pictures.example/0.jpeg?Signature=abc", "'https://pictures.example/0.jpeg?Signature=abc'"),
+        ("data:image/png;base64,iVBORw0KGgo", "'data:image/png;base64,... (11 characters)'"),
+        ("DATA:image/png;base64,iVBORw0KGgo", "'DATA:image/png;base64,... (11 characters)'"),
+        (f"data:image/png;base64,{'A' * 5_000_000}", "'data:image/png;base64,... (5000000 characters)'"),
+        (f"data:{'A' * 5_000_000}", f"'data:{'A' * 195},... (0 characters)'"),
+        ("data:", "'data:,... (0 characters)'"),
+    ],
+    ids=["link", "inline", "upper case", "large", "malformed", "empty"],
+)
+def test_the_repr_of_an_inline_image_shows_its_length(url: str, shown: str) -> None:
+    """The repr of an image shows a link, but of an inline image only the length."""
+    image = attrs.evolve(IMAGE, url=url)
+
+    assert f"(url={shown}, " in repr(image)
+    assert len(repr(attrs.evolve(COMPLETED, images=(image,)))) < 1000
+    assert is_inline(url) is not url.startswith("https")
+
+
+def test_the_time_of_receipt_does_not_distinguish_images() -> None:
+    """Images that were received at different times are equal, and the time is not in their repr."""
+    received = attrs.evolve(IMAGE, received_at=datetime(2025, 11, 22, 10, 0, tzinfo=UTC))
+
+    assert received == IMAGE
+    assert repr(received) == repr(IMAGE)
+    assert IMAGE.received_at is None
 
 
 @pytest.mark.parametrize("kind", [Usage, GeneratedImage, TaskSnapshot, Completed, Failed])

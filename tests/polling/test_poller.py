@@ -1,7 +1,9 @@
 """TaskPoller: a failed poll is retried until the deadline; only the service ends a task."""
 
 from collections import deque
+from contextlib import nullcontext
 from decimal import Decimal
+from itertools import pairwise
 
 import anyio
 import pytest
@@ -23,6 +25,7 @@ from support.scripted import (
 
 from flux2max_async import (
     AuthenticationError,
+    BadRequestError,
     Completed,
     ContentModeratedError,
     DeadlineExceededError,
@@ -31,6 +34,9 @@ from flux2max_async import (
     FluxError,
     FluxSession,
     GenerationRequest,
+    InsufficientBalanceError,
+    Outcome,
+    PermissionDeniedError,
     PollPlan,
     ProtocolError,
     TaskFailedError,
@@ -73,6 +79,8 @@ async def test_task_is_polled_until_it_is_completed(scripted: ScriptedGateway) -
         pytest.param(answer(200, {"error": {"message": "no"}}), id="200, error"),
         pytest.param(answer(200, {"id": "t1", "status": "completed", "output": []}), id="completed without output"),
         pytest.param(answer(404, b""), id="404 soon after the submit"),
+        pytest.param(answer(200, {"status": {"code": 404, "message": "no"}}), id="404 in an envelope"),
+        pytest.param(answer(200, {"id": None, "status": "Task not found"}), id="Task not found"),
         *(pytest.param(answer(status, b""), id=str(status)) for status in (408, 429, 500, 502, 503, 504)),
     ],
 )
@@ -120,7 +128,7 @@ async def test_readable_response_resets_the_count_of_unreadable_ones(scripted: S
 @pytest.mark.parametrize(
     ("behaviour", "error"),
     [
-        pytest.param(answer(401, b""), AuthenticationError, id="401"),
+        pytest.param(answer(401, {"message": "no"}), AuthenticationError, id="401"),
         pytest.param(answer(200, {"status": "failed", "error": "out of memory"}), TaskFailedError, id="failed"),
         pytest.param(
             answer(200, {"status": "failed", "error": {"code": 1, "error_message": "Request Moderated"}}),
@@ -145,15 +153,233 @@ async def test_final_failures_end_the_task(
     assert outcome.task_id == "t1"
 
 
-async def test_404_is_final_after_the_grace_period(scripted: ScriptedGateway) -> None:
-    """A 404 is retried for 30 s after the submit, and is final after that."""
-    scripted.polls = deque([answer(404, b"")])
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        pytest.param(answer(404, {"error": {"code": "task_not_found", "message": "no such task"}}), id="404"),
+        pytest.param(answer(200, {"id": None, "status": "Task not found"}), id="status"),
+        pytest.param(answer(200, {"status": {"code": 404, "message": "no such task"}, "data": None}), id="envelope"),
+    ],
+)
+async def test_404_is_final_after_the_grace_period(scripted: ScriptedGateway, behaviour: Behaviour) -> None:
+    """A 404 of the API is retried for 30 s after the submit, and is final after that."""
+    scripted.polls = deque([behaviour])
     async with session_on(scripted) as session:
         outcome = await (await session.submit("a cat")).outcome()
 
     assert isinstance(outcome, Failed)
     assert isinstance(outcome.error, TaskNotFoundError)
     assert 30 <= outcome.elapsed < 60
+
+
+# ---------------------------------------------------------------------- refused polls
+
+
+REFUSED: dict[str, tuple[int, object, type[FluxError]]] = {
+    "400": (400, {"error": {"code": 40001, "error_message": "no"}}, BadRequestError),
+    "400, detail": (400, {"detail": "no"}, BadRequestError),
+    "401": (401, {"error": {"code": "unauthorized", "message": "no"}}, AuthenticationError),
+    "401, two texts": (401, {"error": "unauthorized", "message": "no"}, AuthenticationError),
+    "402": (
+        402,
+        {"status": {"code": 402, "message": "no", "error_code": 40201}, "data": None},
+        InsufficientBalanceError,
+    ),
+    "403": (403, {"error": {"code": "denied", "message": "no"}}, PermissionDeniedError),
+    "403, Forbidden": (403, {"message": "Forbidden"}, PermissionDeniedError),
+    "403, no balance": (403, {"error": {"code": 40203, "message": "no"}}, InsufficientBalanceError),
+    "429, no balance": (429, {"code": 40208, "message": "no"}, InsufficientBalanceError),
+    "401 in an envelope": (200, {"status": {"code": 401, "message": "no"}, "data": None}, AuthenticationError),
+}
+FOREIGN = {
+    "HTML": b"<html><h1>Forbidden</h1></html>",
+    "text": b"Access denied. Reference: 18.3a9c7e1b",
+    "nothing": b"",
+    "JSON of a firewall's own": b'{"blocked": true, "ray": "8f3a9c7e1b2d4f60"}',
+    "JSON list": b'[{"message": "Forbidden"}]',
+}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("status", "body", "error"), REFUSED.values(), ids=REFUSED)
+async def test_one_or_two_refused_polls_do_not_end_a_task(
+    scripted: ScriptedGateway, status: int, body: object, error: type[FluxError], times: int
+) -> None:
+    """A paid task goes on after one or two refusals of its polls, and again after each success."""
+    refusals = [answer(status, body)] * times
+    scripted.polls = deque([RUNNING, *refusals, RUNNING, *refusals, COMPLETED])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+        assert session.stats.retries == 2 * times
+    assert outcome.ok
+    assert outcome.polls == 3 + 2 * times
+
+
+@pytest.mark.parametrize(("status", "body", "error"), REFUSED.values(), ids=REFUSED)
+async def test_three_refused_polls_in_a_row_end_a_task(
+    scripted: ScriptedGateway, status: int, body: object, error: type[FluxError]
+) -> None:
+    """A refusal that comes three times in a row, over at least 10 s, is the outcome of the task."""
+    scripted.polls = deque([RUNNING, answer(status, body)])
+    async with session_on(scripted) as session:
+        outcome = await (await session.submit("a cat")).outcome()
+
+    times = [request.at for request in scripted.of("GET")]
+    assert isinstance(outcome, Failed)
+    assert type(outcome.error) is error
+    assert (outcome.task_id, outcome.error.task_id, outcome.polls) == ("t1", "t1", 4)
+    assert 10.0 <= times[-1] - times[1] < 12.0
+
+
+async def test_refusals_within_ten_seconds_do_not_end_a_task(scripted: ScriptedGateway) -> None:
+    """Three refusals that come faster than that, because a webhook can't be read, are waited out."""
+    refused = answer(403, {"message": "Forbidden"})
+    scripted.polls = deque([refused, refused, refused, refused, COMPLETED])
+    async with session_on(scripted) as session:
+        task = await session.submit("a cat")
+        for _ in range(2):
+            await anyio.sleep(2.0)
+            task._runner.poller.on_webhook(None)  # type: ignore[union-attr]
+        outcome = await task
+
+    times = [request.at for request in scripted.of("GET")]
+    assert outcome.polls == 5
+    assert times[3] - times[0] < 10.0
+    assert times[4] - times[0] >= 10.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404])
+@pytest.mark.parametrize("body", FOREIGN.values(), ids=FOREIGN)
+async def test_answers_of_a_firewall_never_end_a_task(scripted: ScriptedGateway, body: bytes, status: int) -> None:
+    """However often something else answers in the API's place, the task is polled on, and completes."""
+    scripted.polls = deque([*[answer(status, body)] * 20, COMPLETED])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+    assert outcome.ok
+    assert outcome.polls == 21
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404])
+async def test_answers_of_a_firewall_until_the_deadline(scripted: ScriptedGateway, status: int, attached: bool) -> None:
+    """If something else answers until the deadline, the task ends with DeadlineExceededError, and may be attached."""
+    scripted.polls = deque([answer(status, b"<html><h1>Forbidden</h1></html>")])
+    async with session_on(scripted, task_timeout=60.0) as session:
+        task = session.attach("t1") if attached else await session.submit("a cat")
+        outcome = await task.outcome()
+
+    assert isinstance(outcome, Failed)
+    assert type(outcome.error) is DeadlineExceededError
+    assert outcome.task_id == "t1"
+    assert outcome.elapsed == pytest.approx(60.0)
+    assert outcome.polls > 5
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "stops"),
+    [
+        pytest.param(403, {"message": "Forbidden"}, False, id="403"),
+        pytest.param(400, {"message": "no"}, False, id="400"),
+        pytest.param(401, {"message": "no"}, True, id="401"),
+        pytest.param(402, {"error": {"code": 40201, "message": "no"}}, True, id="402"),
+        pytest.param(401, b"<html>blocked</html>", False, id="401 of a firewall"),
+        pytest.param(402, b"", False, id="402 of a firewall"),
+    ],
+)
+async def test_refused_polls_and_the_submits_of_a_stream(
+    scripted: ScriptedGateway, status: int, body: object, stops: bool
+) -> None:
+    """A poll's refusal stops the submits of a stream only if it is about the key or the balance, and confirmed."""
+    scripted.submits = deque(answer(200, {"id": f"t{number}", "status": "in_progress"}) for number in range(100))
+    scripted.polls = deque([answer(status, body)])
+    outcomes: list[Outcome] = []
+    async with session_on(scripted, max_in_flight=8, task_timeout=60.0) as session:
+        with pytest.raises((AuthenticationError, InsufficientBalanceError)) if stops else nullcontext():
+            async for outcome in session.stream(f"cat {number}" for number in range(100)):
+                outcomes.append(outcome)
+
+    assert not any(outcome.ok for outcome in outcomes)
+    assert len(outcomes) == len(scripted.of("POST"))
+    assert len(outcomes) == 100 if not stops else 8 <= len(outcomes) < 20
+
+
+@pytest.mark.parametrize(
+    "refusal", [answer(401, {"message": "no"}), answer(402, {"message": "no"})], ids=["401", "402"]
+)
+async def test_refusals_that_are_not_confirmed_stop_no_stream(scripted: ScriptedGateway, refusal: Behaviour) -> None:
+    """A 401 or 402 that each task meets once or twice stops nothing."""
+    scripted.submits = deque(answer(200, {"id": f"t{number}", "status": "in_progress"}) for number in range(30))
+    scripted.polls = deque([*[refusal] * 8, COMPLETED])
+    async with session_on(scripted, max_in_flight=8) as session:
+        outcomes = [outcome async for outcome in session.stream(f"cat {number}" for number in range(30))]
+
+    assert [outcome.ok for outcome in outcomes] == [True] * 30
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "wait"),
+    [
+        pytest.param([("Retry-After", "30")], b"", 30.0, id="30 s"),
+        pytest.param([("Retry-After", "30")], {"error": {"message": "busy"}}, 30.0, id="30 s, JSON"),
+        pytest.param(
+            [("Retry-After", "Thu, 01 Jan 2026 00:00:45 GMT"), ("Date", "Thu, 01 Jan 2026 00:00:00 GMT")],
+            b"<html>busy</html>",
+            45.0,
+            id="date",
+        ),
+        pytest.param([], {"message": "busy", "retry_after": 20}, 20.0, id="body"),
+        pytest.param([("Retry-After", "86400")], b"", 120.0, id="a day, cut"),
+    ],
+)
+async def test_retry_after_of_a_503(
+    scripted: ScriptedGateway, headers: list[tuple[str, str]], body: object, wait: float
+) -> None:
+    """After a 503 that asks for a wait, each of ten tasks is polled again no earlier than that."""
+    scripted.submits = deque(answer(200, {"id": f"t{number}", "status": "in_progress"}) for number in range(10))
+    scripted.polls = deque([*[answer(503, body, headers)] * 20, COMPLETED])
+    async with session_on(scripted) as session:
+        outcomes = [outcome async for outcome in session.stream(f"cat {number}" for number in range(10))]
+
+    polls: dict[str, list[float]] = {}
+    for request in scripted.of("GET"):
+        polls.setdefault(request.path, []).append(request.at)
+    assert [outcome.ok for outcome in outcomes] == [True] * 10
+    assert len(polls) == 10
+    for times in polls.values():
+        assert [later - earlier for earlier, later in pairwise(times)] == pytest.approx([wait, wait], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("submitted", "polls", "known"),
+    [
+        ({"id": "t1", "status": "in_progress"}, [answer(503, b"")], "its last status was 'in_progress'"),
+        ({"id": "t1"}, [answer(200, running() | {"status": "Dreaming"})], "its last status was 'Dreaming'"),
+        ({"id": "t1", "status": "queued"}, [answer(200, running()), hang], "its last status was 'in_progress'"),
+        (
+            {"id": "t1"},
+            [answer(200, {"status": {"code": 200}, "data": running() | {"status": "step 3"}})],
+            "its last status was 'step 3'",
+        ),
+        ({"id": "t1"}, [answer(200, running() | {"status": "x" * 1000})], f"its last status was '{'x' * 80}'"),
+        ({"id": "t1"}, [answer(503, b"")], "no poll has found its status"),
+    ],
+)
+async def test_deadline_error_names_the_last_status(
+    scripted: ScriptedGateway, submitted: object, polls: list[Behaviour], known: str
+) -> None:
+    """The error of the deadline names the last status in the service's own word."""
+    scripted.submits = deque([answer(200, submitted)])
+    scripted.polls = deque(polls)
+    async with session_on(scripted, task_timeout=20.0) as session:
+        with pytest.raises(DeadlineExceededError) as caught:
+            await session.generate("a cat")
+
+    assert str(caught.value) == f"task t1 has not ended within 20 s: {known}; attach() it later"
+
+
+# ---------------------------------------------------------------------- deadlines and schedules
 
 
 @pytest.mark.parametrize("behaviour", [pytest.param(RUNNING, id="running"), pytest.param(hang, id="hung")])

@@ -1,5 +1,6 @@
 """Hypothesis strategies: arbitrary JSON, and task objects whose fields may contain it."""
 
+import json
 import pickle
 from datetime import UTC
 from decimal import Decimal
@@ -70,6 +71,17 @@ DATE_PARTS = st.lists(
     max_size=7,
 )
 DATE_LIKE = DATE_PARTS.map(" ".join) | DATE_PARTS.map("".join)
+RESPONSE_HEADERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "Retry-After": st.text(max_size=20) | st.floats().map(str) | DATES | DATE_LIKE,
+        "Date": DATES | DATE_LIKE | st.text(max_size=20),
+        "Location": st.text(max_size=10),
+        "X-Request-Id": st.text(max_size=10),
+    },
+)
+STATUSES = st.sampled_from([200, 200, 200, 201, 204]) | st.integers(100, 599)
+BODIES = st.binary(max_size=60) | st.one_of(JSON, TASKS, TASKS, TASKS).map(lambda value: json.dumps(value).encode())
 
 
 def check_snapshot(snapshot: TaskSnapshot) -> None:

@@ -463,5 +463,8 @@ async def test_background_work_needs_an_open_session() -> None:
     async def work() -> None:
         raise AssertionError
 
+    async with FluxSession("key") as session:
+        supervisor = session._supervisor
+        assert supervisor is not None
     with pytest.raises(SessionClosedError):
-        FluxSession("key")._spawn_until_drain(work())
+        supervisor.spawn(work(), until_drain=True)

@@ -1,0 +1,39 @@
+"""What runners share with their session, and who follows them."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from flux2max_async._models.results import Outcome
+from flux2max_async._polling.poller import PollingContext
+from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async._tasks.submission import AddWebhook
+
+if TYPE_CHECKING:
+    from flux2max_async._tasks.runner import TaskRunner
+
+
+class RunnerObserver(Protocol):
+    """Follows a runner; its methods are called synchronously and must not raise."""
+
+    def on_waiting_elsewhere(self, *, waiting: bool) -> None:
+        """Called when the runner begins, or ceases, to wait for another process that follows the request."""
+
+    def on_ended(self, runner: "TaskRunner", outcome: Outcome) -> None:
+        """Called in the moment of the end, before anything else can happen."""
+
+
+@attrs.frozen
+class RunnerContext:
+    """What the runners of a session share."""
+
+    polling: PollingContext
+    slots: asyncio.Semaphore
+    """One has to be free before a submit; it is held until the task ends."""
+    add_webhook: AddWebhook | None
+    """None if the session has no inbox."""
+    single_flight: SingleFlight
+    check_caller: Callable[[], None]
+    """Raises if the calling process or event loop is not the session's."""

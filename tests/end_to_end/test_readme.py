@@ -36,7 +36,7 @@ def environment() -> Iterator[dict[str, str]]:
 def test_all_examples_are_run() -> None:
     """Every example of the README is run by a test."""
     assert len(SCRIPTS) + 2 == len(EXAMPLES)
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,22 @@ def test_script(
     assert (result.returncode, result.stderr) == (0, "")
     assert output in result.stdout
     assert sizes == pictures
+
+
+def test_faults(environment: dict[str, str], tmp_path: Path) -> None:
+    """The example with faults saves all pictures, pays for each once, and logs the failed polls."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPTS[6]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    sizes = set()
+    for path in (tmp_path / "rehearsal").iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+            sizes.add((path.name, picture.size))
+
+    assert result.returncode == 0
+    assert "Counter({'a fox': 1, 'a heron': 1, 'a hedgehog': 1})" in result.stdout
+    assert sizes == {(f"{animal}.jpeg", (1024, 1024)) for animal in ("fox", "heron", "hedgehog")}
+    assert all("poll 1 failed" in line for line in result.stderr.splitlines())
 
 
 def test_resumed_batch(environment: dict[str, str], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Attempt:
 #     answers: streams stop with its error.
 # - release: nothing was learned. The next probe may start.
 #
-# Submits that were on the wire when the breaker opened are not probes.
+# Submits that were on the wire when the breaker opened are not probes, nor is a probe whose row has ended.
 @attrs.define(eq=False)
 class CircuitBreaker:
     """Counts the submits in a row whose answers were lost, or were not the API's own.
@@ -71,12 +71,12 @@ class CircuitBreaker:
             self._probe = attempt
         return attempt
 
-    def on_answer(self, attempt: Attempt) -> None:
+    def on_answer(self) -> None:
         """Record that the service has accepted or refused a submit."""
         self._row += 1
         self.has_failures = False
         self._uncertain = self._foreign_answers = 0
-        self.release(attempt)
+        self._probe = None
 
     def on_foreign_answer(self, attempt: Attempt) -> bool:
         """Record the answer of a proxy or firewall; return whether it is one of too many in a row."""

@@ -190,7 +190,7 @@ class ApiClient:
             self._stats.rate_limited += 1
             self.submit_limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
             self._poll_limiter.record_refusal(self.now())
-            self._breaker.on_answer(attempt)
+            self._breaker.on_answer()
             raise
         except BaseException as error:
             self.submit_limiter.submit_ended(probe=probe)
@@ -200,7 +200,7 @@ class ApiClient:
             self._stats.submitted += 1
             self._stats.in_flight += 1
             if self._breaker.has_failures:
-                self._breaker.on_answer(attempt)
+                self._breaker.on_answer()
             if self.submit_limiter.refused:
                 self.submit_limiter.submit_accepted(self._stats.in_flight, probe=probe)
             return snapshot
@@ -214,7 +214,7 @@ class ApiClient:
             self._breaker.on_uncertain(attempt)
         elif isinstance(error, (ResponseError, ContentModeratedError)) and not may_submit_again(error):
             if getattr(error, "from_api", True):
-                self._breaker.on_answer(attempt)
+                self._breaker.on_answer()
             else:
                 error.stops_stream = self._breaker.on_foreign_answer(attempt)
         else:

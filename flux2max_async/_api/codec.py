@@ -21,7 +21,7 @@ from flux2max_async._api.response import (
     extract_error,
     has_clear_error,
     load_object,
-    parse_json_object,
+    unreadable_body_error,
 )
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_not_found, status_of
 from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
@@ -149,7 +149,9 @@ def _parse_body(response: HttpResponse) -> dict[str, Any]:
     body: object = None
     with contextlib.suppress(ValueError, RecursionError):
         body = json.loads(response.body)
-    return body if isinstance(body, dict) else parse_json_object(response)
+    if not isinstance(body, dict):
+        raise unreadable_body_error(response)
+    return body
 
 
 def _is_final_error(status: int) -> bool:

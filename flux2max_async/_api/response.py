@@ -3,6 +3,7 @@
 The letters in brackets name the sources of facts, as in `codec`.
 """
 
+import contextlib
 import http
 import json
 import math
@@ -221,29 +222,17 @@ def _code(value: object) -> str | None:
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
 
 
-def parse_json_object(response: HttpResponse) -> dict[str, Any]:
-    """Parse the body of a response.
-
-    Raises:
-        ProtocolError: It is not a JSON object.
-    """
-    body = _load_json(response)
-    if not isinstance(body, dict):
-        raise ProtocolError(f"expected a JSON object, got HTTP {response.status} {_describe_body(response)}")
-    return body
+def unreadable_body_error(response: HttpResponse) -> ProtocolError:
+    """Return the error of a response whose body is not a JSON object."""
+    return ProtocolError(f"expected a JSON object, got HTTP {response.status} {_describe_body(response)}")
 
 
 def load_object(response: HttpResponse) -> dict[str, Any]:
     """Return the JSON object in a response; an empty one if there is none."""
-    body = _load_json(response)
+    body: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(response.body)
     return body if isinstance(body, dict) else {}
-
-
-def _load_json(response: HttpResponse) -> object:
-    try:
-        return json.loads(response.body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _describe_body(response: HttpResponse) -> str:

@@ -36,7 +36,8 @@ class PollTimes:
         """
         self._price = price
         self._survival = survival = [1 - probability + 1e-12 for probability in cdf]
-        first, last = bisect_right(cdf, _MIN_CDF), bisect_left(cdf, 1 - _MIN_SURVIVAL) - 1
+        # The CDF may be above 0 at the first edge already, if large images fail as fast as small ones.
+        first, last = max(bisect_right(cdf, _MIN_CDF), 1), bisect_left(cdf, 1 - _MIN_SURVIVAL) - 1
         self._last_edge = last
         thresholds = [2.0] * first
         neighbours = survival[first - 1 : last], survival[first : last + 1], survival[first + 1 : last + 2]

@@ -69,7 +69,10 @@ def flux2max(
 def _settings(context: typer.Context, key_file: Path | None, base_url: str | None) -> "ServiceSettings":
     from flux2max_async.cli._config import ServiceSettings
 
-    return ServiceSettings(context.obj or {}, base_url, key_file)
+    # The defaults are those of .env.
+    sources = {name: context.get_parameter_source(name) for name in ("base_url", "webhook_url")}
+    names = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"]
+    return ServiceSettings(context.obj or {}, base_url, key_file, [f"--{name.replace('_', '-')}" for name in names])
 
 
 def _command_line(context: typer.Context) -> "Command":
@@ -324,6 +327,8 @@ def emulate(
 
     To try things out for free, put the two lines that it prints into a file .env in another folder and run flux2max
     there.
+
+    The README explains the names of the faults; a wrong name is answered with all of them.
     """
     from flux2max_async._config import parse_dollars
     from flux2max_async.cli._emulate import parse_faults

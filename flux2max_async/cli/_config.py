@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,12 @@ import attrs
 import typer
 
 import flux2max_async as flux
-from flux2max_async._config import KEY_VARIABLE, URL_VARIABLE
+from flux2max_async._config import KEY_VARIABLE
 from flux2max_async.cli._terminal import (
     StderrLogHandler,
     attach_log_handler,
     can_prompt,
     print_error,
-    print_status,
-    to_single_line,
 )
 
 _PREFIX = "FLUX2MAX_"
@@ -50,6 +48,8 @@ class ServiceSettings:
     """The variables in `.env`."""
     base_url: str | None = None
     key_file: Path | None = None
+    dotenv_addresses: Sequence[str] = ()
+    """The options with an address whose values come from `.env`."""
 
     def get_variable(self, name: str) -> str | None:
         """Return a variable of the environment, or else of `.env`."""
@@ -65,13 +65,10 @@ class ServiceSettings:
         Raises:
             ConfigurationError: There is no API key, or an option is invalid.
         """
+        self._check_addresses()
         if not needs_key:
             return flux.FluxSession("none", base_url=self.base_url, **options)
-        key = self.read_key()
-        if self.base_url and self.base_url == self.dotenv.get(URL_VARIABLE) and key != self.dotenv.get(KEY_VARIABLE):
-            # A .env file in a folder from somebody else could direct the user's own key to a foreign address.
-            print_status(f"gateway: {to_single_line(self.base_url)} (from {_DOTENV_FILE})")
-        return flux.FluxSession(key, base_url=self.base_url, **options)
+        return flux.FluxSession(self.read_key(), base_url=self.base_url, **options)
 
     def read_key(self) -> str:
         """Return the API key from the key file, the environment, `.env` or a prompt on the terminal, in this order.
@@ -88,6 +85,24 @@ class ServiceSettings:
         raise flux.ConfigurationError(
             f"no API key: set {KEY_VARIABLE} in the environment or in {_DOTENV_FILE}, or pass a file with --key-file"
         )
+
+    def _check_addresses(self) -> None:
+        """Refuse addresses from `.env` unless the API key is from there too.
+
+        Otherwise the file in a folder from somebody else could direct the user's own key, or the user's results, to a
+        foreign address.
+
+        Raises:
+            ConfigurationError: There is such an address.
+        """
+        key = self.dotenv.get(KEY_VARIABLE)
+        if self.dotenv_addresses and (self.key_file is not None or not key or self.get_variable(KEY_VARIABLE) != key):
+            option = self.dotenv_addresses[0]
+            variable = f"{_PREFIX}{option.removeprefix('--').replace('-', '_').upper()}"
+            raise flux.ConfigurationError(
+                f"{variable} in {_DOTENV_FILE} counts only with the API key from the same file: "
+                f"set {KEY_VARIABLE} there and nowhere else, or pass the address with {option} if you trust it"
+            )
 
 
 def _read_key_file(file: Path) -> str:

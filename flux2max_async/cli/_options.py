@@ -106,7 +106,11 @@ Failing = Annotated[
 ]
 Faults = Annotated[
     list[str] | None,
-    typer.Option("--fault", metavar="NAME=SHARE", help="Share of calls with a fault, such as server_error=0.1."),
+    typer.Option(
+        "--fault",
+        metavar="NAME=SHARE",
+        help="Share of calls, or of tasks, with a fault, such as server_error=0.1. May be repeated.",
+    ),
 ]
 Balance = Annotated[
     str | None, typer.Option("--balance", metavar="DOLLARS", help="The account's balance; large by default.")

@@ -112,6 +112,8 @@ def suggest_command(
                 purpose = "to go on, once the account has been topped up"
             case flux.AuthenticationError() | flux.PermissionDeniedError():
                 purpose = "to go on, with another key"
+            case flux.ConfigurationError():
+                purpose = "to go on, with the right FLUX2MAX_BASE_URL"
             case _:
                 purpose = "to go on"
         return purpose, command.render(without=_CONSENT_OPTIONS)

@@ -12,12 +12,13 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import flux2max_async as flux
+from flux2max_async._models.results import is_inline
 from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._terminal import Terminal, format_polls, print_status, to_single_line
 
 SessionContext = AbstractAsyncContextManager["flux.FluxSession"]
 
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif")
 """The suffixes of an image's URL that are kept in its file name."""
 
 
@@ -77,8 +78,7 @@ async def download(context: SessionContext, task_id: str, output: Path | None) -
     async with context as session:
         with _status_line("connecting") as show_status:
             completed = await _wait_for(session.attach(task_id), show_status)
-            suffix = Path(urlsplit(completed.images[0].url).path).suffix.lower()
-            paths = await _save(session, completed, output, suffix if suffix in _SUFFIXES else ".jpeg")
+            paths = await _save(session, completed, output, _suffix(completed.images[0].url))
     _print_result(completed, paths)
 
 
@@ -96,9 +96,22 @@ async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> N
         rows.append(("cost", f"${snapshot.usage.cost:f}"))
     if snapshot.error is not None:
         rows.append(("error", snapshot.error.message))
-    rows += [("url", image.url) for image in snapshot.images]
+    if snapshot.partial_error is not None:
+        rows.append(("missing", snapshot.partial_error.message))
+    rows += [("url", _describe_url(image.url)) for image in snapshot.images]
     for name, value in rows:
         typer.echo(f"{name:<8} {to_single_line(value)}")
+
+
+def _suffix(url: str) -> str:
+    """Return the suffix of a picture's file, by its URL."""
+    path = url.partition(";")[0].replace("data:image/", "picture.") if is_inline(url) else urlsplit(url).path
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in _SUFFIXES else ".jpeg"
+
+
+def _describe_url(url: str) -> str:
+    return f"(inline, {len(url)} characters)" if is_inline(url) else url
 
 
 async def _wait_for(task: "flux.GenerationTask", show_status: Callable[[str], None]) -> "flux.Completed":
@@ -132,6 +145,8 @@ def _print_result(completed: "flux.Completed", paths: list[Path]) -> None:
     cost = completed.usage and completed.usage.cost
     charge = "" if cost is None else f", ${cost:f}"
     print_status(f"{completed.elapsed:.1f} s, {format_polls(completed)}{charge}")
+    if completed.partial_error is not None:
+        print_status(f"further pictures are missing: {completed.partial_error}")
 
 
 @contextmanager

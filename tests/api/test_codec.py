@@ -645,7 +645,9 @@ MESSAGES = st.sampled_from(
 WORDS = st.sampled_from(
     ["Ready", "succeeded", "Content Moderated", "canceled", "queued", "Task not found", SECRET, "?"]
 )
-CODES = st.sampled_from([0, 200, "200", 201, "ok", 400, 402, "40203", 404, 429, 500, 504, None, True, 7, []])
+CODES: st.SearchStrategy[Any] = st.sampled_from(
+    [0, 200, "200", 201, "ok", 400, 402, "40203", 404, 429, 500, 504, None, True, 7, []]
+)
 ANY_TASK = st.builds(
     lambda task, changes: {**task, **changes},
     TASKS,

@@ -384,7 +384,7 @@ def test_partial_moderation(changes: dict[str, object]) -> None:
     assert type(snapshot.partial_error) is ContentModeratedError
 
 
-NO_ERRORS = (
+NO_ERRORS: tuple[object, ...] = (
     *(
         ...,
         None,
@@ -516,8 +516,9 @@ def test_image_in_each_place(content: dict[str, object], url: str) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        *({"b64_json": value} for value in ("", None, 7, [])),
-        *({"image_url": value} for value in ("", None, {}, {"url": ""}, {"url": 7})),
+        *({"b64_json": ""}, {"b64_json": None}, {"b64_json": 7}, {"b64_json": []}),
+        *({"image_url": ""}, {"image_url": None}, {"image_url": {}}, {"image_url": {"url": ""}}),
+        {"image_url": {"url": 7}},
         *({}, {"base64": None}, {"type": "text", "text": "a cat"}, {"error": "it broke"}),
     ],
     ids=str,

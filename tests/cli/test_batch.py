@@ -16,6 +16,7 @@ from PIL import Image
 from support.commands import KEY, Command, Run, visible_lines
 from support.scripted import ScriptedGateway, answer, completed, running
 
+from flux2max_async._downloads import retries
 from flux2max_async.emulator import Emulator, Fault
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -417,11 +418,22 @@ def test_uncertain_submit(flux2max: Command, service: Service) -> None:
     assert states() == {"a cat": "completed"}
 
 
+def test_wrong_base_url(flux2max: Command, script: ScriptedGateway) -> None:
+    """A server that is not the API stops the batch at once, and the next command says what to correct."""
+    script.submits = deque([answer(404, b"<html>nothing here</html>")])
+    run = flux2max("batch", write("a cat", "a dog", "a fox"), "--max-in-flight", "1")
+
+    assert run.code == 1
+    assert len(script.received) == 1
+    assert f"base_url '{script.url}' is wrong: no such API is there" in run.err
+    assert "with the right FLUX2MAX_BASE_URL" in run.err
+
+
 def test_refused_request(flux2max: Command, script: ScriptedGateway) -> None:
     """A refused request is reported and costs nothing; the next run submits it again."""
     script.submits = deque([answer(400, {"message": "no such \x1b[2Jsize 64"}), answer(200, running("t1"))])
     script.polls[0] = answer(200, completed("t1", f"{script.url}/0.jpeg"))
-    script.downloads[0] = answer(200, b"not an image")
+    script.downloads[0] = answer(200, b"\xff\xd8\xff, and nothing that can be decoded")
     prompts_file = write("a cat")
     run = flux2max("batch", prompts_file)
     refused = states()
@@ -465,8 +477,9 @@ def test_task_timeout(flux2max: Command, service: Service) -> None:
     assert set(gateway.accepted.values()) == {1}
 
 
-def test_unsaved_picture(flux2max: Command, service: Service) -> None:
+def test_unsaved_picture(flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture that couldn't be saved is reported, and the next run downloads it without paying again."""
+    monkeypatch.setattr(retries, "RETRY_WINDOW", 0.1)
     gateway = service(url_lifetime=-1.0)
     prompts_file = write("a cat")
     run = flux2max("batch", prompts_file, *SMALL)
@@ -889,14 +902,72 @@ def test_precedence_of_settings(flux2max: Command, service: Service, monkeypatch
     assert "gateway:" not in generated.err
 
 
-def test_gateway_from_dotenv_is_reported(flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If `.env` sets the gateway that the environment's API key is sent to, its URL is printed."""
-    gateway = service()
-    monkeypatch.delenv("FLUX2MAX_BASE_URL")
-    Path(".env").write_text(f"FLUX2MAX_BASE_URL={gateway.url}\n", encoding="utf-8")
-    run = flux2max("status", "nothing")
+@pytest.mark.parametrize(
+    ("dotenv", "environment", "arguments", "sent_key"),
+    [
+        # An address from .env counts only with the key from there.
+        ("url key", "", "", "dotenv-key"),
+        ("url", "key", "", None),
+        ("url key", "key", "", None),
+        ("url same-key", "key", "", KEY),
+        ("url", "", "", None),
+        ("url", "", "key-file", None),
+        ("url key", "", "key-file", None),
+        # Addresses from elsewhere take precedence; the user trusts them with any key.
+        ("url", "url key", "", KEY),
+        ("url key", "url key", "", KEY),
+        ("key", "url", "", "dotenv-key"),
+        ("url", "url", "key-file", KEY),
+        ("url", "key", "url", KEY),
+        ("url key", "", "url", "dotenv-key"),
+        ("url key", "key", "url", KEY),
+        # Variables of other programs in .env have no effect.
+        ("proxy", "url key", "", KEY),
+        ("proxy key", "url", "", "dotenv-key"),
+        # Finished tasks are posted to this address.
+        ("webhook", "url key", "", None),
+        ("webhook key", "url", "", "dotenv-key"),
+    ],
+)
+def test_addresses_in_dotenv(
+    flux2max: Command,
+    script: ScriptedGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    dotenv: str,
+    environment: str,
+    arguments: str,
+    sent_key: str | None,
+) -> None:
+    """The user's API key is never sent to an address from `.env`; nothing is sent if both are to be used."""
+    url = script.url
+    lines = {
+        "url": f"FLUX2MAX_BASE_URL={url if 'url' not in environment + arguments else 'https://foreign.example'}",
+        "key": "FLUX2MAX_API_KEY=dotenv-key",
+        "same-key": f"FLUX2MAX_API_KEY={KEY}",
+        "proxy": f"HTTP_PROXY=http://127.0.0.1:1\nhttp_proxy=http://127.0.0.1:1\nAIOHTTP_PROXY={url}\nFLUX2MAX_PROXY={url}",
+        "webhook": "FLUX2MAX_WEBHOOK_URL=https://foreign.example/hook",
+    }
+    Path(".env").write_text("".join(f"{lines[word]}\n" for word in dotenv.split()), encoding="utf-8")
+    Path("key").write_text(KEY, encoding="utf-8")
+    for name, value in (("url", url), ("key", KEY)):
+        variable = {"url": "FLUX2MAX_BASE_URL", "key": "FLUX2MAX_API_KEY"}[name]
+        monkeypatch.setenv(variable, value if name in environment.split() else "")
+    script.submits[0] = answer(400, {"message": "refused"})
+    options = {"": [], "url": ["--base-url", url], "key-file": ["--key-file", "key"]}[arguments]
+    dry = flux2max("batch", write("a cat"), *SMALL, *options, "--dry-run")
+    run = flux2max("batch", "prompts.txt", *SMALL, *options)
 
-    assert run.err.splitlines()[0] == f"gateway: {gateway.url} (from .env)"
+    if sent_key is None:
+        assert (dry.code, run.code, run.out, script.received) == (2, 2, "", [])
+        assert run.err == dry.err
+        assert re.fullmatch(
+            r"flux2max: FLUX2MAX_(BASE|WEBHOOK)_URL in \.env counts only with the API key from the same file: "
+            r"set FLUX2MAX_API_KEY there and nowhere else, or pass the address with --(base|webhook)-url if .*\n",
+            run.err,
+        )
+    else:
+        assert (dry.code, run.code) == (0, 1)
+        assert [call.headers["Authorization"] for call in script.received] == [f"Bearer {sent_key}"]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 from PIL import Image
 from support.commands import KEY, Command, Run, finish, python, start, visible_lines
+from support.responses import jpeg
 from support.scripted import ScriptedGateway, answer, completed, running
 
 from flux2max_async import __version__
+from flux2max_async._downloads import retries
 from flux2max_async.cli._demo import _wait_for_saves
 from flux2max_async.emulator import Emulator, Fault
 
@@ -185,12 +187,14 @@ def test_task_with_several_images(flux2max: Command, script: ScriptedGateway) ->
     """Each image of a task gets its own file; the cost is left out if the service doesn't report it."""
     contents = [{"type": "image", "url": f"{script.url}/{number}.jpeg"} for number in range(3)]
     script.polls[0] = answer(200, completed(output=[{"content": contents}], usage=None))
-    script.downloads = deque(answer(200, f"picture {number}".encode()) for number in range(3))
+    script.downloads = deque(answer(200, jpeg(b"picture %d" % number)) for number in range(3))
     run = flux2max("generate", "a cat", "-o", "cat.jpeg")
 
     assert (run.code, run.out) == (0, "cat.jpeg\ncat-2.jpeg\ncat-3.jpeg\n")
     assert run.err.endswith(" s, 1 poll\n")
-    assert [Path(name).read_text() for name in run.out.split()] == ["picture 0", "picture 1", "picture 2"]
+    assert [Path(name).read_bytes() for name in run.out.split()] == [
+        jpeg(b"picture %d" % number) for number in range(3)
+    ]
 
 
 def test_unsafe_task_id(flux2max: Command, script: ScriptedGateway) -> None:
@@ -198,11 +202,11 @@ def test_unsafe_task_id(flux2max: Command, script: ScriptedGateway) -> None:
     task_id = "../é x\x1b[31m"
     script.submits[0] = answer(200, running(task_id))
     script.polls[0] = answer(200, completed(task_id, f"{script.url}/0.jpeg"))
-    script.downloads[0] = answer(200, b"picture")
+    script.downloads[0] = answer(200, jpeg())
     run = flux2max("generate", "a cat")
 
     assert run.out == "flux2max-..-é-x-31m.jpeg\n"
-    assert Path(run.out.strip()).read_bytes() == b"picture"
+    assert Path(run.out.strip()).read_bytes() == jpeg()
     assert run.err.startswith("task ../é x [31m submitted\n")
 
 
@@ -305,9 +309,15 @@ def test_usage_errors(flux2max: Command, arguments: list[str]) -> None:
     ],
 )
 def test_failed_generation(
-    flux2max: Command, service: Callable[..., Emulator], prompt: str, options: dict[str, Any], message: str
+    flux2max: Command,
+    service: Callable[..., Emulator],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
+    options: dict[str, Any],
+    message: str,
 ) -> None:
     """A failure is reported in the last line, with exit code 1, and nothing is saved."""
+    monkeypatch.setattr(retries, "RETRY_WINDOW", 0.1)
     service(**options)
     run = flux2max("generate", prompt)
 
@@ -408,15 +418,43 @@ def test_unknown_task(flux2max: Command, service: Callable[..., Emulator], comma
     assert "no such task (HTTP 404" in run.err
 
 
+@pytest.mark.parametrize("output_format", ["jpeg", "png"])
+def test_inline_picture(flux2max: Command, service: Callable[..., Emulator], output_format: str) -> None:
+    """A picture in the response is saved without a download, and `status` shows its length."""
+    gateway = service()
+    gateway.script("submit", Fault.INLINE_B64_JSON)
+    generated = flux2max("generate", "a cat", "-o", "cat", "--format", output_format)
+    task_id = next(iter(gateway.tasks))
+    downloaded, status = flux2max("download", task_id), flux2max("status", task_id)
+
+    assert (generated.code, downloaded.out) == (0, f"flux2max-{task_id}.{output_format}\n")
+    with Image.open(downloaded.out.strip()) as picture:
+        assert picture.format == output_format.upper()
+    assert gateway.calls["download"] == 0
+    assert re.fullmatch(r"url +\(inline, \d+ characters\)", status.out.splitlines()[-1])
+
+
+def test_missing_pictures(flux2max: Command, service: Callable[..., Emulator]) -> None:
+    """If moderation refused some of a task's pictures, the others are saved, and the reason is shown."""
+    gateway = service()
+    gateway.script("submit", Fault.PARTIAL)
+    generated = flux2max("generate", "a cat", "-o", "cat.jpeg")
+    status = flux2max("status", next(iter(gateway.tasks)))
+
+    assert (generated.code, generated.out) == (0, "cat.jpeg\n")
+    assert "further pictures are missing: " in generated.err.splitlines()[-1]
+    assert "missing " in status.out
+
+
 @pytest.mark.parametrize(("url", "name"), [("0.png?expires=7", "flux2max-t1.png"), ("picture", "flux2max-t1.jpeg")])
 def test_download_file_name(flux2max: Command, script: ScriptedGateway, url: str, name: str) -> None:
     """The default file name has the task's id and the URL's suffix, else .jpeg; `status` skips missing values."""
     script.polls[0] = answer(200, completed("t1", f"{script.url}/{url}", usage=None, created_at=None))
-    script.downloads[0] = answer(200, b"picture")
+    script.downloads[0] = answer(200, jpeg())
     run, status = flux2max("download", "t1"), flux2max("status", "t1")
 
     assert (run.code, run.out) == (0, f"{name}\n")
-    assert Path(name).read_bytes() == b"picture"
+    assert Path(name).read_bytes() == jpeg()
     assert [line.split()[0] for line in status.out.splitlines()] == ["status", "url"]
 
 

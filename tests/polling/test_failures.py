@@ -53,15 +53,16 @@ NOT_FOUND = TaskNotFoundError("no", status=404)
 
 
 def record(*failures: tuple[FluxError | None, float], elapsed: float | None = 100.0) -> FluxError | None:
-    """Record failures, or None for a success, at some times; return the last result, after checking that others are None."""
-    recorder, results = PollFailures(), [None]
+    """Record failures, or None for a success, at some times; return the last result; all others must be None."""
+    recorder = PollFailures()
+    result: FluxError | None = None
     for error, at in failures:
-        assert results[-1] is None
+        assert result is None
         if error is None:
             recorder.reset()
         else:
-            results.append(recorder.record(error, at, elapsed=elapsed))
-    return results[-1]
+            result = recorder.record(error, at, elapsed=elapsed)
+    return result
 
 
 def delay_after(*failures: tuple[FluxError, float], elapsed: float | None = 100.0) -> float:

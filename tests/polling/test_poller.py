@@ -39,6 +39,7 @@ from flux2max_async import (
     PermissionDeniedError,
     PollPlan,
     ProtocolError,
+    SessionClosedError,
     TaskFailedError,
     TaskNotFoundError,
     TaskStatus,
@@ -303,6 +304,22 @@ async def test_refused_polls_and_the_submits_of_a_stream(
     assert not any(outcome.ok for outcome in outcomes)
     assert len(outcomes) == len(scripted.of("POST"))
     assert len(outcomes) == 100 if not stops else 8 <= len(outcomes) < 20
+
+
+async def test_requests_that_are_not_sent_after_a_refused_poll(scripted: ScriptedGateway) -> None:
+    """If a poll's refusal stops a stream, requests that wait to be sent have neither its task's id nor its error."""
+    scripted.submits = deque([answer(200, {"id": "t1"}), answer(503, b"", [("Retry-After", "60")])])
+    scripted.polls = deque([answer(401, {"message": "no"})])
+    outcomes: list[Outcome] = []
+    async with session_on(scripted, max_in_flight=4) as session:
+        with pytest.raises(AuthenticationError) as caught:
+            async for outcome in session.stream(["cat 0", "cat 1", "cat 2"]):
+                outcomes.append(outcome)
+
+    refused, *unsent = (outcome for outcome in outcomes if isinstance(outcome, Failed))
+    assert (refused.task_id, refused.error) == ("t1", caught.value)
+    assert [(outcome.task_id, type(outcome.error)) for outcome in unsent] == [(None, SessionClosedError)] * 2
+    assert all(outcome.error.__cause__ is caught.value for outcome in unsent)
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,21 @@ def test_early_failures_move_the_first_poll() -> None:
     assert poll_times(schedule, 1)[0] > without_failures / 2
 
 
+@pytest.mark.parametrize("seconds", [0.001, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5])
+def test_tasks_that_fail_at_once(seconds: float) -> None:
+    """Failures within milliseconds, whatever the size of the image, leave the delays of larger images finite."""
+    schedule = LearnedSchedule()
+    for _ in range(100):
+        small = GenerationRequest("a cat", width=512, height=512)
+        schedule.begin(small).finish(seconds, seconds, completed=False)
+        schedule.begin(small).finish(8.0, 8.0, completed=True)
+    plans = [schedule.begin(GenerationRequest("a cat", width=side, height=side)) for side in (64, 512, 2048, 4096)]
+    first = [plan.next_delay(0.0, None) for plan in plans]
+    later = [plan.next_delay(elapsed, None) for plan, elapsed in zip(plans, (1.0, 7.0, 8.0, 100.0), strict=True)]
+
+    assert all(0.0 < delay < 60.0 for delay in first + later)
+
+
 def test_duration_from_a_webhook_is_learned_exactly() -> None:
     """An interval whose bounds are equal is learned as that duration."""
     schedule = LearnedSchedule()

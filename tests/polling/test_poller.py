@@ -22,6 +22,7 @@ from support.scripted import (
     running,
     session_on,
 )
+from support.webhooks import SECRET, sign
 
 from flux2max_async import (
     AuthenticationError,
@@ -42,7 +43,9 @@ from flux2max_async import (
     SessionClosedError,
     TaskFailedError,
     TaskNotFoundError,
+    TaskSnapshot,
     TaskStatus,
+    WebhookInbox,
 )
 
 COMPLETED = answer(200, completed())
@@ -589,3 +592,33 @@ async def test_fetch_polls_once(scripted: ScriptedGateway) -> None:
     assert snapshot.created_at.year == 2025
     assert snapshot.raw["model"] == "flux_2_max"
     assert len(scripted.received) == 2
+
+
+async def test_webhook_during_a_pause(scripted: ScriptedGateway) -> None:
+    """A webhook ends a task at once while its poll waits as long as the service has requested."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    scripted.polls = deque([answer(429, b"", [("Retry-After", "60")])])
+    async with session_on(scripted, webhooks=inbox) as session:
+        task = await session.submit("a cat")
+        await anyio.sleep(20.0)
+        await inbox.deliver(*sign(completed("t1")))
+        outcome = await task.outcome()
+
+    assert outcome.ok
+    assert outcome.polls == 1
+    assert outcome.elapsed == pytest.approx(20.0, abs=0.5)
+
+
+async def test_unexpected_timeout_ends_only_its_task(scripted: ScriptedGateway) -> None:
+    """A TimeoutError that no webhook has caused is the outcome of its task, and not repeated for ever."""
+
+    async def poll(*_: object, **__: object) -> TaskSnapshot:
+        raise TimeoutError
+
+    async with session_on(scripted) as session:
+        assert session._supervisor is not None
+        session._supervisor.client.poll = poll  # type: ignore[method-assign]
+        outcome = await (await session.submit("a cat")).outcome()
+
+    assert isinstance(outcome, Failed)
+    assert "unexpected error: TimeoutError()" in str(outcome.error)

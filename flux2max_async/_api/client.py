@@ -190,7 +190,8 @@ class ApiClient:
             self._stats.rate_limited += 1
             self.submit_limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
             self._poll_limiter.record_refusal(self.now())
-            self._breaker.on_answer()
+            # It ends no row: an overloaded gateway refuses some submits, and loses the answers to others.
+            self._breaker.release(attempt)
             raise
         except BaseException as error:
             self.submit_limiter.submit_ended(probe=probe)

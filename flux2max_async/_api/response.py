@@ -33,8 +33,8 @@ from flux2max_async._models.results import TaskStatus
 _MAX_MESSAGE_LENGTH = 1000
 # [C], [D] Some gateways put such a message beside the data of a success.
 _SUCCESS_WORDS = re.compile(
-    r"\b(ok|okay|success\w*|accepted|created|(en)?queued?|submitted|scheduled|received|start(ed|ing)|pending|processing"
-    r"|running|generating|in.progress|ready|done|completed?)\b",
+    r"\b(ok|okay|success\w*|accept\w*|creat\w*|(en)?queu\w*|submi\w*|receiv\w*|start\w*|pending|process\w*|progress|add(ed)?"
+    r"|dispatch\w*|schedul\w*|generat\w*|wait\w*|running|done|ready|complet\w*|thank\w*|will be|shortly|task)\b",
     re.IGNORECASE,
 )
 _MAX_HTML_BYTES = 4000
@@ -163,16 +163,21 @@ def has_clear_error(body: Mapping[str, Any]) -> bool:
     error = extract_error(task)
     if error is None or is_success_code(error[0]):
         return False
+    code, message = error
+    if code is not None and re.fullmatch(r"408|504|.*time_?d?_?out", code, re.IGNORECASE):
+        return False  # the gateway has given up waiting
     if task.get("error"):
         return True
-    code, message = error
     if code is not None and re.fullmatch(r"[45]\d{2,4}", code):  # an HTTP status, or one with more digits, as 40201
         return True
     status = task.get("status")
-    if task is not body or (isinstance(status, str) and status_of(status) is not TaskStatus.FAILED):
+    if task is not body:
         return False
-    words = f"{code} {message}".replace("_", " ")
-    return task.get("success") is not True and _SUCCESS_WORDS.search(words) is None
+    if isinstance(status, str):
+        return status_of(status) is TaskStatus.FAILED
+    if task.get("success") is True or task.get("data") or task.get("task_id") or not message.isascii():
+        return False
+    return _SUCCESS_WORDS.search(f"{code} {message}".replace("_", " ")) is None
 
 
 def _has_api_format(body: Mapping[str, Any]) -> bool:

@@ -189,9 +189,9 @@ def _is_error(value: object) -> bool:
 
 def _errors_in_output(output: Any) -> Iterator[Any]:
     """Yield what stands for an error in each group and content of an output that can be read."""
-    for group in output or ():
+    for group in filter(None, output or ()):
         yield group.get("error")
-        for content in group.get("content") or ():
+        for content in filter(None, group.get("content") or ()):
             yield content.get("error")
 
 
@@ -295,6 +295,9 @@ def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[A
         if not isinstance(value, dict):
             raise TypeError(f"expected an object, not {type(value).__name__}")
         known = {name: item for name, item in value.items() if name in field_names and item is not None}
+        for name, item in known.items():
+            if isinstance(item, list) and None in item:  # what is missing, like an image that moderation has removed
+                known[name] = [element for element in item if element is not None]
         if "extra" in field_names:
             known["extra"] = {name: item for name, item in value.items() if name not in field_names or name == "extra"}
         return structure(known, cls)

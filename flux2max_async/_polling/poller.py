@@ -201,7 +201,8 @@ class TaskPoller:
         if self._poll_now:
             return 0.0
         if self._failures.count:
-            return self._remaining(self._failures.retry_delay(self._last_poll_at, random.random()))
+            retry_delay = self._failures.retry_delay(self._last_poll_at, random.random())
+            return min(self._remaining(retry_delay), self._until_final_poll())
         if self._feed.snapshot is None:
             return 0.0  # submitted elsewhere: it may have ended long ago
         delay = self._planned_delay(plan)

@@ -10,7 +10,7 @@ import attrs
 
 from flux2max_async._exceptions import ConfigurationError, JournalError, ProtocolError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot
+from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot, TaskStatus
 from flux2max_async._shutdown import Shutdown
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._protocol import Journal
@@ -131,6 +131,10 @@ class WebhookDispatcher:
             snapshot = read_delivery(body, session.secrets)
         except ProtocolError as error:
             self.poll_now(error.task_id or "")
+            if error.task_id is not None and self.registry.listener(error.task_id) is None:
+                # At least the id of a lost submit is known now: polls do the rest.
+                unread = TaskSnapshot(task_id=error.task_id, status=TaskStatus.IN_PROGRESS)
+                await self._dispatch_unfollowed(session, unread, len(body), token)
             raise
         if reports_not_found(snapshot):  # only the service's own answer to a poll can say so
             self.poll_now(snapshot.task_id)

@@ -525,3 +525,14 @@ def test_invalid_limit(value: object) -> None:
     """A limit that is not an integer of at least 1 or None is refused when the session is created."""
     with pytest.raises(ConfigurationError, match=f"max_uncertain must be .*{value!r}"):
         FluxSession("key", max_uncertain=value)  # type: ignore[arg-type]
+
+
+async def test_refusals_for_now_do_not_hide_lost_answers(scripted: ScriptedGateway) -> None:
+    """An overloaded gateway that refuses every second submit with 429 and loses the answers to the others is left."""
+    scripted.submits = deque([answer(429, {"message": "busy"}), answer(502, b"")] * 60)
+    async with session_on(scripted, max_in_flight=1) as session:
+        with pytest.raises(SubmissionUncertainError):
+            async for outcome in session.stream(f"cat {number}" for number in range(60)):
+                assert isinstance(outcome, Failed)
+
+    assert len(scripted.of("POST")) <= 14

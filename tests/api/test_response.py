@@ -380,6 +380,12 @@ def test_clear_error_in_a_success(body: dict[str, object]) -> None:
         {"status": {"code": 200, "message": "ok"}, "data": {}},
         {"status": {"code": 200, "message": "ok"}, "data": {"message": "hold on"}},
         {"code": 200, "message": "no", "data": {"message": "hold on"}},
+        {"message": "Your request will be processed shortly"},
+        {"message": "Task has been added"},
+        {"message": "Dispatched", "data": [{"id": "t1"}]},
+        {"message": "no", "task_id": "t1"},
+        {"code": 10000, "message": "\u64cd\u4f5c\u6210\u529f"},  # "success"
+        *({"error": {"code": code, "message": "no"}} for code in (408, 504, "SYNC_TIMEOUT", "timed_out")),
     ],
     ids=json.dumps,
 )

@@ -575,3 +575,18 @@ def test_any_unit_of_time(seconds: int, unit: int) -> None:
 def test_reported_status(body: dict[str, object], word: str | None) -> None:
     """The service's own word for the state is known, in an envelope as well."""
     assert reported_status(poll(body)) == word
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [{"content": [{"type": "image", "url": "https://a.example/0"}, None]}],
+        [None, {"content": [None, {"type": "image", "url": "https://a.example/0"}]}, None],
+    ],
+)
+def test_missing_elements_of_an_output_are_skipped(output: list[object]) -> None:
+    """A null in place of a group or a content, as where moderation has removed an image, makes no other unreadable."""
+    snapshot = poll(finished(output=output))
+
+    assert snapshot.status is TaskStatus.COMPLETED
+    assert [image.url for image in snapshot.images] == ["https://a.example/0"]

@@ -622,3 +622,13 @@ async def test_unexpected_timeout_ends_only_its_task(scripted: ScriptedGateway) 
 
     assert isinstance(outcome, Failed)
     assert "unexpected error: TimeoutError()" in str(outcome.error)
+
+
+async def test_final_poll_after_a_failed_one(scripted: ScriptedGateway) -> None:
+    """However long the service asks to wait after a failed poll, there is a final one just before the deadline."""
+    scripted.polls = deque([answer(503, b"", [("Retry-After", "60")]), COMPLETED])
+    async with session_on(scripted, task_timeout=30.0) as session:
+        outcome = await session.generate("a cat")
+
+    assert outcome.polls == 2
+    assert outcome.elapsed == pytest.approx(29.0, abs=0.5)

@@ -595,18 +595,24 @@ async def test_fetch_polls_once(scripted: ScriptedGateway) -> None:
 
 
 async def test_webhook_during_a_pause(scripted: ScriptedGateway) -> None:
-    """A webhook ends a task at once while its poll waits as long as the service has requested."""
+    """A webhook ends a task at once while its poll waits for as long as the service has asked all calls to wait."""
     inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    scripted.submits = deque([answer(200, running("t1")), answer(200, running("t2"))])
     scripted.polls = deque([answer(429, b"", [("Retry-After", "60")])])
     async with session_on(scripted, webhooks=inbox) as session:
-        task = await session.submit("a cat")
+        refused = await session.submit("a cat")
+        await anyio.sleep(0.5)
+        held_back = await session.submit("a dog")
         await anyio.sleep(20.0)
-        await inbox.deliver(*sign(completed("t1")))
-        outcome = await task.outcome()
+        for task_id in ("t1", "t2"):
+            await inbox.deliver(*sign(completed(task_id)))
+        outcomes = [await refused.outcome(), await held_back.outcome()]
 
-    assert outcome.ok
-    assert outcome.polls == 1
-    assert outcome.elapsed == pytest.approx(20.0, abs=0.5)
+    assert [(outcome.ok, outcome.polls) for outcome in outcomes] == [(True, 1), (True, 0)]
+    assert [outcome.elapsed for outcome in outcomes] == [
+        pytest.approx(20.5, abs=0.5),
+        pytest.approx(20.0, abs=0.5),
+    ]
 
 
 async def test_unexpected_timeout_ends_only_its_task(scripted: ScriptedGateway) -> None:

@@ -30,8 +30,8 @@ class Attempt:
 # - on_uncertain: one more in the row; CLOSED -> HALF OPEN once there are `max_uncertain`. It is followed by one of:
 #   - resolve: a webhook has reported what became of the submit, which doesn't count any more; -> CLOSED once fewer than
 #     `max_uncertain` are left.
-#   - give_up: nobody will tell. If it is the probe, and the row has not ended meanwhile, the service still loses
-#     answers: streams stop with its error.
+#   - is_failed_probe, and release: nobody will report that. If it is the probe, and the row has not ended meanwhile,
+#     the service still loses answers: streams stop with its error, and then the next probe may start.
 # - release: nothing was learned. The next probe may start.
 #
 # Submits that were on the wire when the breaker opened are not probes, nor is a probe whose row has ended.
@@ -98,12 +98,14 @@ class CircuitBreaker:
             self._uncertain -= 1
         self.release(attempt)
 
-    def give_up(self, attempt: Attempt) -> bool:
-        """Record that nobody will tell what became of an uncertain submit; return whether streams have to stop."""
-        self.release(attempt)
+    def is_failed_probe(self, attempt: Attempt) -> bool:
+        """Return whether an uncertain submit shows that the service still loses answers, so that streams have to stop.
+
+        The next probe must not start before they have.
+        """
         return attempt.is_probe and attempt.row == self._row and not self.is_closed
 
     def release(self, attempt: Attempt) -> None:
-        """Let the next probe start, if the attempt was the current one."""
+        """Allow the next probe to start, if the attempt was the current one."""
         if self._probe is attempt:
             self._probe = None

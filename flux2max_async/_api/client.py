@@ -229,10 +229,12 @@ class ApiClient:
         self._capacity_changed.set()
 
     def give_up(self, lost: LostSubmit) -> None:
-        """Record that nobody will tell any more what became of a lost submit."""
-        if self._breaker.is_closed:
-            lost.error.stops_stream = False  # the row has ended while its webhook was waited for
-        lost.error.stops_stream = self._breaker.give_up(lost.attempt)
+        """Record that nobody will report any more what became of a lost submit; call `release()` after its outcome."""
+        lost.error.stops_stream = self._breaker.is_failed_probe(lost.attempt)
+
+    def release(self, lost: LostSubmit) -> None:
+        """Let the next probe start; a stream that its error stops has stopped by now."""
+        self._breaker.release(lost.attempt)
         self._capacity_changed.set()
 
     async def _wait_to_retry(self, refusal: FluxError, failures: int) -> None:

@@ -20,6 +20,7 @@ from flux2max_async._api.response import (
     error_from_response,
     extract_error,
     has_clear_error,
+    is_gateway_timeout,
     load_object,
     unreadable_body_error,
 )
@@ -122,7 +123,7 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
     body = _parse_body(response) if is_success else load_object(response)
     task_id, task = find_task(body)
     if task_id is None:
-        if is_success and not has_clear_error(body):
+        if is_success and (not has_clear_error(body) or is_gateway_timeout(body)):
             raise ProtocolError("the response to the submit has neither a task id nor an error")
         raise _submit_error(response, base_url)
     if not is_success:
@@ -164,7 +165,7 @@ def _submit_error(response: HttpResponse, base_url: str) -> FluxError:
     error = error_from_response(response)
     if type(error) is InsufficientBalanceError:
         return error
-    if type(error) is TaskNotFoundError or response.status == 405 or 300 <= response.status < 400:
+    if response.status in {404, 405} or 300 <= response.status < 400:
         return ConfigurationError(f"base_url {base_url!r} is wrong: no such API is there: {error}")
     # Not by the page of a firewall, nor if another meaning of the status is certain.
     is_refusal = response.status < 500 and type(error) in {BadRequestError, PermissionDeniedError, ResponseError}

@@ -164,8 +164,6 @@ def has_clear_error(body: Mapping[str, Any]) -> bool:
     if error is None or is_success_code(error[0]):
         return False
     code, message = error
-    if code is not None and re.fullmatch(r"408|504|.*time_?d?_?out", code, re.IGNORECASE):
-        return False  # the gateway has given up waiting
     if task.get("error"):
         return True
     if code is not None and re.fullmatch(r"[45]\d{2,4}", code):  # an HTTP status, or one with more digits, as 40201
@@ -178,6 +176,12 @@ def has_clear_error(body: Mapping[str, Any]) -> bool:
     if task.get("success") is True or task.get("data") or task.get("task_id") or not message.isascii():
         return False
     return _SUCCESS_WORDS.search(f"{code} {message}".replace("_", " ")) is None
+
+
+def is_gateway_timeout(body: Mapping[str, Any]) -> bool:
+    """Return whether the code of an error says that the gateway has given up waiting, like a 408 or 504 [C]."""
+    code, _ = extract_error(body) or (None, "")
+    return re.fullmatch(r"408|504|.*time_?d?_?out", code or "", re.IGNORECASE) is not None
 
 
 def _has_api_format(body: Mapping[str, Any]) -> bool:

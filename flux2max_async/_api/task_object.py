@@ -73,18 +73,23 @@ def task_id_of(body: Mapping[str, Any]) -> str | None:
 
 
 def find_task(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the id of the task in a response, if there is one, and the task object."""
-    task_id, data = task_id_of(body), body.get("data")
-    if isinstance(data, dict) and (task_id is None or isinstance(body.get("status"), dict)):
-        task_id_in_data = task_id_of(data)
-        if task_id_in_data is not None:
-            return task_id_in_data, data  # even if the envelope reports an error
-    return task_id, unwrap_task(body)
+    """Return the id of the task in a response or webhook, if there is one, and the task object."""
+    task = unwrap_task(body)
+    task_id = task_id_of(task)
+    return task_id_of(body) if task_id is None else task_id, task
 
 
 def unwrap_task(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the task object in a response, which may be in an envelope [C]."""
-    return body if isinstance(body.get("status"), str) else unwrap(body)
+    """Return the task object in a response or webhook, which may be in an envelope [C].
+
+    An object `data` that looks like a task is one, even if the envelope has no code or reports an error, unless the
+    body around it is a task itself.
+    """
+    status, data = body.get("status"), body.get("data")
+    is_task = "output" in body or "result" in body or (isinstance(status, str) and task_id_of(body) is not None)
+    if isinstance(data, dict) and not is_task and (task_id_of(data) is not None or isinstance(data.get("status"), str)):
+        return data
+    return body if isinstance(status, str) else unwrap(body)
 
 
 def snapshot_from_json(
@@ -110,6 +115,10 @@ def snapshot_from_json(
     try:
         task = _converter.structure(_with_output(body), _Task)
     except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as cause:
+        word = body.get("status")
+        if "output" in body and isinstance(word, str) and status_of(word) not in {None, TaskStatus.COMPLETED}:
+            rest = {name: value for name, value in body.items() if name != "output"}  # which is not needed
+            return snapshot_from_json(task_id, rest, raw=raw, secrets=secrets, received_at=received_at)
         details = "; ".join(cattrs.transform_error(cause, "$"))
         raise ProtocolError(f"task {task_id}: the response is unreadable: {details}") from cause
     contents = [content for group in task.output for content in group.content if content.url]

@@ -13,7 +13,7 @@ import platform
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -37,7 +37,14 @@ _CLOSE_TIMEOUT = 5.0
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 _MAX_HEADER_BYTES = 65_536
 """Maximum size of one response header; aiohttp's own limit is 8,190 bytes."""
-_MAX_HEADERS = 1000
+_REQUEST_OPTIONS: dict[str, Any] = {
+    "allow_redirects": False,
+    "raise_for_status": False,
+    "max_line_size": _MAX_HEADER_BYTES,
+    "max_field_size": _MAX_HEADER_BYTES,
+    "max_headers": 1000,
+}
+"""For each request, because a borrowed session has options of its own."""
 _CREDENTIALS = ("Authorization", "Cookie", "Proxy-Authorization")
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
 
@@ -134,28 +141,15 @@ class Transport:
         self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
     ) -> "aiohttp.client._RequestContextManager":
         if payload is None:
-            return session.get(
-                url,
-                headers=self._api_headers,
-                allow_redirects=False,
-                timeout=_NO_TIMEOUT,
-                raise_for_status=False,
-                max_line_size=_MAX_HEADER_BYTES,
-                max_field_size=_MAX_HEADER_BYTES,
-                max_headers=_MAX_HEADERS,
-            )
+            return session.get(url, headers=self._api_headers, timeout=_NO_TIMEOUT, **_REQUEST_OPTIONS)
         return session.post(
             url,
             data=payload,
             headers={**self._api_headers, "Connection": "close"},
-            allow_redirects=False,
             timeout=_NO_TIMEOUT,
-            raise_for_status=False,
-            max_line_size=_MAX_HEADER_BYTES,
-            max_field_size=_MAX_HEADER_BYTES,
-            max_headers=_MAX_HEADERS,
             # The host that would be verified anyway. aiohttp pools connections by it too, so submits get their own.
             server_hostname=self._host,
+            **_REQUEST_OPTIONS,
         )
 
     @asynccontextmanager
@@ -183,12 +177,8 @@ class Transport:
             response = await session.get(
                 _exact_url(url),
                 headers=all_headers,
-                allow_redirects=False,
                 timeout=timeout,
-                raise_for_status=False,
-                max_line_size=_MAX_HEADER_BYTES,
-                max_field_size=_MAX_HEADER_BYTES,
-                max_headers=_MAX_HEADERS,
+                **_REQUEST_OPTIONS,
                 middlewares=None if with_credentials else _middlewares_without_credentials(session),
             )
         except (aiohttp.ClientError, OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
+from flux2max_async._api.retry import may_poll_again
 from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.inline_images import decode_inline_image
 from flux2max_async._downloads.retries import RETRY_WINDOW, YOUNG_AGE, Link, Retries
@@ -26,6 +27,7 @@ from flux2max_async._exceptions import (
     ProtocolError,
     ResultExpiredError,
     SessionClosedError,
+    TaskNotFoundError,
     TransportError,
 )
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
@@ -157,18 +159,30 @@ class Downloader:
     async def _renew(self, link: Link, image: GeneratedImage) -> Link:
         """Ask the task for a fresh URL; without one, a young URL may still begin to work.
 
+        If the poll fails for a reason that isn't the task's, it is repeated, unless the URL is young.
+
         Raises:
             ResultExpiredError: There is none, and the URL is not young.
         """
-        try:
-            fresh = (await self._poll(image.task_id)).images[image.index]
-        except SessionClosedError:
-            raise
-        except (FluxError, IndexError) as error:
-            if link.url != NO_URL and link.is_young(datetime.now(UTC)):
-                return attrs.evolve(link, problem=error)
-            raise _expired("", image.task_id, error) from error
-        return Link(fresh.url, fresh.received_at, is_fresh=True)
+        retries = Retries()
+        while True:
+            try:
+                fresh = (await self._poll(image.task_id)).images[image.index]
+            except SessionClosedError:
+                raise
+            except (FluxError, IndexError) as error:
+                if link.url != NO_URL and link.is_young(datetime.now(UTC)):
+                    return attrs.evolve(link, problem=error)
+                now = anyio.current_time()
+                is_answer = isinstance(error, (IndexError, TaskNotFoundError)) or not may_poll_again(
+                    error, elapsed=None
+                )
+                if retries.add(now) or is_answer:
+                    raise _expired("", image.task_id, error) from error
+                delay = retries.next_delay(now, random.random(), getattr(error, "retry_after", None))
+            else:
+                return Link(fresh.url, fresh.received_at, is_fresh=True)
+            await anyio.sleep(delay)
 
 
 @contextlib.contextmanager

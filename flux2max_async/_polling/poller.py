@@ -75,7 +75,7 @@ class TaskPoller:
       in a row end the task.
     - ended: `run()` returns the final snapshot, or raises the reason why the task is not followed any more.
 
-    Any time, `on_webhook()` can publish a final snapshot: it cuts the sleep short or abandons the poll on the wire.
+    Any time, `on_webhook()` can publish a final snapshot: it cuts the sleep short or gives up the poll on the wire.
     """
 
     _context: PollingContext

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from flux2max_async._api.client import AcceptedSubmit
+from flux2max_async._api.client import LostSubmit
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome
@@ -64,6 +64,7 @@ class TaskRunner:
     _created: float = attrs.field(factory=lambda: asyncio.get_running_loop().time(), init=False)
     _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     _holds_slot: bool = attrs.field(default=False, init=False)
+    _lost: LostSubmit | None = attrs.field(default=None, init=False)
     _recorded: bool = attrs.field(default=False, init=False)
     """Whether the outcome is recorded already: it is a replay."""
     _unrecorded: Outcome | None = attrs.field(default=None, init=False)
@@ -146,8 +147,7 @@ class TaskRunner:
                 usage = self.feed.snapshot and self.feed.snapshot.usage
                 self._unrecorded = outcome = await self.record.finish(outcome, usage.cost if usage else None)
         except BaseException:
-            if not self.ended.done() and self._unrecorded is None:
-                # Not the session has ended this runner, but the event loop.
+            if not self.ended.done() and self._unrecorded is None:  # ended by the event loop, not the session
                 log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
             self.close_now()
             raise
@@ -206,14 +206,16 @@ class TaskRunner:
         expected = None if add_webhook is None else ExpectedWebhook.create(self.request, add_webhook, polling)
         self.record.webhook_token = expected.token if expected else None
         try:
-            result = await polling.client.submit(
+            accepted = await polling.client.submit(
                 expected.request if expected else self.request,
                 task_timeout=polling.task_timeout,
                 cancellation=self._cancellation,
                 record=self.record,
             )
             _resolve(self.submit_done, None)
-            accepted = result if isinstance(result, AcceptedSubmit) else await make_good(result, expected, polling)
+            if isinstance(accepted, LostSubmit):
+                self._lost = accepted
+                accepted = await make_good(accepted, expected, polling)
         finally:
             if expected:
                 expected.forget()
@@ -295,9 +297,6 @@ class TaskRunner:
 
     def _set_task_id(self, task_id: str) -> None:
         self.task_id = task_id
-        self._set_answered()
-
-    def _set_answered(self) -> None:
         _resolve(self.submit_done, None)
         _resolve(self.answered, None)
 
@@ -309,10 +308,13 @@ class TaskRunner:
         if self.poller is not None and self._context.polling.registry.in_use:
             self.poller.close()
         self._release_slot()
-        self._set_answered()
+        _resolve(self.submit_done, None)
+        _resolve(self.answered, None)
         _resolve(self.ended, outcome)
         for observer in self._observers:
             observer.on_ended(self, outcome)
+        if self._lost is not None:
+            self._context.polling.client.release(self._lost)
         if isinstance(outcome, Completed):
             log.info("task %s completed after %.1f s, %d polls", self.task_id, outcome.elapsed, outcome.polls)
         else:

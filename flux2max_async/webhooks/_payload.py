@@ -8,9 +8,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from flux2max_async._api.response import unwrap
 from flux2max_async._api.statuses import is_not_found
-from flux2max_async._api.task_object import snapshot_from_json, task_id_of
+from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError
 from flux2max_async._models.results import TaskSnapshot
 
@@ -43,8 +42,8 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a delivery has at most {MAX_BODY} bytes, not {len(body)}")
     payload = parse_json_object(body)
-    task = unwrap(payload)
-    if (task_id := task_id_of(task)) is None:
+    task_id, task = find_task(payload)
+    if task_id is None:
         raise ProtocolError("the delivery has no task id")
     try:
         return snapshot_from_json(task_id, task, raw=payload, secrets=secrets, received_at=datetime.now(UTC))
@@ -55,7 +54,7 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
 
 def reports_not_found(snapshot: TaskSnapshot) -> bool:
     """Check whether a delivery reports that its task doesn't exist, which its sender can't reliably know."""
-    return is_not_found(unwrap(snapshot.raw).get("status"))
+    return is_not_found(unwrap_task(snapshot.raw).get("status"))
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flux2max_async import (
     Failed,
     FluxError,
     FluxSession,
+    JournalEntry,
     Outcome,
     PermissionDeniedError,
     ResponseError,
@@ -27,6 +28,13 @@ from flux2max_async import (
 from flux2max_async._api.circuit_breaker import Attempt, CircuitBreaker
 
 # ---------------------------------------------------------------------- states
+
+
+def give_up(breaker: CircuitBreaker, attempt: Attempt) -> bool:
+    """Do what the client does after a submit was lost for good; return whether streams have to stop."""
+    stops = breaker.is_failed_probe(attempt)
+    breaker.release(attempt)
+    return stops
 
 
 def lose(breaker: CircuitBreaker, times: int = 1) -> list[Attempt]:
@@ -42,7 +50,7 @@ def half_open(max_uncertain: int = 3) -> CircuitBreaker:
     """Return a breaker after so many lost answers."""
     breaker = CircuitBreaker(max_uncertain)
     for attempt in lose(breaker, max_uncertain):
-        assert not breaker.give_up(attempt)
+        assert not give_up(breaker, attempt)
     assert not breaker.is_closed
     return breaker
 
@@ -83,11 +91,11 @@ def test_probe_whose_answer_is_lost() -> None:
     waits_for_a_webhook = breaker.blocks
 
     assert waits_for_a_webhook
-    assert breaker.give_up(probe)
+    assert give_up(breaker, probe)
     assert not breaker.blocks
     (next_probe,) = lose(breaker)
     assert next_probe.is_probe
-    assert breaker.give_up(next_probe)
+    assert give_up(breaker, next_probe)
 
 
 def test_probe_of_which_nothing_is_learned() -> None:
@@ -107,7 +115,7 @@ def test_submit_that_was_on_the_wire_before() -> None:
     for attempt in early:
         breaker.on_uncertain(attempt)
     probe = breaker.start()
-    stops = [breaker.give_up(attempt) for attempt in early]
+    stops = [give_up(breaker, attempt) for attempt in early]
 
     assert not any(stops)
     assert probe.is_probe
@@ -125,7 +133,7 @@ def test_success_while_the_probe_is_on_the_wire(max_uncertain: int) -> None:
     breaker.on_uncertain(probe)
 
     assert closed
-    assert not breaker.give_up(probe)
+    assert not give_up(breaker, probe)
     assert breaker.is_closed is (max_uncertain > 1)
 
 
@@ -137,7 +145,7 @@ def test_success_while_the_webhook_of_the_probe_is_waited_for() -> None:
     breaker.on_answer()
 
     assert not breaker.blocks
-    assert not breaker.give_up(probe)
+    assert not give_up(breaker, probe)
     assert breaker.is_closed
 
 
@@ -152,7 +160,7 @@ def test_submits_that_webhooks_resolve() -> None:
 
     assert still_open
     assert breaker.is_closed
-    assert not breaker.give_up(probe)
+    assert not give_up(breaker, probe)
 
 
 def test_probe_that_a_webhook_resolves() -> None:
@@ -183,7 +191,7 @@ def test_no_limit() -> None:
     attempts = lose(breaker, 1000)
 
     assert (breaker.is_closed, breaker.blocks) == (True, False)
-    assert not any(attempt.is_probe or breaker.give_up(attempt) for attempt in attempts)
+    assert not any(attempt.is_probe or give_up(breaker, attempt) for attempt in attempts)
 
 
 def test_foreign_answers() -> None:
@@ -213,7 +221,7 @@ ON_SENT: dict[str, Callable[[CircuitBreaker, Attempt], bool | None]] = {
 }
 ON_LOST: dict[str, Callable[[CircuitBreaker, Attempt], bool | None]] = {
     "resolve": CircuitBreaker.resolve,
-    "give up": CircuitBreaker.give_up,
+    "give up": give_up,
 }
 STEPS = st.tuples(st.sampled_from(["start", "start", *ON_SENT, "uncertain", *ON_LOST]), st.integers(0, 5))
 
@@ -536,3 +544,23 @@ async def test_refusals_for_now_do_not_hide_lost_answers(scripted: ScriptedGatew
                 assert isinstance(outcome, Failed)
 
     assert len(scripted.of("POST")) <= 14
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+async def test_no_probe_between_the_loss_and_the_stop(
+    scripted: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """However long the outcome of a lost probe takes to be recorded, nothing more is sent before the stream stops."""
+    record = VirtualJournal.record
+
+    async def record_slowly(self: VirtualJournal, entry: JournalEntry, /) -> None:
+        await anyio.sleep(seconds)
+        await record(self, entry)
+
+    monkeypatch.setattr(VirtualJournal, "record", record_slowly)
+    scripted.submits = deque([LOST["502"]])
+    async with session_on(scripted, max_in_flight=1, journal=VirtualJournal(tmp_path / "journal.db")) as session:
+        _, error = await run(session, 300)
+
+    assert type(error) is SubmissionUncertainError
+    assert len(scripted.of("POST")) == 6

@@ -435,10 +435,17 @@ def test_error_in_an_envelope(code: int, parse: Callable[[object], TaskSnapshot]
         assert type(error) is ProtocolError
         assert is_uncertain(error)
         return
-    expected = ConfigurationError if parse is submit and code == 404 else CLASSES[code]
-    assert type(error) is expected
+    assert type(error) is CLASSES[code]
     assert "no" in error.message
     assert not is_uncertain(error)
+
+
+@pytest.mark.parametrize("code", [408, 504, "504", "SYNC_TIMEOUT", "timed_out", "gateway_timeout"])
+def test_gateway_that_has_given_up_waiting_leaves_a_submit_uncertain(code: object) -> None:
+    """An error that says so in the answer to a submit is no refusal, also with the status 200."""
+    error = catch(lambda: submit({"error": {"code": code, "message": "no"}}))
+
+    assert is_uncertain(error)
 
 
 # ---------------------------------------------------------------------- ids and envelopes

@@ -20,9 +20,10 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
-from flux2max_async._api.codec import parse_poll
+from flux2max_async._api.codec import parse_poll, parse_submit
 from flux2max_async._api.task_object import parse_datetime, reported_status
 from flux2max_async._models.results import is_inline
+from flux2max_async.webhooks import parse
 
 URL = "https://pictures.example/0.jpeg"
 
@@ -590,3 +591,57 @@ def test_missing_elements_of_an_output_are_skipped(output: list[object]) -> None
 
     assert snapshot.status is TaskStatus.COMPLETED
     assert [image.url for image in snapshot.images] == ["https://a.example/0"]
+
+
+@pytest.mark.parametrize("code", [408, 504, "timeout", "SYNC_TIMEOUT"])
+@pytest.mark.parametrize("word", ["completed", "failed", "some other end"])
+def test_task_that_has_failed_by_a_timeout(word: str, code: object) -> None:
+    """An error whose code is a timeout is an error of the task, like any other."""
+    snapshot = poll(finished(status=word, output=[], error={"code": code, "message": "it took too long"}))
+
+    assert snapshot.status is TaskStatus.FAILED
+    assert snapshot.error is not None
+    assert (snapshot.error.code, snapshot.error.message) == (str(code), "it took too long")
+
+
+@pytest.mark.parametrize("output", [{"content": []}, [7], [{"content": 7}], [{"content": [{"url": 7}]}], "none"])
+@pytest.mark.parametrize("word", ["in_progress", "queued", "failed"])
+def test_odd_output_of_a_task_that_needs_none(word: str, output: object) -> None:
+    """An output that can't be read makes neither a running nor a failed task unreadable."""
+    snapshot = poll(finished(status=word, output=output, error="no"))
+
+    assert snapshot.status is (TaskStatus.FAILED if word == "failed" else TaskStatus.IN_PROGRESS)
+    assert snapshot.images == ()
+    assert snapshot.raw["output"] == output
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda task: {"data": task},
+        lambda task: {"success": True, "data": task},
+        lambda task: {"status": "success", "data": task},
+        lambda task: {"status": "ok", "data": task},
+        lambda task: {"code": 10000, "message": "ok", "data": task},
+        lambda task: {"id": "request-1", "code": 0, "data": task},
+        lambda task: {"status": {"code": 504, "message": "late"}, "data": task},
+    ],
+)
+def test_every_envelope_is_read_alike(wrap: Callable[[object], dict[str, object]]) -> None:
+    """What is taken for the task in the answer to a submit is the task in a poll and in a webhook, too."""
+    body = wrap(finished(id="t1"))
+    snapshots = [parse_submit(make_response(body)), poll(body), parse(json.dumps(body).encode())]
+
+    assert [(snapshot.task_id, snapshot.status) for snapshot in snapshots] == [("t1", TaskStatus.COMPLETED)] * 3
+    assert all(len(snapshot.images) == 1 for snapshot in snapshots)
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"region": "eu"}, {"id": "user-7"}, {"status": "active"}, {"id": "u", "status": "x"}]
+)
+def test_data_beside_a_task_is_not_the_task(data: dict[str, object]) -> None:
+    """A task object that has a field `data` of its own is not an envelope."""
+    snapshot = parse_submit(make_response({"id": "t1", "status": "in_progress", "data": data}))
+
+    assert snapshot.task_id == "t1"
+    assert snapshot.status is TaskStatus.IN_PROGRESS

@@ -6,11 +6,22 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.responses import jpeg, picture
-from support.scripted import Behaviour, Connection, ScriptedGateway, answer, completed, disconnect, raw, session_on
+from support.scripted import (
+    Behaviour,
+    Connection,
+    ScriptedGateway,
+    answer,
+    completed,
+    disconnect,
+    raw,
+    reset,
+    session_on,
+)
 
 from flux2max_async import DownloadError, GeneratedImage, ResultExpiredError, SessionClosedError, TaskSnapshot
 from flux2max_async._api.transport import Transport
@@ -454,3 +465,26 @@ def test_young_links(age: float | None, is_fresh: bool, expected: bool) -> None:
     received_at = None if age is None else SUNDAY - timedelta(seconds=age)
 
     assert Link("", received_at, is_fresh=is_fresh).is_young(SUNDAY) is expected
+
+
+@pytest.mark.parametrize("url", ["an old link", NO_URL])
+@pytest.mark.parametrize(
+    "failure", [answer(503, b"", retry_after("1")), answer(429, b""), answer(403, b"<html>"), reset]
+)
+async def test_poll_for_a_fresh_url_is_repeated(scripted: ScriptedGateway, failure: Behaviour, url: str) -> None:
+    """If the poll for a fresh URL fails for a reason that isn't the task's, it is repeated until it is answered."""
+    scripted.downloads = deque([by_path(**{"0": answer(403, b"")}, fresh=answer(200, IMAGE))])
+    scripted.polls = deque([failure, failure, fresh_url(scripted)])
+    image = image_at(scripted, 86_400.0)
+
+    assert await read(scripted, attrs.evolve(image, url=NO_URL) if url == NO_URL else image) == IMAGE
+
+
+async def test_poll_for_a_fresh_url_that_always_fails(scripted: ScriptedGateway) -> None:
+    """After 60 s without an answer to the poll for a fresh URL, an old link counts as expired."""
+    scripted.downloads = deque([answer(403, b"")])
+    scripted.polls = deque([answer(503, b"")])
+    with pytest.raises(ResultExpiredError, match=r"has no fresh one: .*503"):
+        await read(scripted, image_at(scripted, 86_400.0))
+
+    assert times(scripted, POLL_PATH)[-1] == pytest.approx(RETRY_WINDOW, abs=0.1)

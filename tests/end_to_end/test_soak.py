@@ -49,7 +49,8 @@ async def test_a_thousand_tasks_under_all_faults(caplog: pytest.LogCaptureFixtur
     async with Emulator(
         seconds=8.0, spread=0.4, seed=11, faults=FAULTS, failing=0.02, moderated=0.01, pictures=False
     ) as gateway:
-        async with FluxSession(gateway.api_key, base_url=gateway.url) as session:
+        # One answer to a submit in eight is lost: in one batch of 200, six in a row happen by chance, and end the stream.
+        async with FluxSession(gateway.api_key, base_url=gateway.url, max_uncertain=None) as session:
             outcomes = [outcome async for outcome in session.stream(f"cat {n}" for n in range(TASKS))]
             stats = session.stats
         accepted = gateway.accepted

@@ -165,8 +165,12 @@ class BudgetExceededError(FluxError):
     """The budget doesn't allow another image, given what is spent and reserved; nothing was sent."""
 
 
+@attrs.define(slots=False, eq=False)
 class JournalError(FluxError):
     """The journal can't be opened, read or written: a disk failure, another program, or an unexpected content."""
+
+    key: str | None = attrs.field(default=None, kw_only=True)
+    """The key of the only request that the error is about, if its entry is damaged and the others are not."""
 
 
 class WebhookSignatureError(FluxError):

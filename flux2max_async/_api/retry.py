@@ -103,7 +103,7 @@ def is_fatal_for_batch(error: FluxError) -> bool:
     that is refused concerns other submits only if it is about the key or the balance.
     """
     match error:
-        case BudgetExceededError() | JournalError() | ConfigurationError():
+        case BudgetExceededError() | JournalError(key=None) | ConfigurationError():
             return True
         case AuthenticationError(from_api=True) | InsufficientBalanceError(from_api=True):
             return True

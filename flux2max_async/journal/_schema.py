@@ -175,6 +175,8 @@ def translate_sqlite_errors(path: Path) -> Generator[None]:
 
 def journal_error(path: Path, error: Exception) -> JournalError:
     """Return the JournalError that explains an error of SQLite or the file system."""
+    if isinstance(error, JournalError):
+        return error
     name = str(getattr(error, "sqlite_errorname", ""))
     for prefix, reason in _REASONS:
         if name.startswith(prefix):
@@ -182,7 +184,13 @@ def journal_error(path: Path, error: Exception) -> JournalError:
     return JournalError(f"the journal {path} can't be used: {getattr(error, 'strerror', None) or error}")
 
 
-# By the beginnings of SQLite's error names: https://sqlite.org/rescode.html
+def may_pass(error: sqlite3.Error) -> bool:
+    """Check whether the same write may succeed later: there is no space now, or the disk or a lock was in the way."""
+    return str(getattr(error, "sqlite_errorname", "")).startswith(_PASSING)
+
+
+# The beginnings of SQLite's error names: https://sqlite.org/rescode.html
+_PASSING = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_READONLY", "SQLITE_CANTOPEN")
 _REASONS = (
     ("SQLITE_FULL", "can't be written: its disk is full"),
     ("SQLITE_READONLY", "can't be written: it is read-only"),

@@ -9,6 +9,7 @@ from typing import Any
 from flux2max_async._exceptions import (
     ContentModeratedError,
     FluxError,
+    JournalError,
     SubmissionUncertainError,
     TaskFailedError,
     TaskNotFoundError,
@@ -50,7 +51,19 @@ def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[
 
 
 def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
-    """Return the outcome that an ended entry holds, marked as replayed."""
+    """Return the outcome that an ended entry holds, marked as replayed.
+
+    Raises:
+        JournalError: The entry's result is damaged.
+    """
+    try:
+        return _outcome_from_entry(entry, request)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        message = f"the result of {entry.key!r} in the journal is damaged: {error!r}"
+        raise JournalError(message, key=entry.key) from error
+
+
+def _outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -> Outcome:
     result, task_id = entry.result, entry.task_id or ""
     elapsed, polls = float(result.get("elapsed", 0.0)), int(result.get("polls", 0))
     if "error" in result:
@@ -77,7 +90,7 @@ def outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) -
         request=request,
         images=images,
         usage=usage,
-        metadata=result["metadata"],
+        metadata=result.get("metadata", {}),
         partial_error=_task_error_from_json(result["partial_error"], task_id) if "partial_error" in result else None,
         elapsed=elapsed,
         polls=polls,

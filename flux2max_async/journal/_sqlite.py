@@ -1,6 +1,7 @@
 """The journal in an SQLite file."""
 
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from decimal import Decimal
@@ -18,6 +19,8 @@ from flux2max_async.journal._entry import JournalEntry
 if TYPE_CHECKING:
     from flux2max_async.journal._store import SqliteStore
     from flux2max_async.journal._worker import JournalWorker
+
+log = logging.getLogger("flux2max_async.journal")
 
 _MAX_SECONDS = 3600.0
 _ENTRIES_PER_READ = 500
@@ -141,8 +144,8 @@ class SqliteJournal:
         return adopted
 
     async def record(self, entry: JournalEntry, /) -> None:
-        """Record an entry's new values."""
-        await self._run(lambda store: store.record(entry), single_statement=True)
+        """Record an entry's new values. If the disk is full now, it is tried again until the journal is closed."""
+        await self._run(lambda store: store.record(entry), single_statement=True, entry_id=(entry.key, entry.attempt))
 
     async def changed(self, entry: JournalEntry, /) -> None:
         """Wait until an entry that another session holds has changed, or that session has died."""
@@ -153,16 +156,21 @@ class SqliteJournal:
     async def entries(self) -> AsyncIterator[JournalEntry]:
         """Iterate over all entries, oldest first. A request that was paid for again has several.
 
+        Entries that are damaged are left out, with a warning for each.
+
         Raises:
             JournalError: The file can't be read, or isn't a journal.
         """
-        from flux2max_async.journal._store import read_entries  # noqa: PLC0415 - as in open()
+        from flux2max_async.journal._rows import read_entries  # noqa: PLC0415 - as in open()
 
         last_id = 0
         while rows := await anyio.to_thread.run_sync(read_entries, self.path, last_id, _ENTRIES_PER_READ):
             for row_id, entry in rows:
                 last_id = row_id
-                yield entry
+                if isinstance(entry, JournalError):
+                    log.warning("%s", entry)
+                else:
+                    yield entry
 
     async def export(self, path: str | PathLike[str], /) -> Path:
         """Write all entries to a file as JSON Lines, and return its path. If it fails, no file is left.
@@ -185,9 +193,12 @@ class SqliteJournal:
         writes: bool = True,
         durable: bool = False,
         single_statement: bool = False,
+        entry_id: tuple[str, int] | None = None,
     ) -> Any:
         worker = self._open_worker()
-        return await worker.run(function, writes=writes, durable=durable, single_statement=single_statement)
+        return await worker.run(
+            function, writes=writes, durable=durable, single_statement=single_statement, entry_id=entry_id
+        )
 
     def _open_worker(self) -> "JournalWorker":
         if self._worker is None:

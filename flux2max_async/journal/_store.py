@@ -1,47 +1,50 @@
 """The SQL statements that read and write a journal's file, those of the leases included. Blocking.
 
-A transaction is atomic: after a crash, all of it can be seen or nothing. Amounts of money are stored as whole
-nano-dollars, so that sums are exact and the database can compute them.
+A transaction is atomic: after a crash, all of it can be seen or nothing.
 """
 
 import contextlib
-import json
+import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Generator
-from datetime import UTC, datetime
-from decimal import ROUND_CEILING, Decimal
+import sys
+from collections.abc import Generator, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from flux2max_async._budget import check_budget
-from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async._exceptions import JournalError
+from flux2max_async.journal._entry import Holder, JournalEntry
+from flux2max_async.journal._rows import (
+    NANO_DOLLARS_PER_DOLLAR,
+    SELECT,
+    Row,
+    decode_text,
+    entry_from_row,
+    row_id,
+    to_epoch,
+    to_nano_dollars,
+)
 from flux2max_async.journal._schema import (
     ADD_COLUMN,
     INDEXES,
     SCHEMA,
     check_file,
     check_version,
-    connect_read_only,
     has_token_column,
     host_id,
     process_is_gone,
     retry_while_locked,
     translate_sqlite_errors,
 )
-from flux2max_async.journal._serialization import to_json
+from flux2max_async.journal._serialization import outcome_from_entry, to_json
 
-_BUSY_TIMEOUT = 10.0  # seconds, for readers
-_NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
-_MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
-_COLUMNS = """
-    e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
-    e.request, e.result, e.files, e.token, o.id, o.place, o.pid
-"""
-_SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"
+log = logging.getLogger("flux2max_async.journal")
+
 # The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
 # completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded
 # yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody holds may be recorded
@@ -89,8 +92,14 @@ class SqliteStore:
             if path.exists() and path.stat().st_size:
                 check_file(path, busy_timeout)
             self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
+            self._connection.text_factory = decode_text
+            self._file_id = _file_id(path)
+            self._log_ids: list[tuple[Path, tuple[int, int] | None]] = []
+            self._reported_rows: set[int] = set()
             try:
                 self._prepare(busy_timeout)
+                logs = [Path(f"{path.resolve()}{suffix}") for suffix in ("-wal", "-shm")]
+                self._log_ids = [(log_path, _file_id(log_path)) for log_path in logs]
                 self._data_version = self._value("PRAGMA data_version")
                 self.is_empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
             except BaseException:
@@ -122,8 +131,38 @@ class SqliteStore:
         try:
             with contextlib.suppress(sqlite3.Error):
                 self.drop_owner(self.owner)
+                if self.is_replaced():
+                    self.detach()
         finally:
             self._connection.close()
+
+    # ------------------------------------------------------------------ the file
+
+    def is_replaced(self) -> bool:
+        """Check whether the file that is open was deleted, replaced or moved: its path leads to another one, or none.
+
+        Not on Windows, which keeps files that are open from being deleted or moved.
+        """
+        return sys.platform != "win32" and _file_id(self._path) != self._file_id
+
+    def detach(self) -> None:
+        """Copy SQLite's log to the file that was moved, and delete the log's names, as far as they are still its own.
+
+        Whoever opens another file under the journal's name would share the log and its locks, and damage both files.
+        """
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if all(_file_id(log_path) == file_id for log_path, file_id in self._log_ids):
+                for log_path, _ in self._log_ids:
+                    log_path.unlink()
+
+    def checkpoint(self) -> bool:
+        """Copy what is in SQLite's log to the file itself, as far as no reader is in the way; return whether all is.
+
+        The file alone then holds what was written so far, for backups and for a log that gets lost.
+        """
+        _, logged, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return bool(logged == copied)
 
     # ------------------------------------------------------------------ transactions
 
@@ -156,27 +195,27 @@ class SqliteStore:
 
     def find(self, key: str) -> JournalEntry | None:
         """Return the newest entry of a key."""
-        row = self._connection.execute(f"{_SELECT} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
+        row = self._connection.execute(f"{SELECT} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
         return row and self._entry(row)
 
     def find_task(self, task_id: str) -> JournalEntry | None:
         """Return the newest entry of a task."""
         row = self._connection.execute(
-            f"{_SELECT} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)
+            f"{SELECT} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)
         ).fetchone()
         return row and self._entry(row)
 
     def find_token(self, token: str) -> JournalEntry | None:
         """Return the entry that was begun with a token."""
-        row = self._connection.execute(f"{_SELECT} WHERE e.token = ?", (token,)).fetchone()
+        row = self._connection.execute(f"{SELECT} WHERE e.token = ?", (token,)).fetchone()
         return row and self._entry(row)
 
     def ended_entries(self) -> list[JournalEntry]:
         """Return the entries that are held here and have ended; other sessions may have recorded these ends."""
         rows = self._connection.execute(
-            f"{_SELECT} WHERE e.owner = ? AND e.state IN ('completed', 'failed')", (self.owner,)
+            f"{SELECT} WHERE e.owner = ? AND e.state IN ('completed', 'failed')", (self.owner,)
         )
-        return [self._entry(row) for row in rows.fetchall()]
+        return [entry for _, entry in self._readable(rows.fetchall(), ended=True)]
 
     def begin(self, entry: JournalEntry, limit: Decimal | None) -> bool:
         """Insert an intent that is held here; return False if its attempt exists and isn't REFUSED.
@@ -189,7 +228,7 @@ class SqliteStore:
             exists = "SELECT 1 FROM entries WHERE key = ? AND attempt = ? AND state != 'refused'"
             if execute(exists, (entry.key, entry.attempt)).fetchone():
                 return False
-            committed = Decimal(self._value("SELECT outlay FROM totals")) / _NANO_DOLLARS_PER_DOLLAR
+            committed = Decimal(self._value("SELECT outlay FROM totals")) / NANO_DOLLARS_PER_DOLLAR
             check_budget(limit, committed, entry.committed)
         inserted: int = execute(
             "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, token, request, result, files)"
@@ -197,8 +236,8 @@ class SqliteStore:
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
             " created = excluded.created, ended = NULL, token = excluded.token, request = excluded.request,"
             " result = '{}' WHERE state = 'refused'",
-            (entry.key, entry.attempt, entry.fingerprint, self.owner, _to_nano_dollars(entry.committed),
-             _to_epoch(entry.created_at), entry.webhook_token, to_json(dict(entry.request))),
+            (entry.key, entry.attempt, entry.fingerprint, self.owner, to_nano_dollars(entry.committed),
+             to_epoch(entry.created_at), entry.webhook_token, to_json(dict(entry.request))),
         ).rowcount  # fmt: skip
         return inserted == 1
 
@@ -224,9 +263,9 @@ class SqliteStore:
                 "keep_owner": entry.holder is Holder.OTHER,
                 "task_id": entry.task_id,
                 "cost": None if entry.cost is None else str(entry.cost),
-                "outlay": _to_nano_dollars(entry.committed),
-                "submitted": _to_epoch(entry.submitted_at),
-                "ended": _to_epoch(entry.ended_at),
+                "outlay": to_nano_dollars(entry.committed),
+                "submitted": to_epoch(entry.submitted_at),
+                "ended": to_epoch(entry.ended_at),
                 "result": to_json(dict(entry.result)),
                 "files": to_json([[str(file.path), file.size] for file in entry.files]),
                 "key": entry.key,
@@ -269,73 +308,42 @@ class SqliteStore:
         self._connection.execute("DELETE FROM owners WHERE id = ?", (owner_id,))
 
     def adopt_from(self, owner_id: str) -> list[JournalEntry]:
-        """Hold the tasks of a dropped owner, and return them; mark its intents as uncertain."""
+        """Hold the tasks of a dropped owner, and return them; mark its intents as uncertain. Skip damaged rows."""
         execute = self._connection.execute
         is_orphan = "owner = ? AND NOT EXISTS (SELECT 1 FROM owners WHERE id = owner)"
         execute(
             f"UPDATE entries SET state = 'uncertain', owner = NULL WHERE state = 'intent' AND {is_orphan}", (owner_id,)
         )
-        rows = execute(f"{_SELECT} WHERE e.state = 'submitted' AND e.{is_orphan}", (owner_id,)).fetchall()
-        execute(f"UPDATE entries SET owner = ? WHERE state = 'submitted' AND {is_orphan}", (self.owner, owner_id))
-        return [self._entry((*row[:4], self.owner, *row[5:])) for row in rows]
+        rows = execute(f"{SELECT} WHERE e.state = 'submitted' AND e.{is_orphan}", (owner_id,)).fetchall()
+        readable = list(self._readable((*row[:4], self.owner, *row[5:]) for row in rows))
+        for entry_id, _ in readable:
+            execute("UPDATE entries SET owner = ? WHERE id = ?", (self.owner, entry_id))
+        return [entry for _, entry in readable]
 
-    def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
-        return _row_to_entry(row, Holder.US if row[4] == self.owner else _other_holder(row))
+    def _entry(self, row: Row) -> JournalEntry:
+        return entry_from_row(self._path, row, self.owner)
+
+    def _readable(self, rows: Iterable[Row], *, ended: bool = False) -> Generator[tuple[int, JournalEntry]]:
+        """Yield the entries of rows with their ids; log each row that is damaged once."""
+        for row in rows:
+            try:
+                entry = self._entry(row)
+                if ended:
+                    outcome_from_entry(entry, None)
+                yield row_id(row), entry
+            except JournalError as error:
+                if row_id(row) not in self._reported_rows:
+                    self._reported_rows.add(row_id(row))
+                    log.warning("%s", error)
 
     def _value(self, statement: str) -> Any:
         return self._connection.execute(statement).fetchone()[0]
 
 
-def read_entries(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry]]:
-    """Return up to `limit` entries with their row ids, beginning behind the row id `after`. Writes nothing.
-
-    Raises:
-        JournalError: The file can't be read, or isn't a journal.
-    """
-    with translate_sqlite_errors(path), contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
-        check_version(connection, path)
-        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return []  # the process that created the file was killed before it created the tables
-        select = _SELECT if has_token_column(connection) else _SELECT.replace("e.token", "NULL")
-        rows = connection.execute(f"{select} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
-        return [(row[18], _row_to_entry(row, _other_holder(row))) for row in rows]
-
-
-def _other_holder(row: tuple[Any, ...]) -> Holder | None:
-    owner_id, host, pid = row[15:18]
-    return None if owner_id is None or process_is_gone(host, pid) else Holder.OTHER
-
-
-def _row_to_entry(row: tuple[Any, ...], holder: Holder | None) -> JournalEntry:
-    (key, attempt, fingerprint, state, owner, task_id, cost, committed, created_at, submitted_at, ended_at, request,
-     result, files, token) = row[:15]  # fmt: skip
-    return JournalEntry(
-        key=key,
-        attempt=attempt,
-        fingerprint=fingerprint,
-        state=EntryState(state),
-        holder=holder,
-        owner=owner,
-        task_id=task_id,
-        cost=None if cost is None else Decimal(cost),
-        committed=Decimal(committed) / _NANO_DOLLARS_PER_DOLLAR,
-        created_at=_from_epoch(created_at),
-        submitted_at=_from_epoch(submitted_at),
-        ended_at=_from_epoch(ended_at),
-        request=json.loads(request),
-        result=json.loads(result),
-        files=tuple(SavedFile(Path(path), size) for path, size in json.loads(files)),
-        webhook_token=token,
-    )
-
-
-def _to_nano_dollars(dollars: Decimal) -> int:
-    return min(int((dollars * _NANO_DOLLARS_PER_DOLLAR).to_integral_value(ROUND_CEILING)), _MAX_NANO_DOLLARS)
-
-
-def _to_epoch(time: datetime | None) -> float | None:
-    return None if time is None else time.timestamp()
-
-
-def _from_epoch(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+def _file_id(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of the file that a path leads to; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -2,11 +2,15 @@
 
 Jobs that are queued while it waits for the disk run together in its next transaction: concurrent intents share an
 fsync. The thread also writes this owner's heartbeat and watches those of the others, as `_leases` describes.
+
+A record that fails because there is no space, or for another reason that may pass, is kept, and written together with
+whatever comes next: the caller has learned of the error, and goes on. What is begun later waits for it.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -20,7 +24,7 @@ import attrs
 from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._leases import LeaseMonitor
-from flux2max_async.journal._schema import journal_error
+from flux2max_async.journal._schema import journal_error, may_pass
 from flux2max_async.journal._store import SqliteStore
 
 log = logging.getLogger("flux2max_async.journal")
@@ -29,6 +33,8 @@ _SYNC_DELAY = 1.0
 """Seconds after which writes that didn't wait for the disk are synchronized."""
 _CHECK_INTERVAL = 0.25
 """Seconds between checks for changes by other processes, while somebody waits for them."""
+_CHECKPOINT_INTERVAL = 3.0
+"""Seconds after a write until SQLite's log is copied to the file; twice that if there are jobs all the time."""
 _MAX_JOBS_PER_TRANSACTION = 500
 
 
@@ -43,6 +49,8 @@ class Job:
     """Whether the disk must have stored it before the future is resolved."""
     single_statement: bool = False
     """Whether it consists of one statement, which is atomic without a transaction."""
+    entry_id: tuple[str, int] | None = None
+    """The key and attempt of the entry that it records, if the write is to be repeated until it succeeds."""
 
 
 @attrs.frozen(eq=False)
@@ -94,6 +102,11 @@ class JournalWorker:
         self._leases = LeaseMonitor(lease)
         self._next_heartbeat_at = 0.0
         self._has_unsynced_writes = False
+        self._checkpoint_at: float | None = time.monotonic() + _CHECKPOINT_INTERVAL
+        """None if the file itself holds everything."""
+        self._is_replaced = False
+        self._unwritten: dict[tuple[str, int], Job] = {}
+        """The newest record of each entry whose newest record could not be written."""
         self.is_sole_writer = True
         """Whether nobody else has written since the file was opened."""
         self.durable_transactions = 0
@@ -110,10 +123,11 @@ class JournalWorker:
         writes: bool = True,
         durable: bool = False,
         single_statement: bool = False,
+        entry_id: tuple[str, int] | None = None,
     ) -> "asyncio.Future[Any]":
         """Queue a job and return the future of its result; `Job` describes the arguments."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._jobs.put(Job(function, future, writes, durable, single_statement))
+        self._jobs.put(Job(function, future, writes, durable, single_statement, entry_id))
         return future
 
     def wait_for_change(self, entry: JournalEntry) -> "asyncio.Future[None]":
@@ -165,10 +179,12 @@ class JournalWorker:
             changed = store.changed_externally()
             self.is_sole_writer = self.is_sole_writer and not changed
         jobs = self._next_jobs()
-        if pending := [job for job in jobs if job is not None]:
+        pending = [job for job in jobs if job is not None]
+        if pending or (self._unwritten and None in jobs):
             self._run_jobs(store, pending)
         if None in jobs:
             return True
+        self._checkpoint_if_due(store)
         if (self._watches or self._watch_changes) and (store.changed_externally() or changed):
             self.is_sole_writer = False
             self._check_watches(store)
@@ -180,7 +196,7 @@ class JournalWorker:
         """Wait for jobs until the next heartbeat or check is due; None stands for the request to stop."""
         if self._loop.is_closed():
             raise RuntimeError
-        timeout = self._next_heartbeat_at - time.monotonic()
+        timeout = min(self._next_heartbeat_at, self._checkpoint_at or math.inf) - time.monotonic()
         if self._watches or self._watch_changes:
             timeout = min(timeout, _CHECK_INTERVAL)
         jobs: list[Job | None] = []
@@ -191,9 +207,13 @@ class JournalWorker:
         return jobs
 
     def _run_jobs(self, store: SqliteStore, jobs: list[Job]) -> None:
+        unwritten = len(self._unwritten)
+        jobs = [*self._unwritten.values(), *jobs]
         durable = any(job.durable for job in jobs)
         writes = any(job.writes for job in jobs)
         needs_transaction = writes and not (len(jobs) == 1 and jobs[0].single_statement)
+        if durable:
+            self._check_file(store)
         try:
             if not needs_transaction:
                 store.set_synchronous(durable=durable)
@@ -203,16 +223,34 @@ class JournalWorker:
             failure = journal_error(self._path, error)
             failure.__cause__ = error
             resolutions = [_Resolution(job.future, error=failure) for job in jobs]
+            if may_pass(error):
+                self._keep_unwritten(jobs)
         else:
-            self.durable_transactions += durable
-            if durable:
-                self._has_unsynced_writes = False
-            elif writes and not self._has_unsynced_writes:
-                self._has_unsynced_writes = True
-                self._next_heartbeat_at = min(self._next_heartbeat_at, time.monotonic() + _SYNC_DELAY)
+            if unwritten:
+                self._unwritten.clear()
+                log.info("journal %s: %d entries were written that could not be before", self._path, unwritten)
+            self._on_written(writes=writes, durable=durable)
         self._resolve(*resolutions)
 
+    def _keep_unwritten(self, jobs: list[Job]) -> None:
+        self._unwritten.update({job.entry_id: job for job in jobs if job.entry_id is not None})
+        if self._unwritten:
+            self._next_heartbeat_at = min(self._next_heartbeat_at, time.monotonic() + _SYNC_DELAY)
+
+    def _on_written(self, *, writes: bool, durable: bool) -> None:
+        now = time.monotonic()
+        self.durable_transactions += durable
+        if durable:
+            self._has_unsynced_writes = False
+        elif writes and not self._has_unsynced_writes:
+            self._has_unsynced_writes = True
+            self._next_heartbeat_at = min(self._next_heartbeat_at, now + _SYNC_DELAY)
+        if writes and self._checkpoint_at is None:
+            self._checkpoint_at = now + _CHECKPOINT_INTERVAL
+
     def _run_job(self, store: SqliteStore, job: Job) -> _Resolution:
+        if job.durable and self._is_replaced:
+            return _Resolution(job.future, error=self._replaced_error())
         try:
             return _Resolution(job.future, job.function(store))
         except FluxError as error:
@@ -224,12 +262,44 @@ class JournalWorker:
             failure = JournalError(f"the journal {self._path} can't store this: {error!r}")
             return _Resolution(job.future, error=failure)
 
+    # ------------------------------------------------------------------ the file
+
+    def _checkpoint_if_due(self, store: SqliteStore) -> None:
+        """Copy SQLite's log to the file when nobody waits for the thread, or it is long overdue."""
+        if self._checkpoint_at is None:
+            return
+        late = time.monotonic() - self._checkpoint_at
+        if late < 0 or (late < _CHECKPOINT_INTERVAL and not self._jobs.empty()):
+            return
+        try:
+            complete = store.checkpoint()
+        except sqlite3.Error as error:
+            log.warning("%s", journal_error(self._path, error))
+            complete = False
+        self._checkpoint_at = None if complete else time.monotonic() + _CHECKPOINT_INTERVAL
+
+    def _check_file(self, store: SqliteStore) -> None:
+        """Begin nothing more once the file is another one: the next run wouldn't find it, and pay again."""
+        if not self._is_replaced and store.is_replaced():
+            self._is_replaced = True
+            store.detach()
+            log.error("%s", self._replaced_error())
+
+    def _replaced_error(self) -> JournalError:
+        return JournalError(
+            f"the journal {self._path} was deleted, replaced or moved while it was open: nothing more is submitted, "
+            "and tasks that are running are recorded in the file that was opened"
+        )
+
     # ------------------------------------------------------------------ leases
 
     def _heartbeat(self, store: SqliteStore) -> None:
         """Write the heartbeat, drop owners that are presumed dead, and adopt the tasks of dropped ones."""
         now = time.monotonic()
         self._next_heartbeat_at = now + self._lease / 4
+        self._check_file(store)
+        if self._unwritten:
+            self._run_jobs(store, [])
         try:
             with store.transaction(durable=self._has_unsynced_writes):
                 store.heartbeat()

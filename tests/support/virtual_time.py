@@ -121,6 +121,6 @@ class VirtualJournal(SqliteJournal):
         with _pause_clock():
             await super().close()
 
-    async def _run(self, function: Any, **options: bool) -> Any:
+    async def _run(self, function: Any, **options: Any) -> Any:
         with _pause_clock():
             return await super()._run(function, **options)

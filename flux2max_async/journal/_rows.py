@@ -1,0 +1,159 @@
+"""The rows of the journal's file as entries, and the damage that they may have.
+
+A row is read on its own: if a disk, another program or a person with an editor has damaged it, the request that it
+belongs to is an error, and all others are read. Amounts of money are stored as whole nano-dollars, so that sums are
+exact and the database can compute them.
+"""
+
+import contextlib
+import json
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
+
+from flux2max_async._exceptions import JournalError
+from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._schema import (
+    check_version,
+    connect_read_only,
+    has_token_column,
+    process_is_gone,
+    translate_sqlite_errors,
+)
+
+NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
+_BUSY_TIMEOUT = 10.0  # seconds, for readers
+_MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
+_COLUMNS = """
+    e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
+    e.request, e.result, e.files, e.token, o.id, o.place, o.pid
+"""
+SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"  # noqa: S608 - constants
+
+Row = tuple[Any, ...]
+"""What `SELECT` returns."""
+
+
+def decode_text(data: bytes) -> str | bytes:
+    """Return a text of the file; unchanged if it isn't UTF-8, so that only its own row can't be read."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def row_id(row: Row) -> int:
+    """Return the id of an entry's row."""
+    return int(row[18])
+
+
+def entry_from_row(path: Path, row: Row, us: str | None = None) -> JournalEntry:
+    """Return the entry of a row.
+
+    Args:
+        path: The journal's file.
+        row: A row of `SELECT`.
+        us: The id of the owner that reads it, if one does.
+
+    Raises:
+        JournalError: The row is damaged. The error has the key.
+    """
+    try:
+        return _parse(row, us)
+    except (ValueError, TypeError, KeyError, ArithmeticError, OSError, RecursionError) as error:
+        key = row[0] if isinstance(row[0], str) else repr(row[0])
+        raise JournalError(f"the entry of {key!r} in the journal {path} is damaged: {error!r}", key=key) from error
+
+
+def to_nano_dollars(dollars: Decimal) -> int:
+    return min(int((dollars * NANO_DOLLARS_PER_DOLLAR).to_integral_value(ROUND_CEILING)), _MAX_NANO_DOLLARS)
+
+
+def to_epoch(time: datetime | None) -> float | None:
+    return None if time is None else time.timestamp()
+
+
+def read_entries(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry | JournalError]]:
+    """Return up to `limit` entries, or the errors of damaged ones, with their row ids. Writes nothing.
+
+    Args:
+        path: The journal's file.
+        after: The row id behind which to begin.
+        limit: How many to return at most.
+
+    Raises:
+        JournalError: The file can't be read, or isn't a journal.
+    """
+    with translate_sqlite_errors(path), contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
+        connection.text_factory = decode_text
+        check_version(connection, path)
+        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return []  # the process that created the file was killed before it created the tables
+        select = SELECT if has_token_column(connection) else SELECT.replace("e.token", "NULL")
+        rows = connection.execute(f"{select} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
+        return [(row_id(row), _entry_or_error(path, row)) for row in rows]
+
+
+def _entry_or_error(path: Path, row: Row) -> JournalEntry | JournalError:
+    try:
+        return entry_from_row(path, row)
+    except JournalError as error:
+        return error
+
+
+# ------------------------------------------------------------------ parsing
+
+
+def _parse(row: Row, us: str | None) -> JournalEntry:
+    (key, attempt, fingerprint, state, owner, task_id, cost, committed, created_at, submitted_at, ended_at, request,
+     result, files, token) = row[:15]  # fmt: skip
+    entry = JournalEntry(
+        key=_checked(key, str),
+        attempt=_checked(attempt, int),
+        fingerprint=_checked(fingerprint, str),
+        state=EntryState(state),
+        holder=_holder(row, us),
+        owner=_optional(owner, str),
+        task_id=_optional(task_id, str),
+        cost=None if cost is None else _amount(Decimal(cost)),
+        committed=_amount(Decimal(_checked(committed, int))) / NANO_DOLLARS_PER_DOLLAR,
+        created_at=_from_epoch(created_at),
+        submitted_at=_from_epoch(submitted_at),
+        ended_at=_from_epoch(ended_at),
+        request=_checked(json.loads(request), dict),
+        result=_checked(json.loads(result), dict),
+        files=tuple(SavedFile(Path(path), _checked(size, int)) for path, size in _checked(json.loads(files), list)),
+        webhook_token=_optional(token, str),
+    )
+    _ = entry.error  # raises an error if `result` holds one that can't be read
+    if entry.state is EntryState.SUBMITTED and entry.task_id is None:
+        raise ValueError("it is a task without an id")
+    return entry
+
+
+def _holder(row: Row, us: str | None) -> Holder | None:
+    owner_id, host, pid = row[15:18]
+    if us is not None and row[4] == us:
+        return Holder.US
+    return None if owner_id is None or process_is_gone(host, pid) else Holder.OTHER
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.100} is not of type {kind.__name__}")
+    return value
+
+
+def _optional(value: Any, kind: type) -> Any:
+    return value if value is None else _checked(value, kind)
+
+
+def _amount(number: Decimal) -> Decimal:
+    if not number.is_finite() or number < 0:
+        raise ValueError(f"{number} is not an amount of money")
+    return number
+
+
+def _from_epoch(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

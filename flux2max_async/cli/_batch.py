@@ -17,7 +17,7 @@ from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._file_formats import PARSERS, guess_format
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir
-from flux2max_async.cli._plan import Plan, find_orphans, make_plan, reject_key_conflicts, round_up
+from flux2max_async.cli._plan import Action, Plan, find_orphans, make_plan, reject_key_conflicts, round_up
 from flux2max_async.cli._requests_file import Line, RequestsFile, read_requests_file
 from flux2max_async.cli._runner import Batch, Report, run
 from flux2max_async.cli._summary import Command, display_state, suggest_command, summary
@@ -34,6 +34,8 @@ from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
 
 _STANDARD_INPUT = "-"
+_MAX_SHOWN_KEYS = 3
+"""The number of requests that a message names."""
 _MAX_VALUE_LENGTH = 100
 """Characters of a parameter that a dry run shows."""
 
@@ -71,13 +73,13 @@ def run_batch(options: BatchOptions) -> int:
     """
     requests_file = _read_requests(options)
     output_dir = OutputDir(options.out or _default_folder(options.file))
-    entries = asyncio.run(output_dir.read_journal())
+    entries = asyncio.run(output_dir.open_journal())
     requests_file = reject_key_conflicts(requests_file, entries)
     if not _check_lines(options, requests_file):
         return 2
     orphans, lost = find_orphans(requests_file.lines, entries)
     lines = [*requests_file.lines, *orphans]
-    plan = make_plan(lines, entries, options.reuse_policy, options.price_guess)
+    plan = make_plan(lines, entries, options.reuse_policy, options.price_guess, lost=output_dir.lost)
     schedule = flux.LearnedSchedule()
     session = options.settings.create_session(
         needs_key=not options.dry_run,
@@ -88,11 +90,12 @@ def run_batch(options: BatchOptions) -> int:
         schedule=schedule,
         journal=flux.SqliteJournal(output_dir.journal_path),
     )
+    _report_lost(plan, output_dir)
     if options.dry_run:
         _show_dry_run(options, plan)
         return 0
     _show_plan(options, plan, orphans, lost)
-    if (code := _ask_for_consent(options, plan, output_dir)) is not None:
+    if (code := _ask_for_consent(options, plan)) is not None:
         return code
     output_dir.create()
     output_dir.update_rows(lines, entries)
@@ -174,6 +177,19 @@ def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost:
         )
 
 
+def _report_lost(plan: Plan, output_dir: OutputDir) -> None:
+    """Name the requests that are not submitted because only `results.jsonl` knows that they are paid for."""
+    keys = [key for key, action in plan.actions.items() if action is Action.SKIP_LOST]
+    if keys:
+        shown = ", ".join(keys[:_MAX_SHOWN_KEYS]) + (", …" if len(keys) > _MAX_SHOWN_KEYS else "")
+        journal, results = output_dir.journal_path, output_dir.results_path.name
+        print_error(
+            f"{journal} was lost or replaced: it lacks {format_pictures(len(keys))} that {results} has as paid for, "
+            f"so they are not submitted: {shown}; put the right {journal.name} and {journal.name}-wal back, "
+            "or pay for them again with --resubmit-uncertain"
+        )
+
+
 def _show_dry_run(options: BatchOptions, plan: Plan) -> None:
     """Print the requests that would be submitted; as JSON, print all requests."""
     for item in plan.lines:
@@ -196,23 +212,19 @@ def _truncate(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 1]}…"
 
 
-def _ask_for_consent(options: BatchOptions, plan: Plan, output_dir: OutputDir) -> int | None:
+def _ask_for_consent(options: BatchOptions, plan: Plan) -> int | None:
     """Ask on the terminal before money is spent; return the exit code without consent, and None with it.
 
-    Without a terminal, no consent is needed, except to pay again for what `results.jsonl` lists as paid for.
+    Without a terminal, no consent is needed.
     """
     if options.yes or not plan.prices:
         return None
-    paid = output_dir.count_paid_without_journal(plan.lines)
-    if paid:
-        results = f"{format_pictures(paid)} in {output_dir.results_path.name}"
-        print_error(f"{output_dir.journal_path} is missing: {results} would be paid for again")
     if can_prompt():
         if typer.confirm("Go on?", err=True):
             return None
         print_error("nothing was sent")
         return 1
-    if paid or sys.stderr.isatty():
+    if sys.stderr.isatty():
         print_error("can't ask for confirmation, so nothing was sent: add --yes to go ahead")
         return 2
     return None
@@ -236,7 +248,7 @@ def _finish(
     gallery = Gallery(output_dir.path, skip_thumbnails=report.must_exit_now)
     write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
     rows = [output_dir.rows[item.key] for item in lines]
-    next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess)
+    next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess, lost=output_dir.lost)
     Terminal(sys.stderr if options.as_json else sys.stdout).show(*summary(rows, report, next_plan.spent))
     if write_error is not None:
         print_error(write_error)

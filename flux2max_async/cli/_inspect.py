@@ -1,10 +1,12 @@
 """The commands `journal` and `gallery`, which inspect the output folder of a batch without running it."""
 
 import asyncio
+import json
 import sys
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -12,9 +14,8 @@ import flux2max_async as flux
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir, is_uncertain
 from flux2max_async.cli._plan import newest_entries, total_cost
-from flux2max_async.cli._terminal import Terminal, make_table, to_single_line
-from flux2max_async.journal._entry import EntryState
-from flux2max_async.journal._serialization import to_json
+from flux2max_async.cli._terminal import Terminal, escape, make_table, shorten, to_single_line
+from flux2max_async.journal._entry import EntryState, JournalEntry
 
 
 def print_journal(path: Path, *, as_json: bool) -> None:
@@ -26,7 +27,7 @@ def print_journal(path: Path, *, as_json: bool) -> None:
     entries = asyncio.run(_open_output_dir(path).read_journal())
     if as_json:
         for entry in entries:
-            typer.echo(to_json(entry.to_dict()))
+            typer.echo(json.dumps(_describe(entry)))
         return
     newest = newest_entries(entries).values()
     lost = [entry for entry in newest if is_uncertain(entry)]
@@ -47,10 +48,20 @@ def print_journal(path: Path, *, as_json: bool) -> None:
     }
     Terminal(sys.stdout).show(make_table(cells))
     for entry in running:
-        typer.echo(to_single_line(f"running: {entry.task_id or 'being submitted'}  {entry.key}  ({entry.prompt[:60]})"))
+        task = shorten(entry.task_id) if entry.task_id else "being submitted"
+        typer.echo(to_single_line(f"running: {task}  {entry.key}  ({entry.prompt[:60]})"))
     for entry in lost:
         created = "" if entry.created_at is None else f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC  "
         typer.echo(to_single_line(f"uncertain: {created}{entry.key}  ({entry.prompt[:60]})"))
+
+
+def _describe(entry: JournalEntry) -> dict[str, Any]:
+    """Return an entry as JSON values, in which the service's task id and message are short and escaped."""
+    data = entry.to_dict()
+    data["task_id"] = entry.task_id and escape(entry.task_id)
+    if entry.error is not None:
+        data["result"]["error"] = {**data["result"]["error"], "message": escape(entry.error)}
+    return data
 
 
 def rebuild_gallery(path: Path) -> None:
@@ -60,7 +71,7 @@ def rebuild_gallery(path: Path) -> None:
         FluxError: There is no journal, it can't be read, or a file can't be written.
     """
     output_dir = _open_output_dir(path)
-    output_dir.update_rows((), asyncio.run(output_dir.read_journal()))
+    output_dir.update_rows((), asyncio.run(output_dir.open_journal()))
     gallery = Gallery(output_dir.path)
     if (problem := write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(problem)

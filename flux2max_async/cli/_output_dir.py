@@ -13,7 +13,9 @@ from typing import Any
 import attrs
 
 import flux2max_async as flux
+from flux2max_async._config import parse_dollars
 from flux2max_async.cli._requests_file import Line
+from flux2max_async.cli._terminal import MAX_TEXT_LENGTH, escape
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._serialization import to_json
 
@@ -25,6 +27,7 @@ _MAX_TEMP_FILE_AGE = 60.0
 """Seconds after which a temporary file is certainly left over from a process that was killed."""
 _UNPAID_STATES = (WAITING, EntryState.REFUSED.value)
 _FINAL_STATES = (EntryState.COMPLETED.value, EntryState.FAILED.value)
+_LOST_MESSAGE = "it is in results.jsonl, and not in the journal: flux2max download {} may still save its picture"
 _ROW_PARAMS = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
 """The parameters that a row has, besides the prompt."""
 _BATCH_ERRORS = (
@@ -36,6 +39,10 @@ _BATCH_ERROR_NAMES = {error_type.__name__ for error_type in _BATCH_ERRORS}
 _UNCERTAIN_MESSAGE = "the submit was interrupted before the service responded: a task may exist and cost money"
 
 
+def _limit(text: str | None) -> str | None:
+    return text and text[: MAX_TEXT_LENGTH + 1]  # the last character shows that there is more
+
+
 @attrs.define
 class Row:
     """The state of one request."""
@@ -45,7 +52,7 @@ class Row:
     params: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     """The other parameters, as JSON values."""
     state: str = WAITING
-    task_id: str | None = None
+    task_id: str | None = attrs.field(default=None, converter=_limit)
     cost: Decimal | None = None
     """US dollars; None until the service has reported the cost."""
     seconds: float | None = None
@@ -53,7 +60,7 @@ class Row:
     polls: int | None = None
     files: list[str] = attrs.field(factory=list[str])
     """The file names of the images in the folder."""
-    error: str | None = None
+    error: str | None = attrs.field(default=None, converter=_limit)
     """Why the request failed, or why not all of its images are saved."""
 
     @classmethod
@@ -83,19 +90,19 @@ class Row:
         """Return the row of a line of `results.jsonl`.
 
         Raises:
-            ValueError, KeyError, TypeError, ArithmeticError: The line is invalid: another program has written it.
+            ConfigurationError, ValueError, KeyError, TypeError, OverflowError: Another program has written the line.
         """
         return cls(
             key=str(data["key"]),
             prompt=str(data["prompt"]),
             params=dict(data["params"]),
             state=str(data["state"]),
-            task_id=data["task_id"],
-            cost=None if data["cost"] is None else Decimal(str(data["cost"])),
-            seconds=data["seconds"],
-            polls=data["polls"],
+            task_id=None if data["task_id"] is None else str(data["task_id"]),
+            cost=None if data["cost"] is None else parse_dollars("cost", data["cost"]),
+            seconds=None if data["seconds"] is None else float(data["seconds"]),
+            polls=None if data["polls"] is None else int(data["polls"]),
             files=[str(name) for name in data["files"]],
-            error=data["error"],
+            error=None if data["error"] is None else str(data["error"]),
         )
 
     def update(self, outcome: "flux.Outcome") -> None:
@@ -120,15 +127,29 @@ class Row:
         return {
             "key": self.key,
             "prompt": self.prompt,
-            "task_id": self.task_id,
+            "task_id": None if self.task_id is None else escape(self.task_id),
             "state": self.state,
             "cost": None if self.cost is None else str(self.cost),
             "seconds": None if self.seconds is None else round(self.seconds, 3),
             "polls": self.polls,
             "files": self.files,
-            "error": self.error,
+            "error": None if self.error is None else escape(self.error),
             "params": dict(self.params),
         }
+
+
+def _is_lost(row: Row, entry: JournalEntry | None) -> bool:
+    """Check whether a request is paid for according to its row of `results.jsonl`, and the journal doesn't know."""
+    match None if entry is None else entry.state:
+        case None:
+            return row.state not in _UNPAID_STATES
+        # Rows can be older than entries: what failed and was refused when it was tried again is not paid for.
+        case EntryState.REFUSED:
+            return row.task_id is not None and row.state not in (*_UNPAID_STATES, EntryState.FAILED)
+        case EntryState.FAILED:
+            return row.task_id is not None and row.state in {EntryState.COMPLETED, EntryState.UNCERTAIN}
+        case _:
+            return False
 
 
 def is_uncertain(entry: JournalEntry) -> bool:
@@ -167,6 +188,8 @@ class OutputDir:
     """By key; the requests of the file come first, in its order."""
     _recorded: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
     """The rows of this run's outcomes by key: the journal may lack some of their results."""
+    lost: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
+    """The rows of requests that are paid for according to `results.jsonl`, and unknown to the journal, by key."""
 
     @property
     def journal_path(self) -> Path:
@@ -193,6 +216,25 @@ class OutputDir:
                 if temp_file.stat().st_mtime < time.time() - _MAX_TEMP_FILE_AGE:
                     temp_file.unlink()
 
+    async def open_journal(self) -> "list[JournalEntry]":
+        """Return all journal entries like `read_journal`, and find what was paid for and is lost from the journal.
+
+        It was replaced by an older copy, deleted, or copied without its write-ahead log.
+
+        Raises:
+            ConfigurationError: The folder can't be read.
+            JournalError: The journal can't be read.
+        """
+        # Before the journal: other processes write into the journal first.
+        previous = self._read_results()
+        entries = await self.read_journal()
+        newest = {entry.key: entry for entry in entries}
+        self.lost = {row.key: row for row in previous if _is_lost(row, newest.get(row.key))}
+        for row in self.lost.values():
+            if row.state != EntryState.COMPLETED or not all((self.path / name).is_file() for name in row.files or [""]):
+                row.state, row.error = EntryState.UNCERTAIN.value, _LOST_MESSAGE.format(row.task_id or "TASK_ID")
+        return entries
+
     async def read_journal(self) -> "list[JournalEntry]":
         """Return all journal entries, the oldest first.
 
@@ -207,13 +249,6 @@ class OutputDir:
         except OSError as error:
             raise flux.ConfigurationError(f"can't read the folder {str(self.path)!r}: {error.strerror}") from error
         return [entry async for entry in flux.SqliteJournal(self.journal_path).entries()] if has_journal else []
-
-    def count_paid_without_journal(self, lines: Iterable[Line]) -> int:
-        """Count the requests that may be paid for according to `results.jsonl`, if the journal is missing."""
-        if self.journal_path.exists():
-            return 0
-        keys = {line.key for line in lines}
-        return sum(row.key in keys for row in self._read_results() if row.state not in _UNPAID_STATES)
 
     def record(self, outcome: "flux.Outcome") -> Row:
         """Update the row of a request with its outcome, and return the row."""
@@ -230,15 +265,25 @@ class OutputDir:
             lines: The requests; if there are none, `results.jsonl` decides which unpaid requests are kept.
             entries: The journal's, the oldest first: the newest entry of each key counts.
         """
-        journaled = {entry.key: Row.from_entry(entry, self.path) for entry in entries}
+        newest = {entry.key: entry for entry in entries}
+        journaled = {key: Row.from_entry(entry, self.path) for key, entry in newest.items()}
         previous = {row.key: row for row in self._read_results()}
         requested = {line.key: Row.from_line(line) for line in lines}
         self.rows = {}
         for key in dict.fromkeys((*requested, *previous, *journaled)):
             row = self._merge_recorded(journaled.get(key) or requested.get(key) or previous[key])
+            if self._stays_lost(key, newest.get(key)):
+                row = attrs.evolve(self.lost[key])
             # An unpaid request that is no longer in the file was probably corrected there.
             if key in requested or not requested or row.state not in _UNPAID_STATES:
                 self.rows[key] = row
+
+    def _stays_lost(self, key: str, entry: JournalEntry | None) -> bool:
+        """Check whether a request is lost from the journal, and was not submitted again in this run."""
+        recorded = self._recorded.get(key)
+        if key not in self.lost or (recorded is not None and recorded.state in _FINAL_STATES):
+            return False
+        return _is_lost(self.lost[key], entry)
 
     def _merge_recorded(self, row: Row) -> Row:
         """Return this run's own row if it knows more than the journal does."""
@@ -264,7 +309,7 @@ class OutputDir:
         """Return the rows of `results.jsonl`, without lines that another program has written."""
         rows: list[Row] = []
         for data in self._read_objects():
-            with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, flux.ConfigurationError):
                 rows.append(Row.from_dict(data))
         return rows
 

@@ -1,7 +1,7 @@
 """The plan of a batch: which of its requests the journal knows already, and what the others will probably cost."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_UP, Decimal
 from enum import Enum
 from pathlib import Path
@@ -29,6 +29,7 @@ class Action(Enum):
     RESUME = "followed"
     SKIP_FAILED = "failed"
     SKIP_UNCERTAIN = "uncertain"
+    SKIP_LOST = "lost"
     SUBMIT = "new"
     RETRY_FAILED = "again"
     RESUBMIT_UNCERTAIN = "risked"
@@ -39,6 +40,7 @@ _DESCRIPTIONS = {
     Action.RESUME: "running",
     Action.SKIP_FAILED: "failed earlier (--retry-failed tries again)",
     Action.SKIP_UNCERTAIN: "uncertain (--resubmit-uncertain may pay twice)",
+    Action.SKIP_LOST: "paid for and not in the journal (--resubmit-uncertain may pay again)",
     Action.SUBMIT: "to be submitted",
     Action.RETRY_FAILED: "failed, to be submitted again",
     Action.RESUBMIT_UNCERTAIN: "uncertain, to be submitted again (may be paid twice)",
@@ -76,13 +78,14 @@ class Plan:
         return round_up(self.committed + self.max_reservation * len(self.prices))
 
     def lines_by_reuse_policy(self) -> Iterator[tuple[list[Line], ReusePolicy]]:
-        """Yield lists of lines, each with the policy to stream it with.
+        """Yield lists of lines, each with the policy to stream it with; what is lost from the journal is left out.
 
         Only the requests that this plan resubmits get the user's policy: for all others, whatever happens to them
         after the plan was made, the user has not agreed to pay again.
         """
         resubmitted = [item for item in self.lines if self.actions[item.key] in _RESUBMITS]
-        others = [item for item in self.lines if self.actions[item.key] not in _RESUBMITS]
+        skipped = (*_RESUBMITS, Action.SKIP_LOST)
+        others = [item for item in self.lines if self.actions[item.key] not in skipped]
         yield others, ReusePolicy()
         if resubmitted:
             yield resubmitted, self.reuse_policy
@@ -103,11 +106,24 @@ class Plan:
 
 
 def make_plan(
-    lines: Sequence[Line], entries: Sequence[JournalEntry], reuse_policy: ReusePolicy, price_guess: Decimal | None
+    lines: Sequence[Line],
+    entries: Sequence[JournalEntry],
+    reuse_policy: ReusePolicy,
+    price_guess: Decimal | None,
+    *,
+    lost: Container[str] = (),
 ) -> Plan:
-    """Decide what to do with each line, by what the journal knows about it, and estimate the cost."""
+    """Decide what to do with each line, by what the journal knows about it, and estimate the cost.
+
+    Args:
+        lines: The requests.
+        entries: The journal's, the oldest first.
+        reuse_policy: What the user agrees to pay for again.
+        price_guess: The assumed price of a picture until one is known, in US dollars.
+        lost: The keys of requests that are paid for and that the journal doesn't know.
+    """
     newest = newest_entries(entries)
-    actions = {item.key: _choose_action(newest.get(item.key), reuse_policy) for item in lines}
+    actions = {item.key: _choose_action(newest.get(item.key), reuse_policy, lost=item.key in lost) for item in lines}
     ordered = sorted(lines, key=lambda item: actions[item.key] in _SUBMITS)
     budget, highest_costs = Budget(None, price_guess), dict[int, Decimal]()
     for item in ordered:
@@ -149,9 +165,11 @@ def _estimate_price(megapixels: int, highest_costs: Mapping[int, Decimal], price
     return max(scaled, default=guess(megapixels))
 
 
-def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy) -> Action:
+def _choose_action(entry: JournalEntry | None, reuse_policy: ReusePolicy, *, lost: bool) -> Action:
+    if lost and not reuse_policy.resubmit_uncertain:
+        return Action.SKIP_LOST
     if entry is None or entry.state is EntryState.REFUSED:
-        return Action.SUBMIT
+        return Action.RESUBMIT_UNCERTAIN if lost else Action.SUBMIT
     if is_uncertain(entry):
         return Action.RESUBMIT_UNCERTAIN if reuse_policy.resubmit_uncertain else Action.SKIP_UNCERTAIN
     match entry.state:

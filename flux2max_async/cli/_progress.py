@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flux2max_async as flux
-from flux2max_async.cli._terminal import to_single_line
+from flux2max_async.cli._terminal import shorten
 
 _MAX_FAILURES = 3
 """The number of failures that are shown: the newest ones."""
@@ -72,7 +72,7 @@ class ProgressDisplay:
             self.failed += 1
             if not outcome.replayed:
                 short_name = name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
-                self._failures.append(f"{short_name}: {to_single_line(error)}")
+                self._failures.append(f"{short_name}: {shorten(str(error))}")
 
     @property
     def elapsed(self) -> float:

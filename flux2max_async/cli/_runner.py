@@ -98,7 +98,7 @@ async def run(batch: Batch) -> Report:
     report = Report()
     async with batch.session as session:
         display = ProgressDisplay(
-            total=len(batch.plan.lines),
+            total=sum(len(lines) for lines, _ in batch.plan.lines_by_reuse_policy()),
             session=session,
             schedule=batch.schedule,
             max_in_flight=batch.max_in_flight,

@@ -1,7 +1,10 @@
 """The commands `generate`, `status` and `download`, each for a single task."""
 
+import errno
 import json
+import os
 import re
+import stat
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
@@ -14,12 +17,36 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import flux2max_async as flux
 from flux2max_async._models.results import is_inline
 from flux2max_async.cli._config import ServiceSettings
-from flux2max_async.cli._terminal import Terminal, format_polls, print_status, to_single_line
+from flux2max_async.cli._terminal import Terminal, format_polls, print_status, shorten, to_single_line
 
 SessionContext = AbstractAsyncContextManager["flux.FluxSession"]
 
 _SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif")
 """The suffixes of an image's URL that are kept in its file name."""
+
+_MAX_NAME_BYTES = 120
+"""The maximum length of the part of a default file name that is made from the task's id."""
+
+
+def _check_output(path: Path | None) -> None:
+    """Check that a picture can be saved as a file, before it is paid for.
+
+    Raises:
+        ConfigurationError: It is there already, and is not a regular file that can be written to.
+    """
+    if path is None:
+        return
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return  # a new file
+        raise flux.ConfigurationError(f"can't write to {str(path)!r}: {error.strerror}") from error
+    # Root may write to files that nobody may write to.
+    if not stat.S_ISREG(mode):
+        raise flux.ConfigurationError(f"can't write to {str(path)!r}: it is not a regular file")
+    if not mode & 0o222 or not os.access(path, os.W_OK):
+        raise flux.ConfigurationError(f"can't write to {str(path)!r}: it is read-only")
 
 
 def open_session(settings: ServiceSettings | None, task_timeout: float) -> SessionContext:
@@ -58,10 +85,11 @@ async def generate(context: SessionContext, request: "flux.GenerationRequest", o
         request: The request to submit.
         output: The file to write; None names it after the task.
     """
+    _check_output(output)
     async with context as session:
         with _status_line("submitting") as show_status:
             task = await session.submit(request)
-            print_status(f"task {task.id} submitted")
+            print_status(f"task {shorten(task.id)} submitted")
             completed = await _wait_for(task, show_status)
             paths = await _save(session, completed, output, f".{request.output_format or 'jpeg'}")
     _print_result(completed, paths)
@@ -75,6 +103,7 @@ async def download(context: SessionContext, task_id: str, output: Path | None) -
         task_id: The task's id.
         output: The file to write; None names it after the task.
     """
+    _check_output(output)
     async with context as session:
         with _status_line("connecting") as show_status:
             completed = await _wait_for(session.attach(task_id), show_status)
@@ -95,9 +124,9 @@ async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> N
     if snapshot.usage is not None and snapshot.usage.cost is not None:
         rows.append(("cost", f"${snapshot.usage.cost:f}"))
     if snapshot.error is not None:
-        rows.append(("error", snapshot.error.message))
+        rows.append(("error", shorten(snapshot.error.message)))
     if snapshot.partial_error is not None:
-        rows.append(("missing", snapshot.partial_error.message))
+        rows.append(("missing", shorten(snapshot.partial_error.message)))
     rows += [("url", _describe_url(image.url)) for image in snapshot.images]
     for name, value in rows:
         typer.echo(f"{name:<8} {to_single_line(value)}")
@@ -130,13 +159,13 @@ async def _save(
 ) -> list[Path]:
     """Save each image of a task to its own file; number the files from the second on."""
     # A task id is arbitrary text of the service: only characters that are safe in a file name are kept.
-    name = re.sub(r"[^\w.-]+", "-", completed.task_id)
+    name = re.sub(r"[^\w.-]+", "-", completed.task_id).encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     first = output or Path(f"flux2max-{name}{suffix}")
     paths = [first, *(first.with_stem(f"{first.stem}-{number}") for number in range(2, len(completed.images) + 1))]
     try:
         return [await session.save(image, path) for image, path in zip(completed.images, paths, strict=True)]
     except flux.DownloadError as error:
-        raise flux.DownloadError(f"task {completed.task_id} is completed, but not saved: {error}") from error
+        raise flux.DownloadError(f"task {shorten(completed.task_id)} is completed, but not saved: {error}") from error
 
 
 def _print_result(completed: "flux.Completed", paths: list[Path]) -> None:

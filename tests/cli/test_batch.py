@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from support.commands import KEY, Command, Run, visible_lines
+from support.responses import jpeg
 from support.scripted import ScriptedGateway, answer, completed, running
 
 from flux2max_async._downloads import retries
+from flux2max_async.cli._output_dir import Row, _is_lost
 from flux2max_async.emulator import Emulator, Fault
+from flux2max_async.journal._entry import EntryState, JournalEntry
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -592,23 +596,144 @@ def test_tasks_of_removed_lines(flux2max: Command, service: Service) -> None:
     assert set(gateway.accepted.values()) == {1}
 
 
-def test_missing_journal(
-    on_terminal: Command, flux2max: Command, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the journal, requests that are paid for according to results.jsonl need a confirmation."""
-    gateway = service()
-    prompts_file = write("a cat")
-    flux2max("batch", prompts_file, *SMALL)
-    for path in Path("flux2max-prompts").glob("journal.db*"):
+def replace_journal(folder: Path, copy: Path | None) -> None:
+    for path in folder.glob("journal.db*"):
         path.unlink()
-    refused = flux2max("batch", prompts_file, *SMALL)
-    declined = with_typed_answers(monkeypatch, on_terminal, "n")("batch", prompts_file, *SMALL)
-    paid = gateway.accepted["a cat"]
-    confirmed = flux2max("batch", prompts_file, *SMALL, "--yes")
+    if copy is not None:
+        shutil.copy(copy, folder / "journal.db")
 
-    assert (refused.code, declined.code, confirmed.code, paid) == (2, 1, 0, 1)
-    assert "journal.db is missing: 1 picture in results.jsonl would be paid for again" in refused.err
-    assert "can't ask for confirmation, so nothing was sent: add --yes" in refused.err
+
+@pytest.mark.parametrize("options", [(), ("--yes",), ("--yes", "--retry-failed"), ("--yes", "--json")])
+@pytest.mark.parametrize("damage", ["deleted", "empty", "older"])
+def test_lost_journal(flux2max: Command, service: Service, damage: str, options: tuple[str, ...]) -> None:
+    """What results.jsonl has as paid for and the journal lacks is named, and paid for again only with consent."""
+    gateway = service()
+    folder = Path("flux2max-prompts")
+    copy: Path | None = None
+    if damage == "older":
+        flux2max("batch", write("a cat"), *SMALL)
+        copy = Path(shutil.copy(folder / "journal.db", "older.db"))
+    if damage == "empty":
+        Path("empty.db").touch()
+        copy = Path("empty.db")
+    prompts_file = write("a cat", *(f"dog {number}" for number in range(4)))
+    flux2max("batch", prompts_file, *SMALL)
+    before = results()
+    lost = 4 if damage == "older" else 5
+    replace_journal(folder, copy)
+    dry = flux2max("batch", prompts_file, *SMALL, *options, "--dry-run")
+    runs = [flux2max("batch", prompts_file, *SMALL, *options) for _ in range(2)]
+    paid, kept = dict(gateway.accepted), results()
+    write("a cat", *(f"dog {number}" for number in range(4)), "a fox")
+    more = flux2max("batch", prompts_file, *SMALL, *options)
+    paid_with_a_fox = dict(gateway.accepted)
+    consented = flux2max("batch", prompts_file, *SMALL, *options, "--resubmit-uncertain")
+
+    for run in (dry, *runs, more):
+        assert run.code == 0
+        assert re.search(
+            r"flux2max: \S+journal\.db was lost or replaced: it lacks "
+            rf"{lost} pictures that results\.jsonl has as paid for, so they are not submitted: (\S+, ){{3}}…; "
+            r"put the right journal\.db and journal\.db-wal back, or pay for them again with --resubmit-uncertain\n",
+            run.err,
+        )
+        assert f"{lost} paid for and not in the journal" in run.err
+    assert set(paid.values()) == {1}
+    assert kept == before
+    assert paid_with_a_fox == {**paid, "a fox": 1}
+    assert consented.code == 0
+    assert "was lost" not in consented.err
+    assert sum(gateway.accepted.values()) == 6 + lost
+    assert set(states().values()) == {"completed"}
+
+
+def journal_entry(state: str, task_id: str | None) -> JournalEntry:
+    return JournalEntry(key="k", fingerprint="f", request={}, state=EntryState(state), task_id=task_id)
+
+
+@pytest.mark.parametrize(
+    ("row", "entry", "lost"),
+    [
+        *((("completed", "t1"), entry, True) for entry in (None, ("refused", None), ("failed", "t0"))),
+        *((("submitted", "t1"), entry, True) for entry in (None, ("refused", None))),
+        *((("uncertain", "t1"), entry, True) for entry in (None, ("refused", None), ("failed", "t0"))),
+        *(((state, None), None, True) for state in ("intent", "uncertain", "failed", "of a newer version")),
+        *(((state, None), None, False) for state in ("waiting", "refused")),
+        # These rows are older than the entries.
+        *(((state, "t1"), ("failed", "t1"), False) for state in ("submitted", "failed")),
+        *(((state, None), ("failed", "t1"), False) for state in ("waiting", "refused", "intent", "uncertain")),
+        *(((state, None), ("refused", None), False) for state in ("waiting", "refused", "intent", "uncertain")),
+        (("failed", "t1"), ("refused", None), False),
+        # The journal knows these, and nothing is submitted again without consent.
+        *(
+            (("completed", "t1"), entry, False)
+            for entry in (("completed", "t1"), ("submitted", "t1"), ("intent", None), ("uncertain", None))
+        ),
+    ],
+)
+def test_what_is_lost_from_the_journal(
+    row: tuple[str, str | None], entry: tuple[str, str | None] | None, lost: bool
+) -> None:
+    """A request is lost if its row shows a task, and the journal's entry would have it submitted again."""
+    state, task_id = row
+
+    assert _is_lost(Row("k", "a cat", state=state, task_id=task_id), entry and journal_entry(*entry)) is lost
+
+
+@pytest.mark.parametrize(
+    ("state", "task_id", "reason"),
+    [("submitted", "t1", "flux2max download t1 may"), ("intent", None, "flux2max download TASK_ID may")],
+)
+def test_lost_unfinished_request(
+    flux2max: Command, service: Service, state: str, task_id: str | None, reason: str
+) -> None:
+    """A task without a picture that only results.jsonl knows is shown as uncertain, by all commands."""
+    gateway = service()
+    flux2max("batch", write("a cat"), *SMALL)
+    path = Path("flux2max-prompts/results.jsonl")
+    row = {**results()["a cat"], "state": state, "task_id": task_id, "files": []}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    replace_journal(path.parent, None)
+    run = flux2max("batch", "prompts.txt", *SMALL)
+    rows = [results()["a cat"]]
+    flux2max("gallery", "flux2max-prompts")
+    rows.append(results()["a cat"])
+
+    assert run.code == 1
+    assert "so they are not submitted: a-cat-" in run.err
+    assert suggested_command(run)[-1] == "--resubmit-uncertain"
+    for row in rows:
+        assert (row["state"], row["task_id"]) == ("uncertain", task_id)
+        assert reason in row["error"]
+    assert gateway.accepted == {"a cat": 1}
+
+
+@pytest.mark.parametrize(("outcome", "state"), [("", "completed"), (" [fail]", "failed")])
+def test_outcome_of_a_lost_request(flux2max: Command, script: ScriptedGateway, outcome: str, state: str) -> None:
+    """What is paid for again has its new outcome; if it is refused, it stays what it was."""
+    service_error = answer(400, {"message": "refused"})
+    ended = completed("t2", f"{script.url}/0.jpeg") if not outcome else completed("t2", status="failed", output=[])
+    script.submits = deque([service_error, answer(200, running("t2"))])
+    script.polls[0] = answer(200, ended)
+    script.downloads[0] = answer(200, jpeg())
+    folder = Path("flux2max-prompts")
+    folder.mkdir()
+    dry = flux2max("batch", write("a cat"), "--dry-run", "--json")
+    key = json.loads(dry.out)["key"]
+    known = {"key": key, "prompt": "a cat", "task_id": "t1", "state": "submitted", "cost": "0.07", "seconds": 1}
+    (folder / "results.jsonl").write_text(
+        json.dumps({**known, "polls": 1, "files": [], "error": None, "params": {}}), encoding="utf-8"
+    )
+    flux2max("batch", "prompts.txt", "--resubmit-uncertain")
+    refused = results()["a cat"]
+    held = flux2max("batch", "prompts.txt")
+    flux2max("batch", "prompts.txt", "--resubmit-uncertain")
+    ended_row = results()["a cat"]
+
+    assert (refused["state"], refused["task_id"]) == ("uncertain", "t1")
+    assert "was lost or replaced" in held.err
+    assert (ended_row["state"], ended_row["task_id"]) == (state, "t2")
+    assert len(script.of("POST")) == 2
 
 
 def test_requests_wait_after_a_wrong_api_key(flux2max: Command, service: Service) -> None:
@@ -859,6 +984,58 @@ def test_results_file_with_other_content(flux2max: Command, service: Service) ->
     assert run.code == 0
     assert results()["an owl"]["task_id"] == "t9"
     assert len(results()) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seconds": "soon"},
+        {"polls": "many"},
+        {"polls": float("inf")},
+        {"cost": "NaN"},
+        {"cost": "sNaN"},
+        {"cost": -1},
+        {"files": 1},
+    ],
+)
+def test_rows_with_other_types(flux2max: Command, service: Service, fields: dict[str, Any]) -> None:
+    """A row of results.jsonl whose values have other types is ignored, and the page is written without it."""
+    service()
+    run = flux2max("batch", write("a cat"), *SMALL)
+    path = Path("flux2max-prompts/results.jsonl")
+    odd = {**results()["a cat"], "key": "odd", "prompt": "an owl"}
+    path.write_text(f"{json.dumps({**odd, **fields})}\n{json.dumps({**odd, 'prompt': 'a fox'})}\n", encoding="utf-8")
+    run = flux2max("gallery", "flux2max-prompts")
+
+    assert (run.code, run.err) == (0, "")
+    assert set(results()) == {"a cat", "a fox"}
+
+
+HOSTILE = "\x1b[2J\r\n\x9b31m\u202egpj\u2066\x00 " + "x" * 5_000
+
+
+def test_texts_of_the_service(flux2max: Command, script: ScriptedGateway) -> None:
+    """Task ids and messages are shortened and escaped in files, JSON output and messages."""
+    task_id = "t" + HOSTILE[:800]
+    script.submits[0] = answer(200, running(task_id))
+    script.polls[0] = answer(200, completed(task_id, status="failed", error={"message": HOSTILE}, output=[]))
+    run = flux2max("batch", write("a cat"), *SMALL, "--json")
+    generated = flux2max("generate", "a cat")
+    status = flux2max("status", "t1")
+    journal = flux2max("journal", "flux2max-prompts", "--json")
+    row = results()["a cat"]
+    (folder,) = (path for path in Path().iterdir() if path.is_dir())
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("results.jsonl", "index.html")]
+
+    assert row["task_id"].startswith(r"t\x1b[2J\r\n\x9b31m\u202egpj\u2066\x00 xxx")
+    assert len(row["task_id"]) == len(row["error"]) == 200
+    assert r"\x1b[2J\r\n\x9b31m\u202egpj" in row["error"]
+    assert {**json.loads(run.out), "cost": "0.07"} == row
+    assert json.loads(journal.out)["task_id"] == row["task_id"]
+    for text in (*texts[:1], run.out, run.err, generated.err, status.out, journal.out):
+        assert not set(text) & set("\x1b\x9b\x00\r\u202e\u2066")
+        assert "x" * 201 not in text
+    assert all(len(line) < 300 for line in (generated.err + status.out).splitlines())
 
 
 def test_no_confirmation_if_nothing_is_to_be_paid(

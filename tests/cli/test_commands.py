@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -210,6 +211,18 @@ def test_unsafe_task_id(flux2max: Command, script: ScriptedGateway) -> None:
     assert run.err.startswith("task ../é x [31m submitted\n")
 
 
+def test_long_task_id(flux2max: Command, script: ScriptedGateway) -> None:
+    """A file system can store the default file name, however long the task's id is."""
+    task_id = "é" * 500
+    script.submits[0] = answer(200, running(task_id))
+    script.polls[0] = answer(200, completed(task_id, f"{script.url}/0.jpeg"))
+    script.downloads[0] = answer(200, jpeg())
+    run = flux2max("generate", "a cat")
+
+    assert (run.code, run.out) == (0, f"flux2max-{'é' * 60}.jpeg\n")
+    assert run.err.startswith(f"task {'é' * 199}… submitted\n")
+
+
 def test_retries_are_reported(flux2max: Command, service: Callable[..., Emulator]) -> None:
     """Each failed call that is retried is reported in a line, and the picture is saved."""
     gateway = service()
@@ -360,6 +373,78 @@ def test_save_failure(flux2max: Command, service: Callable[..., Emulator]) -> No
 
     assert run.code == 1
     assert run.err.splitlines()[-1].startswith(f"flux2max: task {task_id} is completed, but not saved: can't write")
+
+
+def make_output(kind: str) -> str:
+    """Create something at the path of the output file, and return the path."""
+    path = Path("cat.jpeg")
+    target = Path("target")
+    match kind.removeprefix("link to "):
+        case "device":
+            return "/dev/null"
+        case "FIFO":
+            os.mkfifo(target)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(target))
+        case "folder":
+            target.mkdir()
+        case "read-only file":
+            target.touch()
+            target.chmod(0o444)
+        case "file":
+            target.write_bytes(b"old")
+        case "loop":
+            target.symlink_to(target)
+    if kind.startswith("link to "):
+        path.symlink_to(target)
+    else:
+        target.rename(path)
+    return str(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no such files")
+@pytest.mark.parametrize("command", ["generate", "download"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("device", "it is not a regular file"),
+        *(
+            (f"{prefix}{kind}", "it is not a regular file")
+            for prefix in ("", "link to ")
+            for kind in ("FIFO", "socket")
+        ),
+        *((f"{prefix}folder", "") for prefix in ("", "link to ")),
+        *((f"{prefix}read-only file", "it is read-only") for prefix in ("", "link to ")),
+        ("link to loop", "Too many levels of symbolic links"),
+    ],
+)
+def test_unsuitable_output(
+    flux2max: Command, service: Callable[..., Emulator], command: str, kind: str, reason: str
+) -> None:
+    """Only regular files that can be written to are replaced; anything else is refused before anything is sent."""
+    gateway = service()
+    path = make_output(kind)
+    before = Path(path).lstat()
+    run = flux2max(command, "a cat", "-o", path)
+
+    assert (run.code, run.out) == (2, "")
+    if reason:
+        assert run.err == f"flux2max: can't write to {path!r}: {reason}\n"
+    assert not gateway.calls
+    assert Path(path).lstat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("kind", ["file", "link to file", "link to nothing"])
+def test_suitable_output(flux2max: Command, service: Callable[..., Emulator], kind: str) -> None:
+    """An existing file is replaced, and a link to a file is accepted."""
+    service()
+    path = make_output(kind)
+    run = flux2max("generate", "a cat", "--width", "64", "--height", "64", "-o", path)
+
+    assert (run.code, run.out) == (0, f"{path}\n")
+    with Image.open(path) as picture:
+        assert picture.size == (64, 64)
 
 
 def test_messages_of_the_service_are_sanitized(flux2max: Command, script: ScriptedGateway) -> None:

@@ -1,5 +1,7 @@
 """The gallery: thumbnails of all image formats, and a card for each image or request without images."""
 
+import base64
+import hashlib
 import logging
 import os
 import re
@@ -8,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from flux2max_async import FluxSession, LearnedSchedule
 from flux2max_async.cli._gallery import Gallery
@@ -116,6 +118,141 @@ def test_unreadable_images(tmp_path: Path) -> None:
     assert 'src="missing.png"' in page
     assert "1 of 2" in page
     assert "2 of 2" in page
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_other_formats_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript is never run, whatever its file is called, and the other images are still shown."""
+    runs: list[object] = []
+
+    def ghostscript(*arguments: object) -> object:
+        runs.append(arguments)
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    (tmp_path / "a.jpeg").write_bytes(EPS)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.bmp")
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.jpeg")
+    page = write_page(tmp_path, Row("a", "a", state="completed", files=["a.jpeg", "b.bmp", "c.jpeg"]))
+    runs_of_the_gallery = len(runs)
+    with Image.open(tmp_path / "a.jpeg") as image:
+        image.load()
+
+    assert (runs_of_the_gallery, len(runs)) == (0, 1)
+    assert [path.name for path in (tmp_path / "thumbs").iterdir()] == ["c.jpeg.jpeg"]
+    assert 'src="a.jpeg"' in page
+    assert 'src="b.bmp"' in page
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_600, 14_000])
+def test_decompression_bombs(tmp_path: Path, side: int) -> None:
+    """An image above Pillow's limit is not decoded, also if Pillow would only warn; the others are still shown."""
+    Image.new("1", (side, side)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    page = write_page(tmp_path, Row("a", "a", state="completed", files=["a.png", "b.png"]))
+
+    assert 'src="a.png"' in page
+    assert [path.name for path in (tmp_path / "thumbs").iterdir()] == ["b.png.jpeg"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../secret.png", "..", ".", "", "/etc/secret.png", "sub/secret.png", "./secret.png", "..\\secret.png"),
+        *("\\\\server\\share\\secret.png", "C:\\secret.png", "C:secret.png", "a.png:stream.png", "NUL", "nul.png"),
+        *("Con .jpeg", "com1.png", "LPT9.x.png", ".hidden.png", " a.png", "a", "a.", "a.png ", "a\n.png", "a\0.png"),
+        *(
+            "a\u202egnp.png",
+            "\ud800.png",
+            "a/../../secret.png",
+            "http://foreign.example/a.png",
+            "javascript:alert(1).x",
+        ),
+        *("link.png", "link-inside.png", "dangling.png"),
+    ],
+)
+def test_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A request whose files are not plain names in the folder is shown without pictures, which is reported once."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in (tmp_path / "secret.png", folder / "own.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "link-inside.png").symlink_to("own.png")
+    (folder / "dangling.png").symlink_to(tmp_path / "nothing.png")
+    gallery = Gallery(folder)
+    rows = [Row(str(key), "a cat", state="completed", files=["own.png", name]) for key in range(2)]
+    for _ in range(2):
+        gallery.write([*rows, Row("own", "an owl", state="completed", files=["own.png"])], running=False)
+    page = gallery.path.read_text(encoding="utf-8")
+
+    assert capsys.readouterr().err == (
+        "flux2max: the page doesn't show the pictures of 2 requests: their files aren't in the folder\n"
+    )
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page) == ["own.png", "thumbs/own.png.jpeg"]
+    assert page.count('dir="auto">no file</p>') == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "secret.png"}
+    assert [path.name for path in (folder / "thumbs").iterdir()] == ["own.png.jpeg"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.png", "a-cat-1a2b3c4d-2.jpeg", "Katze (süß), 50@2x=+.webp", "a..b.gif", "console.png", "_nul.png", "-x.png"],
+)
+def test_own_files(tmp_path: Path, name: str) -> None:
+    """Every name that a saved picture can have is shown."""
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+
+    assert write_page(tmp_path, Row("a", "a", state="completed", files=[name])).count('.jpeg" alt=') == 1
+
+
+def test_thumbnails_stay_in_the_folder(tmp_path: Path) -> None:
+    """A thumbnail that is a link is replaced, and nothing is written through a link to another folder."""
+    folder, other = tmp_path / "pictures", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "thumbs").symlink_to(other)
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    row = Row("a", "a", state="completed", files=["a.png"])
+    through_link = write_page(folder, row)
+    (folder / "thumbs").unlink()
+    (folder / "thumbs").mkdir()
+    secret = other / "secret.jpeg"
+    secret.write_bytes(b"secret")
+    (folder / "thumbs" / "a.png.jpeg").symlink_to(secret)
+    page = write_page(folder, row)
+
+    assert 'src="a.png"' in through_link
+    assert 'src="thumbs/a.png.jpeg"' in page
+    assert list(other.iterdir()) == [secret]
+    assert secret.read_bytes() == b"secret"
+    assert not (folder / "thumbs" / "a.png.jpeg").is_symlink()
+
+
+def test_content_policy(tmp_path: Path) -> None:
+    """The page allows exactly its own script and style, by their hashes, and images."""
+    page = write_page(tmp_path, Row("a", "<script>alert(1)</script>", state="waiting"), running=True)
+    found = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert found
+    policy = found[1].replace("&#39;", "'")
+    allowed = dict(part.split(" ", 1) for part in policy.split("; "))
+
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert allowed.pop(f"{tag}-src") == f"'sha256-{digest}'"
+        assert page.index(f"<{tag}>") > found.end()
+    assert allowed == {
+        "default-src": "'none'",
+        "img-src": "'self' file: data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    # What the policy would block.
+    assert not re.search(r"\bon\w+=| style=|eval\(|setAttribute\(.style", page)
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,13 @@ def test_image_size_refuses_invalid_images(data: bytes) -> None:
         image_size(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_limit_is_an_error() -> None:
+    """A complete image above Pillow's limit is refused, also if Pillow would only warn."""
+    with pytest.raises(ValueError, match="9600\u00d79600 pixels are too many"):
+        image_size(encode(Image.new("1", (9_600, 9_600)), "PNG"))
+
+
 @pytest.mark.parametrize("output_format", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_image_size_refuses_a_truncated_file(output_format: str) -> None:
     """A file must contain all its pixels, not only a valid header."""

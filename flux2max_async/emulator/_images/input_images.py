@@ -75,9 +75,20 @@ def _open(data: bytes, min_side: int) -> tuple[tuple[int, int], Image.Image]:
     """Return the stored size and the decoded image, which is scaled down to about `min_side` if it is a large JPEG."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF"))
-        size = image.size
+        size = _check_size(image)
         image.draft(None, (min_side, min_side))
         image.load()
     except Exception as error:  # Pillow raises many exception types for broken files
         raise ValueError(f"not a readable image: {error}") from error
     return size, image
+
+
+def _check_size(image: Image.Image) -> tuple[int, int]:
+    """Return an image's width and height.
+
+    Raises:
+        DecompressionBombError: It would need too much memory. Pillow itself only warns, up to twice its limit.
+    """
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(f"{image.width}\u00d7{image.height} pixels are too many")
+    return image.size

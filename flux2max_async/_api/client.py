@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import math
 import random
 from collections.abc import Callable
@@ -31,8 +30,9 @@ from flux2max_async._exceptions import (
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
 from flux2max_async._stats import SessionStats
+from flux2max_async._text import describe, get_logger
 
-log = logging.getLogger("flux2max_async.api")
+log = get_logger("api")
 
 _MAX_CONCURRENT_SUBMITS = 100
 """One that waits for a connection takes 8 KiB, and its time for the exchange is running."""
@@ -335,7 +335,7 @@ class ApiClient:
 
 def _uncertain_error(cause: FluxError) -> SubmissionUncertainError:
     error = SubmissionUncertainError(
-        f"the submit was sent, but its answer was lost ({cause}): a task may exist and cost money"
+        f"the submit was sent, but its answer was lost ({describe(cause)}): a task may exist and cost money"
     )
     error.__cause__ = cause
     return error

@@ -22,10 +22,11 @@ from flux2max_async._api.response import (
     has_clear_error,
     is_gateway_timeout,
     load_object,
+    parse_json,
     unreadable_body_error,
 )
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_not_found, status_of
-from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
+from flux2max_async._api.task_object import MAX_ID_LENGTH, find_task, snapshot_from_json, unwrap_task
 from flux2max_async._exceptions import (
     BadRequestError,
     ConfigurationError,
@@ -88,6 +89,9 @@ def validate_task_id(task_id: str) -> str:
     """
     if not isinstance(task_id, str) or not task_id:
         raise InvalidRequestError(f"task_id must be text that is not empty, not {task_id!r}", field="task_id")
+    if len(task_id) > MAX_ID_LENGTH:
+        message = f"task_id must have at most {MAX_ID_LENGTH:,} characters, not {len(task_id):,}"
+        raise InvalidRequestError(message, field="task_id")
     return task_id
 
 
@@ -107,7 +111,8 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
     """Parse the response to a submit.
 
     If it has a task id, whatever its HTTP status, the task exists and costs money. Then no other part of it can cause
-    an error, unless the service refuses the request; the error then has the id.
+    an error, unless the service refuses the request; the error then has the id. It is enough if the response begins
+    with an object that has one.
 
     Args:
         response: The response.
@@ -120,9 +125,10 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
         ProtocolError: The response has neither an id nor a clear error, so it is unknown whether a task exists.
     """
     is_success = 200 <= response.status < 300
-    body = _parse_body(response) if is_success else load_object(response)
+    body = load_object(response)
     task_id, task = find_task(body)
     if task_id is None:
+        body = _parse_body(response) if is_success else body
         if is_success and (not has_clear_error(body) or is_gateway_timeout(body)):
             raise ProtocolError("the response to the submit has neither a task id nor an error")
         raise _submit_error(response, base_url)
@@ -142,14 +148,14 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
 
 
 def _parse_body(response: HttpResponse) -> dict[str, Any]:
-    """Return the JSON object in a response.
+    """Return the JSON object that a response is, from the first byte to the last.
 
     Raises:
-        ProtocolError: There is none.
+        ProtocolError: It is none.
     """
     body: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(response.body)
+    with contextlib.suppress(ValueError):
+        body = parse_json(response.body)
     if not isinstance(body, dict):
         raise unreadable_body_error(response)
     return body
@@ -183,7 +189,7 @@ def parse_poll(response: HttpResponse, task_id: str) -> TaskSnapshot:
     """
     if not 200 <= response.status < 300:
         raise error_from_response(response)
-    body = _parse_body(response)
+    body = load_object(response) or _parse_body(response)
     task = unwrap_task(body)
     word = task.get("status")
     if isinstance(word, str) and word not in KNOWN_STATUSES and is_not_found(word):

@@ -29,6 +29,7 @@ from flux2max_async._exceptions import (
     TaskNotFoundError,
 )
 from flux2max_async._models.results import TaskStatus
+from flux2max_async._text import redact
 
 _MAX_MESSAGE_LENGTH = 1000
 # [C], [D] Some gateways put such a message beside the data of a success.
@@ -40,7 +41,11 @@ _SUCCESS_WORDS = re.compile(
 _MAX_HTML_BYTES = 4000
 """How much of a body that is not JSON is searched for text."""
 _MAX_TEXT_LENGTH = 200
-"""How much of that text is shown."""
+"""How much of that text is shown; of a code or a header, too."""
+_MAX_SECONDS = 1e11
+"""A larger number is a time in a smaller unit: so many seconds after the epoch is the year 5138."""
+_MAX_STRUCTURAL_BYTES = 200_000
+"""So many brackets, braces and commas take some 50 ms to parse, during which the event loop stands still."""
 
 
 @attrs.frozen
@@ -65,14 +70,6 @@ class HttpResponse:
         return redact(text, self.secrets)
 
 
-def redact(text: str, secrets: tuple[str, ...]) -> str:
-    """Return a text with the secrets replaced by asterisks, whether they are escaped in it or not."""
-    for secret in secrets:
-        for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):
-            text = text.replace(form, "***")
-    return text
-
-
 def error_from_response(response: HttpResponse) -> ResponseError:
     """Return the error that a response reports."""
     body = unwrap(load_object(response))
@@ -83,14 +80,14 @@ def error_from_response(response: HttpResponse) -> ResponseError:
     headers = response.headers
     request_id = headers.get("X-Request-Id")
     if 300 <= response.status < 400:
-        location = headers.get("Location", "an unknown location")
+        location = headers.get("Location", "an unknown location")[:_MAX_MESSAGE_LENGTH]
         message = f"the API redirects to {location}: set base_url to its final location"
     error_class = _error_class(_effective_status(response.status, body), body, message if from_api else "")
     return error_class(
         response.redact(message),
         status=response.status,
         code=code and response.redact(code),
-        request_id=request_id and response.redact(request_id),
+        request_id=request_id and response.redact(request_id[:_MAX_TEXT_LENGTH]),
         retry_after=parse_retry_after(response.headers, response.received, body),
         from_api=from_api,
     )
@@ -228,7 +225,8 @@ def _dump_json(value: object) -> str:
 def _code(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
+    is_code = isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != ""
+    return str(value)[:_MAX_TEXT_LENGTH] if is_code else None
 
 
 def unreadable_body_error(response: HttpResponse) -> ProtocolError:
@@ -237,11 +235,41 @@ def unreadable_body_error(response: HttpResponse) -> ProtocolError:
 
 
 def load_object(response: HttpResponse) -> dict[str, Any]:
-    """Return the JSON object in a response; an empty one if there is none."""
+    """Return the JSON object in a response, or with which it begins; an empty one if there is none."""
     body: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(response.body)
+    with contextlib.suppress(ProtocolError):
+        try:
+            body = parse_json(response.body)
+        except ValueError:
+            body = _parse_prefix(response.body)
     return body if isinstance(body, dict) else {}
+
+
+def parse_json(data: bytes) -> object:
+    """Parse JSON that a stranger has sent.
+
+    Raises:
+        ProtocolError: It has more values than any answer of the API, and would take too long.
+        ValueError: It is not JSON, or nested too deeply.
+    """
+    if len(data) > _MAX_STRUCTURAL_BYTES and sum(map(data.count, (b"[", b"{", b","))) > _MAX_STRUCTURAL_BYTES:
+        raise ProtocolError(f"the JSON has more than {_MAX_STRUCTURAL_BYTES:,} brackets and commas")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _parse_prefix(data: bytes) -> object:
+    """Parse the JSON value with which data begins that is not JSON as a whole; None if there is none.
+
+    Something may follow it, and what is not UTF-8 in it becomes U+FFFD.
+    """
+    try:
+        value, _ = json.JSONDecoder(strict=False).raw_decode(data.decode("utf-8-sig", errors="replace").lstrip())
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
 def _describe_body(response: HttpResponse) -> str:
@@ -297,3 +325,21 @@ def parse_finite(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def parse_datetime(value: object, _: object = None) -> datetime | None:
+    """Parse seconds since the epoch [C], or smaller units, or ISO 8601 [D], in UTC unless it has an offset.
+
+    Returns:
+        None for anything else.
+    """
+    try:
+        seconds = value if type(value) is int else parse_finite(value)
+        if seconds is not None:
+            for _unit in range(3):  # milliseconds, microseconds, nanoseconds
+                seconds = seconds / 1000 if abs(seconds) > _MAX_SECONDS else seconds
+            return datetime.fromtimestamp(seconds, UTC)
+        parsed = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except (ValueError, OverflowError, OSError):
+        return None
+    return parsed and parsed.replace(tzinfo=parsed.tzinfo or UTC)

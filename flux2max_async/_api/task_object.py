@@ -5,7 +5,7 @@ services and the maker of the model are accepted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
@@ -14,24 +14,27 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from flux2max_async._api.classification import is_moderation
-from flux2max_async._api.response import extract_error, has_clear_error, parse_finite, redact, unwrap
+from flux2max_async._api.response import (
+    extract_error,
+    has_clear_error,
+    parse_datetime,
+    parse_finite,
+    unwrap,
+)
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_moderated, is_not_found, status_of
 from flux2max_async._exceptions import ContentModeratedError, ProtocolError, TaskFailedError
-from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage
+from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage, inline_url
+from flux2max_async._text import printable, redact
 
+MAX_ID_LENGTH = 1024
+"""Characters. A longer id doesn't fit into the URL of a poll everywhere."""
+_MAX_COST = 1000
+"""US dollars of one task; nothing costs so much, and a budget must not believe it."""
 _MAX_DECIMAL_EXPONENT = 50
-"""No price is that large, and adding such a number to others would raise an error."""
-_MAX_SECONDS = 1e11
-"""A larger number is a time in a smaller unit: so many seconds after the epoch is the year 5138."""
+"""No discount is that large, and computing with such a number would raise an error."""
+_MAX_IMAGES = 64
+"""More images of one task than that are ignored; the service makes one or a few."""
 _IMAGE_FIELDS = frozenset(("image_url", "b64_json", "base64"))
-# What the base64 of an image begins with.
-_MEDIA_TYPES = {
-    "/9j/": "image/jpeg",
-    "iVBORw0KGgo": "image/png",
-    "UklGR": "image/webp",
-    "R0lGOD": "image/gif",
-}
-
 T = TypeVar("T")
 
 # Intermediate values, discarded after parsing: frozen classes would make each response and the import slower.
@@ -62,14 +65,21 @@ class _Task:
 
 
 def task_id_of(body: Mapping[str, Any]) -> str | None:
-    """Return the task id in a response, as text; None if there is none."""
+    """Return the task id in a response, as text; None if there is none, or its bytes were not UTF-8.
+
+    Raises:
+        ProtocolError: It is too long.
+    """
     match body.get("id"):
-        case str(task_id) if task_id:
-            return task_id
+        case str(text) if text and "\ufffd" not in text:
+            task_id = text
         case int(number) if not isinstance(number, bool):
-            return str(number)
+            task_id = str(number)
         case _:
             return None
+    if len(task_id) > MAX_ID_LENGTH:
+        raise ProtocolError(f"the task id has {len(task_id):,} characters; at most {MAX_ID_LENGTH:,} are accepted")
+    return task_id
 
 
 def find_task(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
@@ -112,6 +122,7 @@ def snapshot_from_json(
     Raises:
         ProtocolError: It can't be parsed, or reports the task as completed without an output or an error.
     """
+    body, image_count = _limit_output(body)
     try:
         task = _converter.structure(_with_output(body), _Task)
     except (cattrs.BaseValidationError, TypeError, ValueError, RecursionError) as cause:
@@ -120,7 +131,7 @@ def snapshot_from_json(
             rest = {name: value for name, value in body.items() if name != "output"}  # which is not needed
             return snapshot_from_json(task_id, rest, raw=raw, secrets=secrets, received_at=received_at)
         details = "; ".join(cattrs.transform_error(cause, "$"))
-        raise ProtocolError(f"task {task_id}: the response is unreadable: {details}") from cause
+        raise ProtocolError(f"task {task_id}: the response is unreadable: {printable(details)}") from cause
     contents = [content for group in task.output for content in group.content if content.url]
     images = tuple(
         GeneratedImage(
@@ -134,10 +145,13 @@ def snapshot_from_json(
         for index, content in enumerate(contents)
     )
     status = _resolve_status(task_id, task.status, body, has_images=bool(images))
-    error: TaskFailedError | None = None
-    if status is TaskStatus.FAILED or (status is TaskStatus.COMPLETED and _reported_error(body) is not None):
-        error = _task_error(task_id, body, secrets)
     failed = status is TaskStatus.FAILED
+    error: TaskFailedError | None = None
+    if failed or (status is TaskStatus.COMPLETED and _reported_error(body) is not None):
+        error = _task_error(task_id, body, secrets)
+    elif status is TaskStatus.COMPLETED and image_count > _MAX_IMAGES:
+        message = f"the task has {image_count:,} images, of which the first {_MAX_IMAGES} are used"
+        error = TaskFailedError(message, task_id=task_id)
     return TaskSnapshot(
         task_id=task_id,
         status=status,
@@ -229,6 +243,17 @@ def _with_output(body: Mapping[str, Any]) -> Mapping[str, Any]:
             return body
 
 
+def _limit_output(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """Return a task object with no more than the first images of its output, and how many it had."""
+    output = body.get("output")
+    groups = [group for group in output if isinstance(group, dict)] if isinstance(output, list) else []
+    contents = [content for group in groups if isinstance(group.get("content"), list) for content in group["content"]]
+    if len(groups) <= _MAX_IMAGES >= len(contents):
+        return body, len(contents)
+    used = [content for content in contents if content is not None]
+    return {**body, "output": [{**groups[0], "content": used[:_MAX_IMAGES]}]}, len(used)
+
+
 def _with_url(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a content with the URL of its image in `url`, wherever it was; an inline image becomes a `data:` URI."""
     match content:
@@ -237,16 +262,11 @@ def _with_url(content: Mapping[str, Any]) -> dict[str, Any]:
         case {"image_url": str(url)} | {"image_url": {"url": str(url)}} if url:  # [D]
             pass
         case {"b64_json": str(data)} | {"base64": str(data)} if data:
-            url = data if data[:5].lower() == "data:" else f"data:{_media_type(data)};base64,{data}"
+            url = inline_url(data)
         case _:
             return dict(content)
     # Nothing else of it holds the image, which may have megabytes.
     return {name: value for name, value in content.items() if name not in _IMAGE_FIELDS} | {"url": url}
-
-
-def _media_type(data: str) -> str:
-    known = (media_type for start, media_type in _MEDIA_TYPES.items() if data.startswith(start))
-    return next(known, "application/octet-stream")
 
 
 # ------------------------------------------------------------------ the converter
@@ -265,24 +285,6 @@ def _parse_decimal(value: object, _: object = None) -> Decimal | None:
     except (InvalidOperation, ValueError):
         return None
     return number if number.is_finite() and abs(number.adjusted()) < _MAX_DECIMAL_EXPONENT else None
-
-
-def parse_datetime(value: object, _: object = None) -> datetime | None:
-    """Parse seconds since the epoch [C], or smaller units, or ISO 8601 [D], in UTC unless it has an offset.
-
-    Returns:
-        None for anything else.
-    """
-    try:
-        seconds = value if type(value) is int else parse_finite(value)
-        if seconds is not None:
-            for _unit in range(3):  # milliseconds, microseconds, nanoseconds
-                seconds = seconds / 1000 if abs(seconds) > _MAX_SECONDS else seconds
-            return datetime.fromtimestamp(seconds, UTC)
-        parsed = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except (ValueError, OverflowError, OSError):
-        return None
-    return parsed and parsed.replace(tzinfo=parsed.tzinfo or UTC)
 
 
 def _require_string(value: object, _: object = None) -> str:
@@ -322,10 +324,16 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(datetime | None, parse_datetime)
     converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _parse_object)
     structure_usage = _make_lenient_hook(Usage, converter)
-    # An unreadable usage must not make the images unreadable.
-    converter.register_structure_hook(
-        Usage | None, lambda value, _: structure_usage(value, Usage) if isinstance(value, dict) else None
-    )
+
+    def structure_cost(value: Any, _: Any) -> Usage | None:
+        if not isinstance(value, dict):
+            return None  # an unreadable usage must not make the images unreadable
+        usage = structure_usage(value, Usage)
+        if value.get("cost") is None or (usage.cost is not None and 0 <= usage.cost <= _MAX_COST):
+            return usage
+        return attrs.evolve(usage, cost=None, extra={**usage.extra, "cost": value["cost"]})
+
+    converter.register_structure_hook(Usage | None, structure_cost)
     structure_content = _make_lenient_hook(_Content, converter)
     converter.register_structure_hook(
         _Content, lambda value, cls: structure_content(_with_url(value) if isinstance(value, dict) else value, cls)

@@ -27,7 +27,10 @@ from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import FluxError, ProtocolError, SessionClosedError, TransportError
 from flux2max_async._version import __version__
 
-_MAX_RESPONSE_BYTES = 16_000_000
+_MAX_RESPONSE_BYTES = 140_000_000
+"""A task object with an image of 100 MB in base64."""
+_LARGE_RESPONSE_BYTES = 4_000_000
+"""Beyond this size one response at a time is read, so that hostile ones can't fill the memory."""
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
@@ -83,6 +86,7 @@ class Transport:
         self._is_borrowed = http is not None
         self._api_session = http
         self._download_session = http
+        self._large_response = asyncio.Lock()
 
     def open(self, max_in_flight: int) -> None:
         """Create the connection pools. Needs a running event loop.
@@ -125,7 +129,7 @@ class Transport:
                 asyncio.timeout(min(self._timeout, within)),
                 self._send(session, url, payload) as response,
             ):
-                content = await _read_content(response)
+                content = await self._read_content(response)
             return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translate_error(error, maybe_sent=payload is None or payload.is_written)
@@ -136,6 +140,14 @@ class Transport:
         finally:
             # The error's traceback refers to this frame, which would keep the input images in memory.
             del failure, payload
+
+    async def _read_content(self, response: aiohttp.ClientResponse) -> bytes:
+        content = bytearray()
+        if await _read_up_to(response, content, _LARGE_RESPONSE_BYTES):
+            async with self._large_response:
+                if await _read_up_to(response, content, _MAX_RESPONSE_BYTES):
+                    raise ProtocolError(f"the response is larger than {_MAX_RESPONSE_BYTES // 10**6} MB")
+        return bytes(content)
 
     def _send(
         self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
@@ -273,13 +285,13 @@ def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSessio
     return session
 
 
-async def _read_content(response: aiohttp.ClientResponse) -> bytes:
-    content = bytearray()
-    while not response.content.at_eof():
+async def _read_up_to(response: aiohttp.ClientResponse, content: bytearray, limit: int) -> bool:
+    """Append what comes to `content`; return whether it is more than `limit` bytes."""
+    while len(content) <= limit:
+        if response.content.at_eof():
+            return False
         content += await response.content.readany()
-        if len(content) > _MAX_RESPONSE_BYTES:
-            raise ProtocolError("the response is larger than 16 MB")
-    return bytes(content)
+    return True
 
 
 def _translate_error(error: Exception, *, maybe_sent: bool) -> FluxError:

@@ -33,11 +33,26 @@ NO_URL = "about:blank"
 """The URL of an image whose real URL is unknown and has to be requested from the service."""
 
 _MAX_URL_REPR = 200
+# What the base64 of an image begins with.
+_MEDIA_TYPES = {
+    "/9j/": "image/jpeg",
+    "iVBORw0KGgo": "image/png",
+    "UklGR": "image/webp",
+    "R0lGOD": "image/gif",
+}
 
 
 def is_inline(url: str) -> bool:
     """Return whether an image's URL is a `data:` URI, which contains the image itself."""
     return url[:5].lower() == "data:"
+
+
+def inline_url(data: str) -> str:
+    """Return the `data:` URI of an image in base64, which may be one already."""
+    if is_inline(data):
+        return data
+    known = (media_type for start, media_type in _MEDIA_TYPES.items() if data.startswith(start))
+    return f"data:{next(known, 'application/octet-stream')};base64,{data}"
 
 
 def _shorten_url(url: str) -> str:

@@ -1,7 +1,6 @@
 """Polls one task until it ends, and takes the webhook that may be faster."""
 
 import asyncio
-import logging
 import math
 import random
 from typing import Any
@@ -18,9 +17,10 @@ from flux2max_async._polling.failures import PollFailures
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._polling.updates import SnapshotFeed, Wakeup
 from flux2max_async._shutdown import Shutdown
+from flux2max_async._text import get_logger
 from flux2max_async.webhooks._registry import WebhookRegistry
 
-log = logging.getLogger("flux2max_async.polling")
+log = get_logger("polling")
 
 _JITTER, _MAX_JITTER = 0.1, 0.25
 """Delays vary by so much of themselves, and by so many seconds at most."""

@@ -1,7 +1,6 @@
 """Runs one request: look it up, submit it if need be, poll its task to the end, and record the outcome."""
 
 import asyncio
-import logging
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,10 +15,11 @@ from flux2max_async._polling.updates import SnapshotFeed
 from flux2max_async._tasks.cancellation import SubmitCancellation
 from flux2max_async._tasks.context import RunnerContext, RunnerObserver
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good
+from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
 
-log = logging.getLogger("flux2max_async.tasks")
+log = get_logger("tasks")
 
 T = TypeVar("T")
 

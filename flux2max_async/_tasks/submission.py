@@ -5,7 +5,6 @@ expected token to whoever expects it.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Self
 
@@ -16,9 +15,10 @@ from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.poller import PollingContext
+from flux2max_async._text import get_logger
 from flux2max_async.webhooks._tokens import new_token
 
-log = logging.getLogger("flux2max_async.tasks")
+log = get_logger("tasks")
 
 AddWebhook = Callable[[GenerationRequest, str], GenerationRequest]
 """Returns the request with the session's webhook, whose URL holds a token, or the same request if it has its own."""

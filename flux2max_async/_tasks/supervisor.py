@@ -1,7 +1,6 @@
 """Starts and owns what runs in the background of a session, from its opening to its close."""
 
 import asyncio
-import logging
 import math
 import os
 from collections.abc import Callable, Coroutine
@@ -11,7 +10,7 @@ import anyio
 
 from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._models.results import Completed, Outcome
+from flux2max_async._models.results import Completed, Outcome, Usage
 from flux2max_async._polling.poller import PollingContext
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
@@ -19,13 +18,14 @@ from flux2max_async._tasks.context import RunnerContext
 from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.submission import AddWebhook
+from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._record_factory import RecordFactory
 from flux2max_async.journal._serialization import snapshot_from_entry
 
-log = logging.getLogger("flux2max_async.tasks")
+log = get_logger("tasks")
 
 T = TypeVar("T")
 
@@ -308,7 +308,7 @@ class Supervisor:
         for runner in unfinished:
             runner.close_now()
         if unfinished:
-            ids = ", ".join(runner.task_id or "(a submit without an answer)" for runner in unfinished)
+            ids = [runner.task_id or "(a submit without an answer)" for runner in unfinished]
             log.warning("session closed; unfinished tasks: %s", ids)
 
     # ------------------------------------------------------------------ observing runners
@@ -327,5 +327,12 @@ class Supervisor:
         if runner.poller is not None:
             self._stats.webhooks += runner.poller.ended_by_webhook
             snapshot = runner.feed.snapshot
-            if snapshot and snapshot.usage and snapshot.usage.cost:
-                self._stats.spent += snapshot.usage.cost
+            if snapshot and snapshot.usage:
+                self._count_cost(snapshot.task_id, snapshot.usage)
+
+    def _count_cost(self, task_id: str, usage: Usage) -> None:
+        if usage.cost is not None:
+            self._stats.spent += usage.cost
+        elif (reported := usage.extra.get("cost")) is not None:
+            message = "task %s: its cost is unknown: %s is not an amount from 0 to 1,000 dollars"
+            log.warning(message, task_id, str(reported))

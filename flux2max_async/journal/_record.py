@@ -6,7 +6,6 @@ images calls `set_files()` before each file gets its name, and `release()` when 
 """
 
 import asyncio
-import logging
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -17,6 +16,7 @@ from flux2max_async._exceptions import FluxError, InvalidRequestError, JournalEr
 from flux2max_async._models.fingerprint import RequestFingerprint
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome
+from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import BudgetRecord, NullRecord, OnWaiting
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
@@ -24,7 +24,7 @@ from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._serialization import outcome_from_entry
 from flux2max_async.journal._transitions import END_STATES, end_entry, state_after
 
-log = logging.getLogger("flux2max_async.journal")
+log = get_logger("journal")
 
 
 @attrs.frozen

@@ -1,6 +1,5 @@
 """Makes the record of each request of a session, and with it the request's key."""
 
-import logging
 from decimal import Decimal
 
 import anyio.to_thread
@@ -11,6 +10,7 @@ from flux2max_async._exceptions import InvalidRequestError, JournalError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Outcome
+from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import BudgetRecord, NullRecord, OnWaiting
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry
 from flux2max_async.journal._lookup import Replay, Resume, ReusePolicy, Submit
@@ -18,7 +18,7 @@ from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record import AdoptedRecord, JournalContext, RequestRecord
 from flux2max_async.journal._serialization import sanitize
 
-log = logging.getLogger("flux2max_async.journal")
+log = get_logger("journal")
 
 
 class RecordFactory:

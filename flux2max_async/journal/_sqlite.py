@@ -1,7 +1,6 @@
 """The journal in an SQLite file."""
 
 import json
-import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from decimal import Decimal
@@ -14,13 +13,14 @@ import anyio.to_thread
 
 from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import JournalError
+from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
 
 if TYPE_CHECKING:
     from flux2max_async.journal._store import SqliteStore
     from flux2max_async.journal._worker import JournalWorker
 
-log = logging.getLogger("flux2max_async.journal")
+log = get_logger("journal")
 
 _MAX_SECONDS = 3600.0
 _ENTRIES_PER_READ = 500

@@ -4,7 +4,6 @@ A transaction is atomic: after a crash, all of it can be seen or nothing.
 """
 
 import contextlib
-import logging
 import os
 import secrets
 import sqlite3
@@ -18,6 +17,7 @@ import attrs
 
 from flux2max_async._budget import check_budget
 from flux2max_async._exceptions import JournalError
+from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._rows import (
     NANO_DOLLARS_PER_DOLLAR,
@@ -43,7 +43,7 @@ from flux2max_async.journal._schema import (
 )
 from flux2max_async.journal._serialization import outcome_from_entry, to_json
 
-log = logging.getLogger("flux2max_async.journal")
+log = get_logger("journal")
 
 # The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
 # completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded

@@ -9,7 +9,6 @@ whatever comes next: the caller has learned of the error, and goes on. What is b
 
 import asyncio
 import contextlib
-import logging
 import math
 import queue
 import sqlite3
@@ -22,12 +21,13 @@ from typing import Any
 import attrs
 
 from flux2max_async._exceptions import FluxError, JournalError
+from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._leases import LeaseMonitor
 from flux2max_async.journal._schema import journal_error, may_pass
 from flux2max_async.journal._store import SqliteStore
 
-log = logging.getLogger("flux2max_async.journal")
+log = get_logger("journal")
 
 _SYNC_DELAY = 1.0
 """Seconds after which writes that didn't wait for the disk are synchronized."""

@@ -3,19 +3,19 @@
 The response tells the sender only whether to send the delivery again: 200 means that it need not, 5xx that it should.
 """
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from flux2max_async._exceptions import JournalError, ProtocolError, SessionClosedError, WebhookSignatureError
+from flux2max_async._text import get_logger
 from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import MAX_BODY
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-log = logging.getLogger("flux2max_async.webhooks")
+log = get_logger("webhooks")
 
 Message = MutableMapping[str, Any]
 

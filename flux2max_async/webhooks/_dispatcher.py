@@ -1,7 +1,6 @@
 """Brings each verified webhook to the poller of its task, or into the journal for another process."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +11,7 @@ from flux2max_async._exceptions import ConfigurationError, JournalError, Protoco
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome, TaskSnapshot, TaskStatus
 from flux2max_async._shutdown import Shutdown
+from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._transitions import END_STATES, end_entry, submitted_entry
@@ -19,7 +19,7 @@ from flux2max_async.webhooks._payload import read_delivery, reports_not_found
 from flux2max_async.webhooks._registry import WebhookRegistry
 from flux2max_async.webhooks._tokens import add_token
 
-log = logging.getLogger("flux2max_async.webhooks")
+log = get_logger("webhooks")
 
 _RETRY_DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Seconds between attempts to find the task of an early delivery in a shared journal."""

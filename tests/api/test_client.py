@@ -459,10 +459,10 @@ async def test_submit_that_fails_before_it_is_sent_created_nothing(scripted: Scr
 
 
 async def test_too_large_response_is_a_protocol_error(scripted: ScriptedGateway) -> None:
-    """A response of more than 16 MB is not read to its end."""
-    scripted.polls = deque([answer(200, b" " * 16_000_001)])
+    """A response of more than 140 MB is not read to its end."""
+    scripted.polls = deque([answer(200, b" " * 140_000_001)])
     async with session_on(scripted) as session:
-        with pytest.raises(ProtocolError, match="16 MB"):
+        with pytest.raises(ProtocolError, match="140 MB"):
             await session.fetch("t1")
 
 

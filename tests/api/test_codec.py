@@ -1,5 +1,6 @@
 """The codec: requests, and every response that the service or a proxy may send to a submit or a poll."""
 
+import base64
 import json
 import math
 import pickle
@@ -32,7 +33,8 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
-from flux2max_async._api.codec import HttpRequest, build_poll, build_submit, parse_poll, parse_submit
+from flux2max_async._api.codec import HttpRequest, build_poll, build_submit, parse_poll, parse_submit, validate_task_id
+from flux2max_async._api.response import error_from_response
 from flux2max_async._api.retry import is_uncertain, may_submit_again
 from flux2max_async._api.statuses import status_of
 from flux2max_async._api.task_object import task_id_of
@@ -254,10 +256,8 @@ NOT_JSON_OBJECTS = {
     "text": b'"t1"',
     "null": b"null",
     "a number": b"1e999",
-    "not UTF-8": b'{"id": "\xff"}',
     "nested too deeply": b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "number too long": b'{"id":' + b"1" * 5000 + b"}",
-    "two objects": b'{"id": "t1"}{"id": "t2"}',
 }
 
 
@@ -271,6 +271,107 @@ def test_response_that_is_not_a_json_object_is_a_protocol_error(body: bytes) -> 
 
     assert len(str(submitted.value)) < 400
     assert len(str(polled.value)) < 400
+
+
+HALF_READABLE = {
+    "a stray byte": b'{"id": "t1", "status": "pending"}\x00',
+    "two objects": b'{"id": "t1", "status": "pending"}{"id": "t2", "status": "completed"}',
+    "the same twice": b'{"id": "t1", "status": "pending"}' * 2,
+    "a page": b'{"id": "t1", "status": "pending"}\n<html>502</html>',
+    "cut off later": b'{"id": "t1", "status": "pending"}, {"id": "t',
+    "Latin-1": '{"id": "t1", "status": "pending", "prompt": "caf\xe9"}'.encode("latin-1"),
+    "a newline in a text": b'{"id": "t1", "status": "pending", "prompt": "a\ncat"}',
+    "a byte order mark": b'\xef\xbb\xbf {"id": "t1", "status": "pending"};',
+    "an envelope": b'{"code": 200, "data": {"id": "t1", "status": "pending"}}}',
+}
+
+
+@pytest.mark.parametrize("status", [200, 202, 500, 504])
+@pytest.mark.parametrize("body", HALF_READABLE.values(), ids=HALF_READABLE)
+def test_half_readable_submit_response(body: bytes, status: int) -> None:
+    """The id is taken from a response that begins with a whole object which has one."""
+    assert parse_submit(make_response(body, status)).task_id == "t1"
+
+
+@pytest.mark.parametrize("body", HALF_READABLE.values(), ids=HALF_READABLE)
+def test_half_readable_poll_response(body: bytes) -> None:
+    """A response to a poll is read if it begins with a whole object."""
+    assert parse_poll(make_response(body), "t1").status is TaskStatus.PENDING
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id": "\xff"}',
+        b'{"id": "t1\xe9", "status": "pending"}',
+        b'{"status": "pending"}{"id": "t1"}',
+        b'{"error": {"message": "bad prompt"}} {"id": "t1"}',
+        b'x{"id": "t1"}',
+        b'{"id": "t1", "output": [',
+    ],
+)
+def test_submit_response_without_a_readable_id_is_uncertain(body: bytes) -> None:
+    """If no whole object with an id is at the beginning, it is unknown whether a task exists, even with an error."""
+    with pytest.raises(ProtocolError) as caught:
+        parse_submit(make_response(body))
+
+    assert is_uncertain(caught.value)
+
+
+@pytest.mark.parametrize("task_id", ["x" * 1024, "\n" * 1024, 10**1023])
+def test_longest_task_id(task_id: str | int) -> None:
+    """A task id may have 1,024 characters."""
+    assert parse_submit(make_response({"id": task_id})).task_id == str(task_id)
+    assert poll({"id": task_id, "status": "pending"}).status is TaskStatus.PENDING
+    assert validate_task_id(str(task_id)) == str(task_id)
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+@pytest.mark.parametrize("body", [{"id": "x" * 1025}, {"id": "x" * 5_000_000}, {"code": 0, "data": {"id": 10**1024}}])
+def test_task_id_that_is_too_long(body: dict[str, object], status: int) -> None:
+    """A longer task id is a ProtocolError with a short message, which makes a submit uncertain."""
+    with pytest.raises(ProtocolError, match=r"the task id has .* characters; at most 1,024 are accepted") as submitted:
+        parse_submit(make_response(body, status))
+    with pytest.raises(ProtocolError, match=r"the task id has .* characters; at most 1,024 are accepted"):
+        poll({"status": "completed", **body})
+
+    assert is_uncertain(submitted.value)
+    assert len(str(submitted.value)) < 100
+
+
+def test_own_task_id_that_is_too_long() -> None:
+    """An id that no service can have given is refused before anything is sent."""
+    with pytest.raises(InvalidRequestError, match="task_id must have at most 1,024 characters, not 1,025"):
+        validate_task_id("x" * 1025)
+
+
+BOMBS = {
+    "brackets": b"[" * 15_000_000,
+    "objects": b'{"id": "t1", "status": "completed", "output": [' + b"{}," * 200_000 + b"{}]}",
+    "commas": b'{"id": "t1", "status": "pending", "x": [' + b"1," * 200_001 + b"1]}",
+    "after the id": b'{"id": "t1", "status": "pending"}' + b"[" * 200_000,
+    "UTF-16": ("[" * 200_001).encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("body", BOMBS.values(), ids=BOMBS)
+def test_json_with_too_many_values_is_not_parsed(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON with more than 200,000 brackets, braces and commas is refused before it is parsed."""
+    monkeypatch.setattr(json, "loads", None)
+    monkeypatch.setattr(json, "JSONDecoder", None)
+    for parse in (parse_submit, lambda response: parse_poll(response, "t1")):
+        with pytest.raises(ProtocolError, match="more than 200,000 brackets and commas"):
+            parse(make_response(body))
+
+    assert error_from_response(make_response(body, 500)).status == 500
+
+
+def test_large_json_with_few_values_is_parsed() -> None:
+    """The size alone is no reason to refuse a response: a picture may be in it."""
+    data = base64.b64encode(bytes(13_000_000)).decode()
+    snapshot = poll({"id": "t1", "status": "completed", "output": [{"content": [{"b64_json": data}]}]})
+
+    assert len(snapshot.images[0].url) > 17_000_000
 
 
 @pytest.mark.parametrize("status", CLASSES)

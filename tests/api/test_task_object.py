@@ -21,7 +21,8 @@ from flux2max_async import (
     TaskStatus,
 )
 from flux2max_async._api.codec import parse_poll, parse_submit
-from flux2max_async._api.task_object import parse_datetime, reported_status
+from flux2max_async._api.response import parse_datetime
+from flux2max_async._api.task_object import reported_status
 from flux2max_async._models.results import is_inline
 from flux2max_async.webhooks import parse
 
@@ -156,6 +157,48 @@ def test_cost_is_exact_or_none(value: object, cost: Decimal | None) -> None:
     assert len(snapshot.images) == 1
 
 
+@pytest.mark.parametrize("cost", [0, "0", "-0", 1000, "1000.00", 999.99, "1e3", "1e-40"], ids=str)
+def test_cost_in_range(cost: object) -> None:
+    """A cost is an amount from 0 to 1,000 dollars."""
+    snapshot = poll(finished(usage={"cost": cost}))
+
+    assert snapshot.usage is not None
+    assert snapshot.usage.cost == Decimal(str(cost))
+    assert snapshot.usage.extra == {}
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        -0.5,
+        "-0.50",
+        "-1e-40",
+        1000.01,
+        "1000.000001",
+        1e30,
+        "1e30",
+        -1e30,
+        "NaN",
+        "-Infinity",
+        math.nan,
+        math.inf,
+        "free",
+        [],
+        True,
+    ],
+    ids=str,
+)
+def test_absurd_cost_is_unknown(cost: object) -> None:
+    """A cost out of range, or no number, is unknown; what was reported is in `extra`, and the rest is read."""
+    snapshot = poll(finished(usage={"cost": cost, "discount": 0.85}))
+
+    assert snapshot.usage is not None
+    assert snapshot.usage.cost is None
+    assert snapshot.usage.discount == Decimal("0.85")
+    assert repr(snapshot.usage.extra) == repr({"cost": cost})
+    assert len(snapshot.images) == 1
+
+
 @pytest.mark.parametrize("cost", ["1e999999999", "-1e999999999", "1e-999999999", "9e999999", "9" * 40], ids=str)
 def test_any_cost_can_be_summed(cost: str) -> None:
     """Adding up costs never raises an error, however wrong the service's amounts are."""
@@ -222,6 +265,60 @@ def test_contents_without_a_url_are_not_images() -> None:
     )
 
     assert [image.url for image in snapshot.images] == ["https://a.example/"]
+
+
+IMAGE: dict[str, object] = {"type": "image", "url": URL}
+
+
+@pytest.mark.parametrize(
+    ("output", "count"),
+    [
+        (contents(*[IMAGE] * 65), 65),
+        (contents(*[IMAGE] * 10_000), 10_000),
+        (contents(*[IMAGE]) * 10_000, 10_000),
+        ([*contents(*[IMAGE] * 60, None, None), None, *contents(*[IMAGE] * 60)], 120),
+        ([{"content": None}, {}, *contents(*[IMAGE] * 100)], 100),
+    ],
+)
+def test_images_beyond_the_first_64_are_not_used(output: list[object], count: int) -> None:
+    """A task has at most 64 images; what is left out is reported."""
+    body = finished(output=output)
+    snapshot = poll(body)
+
+    assert len(snapshot.images) == 64
+    assert [image.index for image in snapshot.images] == list(range(64))
+    assert snapshot.partial_error is not None
+    assert snapshot.partial_error.message == f"the task has {count:,} images, of which the first 64 are used"
+    assert snapshot.raw == body
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        contents(*[IMAGE] * 64),
+        contents(IMAGE) * 64,
+        [*contents(*[IMAGE] * 64), *[{"content": []}] * 10_000],
+        contents(*[None] * 10_000, *[IMAGE] * 64),
+    ],
+)
+def test_64_images_are_all(output: list[object]) -> None:
+    """A task with 64 images is complete, whatever else without an image is in its output."""
+    snapshot = poll(finished(output=output))
+
+    assert len(snapshot.images) == 64
+    assert snapshot.partial_error is None
+
+
+def test_too_many_images_of_other_tasks() -> None:
+    """The reason that the service has for missing images, or for a failure, takes precedence; a running task has none."""
+    many = contents(*[IMAGE] * 65)
+    partial = poll(finished(output=many, error={"code": "oops", "message": "the rest is lost"}))
+    failed = poll(finished(status="failed", output=many, error={"code": "oops", "message": "lost"}))
+
+    assert partial.partial_error is not None
+    assert partial.partial_error.message == "the rest is lost"
+    assert (failed.partial_error, failed.error and failed.error.message) == (None, "lost")
+    assert poll(running(output=many)).partial_error is None
 
 
 def test_unknown_fields_are_kept_in_raw() -> None:

@@ -1,0 +1,68 @@
+"""Texts of the service or of strangers, made safe to show: short, on one line, without secrets and controls."""
+
+import json
+import logging
+from typing import Any
+
+MAX_LENGTH = 200
+"""Characters of such a text that are shown."""
+_MAX_LOCAL_LENGTH = 2000
+"""Characters of any other argument of a log message: it may hold a path."""
+
+
+def printable(text: str, limit: int = MAX_LENGTH) -> str:
+    """Return a text shortened, with escape sequences for what is not printable: controls, newlines, bidi marks."""
+    cut = text[: limit + 1]  # a text may have megabytes
+    if not cut.isprintable():
+        cut = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return cut if len(cut) <= limit else f"{cut[: limit - 1]}…"
+
+
+def describe(error: BaseException) -> str:
+    """Return the text of an error, with its message, which may be the service's, shortened."""
+    text = str(error)
+    message = getattr(error, "message", "")
+    if isinstance(message, str) and message and text.startswith(message):
+        return printable(message) + printable(text[len(message) :])
+    return printable(text, _MAX_LOCAL_LENGTH)
+
+
+def redact(text: str, secrets: tuple[str, ...]) -> str:
+    """Return a text with the secrets replaced by asterisks, whether they are escaped in it or not."""
+    for secret in secrets:
+        for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):
+            text = text.replace(form, "***")
+    return text
+
+
+class _PrintableArguments(logging.Filter):
+    """Makes the arguments of log messages safe to show; a sequence becomes a list of its items."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_printable_argument, record.args))
+        return True
+
+
+_FILTER = _PrintableArguments()
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return a logger whose messages show no text of the service as it was received."""
+    logger = logging.getLogger(f"flux2max_async.{name}")
+    logger.addFilter(_FILTER)
+    return logger
+
+
+def _printable_argument(argument: Any) -> Any:
+    match argument:
+        case bool() | int() | float() | None:
+            return argument
+        case BaseException():
+            return describe(argument)
+        case str():
+            return printable(argument)
+        case list() | tuple():
+            return ", ".join(printable(str(item)) for item in argument)
+        case _:
+            return printable(str(argument), _MAX_LOCAL_LENGTH)

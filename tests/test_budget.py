@@ -576,3 +576,25 @@ async def test_refused_and_failed_requests_are_free_in_the_journal(
             await session.generate("cat 5")
 
     assert len(scripted.of("POST")) == 5
+
+
+@pytest.mark.parametrize("cost", ["-0.50", -5, 1e30, "NaN", "1e999999", "free"])
+@pytest.mark.parametrize("scope", ["session", "journal"])
+async def test_absurd_costs_keep_the_reservation(
+    scripted: ScriptedGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture, scope: str, cost: object
+) -> None:
+    """A cost that is no amount from 0 to 1,000 dollars is logged, and its task counts with what was reserved for it."""
+    scripted.submits = deque(answer(200, completed(f"t{number}", usage={"cost": cost})) for number in range(4))
+    journal = VirtualJournal(tmp_path / "run.db") if scope == "journal" else None
+    async with session_on(scripted, journal=journal, budget="0.21") as session:
+        outcomes = [await session.generate(prompt) for prompt in cats(3)]
+        with pytest.raises(BudgetExceededError, match=r"\$0\.21 are spent or reserved"):
+            await session.generate("one more cat")
+
+    assert len(scripted.of("POST")) == 3
+    assert [outcome.usage and outcome.usage.cost for outcome in outcomes] == [None] * 3
+    assert session.stats.spent == 0
+    shown = [message for message in caplog.messages if "its cost is unknown" in message]
+    assert shown == [
+        f"task t{number}: its cost is unknown: {cost} is not an amount from 0 to 1,000 dollars" for number in range(3)
+    ]

@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import io
+import json
+import random
 import socket
 from collections import deque
 from pathlib import Path
@@ -11,8 +13,10 @@ import aiohttp
 import anyio
 import pytest
 from PIL import Image
+from support.responses import jpeg
 from support.scripted import (
     Behaviour,
+    Connection,
     ScriptedGateway,
     answer,
     completed,
@@ -30,6 +34,7 @@ from support.scripted import (
 from flux2max_async import (
     AuthenticationError,
     BadRequestError,
+    Completed,
     ConfigurationError,
     ContentModeratedError,
     FluxError,
@@ -44,6 +49,8 @@ from flux2max_async import (
     ServerError,
     SessionClosedError,
     SubmissionUncertainError,
+    TaskFailedError,
+    TaskStatus,
     TransportError,
 )
 from flux2max_async._api.transport import _SubmitPayload
@@ -464,6 +471,74 @@ async def test_too_large_response_is_a_protocol_error(scripted: ScriptedGateway)
     async with session_on(scripted) as session:
         with pytest.raises(ProtocolError, match="140 MB"):
             await session.fetch("t1")
+
+
+async def test_large_responses_are_read_one_at_a_time(scripted: ScriptedGateway) -> None:
+    """While a large response is being read, others wait, and small ones don't; each is complete in the end."""
+    large = json.dumps(completed("t1", metadata={"text": "x" * 5_000_000})).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(large)
+
+    def in_two_parts(pause: float) -> Behaviour:
+        async def behave(connection: Connection) -> None:
+            await connection.send(head + large[:-1])
+            await asyncio.sleep(pause)
+            await connection.send(large[-1:])
+
+        return behave
+
+    scripted.polls = deque([in_two_parts(8.0), in_two_parts(0.0), answer(200, completed("t3"))])
+    ends: dict[str, float] = {}
+    async with session_on(scripted) as session:
+
+        async def fetch(task_id: str) -> None:
+            snapshot = await session.fetch(task_id)
+            ends[task_id] = asyncio.get_running_loop().time()
+            assert snapshot.status is TaskStatus.COMPLETED
+
+        started = asyncio.get_running_loop().time()
+        async with anyio.create_task_group() as group:
+            for task_id in ("t1", "t2", "t3"):
+                group.start_soon(fetch, task_id)
+                await asyncio.sleep(1.0)
+
+    assert [round(ends[task_id] - started) for task_id in ("t1", "t2", "t3")] == [8, 8, 2]
+
+
+async def test_inline_image_of_many_megabytes_is_saved(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A response may contain an image of 20 MB in base64."""
+    image = jpeg(random.Random(1).randbytes(20_000_000))
+    inline = [{"content": [{"b64_json": base64.b64encode(image).decode()}]}]
+    scripted.polls = deque([answer(200, completed("t1", output=inline))])
+    async with session_on(scripted) as session:
+        outcomes = [outcome async for outcome in session.stream(["a cat"], save_to=tmp_path)]
+
+    (outcome,) = outcomes
+    assert isinstance(outcome, Completed)
+    assert [path.read_bytes() == image for path in outcome.saved] == [True]
+
+
+SERVICE_TEXT = "first line\nsecond line \x1b[31mred\x1b[0m \u202e " + "very long " * 500
+
+
+async def test_texts_of_the_service_in_logs(scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture) -> None:
+    """Task ids, statuses and messages of the service are short and on one line in each log message."""
+    task_id = f"t1\n{'x' * 1000}"
+    error = {"error": {"code": "c\n" * 500, "message": SERVICE_TEXT}}
+    header = [("X-Request-Id", "r" * 5000)]
+    scripted.submits = deque([answer(503, error, header), answer(200, {"id": task_id, "status": SERVICE_TEXT}), reset])
+    failed = {"id": task_id, "status": "failed", **error}
+    scripted.polls = deque(
+        [answer(500, error, header), answer(200, {"id": task_id, "status": SERVICE_TEXT}), answer(200, failed)]
+    )
+    async with session_on(scripted) as session:
+        with pytest.raises(TaskFailedError):
+            await session.generate("a cat")
+        with pytest.raises(SubmissionUncertainError):
+            await session.generate("another cat")
+
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("flux2max_async")]
+    assert len(ours) > 5
+    assert all(message.isprintable() and len(message) < 900 for message in ours), max(ours, key=len)
 
 
 class FakeWriter:

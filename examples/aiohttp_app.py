@@ -4,110 +4,231 @@
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     python examples/aiohttp_app.py
 
-PUBLIC_URL is where the service reaches this server. Tasks are kept in memory. To serve them from several workers, or
-after a restart, pass a `SqliteJournal` with the same file to each session and a key to each request; if a task id is
-unknown below, look it up with `journal.find_task(id)` and call `session.attach(id)`.
+PUBLIC_URL is where visitors and the service reach this server. In production, run it behind a reverse proxy with TLS
+and time limits for slow clients, and require a login if not everybody may spend your budget. The budget and the limits
+below count for one process, until it ends.
+
+Tasks are kept in memory. To serve them from several workers, or after a restart, pass a `SqliteJournal` with the same
+file to each session and `key=task_id` to each request; the budget then covers all runs. If an id is unknown below, the
+entry is `journal.find(task_id)`, and `session.attach(entry.task_id)` follows its task.
 """
 
+import asyncio
 import json
 import os
+import secrets
+import time
+from base64 import b64encode
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from hashlib import sha256
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from yarl import URL
 
 from flux2max_async import (
+    BadRequestError,
+    BudgetExceededError,
     ContentModeratedError,
     FixedSchedule,
     FluxError,
     FluxSession,
+    GenerationRequest,
     GenerationTask,
     InvalidRequestError,
     WebhookInbox,
 )
 
-PAGE = Path(__file__).with_name("page.html")
-PICTURES = Path("pictures")
-MAX_TASKS = 1_000
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PICTURES = Path("pictures")  # they stay until you delete them; the budget limits how many there are
+PUBLIC_URL = os.environ["PUBLIC_URL"]
+ORIGIN = str(URL(PUBLIC_URL).origin())
 
-inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
+BUDGET = os.environ.get("BUDGET", "10.00")  # US dollars
+MAX_TASKS = 1_000
+MAX_BODY = 16 * 1024  # bytes
+MAX_SUBMITS = 10  # of one visitor, in a minute
+MAX_REQUESTS = 10  # of one visitor, at once, event streams included
+MAX_REQUESTS_OF_ALL = 500  # at once
+
+inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{PUBLIC_URL}/hooks/flux")
 flux = web.AppKey("flux", FluxSession)
 tasks: dict[str, GenerationTask] = {}
+serving = Counter[str]()  # requests, by visitor
+submits: dict[float, Counter[str]] = {}  # by minute (there is only one) and visitor
 routes = web.RouteTableDef()
 
 
 async def open_session(app: web.Application) -> AsyncIterator[None]:
     """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
     # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
-    async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app[flux]:
+    schedule = FixedSchedule(0.5)
+    async with FluxSession(webhooks=inbox, schedule=schedule, budget=BUDGET, drain=20) as app[flux]:
         yield
 
 
+# ------------------------------------------------------------------ what a visitor may do
+
+
+def get_visitor(request: web.Request) -> str:
+    """Return the visitor's address; for IPv6 its /64 network, in which a visitor can choose addresses freely."""
+    # It is the address of the connection. Behind a reverse proxy that would be the proxy's, and all visitors would be
+    # one: then take the address that the proxy has appended to X-Forwarded-For, which is the last one, because
+    # anybody can send this header (the package aiohttp-remotes does that).
+    host = request.remote or ""
+    with suppress(ValueError):
+        return host if "." in host else IPv6Address(host).exploded[:19]
+    return host
+
+
 @web.middleware
-async def handle_flux_error(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Respond with 422 if the request is at fault, otherwise with 503."""
+async def limit_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Serve each visitor only a few requests at once; an event stream counts until it ends."""
+    if request.path.startswith("/hooks/"):  # these are the service's
+        return await handler(request)
+    visitor = get_visitor(request)
+    if serving[visitor] >= MAX_REQUESTS or serving.total() >= MAX_REQUESTS_OF_ALL:
+        text = "Too many requests at once. Try again later."
+        raise web.HTTPTooManyRequests(text=text, headers={"Retry-After": "10"})
+    serving[visitor] += 1
     try:
         return await handler(request)
-    except FluxError as error:
-        status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError) else 503
-        return web.json_response({"detail": reason(error)}, status=status)
+    finally:
+        serving[visitor] -= 1
+        if not serving[visitor]:
+            del serving[visitor]
+
+
+def count_submit(visitor: str) -> None:
+    """Let each visitor submit only a few requests in each minute."""
+    minute = time.monotonic() // 60
+    if minute not in submits:
+        submits.clear()
+        submits[minute] = Counter()
+    submits[minute][visitor] += 1
+    if submits[minute][visitor] > MAX_SUBMITS:
+        text = "Too many pictures. Try again in a minute."
+        raise web.HTTPTooManyRequests(text=text, headers={"Retry-After": "60"})
+
+
+async def read_submit(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object that this server's own page, or a program, has sent."""
+    # Another site's page could make its visitors' browsers spend the budget. Browsers send both headers, and they send
+    # no JSON to another site without asking (CORS), which is always refused.
+    origin, site = request.headers.get("Origin", ORIGIN), request.headers.get("Sec-Fetch-Site", "same-origin")
+    if (origin, site) != (ORIGIN, "same-origin"):
+        raise web.HTTPForbidden(text=f"Open this page at {ORIGIN}.")
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text="Send JSON.")
+    count_submit(get_visitor(request))
+    if (request.content_length or 0) > MAX_BODY:
+        raise web.HTTPRequestEntityTooLarge(MAX_BODY)
+    try:
+        async with asyncio.timeout(10):
+            body = json.loads(await request.read())
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="The request took too long.") from None
+    except (ValueError, RecursionError, web.RequestPayloadError):
+        body = None
+    if not isinstance(body, dict):
+        raise web.HTTPBadRequest(text="Send a JSON object.")
+    return body
+
+
+# ------------------------------------------------------------------ the application
+
+
+def hash_of(tag: str) -> str:
+    """Return the hash of the page's script or style, as browsers compute it."""
+    text = PAGE.partition(f"<{tag}")[2].partition(">")[2].partition(f"</{tag}>")[0]
+    return b64encode(sha256(text.encode()).digest()).decode()
+
+
+HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{hash_of('script')}'; "
+    f"style-src 'sha256-{hash_of('style')}'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @routes.get("/")
-async def get_page(_: web.Request) -> web.FileResponse:
+async def get_page(_: web.Request) -> web.Response:
     """Return the page."""
-    return web.FileResponse(PAGE)
+    return web.Response(text=PAGE, content_type="text/html", headers=HEADERS)
 
 
 @routes.post("/tasks")
 async def create_task(request: web.Request) -> web.Response:
-    """Submit a request and return the task id at once."""
+    """Submit a request and return an id for its task."""
+    body = await read_submit(request)
+    width, height = body.get("width"), body.get("height")
+    picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
     try:
-        body = await request.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise web.HTTPBadRequest(text="Send a JSON object.")
-    task = await request.app[flux].submit(body.get("prompt", ""), width=body.get("width"), height=body.get("height"))
-    tasks[task.id] = task
+        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+            task = await request.app[flux].submit(picture)
+    except TimeoutError:
+        raise web.HTTPServiceUnavailable(text="The picture can't be generated now. Try again later.") from None
+    # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
+    task_id = secrets.token_urlsafe(16)
+    tasks[task_id] = task
     if len(tasks) > MAX_TASKS:
         del tasks[next(iter(tasks))]  # the oldest
-    return web.json_response({"id": task.id}, status=201)
+    return web.json_response({"id": task_id}, status=201)
 
 
-def find_task(request: web.Request) -> GenerationTask:
+def find_task(task_id: str) -> GenerationTask:
     """Return a task of this server; don't attach other ids, or anybody could have any task polled."""
-    if (task := tasks.get(request.match_info["id"])) is None:
+    if task_id not in tasks:
         raise web.HTTPNotFound(text="There is no such picture.")
-    return task
+    return tasks[task_id]
 
 
-@routes.get("/tasks/{id}/events")
+@routes.get("/tasks/{task_id}/events")
 async def stream_events(request: web.Request) -> web.StreamResponse:
     """Stream the progress and end of a task; a visitor who reconnects begins with the newest progress."""
-    task = find_task(request)
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    task_id = request.match_info["task_id"]
+    task = find_task(task_id)
+    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    response = web.StreamResponse(headers=headers)
     await response.prepare(request)
     async for snapshot in task.updates():
         await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
     outcome = await task.outcome()
     if outcome.ok:
-        await response.write(event("done", picture=f"tasks/{task.id}/picture"))
+        await response.write(event("done", picture=f"tasks/{task_id}/picture"))
     else:
         await response.write(event("failed", reason=reason(outcome.error)))
     return response
 
 
-@routes.get("/tasks/{id}/picture")
+def event(name: str, **data: Any) -> bytes:
+    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+@routes.get("/tasks/{task_id}/picture")
 async def get_picture(request: web.Request) -> web.FileResponse:
     """Return the picture from this server: the service's URL expires after minutes."""
-    task = find_task(request)
-    path = PICTURES / f"{task.id}.jpeg"
+    task_id = request.match_info["task_id"]
+    task = find_task(task_id)
+    path = PICTURES / task_id
     if not path.exists():  # concurrent requests may both save it, which is harmless
         await request.app[flux].save((await task).images[0], path)
-    return web.FileResponse(path)
+    return web.FileResponse(path, headers={**HEADERS, "Content-Type": media_type(path)})
+
+
+def media_type(path: Path) -> str:
+    """Return the type of a picture by its first bytes: the service may send another one than was requested."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    types = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
+    return next((types[magic] for magic in types if head.startswith(magic)), "application/octet-stream")
 
 
 @routes.get("/ready")
@@ -118,23 +239,36 @@ async def get_status(request: web.Request) -> web.Response:
     return web.json_response({name: getattr(stats, name) for name in names})
 
 
-def event(name: str, **data: Any) -> bytes:
-    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+@web.middleware
+async def handle_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Respond to errors in JSON: with 422 if the request is at fault, with 503 for other errors of the session."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        error.text = json.dumps({"detail": error.text})
+        error.content_type = "application/json"
+        raise
+    except FluxError as error:
+        status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError | BadRequestError) else 503
+        return web.json_response({"detail": reason(error)}, status=status)
 
 
 def reason(error: FluxError) -> str:
-    """Return the reason of a failure, as shown to visitors."""
+    """Return the reason of a failure, as shown to visitors: other messages are for the log only."""
     match error:
         case InvalidRequestError():
             return str(error)
         case ContentModeratedError():
             return "Moderation refused this prompt. Try another one."
+        case BadRequestError():
+            return "The service refused this prompt. Try another one."
+        case BudgetExceededError():
+            return "The budget for pictures is used up."
         case _:
             return "The picture can't be generated now. Try again later."
 
 
-app = web.Application(middlewares=[handle_flux_error])
+app = web.Application(middlewares=[handle_errors, limit_requests], client_max_size=MAX_BODY)
 app.cleanup_ctx.append(open_session)
 app.router.add_post("/hooks/flux", inbox.aiohttp_handler)
 app.add_routes(routes)

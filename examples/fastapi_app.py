@@ -4,49 +4,141 @@
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     uvicorn --app-dir examples --timeout-graceful-shutdown 20 fastapi_app:app
 
-PUBLIC_URL is where the service reaches this server. Tasks are kept in memory. To serve them from several workers, or
-after a restart, pass a `SqliteJournal` with the same file to each session and a key to each request; if a task id is
-unknown below, look it up with `journal.find_task(id)` and call `session.attach(id)`.
+It needs FastAPI 0.165 or later. PUBLIC_URL is where visitors and the service reach this server. In production, run it
+behind a reverse proxy with TLS and time limits for slow clients, and require a login if not everybody may spend your
+budget. The budget and the limits below count for one process, until it ends.
+
+Tasks are kept in memory. To serve them from several workers, or after a restart, pass a `SqliteJournal` with the same
+file to each session and `key=task_id` to each request; the budget then covers all runs. If an id is unknown below, the
+entry is `journal.find(task_id)`, and `session.attach(entry.task_id)` follows its task.
 """
 
+import asyncio
 import json
 import os
+import secrets
+import time
+from base64 import b64encode
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from hashlib import sha256
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect
+from yarl import URL
 
 from flux2max_async import (
+    BadRequestError,
+    BudgetExceededError,
     ContentModeratedError,
     FixedSchedule,
     FluxError,
     FluxSession,
+    GenerationRequest,
     GenerationTask,
     InvalidRequestError,
     WebhookInbox,
 )
 
-PAGE = Path(__file__).with_name("page.html")
-PICTURES = Path("pictures")
-MAX_TASKS = 1_000
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PICTURES = Path("pictures")  # they stay until you delete them; the budget limits how many there are
+PUBLIC_URL = os.environ["PUBLIC_URL"]
+ORIGIN = str(URL(PUBLIC_URL).origin())
 
-inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{os.environ['PUBLIC_URL']}/hooks/flux")
+BUDGET = os.environ.get("BUDGET", "10.00")  # US dollars
+MAX_TASKS = 1_000
+MAX_BODY = 16 * 1024  # bytes
+MAX_SUBMITS = 10  # of one visitor, in a minute
+MAX_REQUESTS = 10  # of one visitor, at once, event streams included
+MAX_REQUESTS_OF_ALL = 500  # at once
+
+inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{PUBLIC_URL}/hooks/flux")
 tasks: dict[str, GenerationTask] = {}
+serving = Counter[str]()  # requests, by visitor
+submits: dict[float, Counter[str]] = {}  # by minute (there is only one) and visitor
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
     # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
-    async with FluxSession(webhooks=inbox, schedule=FixedSchedule(0.5), drain=20) as app.state.flux:
+    schedule = FixedSchedule(0.5)
+    async with FluxSession(webhooks=inbox, schedule=schedule, budget=BUDGET, drain=20) as app.state.flux:
         yield
 
 
-app = FastAPI(lifespan=lifespan)
+# ------------------------------------------------------------------ what a visitor may do
+
+
+def get_visitor(request: Request) -> str:
+    """Return the visitor's address; for IPv6 its /64 network, in which a visitor can choose addresses freely."""
+    # It is the address of the connection. Behind a reverse proxy that would be the proxy's, and all visitors would be
+    # one: uvicorn then takes the address from X-Forwarded-For, but only from proxies in --forwarded-allow-ips (by
+    # default 127.0.0.1), because anybody can send this header.
+    host = request.client.host if request.client else ""
+    with suppress(ValueError):
+        return host if "." in host else IPv6Address(host).exploded[:19]
+    return host
+
+
+async def limit_requests(request: Request) -> AsyncIterator[None]:
+    """Serve each visitor only a few requests at once; an event stream counts until it ends."""
+    visitor = get_visitor(request)
+    if serving[visitor] >= MAX_REQUESTS or serving.total() >= MAX_REQUESTS_OF_ALL:
+        raise HTTPException(429, "Too many requests at once. Try again later.", {"Retry-After": "10"})
+    serving[visitor] += 1
+    try:
+        yield
+    finally:
+        serving[visitor] -= 1
+        if not serving[visitor]:
+            del serving[visitor]
+
+
+def count_submit(visitor: str) -> None:
+    """Let each visitor submit only a few requests in each minute."""
+    minute = time.monotonic() // 60
+    if minute not in submits:
+        submits.clear()
+        submits[minute] = Counter()
+    submits[minute][visitor] += 1
+    if submits[minute][visitor] > MAX_SUBMITS:
+        raise HTTPException(429, "Too many pictures. Try again in a minute.", {"Retry-After": "60"})
+
+
+# A body that is a parameter of the endpoint would be read before all this is checked.
+async def read_submit(request: Request) -> dict[str, Any]:
+    """Return the JSON object that this server's own page, or a program, has sent."""
+    # Another site's page could make its visitors' browsers spend the budget. Browsers send both headers, and they send
+    # no JSON to another site without asking (CORS), which is always refused.
+    origin, site = request.headers.get("Origin", ORIGIN), request.headers.get("Sec-Fetch-Site", "same-origin")
+    if (origin, site) != (ORIGIN, "same-origin"):
+        raise HTTPException(403, f"Open this page at {ORIGIN}.")
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "Send JSON.")
+    count_submit(get_visitor(request))
+    try:
+        async with asyncio.timeout(10):
+            body = json.loads(await request.body())
+    except TimeoutError:
+        raise HTTPException(408, "The request took too long.") from None
+    except (ValueError, RecursionError, ClientDisconnect):
+        body = None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "Send a JSON object.")
+    return body
+
+
+# ------------------------------------------------------------------ the application
+
+# The documentation at /docs would need another policy than the page's: it loads scripts from other servers.
+app = FastAPI(lifespan=lifespan, dependencies=[Depends(limit_requests)], openapi_url=None)
 # Mounted above the inbox's path: with a mount at that path, deliveries would be redirected to "/hooks/flux/".
 app.mount("/hooks", inbox.asgi)
 
@@ -60,35 +152,42 @@ def get_session(request: Request) -> FluxSession:
 Session = Annotated[FluxSession, Depends(get_session)]
 
 
-@app.exception_handler(FluxError)
-async def handle_flux_error(_: Request, error: FluxError) -> JSONResponse:
-    """Respond with 422 if the request is at fault, otherwise with 503."""
-    status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError) else 503
-    return JSONResponse({"detail": reason(error)}, status)
+def hash_of(tag: str) -> str:
+    """Return the hash of the page's script or style, as browsers compute it."""
+    text = PAGE.partition(f"<{tag}")[2].partition(">")[2].partition(f"</{tag}>")[0]
+    return b64encode(sha256(text.encode()).digest()).decode()
+
+
+HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{hash_of('script')}'; "
+    f"style-src 'sha256-{hash_of('style')}'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @app.get("/")
-async def get_page() -> FileResponse:
+async def get_page() -> HTMLResponse:
     """Return the page."""
-    return FileResponse(PAGE)
+    return HTMLResponse(PAGE, headers=HEADERS)
 
 
-class PictureRequest(BaseModel):
-    """The parameters that a visitor may set."""
-
-    prompt: str
-    width: int | None = None
-    height: int | None = None
-
-
-@app.post("/tasks", status_code=201)
-async def create_task(body: PictureRequest, flux: Session) -> dict[str, str]:
-    """Submit a request and return the task id at once."""
-    task = await flux.submit(body.prompt, width=body.width, height=body.height)
-    tasks[task.id] = task
+@app.post("/tasks", status_code=201, max_body_size=MAX_BODY)
+async def create_task(body: Annotated[dict[str, Any], Depends(read_submit)], flux: Session) -> dict[str, str]:
+    """Submit a request and return an id for its task."""
+    width, height = body.get("width"), body.get("height")
+    picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
+    try:
+        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+            task = await flux.submit(picture)
+    except TimeoutError:
+        raise HTTPException(503, "The picture can't be generated now. Try again later.") from None
+    # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
+    task_id = secrets.token_urlsafe(16)
+    tasks[task_id] = task
     if len(tasks) > MAX_TASKS:
         del tasks[next(iter(tasks))]  # the oldest
-    return {"id": task.id}
+    return {"id": task_id}
 
 
 def find_task(task_id: str) -> GenerationTask:
@@ -101,30 +200,33 @@ def find_task(task_id: str) -> GenerationTask:
 Task = Annotated[GenerationTask, Depends(find_task)]
 
 
-@app.get("/tasks/{task_id}/events")
-async def stream_events(task: Task) -> StreamingResponse:
+@app.get("/tasks/{task_id}/events", response_class=EventSourceResponse)
+async def stream_events(task_id: str, task: Task) -> AsyncIterator[ServerSentEvent]:
     """Stream the progress and end of a task; a visitor who reconnects begins with the newest progress."""
-    return StreamingResponse(task_events(task), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-
-async def task_events(task: GenerationTask) -> AsyncIterator[str]:
-    """Yield an event for each progress, then for the end."""
     async for snapshot in task.updates():
-        yield event("progress", status=snapshot.status, progress=snapshot.progress)
+        yield ServerSentEvent(event="progress", data={"status": snapshot.status, "progress": snapshot.progress})
     outcome = await task.outcome()
     if outcome.ok:
-        yield event("done", picture=f"tasks/{task.id}/picture")
+        yield ServerSentEvent(event="done", data={"picture": f"tasks/{task_id}/picture"})
     else:
-        yield event("failed", reason=reason(outcome.error))
+        yield ServerSentEvent(event="failed", data={"reason": reason(outcome.error)})
 
 
 @app.get("/tasks/{task_id}/picture")
-async def get_picture(task: Task, flux: Session) -> FileResponse:
+async def get_picture(task_id: str, task: Task, flux: Session) -> FileResponse:
     """Return the picture from this server: the service's URL expires after minutes."""
-    path = PICTURES / f"{task.id}.jpeg"
+    path = PICTURES / task_id
     if not path.exists():  # concurrent requests may both save it, which is harmless
         await flux.save((await task).images[0], path)
-    return FileResponse(path)
+    return FileResponse(path, headers=HEADERS, media_type=media_type(path))
+
+
+def media_type(path: Path) -> str:
+    """Return the type of a picture by its first bytes: the service may send another one than was requested."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    types = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
+    return next((types[magic] for magic in types if head.startswith(magic)), "application/octet-stream")
 
 
 @app.get("/ready")
@@ -134,17 +236,23 @@ async def get_status(flux: Session) -> dict[str, int]:
     return {name: getattr(stats, name) for name in ("in_flight", "completed", "failed", "webhooks", "polls")}
 
 
-def event(name: str, **data: Any) -> str:
-    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+@app.exception_handler(FluxError)
+async def handle_flux_error(_: Request, error: FluxError) -> JSONResponse:
+    """Respond with 422 if the request is at fault, otherwise with 503."""
+    status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError | BadRequestError) else 503
+    return JSONResponse({"detail": reason(error)}, status)
 
 
 def reason(error: FluxError) -> str:
-    """Return the reason of a failure, as shown to visitors."""
+    """Return the reason of a failure, as shown to visitors: other messages are for the log only."""
     match error:
         case InvalidRequestError():
             return str(error)
         case ContentModeratedError():
             return "Moderation refused this prompt. Try another one."
+        case BadRequestError():
+            return "The service refused this prompt. Try another one."
+        case BudgetExceededError():
+            return "The budget for pictures is used up."
         case _:
             return "The picture can't be generated now. Try again later."

@@ -54,8 +54,9 @@ def test_prompt_to_picture(app: App) -> None:
 def test_webhook_ends_the_task(app: App) -> None:
     """A task that nobody follows ends by its webhook; a forged delivery is refused and ends nothing."""
     webhooks = app.get("ready").json()["webhooks"]
-    task_id = app.submit("a wren", width=64, height=64)
-    picture = app.get(f"tasks/{task_id}/picture")
+    prompt = f"{app.url} a wren"
+    picture = app.get(f"tasks/{app.submit(prompt, width=64, height=64)}/picture")
+    (task_id,) = [task.id for task in app.gateway.tasks.values() if task.prompt == prompt]
     deadline = time.monotonic() + 10
     statuses: list[tuple[bool, int | None]] = []
     while len(statuses) < 2 and time.monotonic() < deadline:

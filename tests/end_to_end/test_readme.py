@@ -148,9 +148,11 @@ def test_web_backend(tmp_path: Path) -> None:
         }
         with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
             try:
-                status, body = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat")
-                blank_status, detail = _post(f"http://127.0.0.1:{port}/pictures?prompt=%20")
-                moderated_status, _ = _post(f"http://127.0.0.1:{port}/pictures?prompt=a%20cat%20[moderate]")
+                url = f"http://127.0.0.1:{port}/pictures"
+                status, body = _post(url, b'{"prompt": "a cat"}')
+                blank_status, detail = _post(url, b'{"prompt": " "}')
+                moderated_status, _ = _post(url, b'{"prompt": "a cat [moderate]"}')
+                form_status, _ = _post(f"{url}?prompt=a%20cat", b"prompt=a+cat", "application/x-www-form-urlencoded")
             finally:
                 server.terminate()
                 _, log = server.communicate(timeout=20)
@@ -158,16 +160,17 @@ def test_web_backend(tmp_path: Path) -> None:
     assert status == 200
     assert gateway.url in body
     assert (blank_status, "prompt" in detail) == (422, True)
-    assert moderated_status == 422
+    assert (moderated_status, form_status) == (422, 422)
     assert [delivery.status for delivery in gateway.deliveries] == [200, 200]
     assert "Application shutdown complete" in log
     assert "Traceback" not in log
 
 
-def _post(url: str) -> tuple[int, str]:
+def _post(url: str, body: bytes, content_type: str = "application/json") -> tuple[int, str]:
+    request = urllib.request.Request(url, body, {"Content-Type": content_type})
     for _ in range(100):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="POST")) as response:
+            with urllib.request.urlopen(request) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             with error:

@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import random
-import socket
 from collections import deque
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import aiohttp
 import anyio
 import pytest
 from PIL import Image
+from support.ports import free_port
 from support.responses import jpeg
 from support.scripted import (
     Behaviour,
@@ -356,9 +356,7 @@ async def _abort_while_receiving(reader: asyncio.StreamReader, writer: asyncio.S
 @pytest.fixture
 def unused_port() -> int:
     """Return a port on which no server listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    return free_port()
 
 
 async def test_uncertain_error_shows_an_unexpected_body(scripted: ScriptedGateway) -> None:

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.ports import free_port
 
 from flux2max_async.emulator import Emulator
 
@@ -134,9 +134,7 @@ def test_console(environment: dict[str, str], tmp_path: Path) -> None:
 def test_web_backend(tmp_path: Path) -> None:
     """The FastAPI example generates pictures under a real server, by webhooks alone, and answers 422 to bad prompts."""
     (tmp_path / "app.py").write_text(WEB_EXAMPLE, encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", str(port)]
     with Emulator(seconds=0.5, spread=0.0, seed=1) as gateway:
         environment = {

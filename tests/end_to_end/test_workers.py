@@ -1,7 +1,6 @@
 """Several server processes with one address and one journal."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.ports import free_port
 
 from flux2max_async.emulator import Emulator
 
@@ -47,9 +47,7 @@ async def create(prompt: str):
 def test_a_webhook_ends_the_task_of_another_worker(tmp_path: Path) -> None:
     """Whichever of three workers receives a webhook, the task ends without a single poll."""
     (tmp_path / "app.py").write_text(APP, encoding="utf-8")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", port, "--workers", "3"]
     with Emulator(seconds=1.5, spread=0.1, seed=1, pictures=False, max_in_flight=100) as gateway:

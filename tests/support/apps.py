@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import attrs
 import httpx
 
 from flux2max_async.emulator import Emulator
+from support.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("fastapi", "aiohttp")
@@ -134,9 +134,7 @@ class App:
 @contextmanager
 def running_app(name: str, gateway: Any, folder: Path, **variables: str) -> Iterator[App]:
     """Run an example in a folder, with warnings as errors and environment variables, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     url = f"http://127.0.0.1:{port}"
     settings = {
         "FLUX2MAX_API_KEY": gateway.api_key,

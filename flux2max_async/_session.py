@@ -305,8 +305,8 @@ class FluxSession:
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download an image: streamed, retried, whole or not at all, without the API key; return the path.
 
-        If its URL has expired, the task is polled once for a fresh one. Missing folders are created; an existing file
-        or link is replaced in the moment in which the new one is complete.
+        If its URL has expired, the task is polled once for a fresh one. Missing folders are created. An existing file is
+        replaced once the new one is complete, if it is regular and writable. A link stays: its target is written.
 
         Raises:
             ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.

@@ -20,6 +20,7 @@ from flux2max_async._api.retry import may_poll_again
 from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.inline_images import decode_inline_image
 from flux2max_async._downloads.retries import RETRY_WINDOW, YOUNG_AGE, Link, Retries
+from flux2max_async._downloads.targets import resolve_target
 from flux2max_async._downloads.transfer import AttemptError, LinkRefusedError, Transfer
 from flux2max_async._exceptions import (
     DownloadError,
@@ -54,15 +55,18 @@ class Downloader:
     async def save(self, image: GeneratedImage, target: Path) -> Path:
         """Download an image to a path; an existing file is replaced once the download is complete.
 
+        A symbolic link stays, and the file is written to which it leads.
+
         Raises:
-            DownloadError: As `fetch()` does.
+            DownloadError: As `fetch()` does, or what exists is not a regular, writable file.
         """
         with translate_write_errors(target):
-            part = target.with_name(f".{secrets.token_hex(8)}.part")
+            file = await anyio.to_thread.run_sync(resolve_target, target)
+            part = file.with_name(f".{secrets.token_hex(8)}.part")
         await self.fetch(image, part, target)
         try:
             with translate_write_errors(target):
-                await anyio.to_thread.run_sync(part.replace, target)
+                await anyio.to_thread.run_sync(_publish, part, file)
         finally:
             part.unlink(missing_ok=True)
         return target
@@ -204,6 +208,11 @@ def _write_inline_image(uri: str, file: IO[bytes]) -> str:
     file.truncate()
     file.write(data)
     return image_format
+
+
+def _publish(part: Path, file: Path) -> None:
+    # Once more: the download may have taken minutes.
+    part.replace(resolve_target(file))
 
 
 def _flush(file: IO[bytes]) -> None:

@@ -15,6 +15,7 @@ import attrs
 from flux2max_async._downloads.downloader import translate_write_errors
 from flux2max_async._downloads.filenames import file_name
 from flux2max_async._downloads.image_format import is_whole_file
+from flux2max_async._downloads.targets import is_writable
 from flux2max_async._exceptions import DownloadError, FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
 from flux2max_async.journal._budget_record import NullRecord
@@ -161,8 +162,15 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _replace_file(part: Path, target: Path, recorded_size: int) -> SavedFile | None:
-    """Replace a file if it still has its recorded size; return the new one, or None if it was left alone."""
-    if not target.is_file() or target.stat().st_size != recorded_size:
+    """Replace a file if it still has its recorded size; return the new one, or None if it was left alone.
+
+    A read-only file is left alone, and so is a symbolic link: what it leads to may belong to another folder.
+    """
+    try:
+        status = target.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode) or status.st_size != recorded_size or not is_writable(target, status.st_mode):
         return None
     size = part.stat().st_size
     part.replace(target)

@@ -263,6 +263,8 @@ def stat_fields(path: Path) -> tuple[int, ...]:
         pytest.param(lambda path: path.symlink_to("nothing"), id="broken link"),
         pytest.param(lambda path: path.symlink_to(path), id="link to itself"),
         pytest.param(os.mkfifo, id="pipe"),
+        pytest.param(lambda path: path.symlink_to("/dev/null"), id="link to a device"),
+        pytest.param(lambda path: path.touch(0o444), id="read-only file"),
     ],
 )
 async def test_existing_files_are_never_replaced(
@@ -409,6 +411,7 @@ async def test_error_in_the_name_function(scripted: ScriptedGateway, tmp_path: P
         pytest.param("/proc/not/writable", id="not writable"),
         pytest.param("file/below", id="below a file"),
         pytest.param("file", id="file"),
+        pytest.param("/dev/null", id="device"),
         pytest.param("a\0b", id="invalid path"),
     ],
 )
@@ -698,6 +701,42 @@ async def test_damaged_file_that_changes_meanwhile(
     assert second.saved == ((path if is_free else path.with_name("t1-2.jpeg")),)
     assert second.saved[0].read_bytes() == RED
     assert is_free or path.read_bytes() == b"notes"
+
+
+def make_link(path: Path) -> None:
+    elsewhere = path.parent.with_name("elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("protect", [lambda path: path.chmod(0o444), make_link])
+async def test_damaged_file_that_is_not_replaced(
+    scripted: ScriptedGateway, tmp_path: Path, protect: Callable[[Path], object]
+) -> None:
+    """A damaged file that is read-only, or is a link, is left alone, and the image gets the next free name."""
+    serve(scripted, RED)
+    (outcome,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+    (path,) = outcome.saved
+    path.write_bytes(bytes(len(RED)))
+    protect(path)
+    before = stat_fields(path)
+    (second,) = await run(journal_session(scripted, tmp_path), "a cat", save_to=tmp_path / "cats")
+
+    assert second.saved == (path.with_name("t1-2.jpeg"),)
+    assert second.saved[0].read_bytes() == RED
+    assert stat_fields(path) == before
+    assert path.read_bytes() == bytes(len(RED))
+
+
+async def test_folder_that_is_a_link(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A link to a folder is as good as the folder."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    outcome = await save_image(scripted, RED, tmp_path / "link")
+
+    assert outcome.saved == (tmp_path / "link" / "cat.jpeg",)
+    assert names(tmp_path / "folder") == ["cat.jpeg"]
+    assert (tmp_path / "link").is_symlink()
 
 
 async def test_saved_file_that_may_not_be_read(

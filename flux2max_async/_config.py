@@ -137,6 +137,11 @@ def _validate_drain(_: Any, __: "attrs.Attribute[Any]", value: float) -> None:
     validate_drain(value)
 
 
+def _validate_flag(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{field.name} must be True or False, not {value!r}")
+
+
 def _validate_budget_scope(config: "SessionConfig", field: "attrs.Attribute[Any]", value: object) -> None:
     if value not in (None, "session", "journal") or (value == "journal" and not config.has_journal):
         raise ConfigurationError(f"{field.name} must be 'session', or 'journal' if there is a journal, not {value!r}")
@@ -164,6 +169,7 @@ class SessionConfig:
     has_journal: bool
     budget_scope: str | None = attrs.field(validator=_validate_budget_scope)
     max_uncertain: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
+    allow_private_downloads: bool = attrs.field(validator=_validate_flag)
 
     @property
     def budget_limits_journal(self) -> bool:

@@ -6,7 +6,6 @@ from decimal import Decimal
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import aiohttp
@@ -59,7 +58,8 @@ class FluxSession:
         task_timeout: Seconds for a task from its submit to its end; None sets no limit.
         max_polls_per_second: For all tasks together; None sets no limit. Near it, and after a 429, polls become rarer.
         http_timeout: Seconds for one HTTP exchange, the last byte of its answer included.
-        http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us.
+        http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us. Its
+            middlewares see downloads too, but the hosts of images get none of its headers, cookies and credentials.
         webhooks: Receives the service's webhooks from your server. Polls become rare, and a lost answer to a submit is
             made good by its webhook.
         drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
@@ -72,6 +72,8 @@ class FluxSession:
         budget_scope: "session" counts what this session spends, "journal", the default with one, everything in it.
         max_uncertain: After so many lost answers to submits in a row, submits are sent one at a time; one more, and a
             stream submits nothing more. None sets no limit.
+        allow_private_downloads: Accept images from loopback, link-local and private addresses even if base_url isn't at
+            one. Otherwise they are a DownloadError, except that nobody can tell what a proxy connects to.
 
     Raises:
         ConfigurationError: No key, a malformed key, http:// to another host, a senseless limit.
@@ -95,6 +97,7 @@ class FluxSession:
         price_guess: Decimal | float | str | None = None,
         budget_scope: Literal["session", "journal"] | None = None,
         max_uncertain: int | None = 5,
+        allow_private_downloads: bool = False,
     ) -> None:
         self._config = config = SessionConfig(
             api_key=api_key,
@@ -108,6 +111,7 @@ class FluxSession:
             price_guess=price_guess,
             budget_scope=budget_scope,
             max_uncertain=max_uncertain,
+            allow_private_downloads=allow_private_downloads,
             has_journal=journal is not None,
         )
         if webhooks is not None and not isinstance(webhooks, WebhookInbox):
@@ -119,6 +123,7 @@ class FluxSession:
             timeout=config.http_timeout,
             http=http_session,
             secrets=self._dispatcher.secrets if self._dispatcher else (),
+            allow_private_downloads=config.allow_private_downloads,
         )
         self._journal = journal
         self._records = RecordFactory(
@@ -165,9 +170,7 @@ class FluxSession:
         self._supervisor = supervisor
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
     async def aclose(self, *, drain: float | None = None) -> None:
@@ -305,22 +308,17 @@ class FluxSession:
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download an image: streamed, retried, whole or not at all, without the API key; return the path.
 
-        If its URL has expired, the task is polled once for a fresh one. Missing folders are created. An existing file is
-        replaced once the new one is complete, if it is regular and writable. A link stays: its target is written.
+        If its URL has expired, the task is polled once for a fresh one. Missing folders are created. Regular, writable
+        files are replaced once the new one is complete, and so is the file to which a symbolic link leads.
 
         Raises:
             ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
-            DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written.
+            DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written to the path.
         """
         return await self._get_supervisor().run_foreground(self._downloader.save(image, Path(path)))
 
     async def read(self, image: GeneratedImage, /) -> bytes:
-        """Return the bytes of an image: retried, checked and renewed as by `save()`.
-
-        Raises:
-            ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
-            DownloadError: The image can't be downloaded, or is larger than 100 MB.
-        """
+        """Return the bytes of an image: retried, checked and renewed as by `save()`, with the same errors."""
         return await self._get_supervisor().run_foreground(self._downloader.read(image))
 
     @property

@@ -34,6 +34,7 @@ VALID: dict[str, Any] = {
     "budget_scope": None,
     "has_journal": False,
     "max_uncertain": 5,
+    "allow_private_downloads": False,
 }
 
 
@@ -368,6 +369,14 @@ def test_an_invalid_max_uncertain_is_refused_by_name(limit: Any) -> None:
     assert str(error) == f"max_uncertain must be an integer of at least 1, not {limit!r}"
 
 
+@pytest.mark.parametrize("flag", [None, 0, 1, "", "false", []], ids=repr)
+def test_an_invalid_flag_is_refused_by_name(flag: Any) -> None:
+    """Text such as "false", which would count as true, is refused."""
+    error = config_error(allow_private_downloads=flag)
+
+    assert str(error) == f"allow_private_downloads must be True or False, not {flag!r}"
+
+
 # ---------------------------------------------------------------------- budget
 
 
@@ -443,6 +452,7 @@ def test_an_invalid_budget_scope_is_refused_by_name(scope: Any, has_journal: boo
         ({"price_guess": "much"}, "price_guess must be an amount"),
         ({"budget_scope": "journal"}, "budget_scope must be 'session'"),
         ({"max_uncertain": 0}, "max_uncertain must be an integer of at least 1, not 0"),
+        ({"allow_private_downloads": "no"}, "allow_private_downloads must be True or False, not 'no'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

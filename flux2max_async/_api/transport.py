@@ -1,4 +1,4 @@
-"""HTTP exchanges over aiohttp, without retries. No other module uses aiohttp's client.
+"""HTTP exchanges over aiohttp, without retries. No other module but `download_guards` uses aiohttp's client.
 
 Whether a submit may be repeated depends on whether any byte of it was written. aiohttp doesn't report that: the same
 errors and timeouts occur before and after. So the body of a submit records when aiohttp begins to write it.
@@ -17,14 +17,16 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp.abc import AbstractStreamWriter
+from aiohttp.abc import AbstractResolver, AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import StreamWriter
 from yarl import URL
 
+from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
 from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.download_guards import GuardedResolver, borrowed_middlewares
 from flux2max_async._api.response import HttpResponse
-from flux2max_async._exceptions import FluxError, ProtocolError, SessionClosedError, TransportError
+from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, SessionClosedError, TransportError
 from flux2max_async._version import __version__
 
 _MAX_RESPONSE_BYTES = 140_000_000
@@ -48,7 +50,6 @@ _REQUEST_OPTIONS: dict[str, Any] = {
     "max_headers": 1000,
 }
 """For each request, because a borrowed session has options of its own."""
-_CREDENTIALS = ("Authorization", "Cookie", "Proxy-Authorization")
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
 
 
@@ -61,6 +62,7 @@ class Transport:
         timeout: Maximum duration of one exchange in seconds, from waiting for a connection to the last byte received.
         http: A borrowed aiohttp session, which is never closed here. None: sessions of our own.
         secrets: Texts besides the key that no error may show, even if the service echoes them.
+        allow_private_downloads: Whether downloads may come from private addresses if base_url isn't at one.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Transport:
         timeout: float,
         http: aiohttp.ClientSession | None,
         secrets: tuple[str, ...] = (),
+        allow_private_downloads: bool = False,
     ) -> None:
         self.base_url = base_url
-        self._host = urlsplit(base_url).hostname
+        self._host = urlsplit(base_url).hostname or ""
+        self._address_guard = AddressGuard(self._host, allow_private=allow_private_downloads)
         self._user_agent = {"User-Agent": _USER_AGENT}
         self._api_headers = {
             **self._user_agent,
@@ -97,7 +101,7 @@ class Transport:
         if not self._is_borrowed:
             self._api_session = _create_session(max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE)))
             # Downloads have their own pool, so that many slow ones can't delay polls.
-            self._download_session = _create_session(_DOWNLOAD_POOL_SIZE)
+            self._download_session = _create_session(_DOWNLOAD_POOL_SIZE, GuardedResolver(self._address_guard))
 
     async def close(self) -> None:
         """Close our own connections; a borrowed session stays open."""
@@ -165,34 +169,41 @@ class Transport:
         )
 
     @asynccontextmanager
-    async def download(
-        self, url: str, headers: Mapping[str, str], *, with_credentials: bool = True
-    ) -> AsyncGenerator["DownloadResponse"]:
-        """Open a download from any host, without the key, and without following a redirect.
+    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
+        """Open a download, without the key and whatever else a borrowed session sends, and without following redirects.
+
+        A private address is refused. Our own sessions check what they connect to, borrowed ones what they have
+        connected to, before the request is sent. Which address a proxy connects to is not known here: then only hosts
+        that are addresses themselves are refused.
 
         Args:
             url: The URL, which is sent byte for byte.
             headers: Further headers.
-            with_credentials: Whether a borrowed session may send the credentials among its own headers.
 
         Raises:
+            DownloadError: The host is at a private address.
             TransportError: There was no response.
             ProtocolError: The URL or the response is not valid HTTP.
             SessionClosedError: The aiohttp session is closed.
         """
-        session = _require_open(self._download_session)
+        session, guard = _require_open(self._download_session), self._address_guard
         # An image may take long on a slow connection: only a stall is a timeout.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
         # With any other encoding, lengths and ranges would refer to the encoded content.
         all_headers = {**self._user_agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
         try:
+            exact_url = _exact_url(url)
+            await guard.check_literal(exact_url.raw_host or "")
             response = await session.get(
-                _exact_url(url),
+                exact_url,
                 headers=all_headers,
                 timeout=timeout,
                 **_REQUEST_OPTIONS,
-                middlewares=None if with_credentials else _middlewares_without_credentials(session),
+                middlewares=borrowed_middlewares(session, exact_url, all_headers, guard) if self._is_borrowed else None,
             )
+        except PrivateAddressError as error:
+            # A new error for each download: aiohttp raises the same one for all that wait for the same DNS lookup.
+            raise DownloadError(f"can't download: {error}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
@@ -249,8 +260,9 @@ class _SubmitPayload(aiohttp.Payload):
         return bytes(self._value).decode(encoding, errors)
 
 
-def _create_session(pool_size: int) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=pool_size), cookie_jar=aiohttp.DummyCookieJar())
+def _create_session(pool_size: int, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=pool_size, resolver=resolver)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
 def _exact_url(text: str) -> URL:
@@ -260,23 +272,6 @@ def _exact_url(text: str) -> URL:
         return url
     # yarl drops an empty query, but a question mark in the path is sent.
     return URL.build(scheme=url.scheme, authority=url.raw_authority, path=f"{url.raw_path}?", encoded=True)
-
-
-def _middlewares_without_credentials(
-    session: aiohttp.ClientSession,
-) -> "tuple[aiohttp.ClientMiddlewareType, ...] | None":
-    """Return middlewares that remove what neither browsers nor aiohttp send on after a redirect to another origin."""
-    names = [name for name in _CREDENTIALS if name in session.headers]
-
-    async def drop_credentials(
-        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:
-        for name in names:
-            request.headers.popall(name, None)
-        return await handler(request)
-
-    # Those of a request replace the session's own, so these are among them.
-    return (drop_credentials, *getattr(session, "_middlewares", ())) if names else None
 
 
 def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession:

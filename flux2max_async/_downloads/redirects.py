@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
 from flux2max_async._api.transport import DownloadResponse, Transport
-from flux2max_async._downloads.urls import encode_url, is_same_origin, resolve_redirect
+from flux2max_async._downloads.urls import encode_url, resolve_redirect
 from flux2max_async._exceptions import DownloadError
 
 _MAX_REDIRECTS = 10
@@ -16,17 +16,18 @@ async def open_download(transport: Transport, url: str, headers: Mapping[str, st
     """Open a download, following redirects.
 
     Raises:
-        DownloadError: The URL, or one that it redirects to, is not an http(s) URL, or there are too many redirects.
+        DownloadError: The URL, or one that it redirects to, is not an http(s) URL or leads to a private address, or
+            there are too many redirects.
         TransportError: There was no response.
         ProtocolError: The response is not valid HTTP.
         SessionClosedError: The aiohttp session is closed.
     """
     try:
-        first = url = encode_url(url)
+        url = encode_url(url)
     except ValueError as error:
         raise DownloadError(f"can't download: the image's URL is {error}") from error
     for _ in range(_MAX_REDIRECTS + 1):
-        async with transport.download(url, headers, with_credentials=is_same_origin(url, first)) as response:
+        async with transport.download(url, headers) as response:
             if response.status not in _REDIRECT_STATUSES:
                 yield response
                 return

@@ -78,16 +78,6 @@ def resolve_redirect(location: str, base: str) -> str:
     return encode_url(f"{parts.scheme or base_parts.scheme}://{authority or ''}{path}{query}")
 
 
-def is_same_origin(first: str, second: str) -> bool:
-    """Check whether two URLs, as they are sent, have the same scheme, host and port."""
-
-    def origin(text: str) -> tuple[str, str, int | None]:
-        url = URL(text, encoded=True)
-        return url.scheme, (url.raw_host or "").lower(), url.port
-
-    return origin(first) == origin(second)
-
-
 def _split(text: str) -> _Parts:
     match = _PARTS.match(text.strip(_STRIPPED).translate(_REMOVED))
     assert match is not None  # each part may be empty

@@ -13,7 +13,7 @@ from support.responses import jpeg
 from support.scripted import ScriptedGateway, answer, completed, raw, session_on
 
 from flux2max_async import DownloadError, FluxSession, GeneratedImage
-from flux2max_async._downloads.urls import encode_url, is_same_origin, resolve_redirect
+from flux2max_async._downloads.urls import encode_url, resolve_redirect
 
 IMAGE = jpeg()
 
@@ -204,27 +204,6 @@ async def test_redirects_that_are_not_followed(
     assert caught.value.task_id == "t1"
 
 
-async def test_credentials_of_a_borrowed_session_stay_at_their_origin(
-    scripted: ScriptedGateway, tmp_path: Path
-) -> None:
-    """After a redirect to another origin, only the session's other headers and its middlewares are used."""
-
-    async def middleware(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        request.headers["X-Middleware"] = "passed"
-        return await handler(request)
-
-    http = aiohttp.ClientSession(headers={"Authorization": "secret", "X-Own": "sent"}, middlewares=(middleware,))
-    async with ScriptedGateway() as other_host, http, session_on(scripted, http_session=http) as session:
-        other_host.downloads = deque([answer(200, IMAGE)])
-        redirects = [answer(302, b"", [("Location", location)]) for location in ("/here", f"{other_host.url}/there")]
-        scripted.downloads = deque(redirects)
-        await session.save(GeneratedImage(url=f"{scripted.url}/a", type="image", task_id="t1"), tmp_path / "a.jpeg")
-        received = scripted.received + other_host.received
-
-    assert [request.headers.get("Authorization") for request in received] == ["secret", "secret", None]
-    assert {(request.headers["X-Own"], request.headers["X-Middleware"]) for request in received} == {("sent", "passed")}
-
-
 # ---------------------------------------------------------------------- the functions
 
 
@@ -314,19 +293,3 @@ def test_anything_is_encoded_once(text: str) -> None:
 def test_resolve_redirect(reference: str, expected: str) -> None:
     """References are resolved as in RFC 3986, without another encoding."""
     assert resolve_redirect(reference, "http://a/b/c/d;p?q") == f"http://a{expected}"
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        ("http://a.example/x", True),
-        ("http://A.example:80/?", True),
-        ("http://user@a.example/", True),
-        ("https://a.example/", False),
-        ("http://a.example:81/", False),
-        ("http://b.example/", False),
-    ],
-)
-def test_origin(other: str, expected: bool) -> None:
-    """Two URLs have the same origin if their scheme, host and port are the same."""
-    assert is_same_origin("http://a.example/", other) is expected

@@ -88,6 +88,7 @@ class Transport:
         self.secrets: tuple[str, ...] = (api_key, *secrets)
         self._timeout = timeout
         self._is_borrowed = http is not None
+        self.max_downloads = _max_downloads(http)
         self._api_session = http
         self._download_session = http
         self._large_response = asyncio.Lock()
@@ -263,6 +264,14 @@ class _SubmitPayload(aiohttp.Payload):
 def _create_session(pool_size: int, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=pool_size, resolver=resolver)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _max_downloads(http: aiohttp.ClientSession | None) -> int:
+    """Return how many downloads from one host may run at the same time."""
+    limits = [_DOWNLOAD_POOL_SIZE]
+    if http is not None and http.connector is not None:
+        limits += [http.connector.limit, http.connector.limit_per_host]
+    return min(limit for limit in limits if limit)  # 0: no limit
 
 
 def _exact_url(text: str) -> URL:

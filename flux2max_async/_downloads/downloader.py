@@ -19,6 +19,7 @@ import attrs
 from flux2max_async._api.retry import may_poll_again
 from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.inline_images import decode_inline_image
+from flux2max_async._downloads.pace import DownloadSlots, Pace
 from flux2max_async._downloads.retries import RETRY_WINDOW, YOUNG_AGE, Link, Retries
 from flux2max_async._downloads.targets import resolve_target
 from flux2max_async._downloads.transfer import AttemptError, LinkRefusedError, Transfer
@@ -38,8 +39,8 @@ class Downloader:
     """Downloads the images of tasks.
 
     An attempt that fails is repeated for 60 s, whatever the timeout is, because the link of a task that has just ended
-    may not work yet. If an image's URL has expired, its task is polled once for a fresh one. An image whose URL is a
-    `data:` URI needs no download.
+    may not work yet. An attempt that is slower than 1 KiB/s for 30 s has failed. If an image's URL has expired, its
+    task is polled once for a fresh one. An image whose URL is a `data:` URI needs no download.
 
     Args:
         transport: Opens the downloads.
@@ -51,6 +52,7 @@ class Downloader:
         self._transport = transport
         self._timeout = max(timeout, RETRY_WINDOW + YOUNG_AGE)
         self._poll = poll
+        self._slots = DownloadSlots(transport.max_downloads)
 
     async def save(self, image: GeneratedImage, target: Path) -> Path:
         """Download an image to a path; an existing file is replaced once the download is complete.
@@ -121,7 +123,8 @@ class Downloader:
         link = Link(image.url, image.received_at)
         if image.url == NO_URL:
             link = await self._renew(link, image)
-        transfer, retries = Transfer(file), Retries()
+        pace = Pace(self._slots)
+        transfer, retries = Transfer(file, pace), Retries()
         started = anyio.current_time()
         while True:
             try:
@@ -141,7 +144,7 @@ class Downloader:
                     retries = Retries()
                     is_over = retries.add(now)
                 if link.url != refused.url:  # otherwise its server may have said when to come back
-                    transfer = Transfer(file)
+                    transfer = Transfer(file, pace)
                     continue
             if is_over:
                 raise _final_error(failure, link, retries.failures, image.task_id) from failure
@@ -153,7 +156,10 @@ class Downloader:
         if is_inline(url):
             return await anyio.to_thread.run_sync(_write_inline_image, url, transfer.file)
         try:
-            async with asyncio.timeout(self._timeout if math.isfinite(self._timeout) else None):
+            async with (
+                transfer.pace.attempt(),
+                asyncio.timeout(self._timeout if math.isfinite(self._timeout) else None),
+            ):
                 return await transfer.attempt(self._transport, url)
         except TimeoutError as error:
             raise DownloadError(f"the download has not ended within {self._timeout:g} s") from error

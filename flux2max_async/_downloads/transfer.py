@@ -1,15 +1,18 @@
 """The transfer of an image into a file: one attempt after another, each of which may continue the one before."""
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import IO
 
+import anyio
 import anyio.to_thread
 import attrs
 
 from flux2max_async._api.response import parse_retry_after
 from flux2max_async._api.transport import DownloadResponse, Transport
 from flux2max_async._downloads.image_format import HEAD_BYTES, detect_format, is_whole
+from flux2max_async._downloads.pace import Pace
 from flux2max_async._downloads.redirects import open_download
 from flux2max_async._exceptions import DownloadError, TransportError
 
@@ -40,6 +43,7 @@ class Transfer:
     """The transfer of an image into a file."""
 
     file: IO[bytes]
+    pace: Pace
     received: int = 0
     """Bytes in the file."""
     total: int | None = None
@@ -123,17 +127,28 @@ class Transfer:
         """Append the content of a response to the file."""
         start = self.received
         buffer = bytearray()
+        self.pace.start_receiving()
         try:
             while chunk := await response.read():
+                self.pace.add(len(chunk))
                 buffer += chunk
                 if self.received + len(buffer) > MAX_IMAGE_BYTES:
                     raise too_large()
                 if len(buffer) >= _BUFFER_BYTES:
                     await self._write(buffer)
         except TransportError:
-            await self._write(buffer)  # so that it is not requested again
-            self.has_progressed = 0 < start < self.received
+            await self._write_last(buffer, start)  # so that it is not requested again
             raise
+        except asyncio.CancelledError:
+            # An attempt that is too slow is cancelled outside of writes. Any other cancellation is the end of the
+            # download, and the last write may still be running in its thread.
+            if self.pace.is_cut:
+                with anyio.CancelScope(shield=True):
+                    await self._write_last(buffer, start)
+            raise
+        await self._write_last(buffer, start)
+
+    async def _write_last(self, buffer: bytearray, start: int) -> None:
         await self._write(buffer)
         self.has_progressed = 0 < start < self.received
 

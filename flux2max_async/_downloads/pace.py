@@ -33,7 +33,12 @@ class DownloadSlots:
 
 
 class Pace:
-    """The pace of one download, which is measured in each of its attempts."""
+    """The pace of one download, which is measured in each of its attempts.
+
+    An attempt of a fast download holds a slot. At the end of its first window it is slow, and holds one of the slots
+    for slow attempts too; an attempt of a slow download does so from its beginning. At the end of each window the
+    timer, and nothing else, may cut the attempt: then the scope cancels it, and `is_cut` stays true until the next one.
+    """
 
     def __init__(self, slots: DownloadSlots) -> None:
         self._slots = slots

@@ -9,7 +9,8 @@
 from flux2max_async._exceptions import WebhookSignatureError
 from flux2max_async.webhooks._headers import HeadersLike
 from flux2max_async.webhooks._inbox import WebhookInbox
+from flux2max_async.webhooks._monitor import WebhookStats
 from flux2max_async.webhooks._payload import MAX_BODY, parse
 from flux2max_async.webhooks._signature import verify
 
-__all__ = ["MAX_BODY", "HeadersLike", "WebhookInbox", "WebhookSignatureError", "parse", "verify"]
+__all__ = ["MAX_BODY", "HeadersLike", "WebhookInbox", "WebhookSignatureError", "WebhookStats", "parse", "verify"]

@@ -3,19 +3,19 @@
 The response tells the sender only whether to send the delivery again: 200 means that it need not, 5xx that it should.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
+import attrs
+
 from flux2max_async._exceptions import JournalError, ProtocolError, SessionClosedError, WebhookSignatureError
-from flux2max_async._text import get_logger
-from flux2max_async.webhooks._headers import HeadersLike, header_values
-from flux2max_async.webhooks._payload import MAX_BODY
+from flux2max_async.webhooks._bodies import BodyReader, BodyRefusedError
+from flux2max_async.webhooks._headers import HeadersLike
+from flux2max_async.webhooks._monitor import DeliveryMonitor, Kind
 
 if TYPE_CHECKING:
     from aiohttp import web
-
-log = get_logger("webhooks")
 
 Message = MutableMapping[str, Any]
 
@@ -24,24 +24,66 @@ _RESPONSE_TEXTS = {
     400: "unreadable",
     401: "wrong signature",
     405: "POST only",
+    408: "too slow",
     413: "too large",
     500: "failed",
     503: "not now",
 }
+_RETRY_AFTER = 5
+"""Seconds."""
+_REFUSED_BODIES: dict[int, Kind] = {408: "too_slow", 413: "too_large", 503: "too_many"}
 
 
 class Deliver(Protocol):
-    """Processes one delivery."""
+    """Processes one delivery, and records it if it fails with an expected error."""
 
     async def __call__(self, body: bytes, headers: HeadersLike, *, url: str | None) -> None:
         """Process a delivery to a URL, or to a path with a query."""
 
 
+@attrs.frozen(eq=False)
+class Endpoint:
+    """What the endpoints of an inbox have in common."""
+
+    deliver: Deliver
+    bodies: BodyReader
+    monitor: DeliveryMonitor
+
+    async def process(self, method: str, url: str, headers: HeadersLike, body: AsyncGenerator[bytes, None]) -> int:
+        """Process a request and return the HTTP status of the response.
+
+        Raises:
+            ConnectionError: The body is incomplete.
+        """
+        if method != "POST":
+            return 405
+        try:
+            with self.monitor.recording("forged", WebhookSignatureError):
+                content = await self.bodies.read(headers, body)
+        except WebhookSignatureError:
+            return 401
+        except BodyRefusedError as error:
+            self.monitor.record(_REFUSED_BODIES[error.status], error)
+            return error.status
+        try:
+            await self.deliver(content, headers, url=url)
+        except WebhookSignatureError:
+            return 401
+        except ProtocolError:
+            return 400
+        except (SessionClosedError, JournalError):
+            return 503
+        except Exception as error:  # noqa: BLE001 - it is logged
+            self.monitor.record("failed", type(error).__name__, error=error)
+            return 500
+        return 200
+
+
 class AsgiApp:
     """An ASGI application that accepts deliveries on any path."""
 
-    def __init__(self, deliver: Deliver) -> None:
-        self._deliver = deliver
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
 
     async def __call__(
         self,
@@ -54,10 +96,10 @@ class AsgiApp:
             case "http":
                 headers, url = list(scope["headers"]), _asgi_url(scope)
                 try:
-                    status = await _process(self._deliver, scope["method"], url, headers, _asgi_body(receive))
+                    status = await self._endpoint.process(scope["method"], url, headers, _asgi_body(receive))
                 except ConnectionError:
                     return  # the sender has disconnected
-                await send({"type": "http.response.start", "status": status, "headers": _asgi_headers(status)})
+                await send({"type": "http.response.start", "status": status, "headers": _asgi_headers(status, scope)})
                 await send({"type": "http.response.body", "body": _RESPONSE_TEXTS[status].encode()})
             case "lifespan":
                 # Needed if the application is served on its own and the server requires lifespan support.
@@ -69,57 +111,18 @@ class AsgiApp:
                 await send({"type": "websocket.close", "code": 1000})
 
 
-async def aiohttp_response(deliver: Deliver, request: "web.Request") -> "web.Response":
+async def aiohttp_response(endpoint: Endpoint, request: "web.Request") -> "web.Response":
     """Process the delivery in a request to an aiohttp server and return the response."""
     from aiohttp import web  # noqa: PLC0415 - other servers don't need aiohttp.web
 
     try:
-        status = await _process(deliver, request.method, request.path_qs, request.headers, _aiohttp_body(request))
+        status = await endpoint.process(request.method, request.path_qs, request.headers, _aiohttp_body(request))
     except ConnectionError:
         status = 400  # sent only if the sender is still connected
     return web.Response(status=status, text=_RESPONSE_TEXTS[status], headers=_extra_headers(status))
 
 
-async def _process(deliver: Deliver, method: str, url: str, headers: HeadersLike, body: AsyncIterator[bytes]) -> int:
-    """Process a delivery and return the HTTP status of the response.
-
-    Raises:
-        ConnectionError: The body is incomplete.
-    """
-    if method != "POST":
-        return 405
-    if _content_length(headers) > MAX_BODY:
-        return 413
-    content = bytearray()
-    async for chunk in body:
-        content += chunk
-        if len(content) > MAX_BODY:
-            return 413
-    try:
-        await deliver(bytes(content), headers, url=url)
-    except WebhookSignatureError as error:
-        log.warning("webhook refused: %s", error)
-        return 401
-    except ProtocolError as error:
-        log.warning("webhook unreadable: %s", error)
-        return 400
-    except (SessionClosedError, JournalError) as error:
-        log.warning("webhook not processed; the service may send it again: %s", error)
-        return 503
-    except Exception:
-        log.exception("webhook failed with an unexpected error")
-        return 500
-    return 200
-
-
-def _content_length(headers: HeadersLike) -> int:
-    """Return the declared length, or 0 if it is missing or not a number."""
-    declared = next(iter(header_values(headers, "Content-Length")), "")
-    # int() refuses texts of thousands of digits; the first 20 digits already exceed the limit.
-    return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
-
-
-async def _aiohttp_body(request: "web.Request") -> AsyncIterator[bytes]:
+async def _aiohttp_body(request: "web.Request") -> AsyncGenerator[bytes, None]:
     try:
         if request.content.at_eof():
             yield await request.read()  # a middleware may have read the body already; the request caches it
@@ -133,10 +136,10 @@ async def _aiohttp_body(request: "web.Request") -> AsyncIterator[bytes]:
 
 def _asgi_url(scope: Message) -> str:
     """Return the path and the query; ASGI decodes the former and leaves the latter as it came."""
-    return f"{quote(scope.get('path', ''))}?{scope.get('query_string', b'').decode('latin-1')}"
+    return f"{quote(scope.get('path', ''), errors='replace')}?{scope.get('query_string', b'').decode('latin-1')}"
 
 
-async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncIterator[bytes]:
+async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncGenerator[bytes, None]:
     more_body = True
     while more_body:
         message = await receive()
@@ -147,9 +150,20 @@ async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncIterator
 
 
 def _extra_headers(status: int) -> dict[str, str]:
-    return {"Allow": "POST"} if status == 405 else {}
+    match status:
+        case 405:
+            return {"Allow": "POST"}
+        case 408:
+            return {"Connection": "close"}  # or the rest of the body would keep it open
+        case 503:
+            return {"Retry-After": str(_RETRY_AFTER)}
+        case _:
+            return {}
 
 
-def _asgi_headers(status: int) -> list[tuple[bytes, bytes]]:
+def _asgi_headers(status: int, scope: Message) -> list[tuple[bytes, bytes]]:
     headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(_RESPONSE_TEXTS[status]))}
-    return [(name.lower().encode(), value.encode()) for name, value in {**headers, **_extra_headers(status)}.items()]
+    headers |= _extra_headers(status)
+    if not scope.get("http_version", "1.1").startswith("1"):
+        headers.pop("Connection", None)  # HTTP/2 forbids it
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
@@ -23,8 +23,22 @@ log = get_logger("webhooks")
 
 _RETRY_DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Seconds between attempts to find the task of an early delivery in a shared journal."""
+_MAX_LOOKUPS = 1_000
+"""How many early deliveries are looked up again; the ends of more are found by polls."""
 _MIN_SECRET_LENGTH = 6
 """Shorter texts are not redacted: they might be ordinary words in URLs and messages."""
+
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Receipt:
+    """What became of a delivery."""
+
+    task_id: str
+    known: bool
+    """Whether the task is followed, expected or recorded here."""
 
 
 @attrs.frozen
@@ -34,7 +48,9 @@ class _Session:
     loop: asyncio.AbstractEventLoop
     journal: Journal | None
     secrets: tuple[str, ...] = attrs.field(repr=False)
-    spawn: Callable[[Coroutine[Any, Any, None]], object] = attrs.field(repr=False)
+    spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"] = attrs.field(repr=False)
+    lookups: set[str] = attrs.field(factory=set[str])
+    """The tasks whose early deliveries are looked up in the journal again."""
 
 
 class WebhookDispatcher:
@@ -60,7 +76,7 @@ class WebhookDispatcher:
         journal: Journal | None,
         *,
         secrets: tuple[str, ...],
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
     ) -> None:
         """Accept deliveries for a session.
 
@@ -106,7 +122,7 @@ class WebhookDispatcher:
         if listener is not None:
             listener.on_webhook(None)
 
-    async def dispatch(self, body: bytes, token: str | None = None) -> None:
+    async def dispatch(self, body: bytes, token: str | None = None) -> Receipt:
         """Process a delivery whose signature is valid; return when it need not be repeated.
 
         Args:
@@ -122,11 +138,10 @@ class WebhookDispatcher:
         if session is None or session.loop.is_closed():
             raise SessionClosedError("no session is open for this delivery")
         if session.loop is asyncio.get_running_loop():
-            await self._dispatch(session, body, token)
-        else:
-            await _run_in_loop(self._dispatch(session, body, token), session.loop)
+            return await self._dispatch(session, body, token)
+        return await _run_in_loop(self._dispatch(session, body, token), session.loop)
 
-    async def _dispatch(self, session: _Session, body: bytes, token: str | None) -> None:
+    async def _dispatch(self, session: _Session, body: bytes, token: str | None) -> Receipt:
         try:
             snapshot = read_delivery(body, session.secrets)
         except ProtocolError as error:
@@ -136,20 +151,27 @@ class WebhookDispatcher:
                 unread = TaskSnapshot(task_id=error.task_id, status=TaskStatus.IN_PROGRESS)
                 await self._dispatch_unfollowed(session, unread, len(body), token)
             raise
+        listener = self.registry.listener(snapshot.task_id)
+        known = listener is not None
         if reports_not_found(snapshot):  # only the service's own answer to a poll can say so
             self.poll_now(snapshot.task_id)
-        elif (listener := self.registry.listener(snapshot.task_id)) is not None:
+        elif listener is not None:
             listener.on_webhook(snapshot)
             if snapshot.status.ended and session.journal is not None:
                 await listener.wait_closed()
                 await _record(session.journal, snapshot, token, session.secrets)
         elif snapshot.status.ended or token is not None:
-            await self._dispatch_unfollowed(session, snapshot, len(body), token)
+            known = await self._dispatch_unfollowed(session, snapshot, len(body), token)
+        return Receipt(snapshot.task_id, known)
 
     async def _dispatch_unfollowed(
         self, session: _Session, snapshot: TaskSnapshot, size: int, token: str | None
-    ) -> None:
-        """Process a delivery about a task that isn't followed here by its id: its submit may have no answer yet."""
+    ) -> bool:
+        """Process a delivery about a task that isn't followed here by its id: its submit may have no answer yet.
+
+        Returns:
+            Whether the task is known.
+        """
         expected = self.registry.resolve(token, snapshot)
         if expected and snapshot.status.ended:
             # For the listener of the task. At once, because it may be registered, and removed again, while the journal
@@ -159,40 +181,53 @@ class WebhookDispatcher:
         recorded = session.journal is not None and await _record(
             session.journal, snapshot, token, session.secrets, followed=expected
         )
-        if snapshot.status.ended and not expected and not recorded:
-            self._store_early(session, snapshot, size)
+        known = expected or recorded
+        return known or (snapshot.status.ended and self._store_early(session, snapshot, size))
 
-    def _store_early(self, session: _Session, snapshot: TaskSnapshot, size: int) -> None:
-        """Store an end until a listener for it is registered: it may arrive before the answer to its submit."""
+    def _store_early(self, session: _Session, snapshot: TaskSnapshot, size: int) -> bool:
+        """Store an end until a listener for it is registered: it may arrive before the answer to its submit.
+
+        Returns:
+            Whether a listener was registered while the journal was searched.
+        """
         if self.publish(snapshot):
-            return  # a listener was registered while the journal was searched
+            return True
         if self.registry.closed:
             raise SessionClosedError("the session is closing and doesn't know the task of this delivery")
         if self.registry.store_early(snapshot, size) and session.journal is not None:
-            session.spawn(self._record_later(session.journal, snapshot, session.secrets))
+            self._look_up_later(session, session.journal, snapshot.task_id)
+        return False
 
-    async def _record_later(self, journal: Journal, snapshot: TaskSnapshot, secrets: tuple[str, ...]) -> None:
+    def _look_up_later(self, session: _Session, journal: Journal, task_id: str) -> None:
+        """Look for the task of an early delivery in the journal until it is recorded, for a minute."""
+        if task_id not in session.lookups and len(session.lookups) < _MAX_LOOKUPS:
+            session.lookups.add(task_id)
+            lookup = session.spawn(self._record_later(journal, task_id, session.secrets))
+            lookup.add_done_callback(lambda _: session.lookups.discard(task_id))
+
+    async def _record_later(self, journal: Journal, task_id: str, secrets: tuple[str, ...]) -> None:
         """Record an end that arrived before the process that submitted the task had recorded its id."""
         for delay in _RETRY_DELAYS:
             await asyncio.sleep(delay)
-            if not self.registry.has_early(snapshot):
+            snapshot = self.registry.early(task_id)
+            if snapshot is None:
                 return
             try:
                 if await _record(journal, snapshot, None, secrets):
-                    self.registry.discard_early(snapshot)
+                    self.registry.discard_early(task_id)
                     return
             except JournalError as error:
-                log.warning("webhook for task %s: %s", snapshot.task_id, error)
+                log.warning("webhook for task %s: %s", task_id, error)
 
 
-async def _run_in_loop(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+async def _run_in_loop(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
     """Run a coroutine in another event loop: some servers give each handler a loop of its own.
 
     Raises:
         SessionClosedError: That loop ends first.
     """
     try:
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

@@ -4,12 +4,29 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from flux2max_async._config import validate_seconds
-from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
+from flux2max_async._exceptions import (
+    ConfigurationError,
+    InvalidRequestError,
+    JournalError,
+    ProtocolError,
+    SessionClosedError,
+    WebhookSignatureError,
+)
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
+from flux2max_async.webhooks._adapters import AsgiApp, Endpoint, aiohttp_response
+from flux2max_async.webhooks._bodies import BodyReader
 from flux2max_async.webhooks._dispatcher import WebhookDispatcher
 from flux2max_async.webhooks._headers import HeadersLike
-from flux2max_async.webhooks._signature import MAX_AGE, SIGNATURE_HEADER, verify
+from flux2max_async.webhooks._monitor import DeliveryMonitor, WebhookStats
+from flux2max_async.webhooks._payload import check_size, require_bytes
+from flux2max_async.webhooks._signature import (
+    MAX_AGE,
+    SIGNATURE_HEADER,
+    check_age,
+    check_signature,
+    keys_of,
+    read_digests,
+)
 from flux2max_async.webhooks._tokens import add_token, new_token, token_of
 
 if TYPE_CHECKING:
@@ -35,6 +52,9 @@ class WebhookInbox:
     share a journal, that process records the end there, and the task's own process notices within a second. Without a
     journal, the task is polled as if its webhook was lost.
 
+    The endpoints read at most 64 bodies at once, each of at most 1 MB and within 10 s. Without a signature in its
+    headers, no body is read. What is refused is counted in `stats`, and each kind is logged at most once a second.
+
     Args:
         secret: The key of the deliveries' signatures: at least 32 random characters are recommended. Several while an
             old one is being replaced: all are valid, and new submits name the first.
@@ -55,24 +75,32 @@ class WebhookInbox:
         header: str = SIGNATURE_HEADER,
         max_age: float | None = MAX_AGE,
     ) -> None:
-        self._secrets = _checked_secrets(secret)
+        secrets = _checked_secrets(secret)
+        self._keys = keys_of(secrets)
         self._header = header
         self._max_age = None if max_age is None else validate_seconds("max_age", max_age)
         self.public_url: str = _checked_url(public_url)
-        self.asgi: AsgiApp = AsgiApp(self.deliver)
+        self._monitor = DeliveryMonitor()
+        self._endpoint = Endpoint(self.deliver, BodyReader(header), self._monitor)
+        self.asgi: AsgiApp = AsgiApp(self._endpoint)
         """An ASGI application that answers on any path.
 
         Mount it above the path of `public_url`: at the very path of a mount, Starlette redirects to one with a slash.
         """
-        self.dispatcher: WebhookDispatcher = WebhookDispatcher(public_url, self._secrets[0], self._secrets)
+        self.dispatcher: WebhookDispatcher = WebhookDispatcher(public_url, secrets[0], secrets)
         """The session's side of the inbox."""
 
     def __repr__(self) -> str:
         return f"WebhookInbox(public_url={self.public_url!r})"
 
+    @property
+    def stats(self) -> WebhookStats:
+        """The counts of the deliveries since the inbox was created: a copy of the moment."""
+        return self._monitor.stats
+
     async def aiohttp_handler(self, request: "web.Request") -> "web.Response":
         """Answer the service, as a handler of aiohttp.web: `app.router.add_post(path, inbox.aiohttp_handler)`."""
-        return await aiohttp_response(self.deliver, request)
+        return await aiohttp_response(self._endpoint, request)
 
     async def deliver(self, body: bytes, headers: HeadersLike, *, url: str | None = None) -> None:
         """Process one delivery, for servers of other kinds; return when it need not be repeated.
@@ -90,15 +118,25 @@ class WebhookInbox:
 
         Raises:
             InvalidRequestError: The body is not bytes, or the headers or the URL have none of these forms.
-            WebhookSignatureError: It isn't the service's; answer 401.
-            ProtocolError: It can't be read; answer 400.
+            WebhookSignatureError: It isn't the service's; answer 401. If there is no signature, the body is not read.
+            ProtocolError: It can't be read, or is larger than 1 MB; answer 400.
             SessionClosedError: No session is open; answer 503, and the service will try again.
             JournalError: The end can't be recorded; answer 503, too.
         """
         if url is not None and not isinstance(url, str):
             raise InvalidRequestError(f"url must be text, not {type(url).__name__}", field="url")
-        verify(body, headers, self._secrets, header=self._header, max_age=self._max_age)
-        await self.dispatcher.dispatch(body, token_of(url))
+        body, record = require_bytes(body), self._monitor.recording
+        with record("forged", WebhookSignatureError):
+            digests = read_digests(headers, self._header)
+        with record("unreadable", ProtocolError):
+            check_size(body)
+        with record("forged", WebhookSignatureError):
+            check_signature(body, digests, self._keys)
+        with record("stale", WebhookSignatureError):
+            check_age(body, self._max_age)
+        with record("unreadable", ProtocolError), record("not_processed", SessionClosedError, JournalError):
+            receipt = await self.dispatcher.dispatch(body, token_of(url))
+        self._monitor.accept(body, receipt.task_id, known=receipt.known)
 
 
 def _checked_url(public_url: str) -> str:

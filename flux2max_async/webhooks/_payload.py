@@ -4,10 +4,11 @@ BFL is Black Forest Labs, who make the model; [B] marks facts from their documen
 posts the finished task, but not in which format: all formats of responses to polls are accepted, BFL's among them.
 """
 
-import json
+import codecs
 from datetime import UTC, datetime
 from typing import Any
 
+from flux2max_async._api.response import parse_json
 from flux2max_async._api.statuses import is_not_found
 from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError
@@ -39,8 +40,7 @@ def parse(body: bytes) -> TaskSnapshot:
 
 def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     """Parse a delivery and mask the given secrets in the task's error, in case the service echoes them."""
-    if len(body) > MAX_BODY:
-        raise ProtocolError(f"a delivery has at most {MAX_BODY} bytes, not {len(body)}")
+    check_size(body)
     payload = parse_json_object(body)
     task_id, task = find_task(payload)
     if task_id is None:
@@ -52,6 +52,12 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
         raise
 
 
+def check_size(body: bytes) -> None:
+    """Raise ProtocolError if a body is too large."""
+    if len(body) > MAX_BODY:
+        raise ProtocolError(f"a delivery has at most {MAX_BODY} bytes, not {len(body)}")
+
+
 def reports_not_found(snapshot: TaskSnapshot) -> bool:
     """Check whether a delivery reports that its task doesn't exist, which its sender can't reliably know."""
     return is_not_found(unwrap_task(snapshot.raw).get("status"))
@@ -60,10 +66,11 @@ def reports_not_found(snapshot: TaskSnapshot) -> bool:
 def parse_json_object(body: bytes) -> dict[str, Any]:
     payload: object = None
     try:
-        payload = json.loads(body.decode("utf-8-sig"))
+        # Without a byte order mark, UTF-16 would be accepted, too.
+        payload = parse_json(codecs.BOM_UTF8 + body.decode("utf-8-sig").encode())
     except UnicodeDecodeError as error:
         raise ProtocolError("the delivery is not UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ProtocolError(f"the delivery is not valid JSON: {error}") from error
     if not isinstance(payload, dict):
         raise ProtocolError(f"the delivery must be a JSON object, not {type(payload).__name__}")

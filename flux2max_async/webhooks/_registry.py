@@ -23,6 +23,8 @@ _MIN_MISSED_SHARE = 1 / 64
 _MAX_EARLY_DELIVERIES = 1_000
 _MAX_EARLY_BYTES = 8_192
 """Size of a delivery that may be stored; a finished task has about one thousand bytes."""
+_MAX_ALL_EARLY_BYTES = 1_000_000
+"""Size of all that are stored. Parsed, they may need twenty times as much memory."""
 
 
 class Listener(Protocol):
@@ -48,8 +50,13 @@ class WebhookRegistry:
     _missed_share: float = attrs.field(default=_INITIAL_MISSED_SHARE, init=False)
     """The share of recent ends that a poll noticed before the webhook arrived."""
     _listeners: dict[str, Listener] = attrs.field(factory=dict[str, Listener], init=False)
-    _early: OrderedDict[str, TaskSnapshot] = attrs.field(factory=OrderedDict[str, TaskSnapshot], init=False)
-    """Ends that no listener waits for yet: a webhook may arrive before the answer to its submit."""
+    _early: OrderedDict[str, tuple[TaskSnapshot, int]] = attrs.field(
+        factory=OrderedDict[str, tuple[TaskSnapshot, int]], init=False
+    )
+    """Ends that no listener waits for yet, by task id, with the sizes of their deliveries, the newest last: a webhook
+    may arrive before the answer to its submit."""
+    _early_bytes: int = attrs.field(default=0, init=False)
+    """The sum of those sizes."""
     _expected: dict[str, "asyncio.Future[TaskSnapshot]"] = attrs.field(
         factory=dict[str, "asyncio.Future[TaskSnapshot]"], init=False
     )
@@ -60,6 +67,7 @@ class WebhookRegistry:
         self.in_use = True
         self._listeners.clear()
         self._early.clear()
+        self._early_bytes = 0
         self._expected.clear()
         self._shutdown = shutdown
 
@@ -82,7 +90,9 @@ class WebhookRegistry:
     def add(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
         """Register the listener of a task; return what was delivered already."""
         self._listeners[task_id] = listener
-        return self._early.pop(task_id, None)
+        early = self.early(task_id)
+        self.discard_early(task_id)
+        return early
 
     def remove(self, task_id: str, listener: Listener) -> None:
         """Unregister a listener: the task has ended, or is not followed any more."""
@@ -102,18 +112,22 @@ class WebhookRegistry:
         """
         if size > _MAX_EARLY_BYTES:
             return False
-        self._early[snapshot.task_id] = snapshot
-        if len(self._early) > _MAX_EARLY_DELIVERIES:
-            self._early.popitem(last=False)
+        self.discard_early(snapshot.task_id)
+        self._early[snapshot.task_id] = (snapshot, size)
+        self._early_bytes += size
+        while len(self._early) > _MAX_EARLY_DELIVERIES or self._early_bytes > _MAX_ALL_EARLY_BYTES:
+            self.discard_early(next(iter(self._early)))
         return True
 
-    def has_early(self, snapshot: TaskSnapshot) -> bool:
-        """Return whether this very delivery is still stored."""
-        return self._early.get(snapshot.task_id) is snapshot
+    def early(self, task_id: str) -> TaskSnapshot | None:
+        """Return the stored end of a task."""
+        snapshot, _ = self._early.get(task_id, (None, 0))
+        return snapshot
 
-    def discard_early(self, snapshot: TaskSnapshot) -> None:
-        """Remove a stored delivery."""
-        self._early.pop(snapshot.task_id, None)
+    def discard_early(self, task_id: str) -> None:
+        """Remove the stored end of a task, if there is one."""
+        _, size = self._early.pop(task_id, (None, 0))
+        self._early_bytes -= size
 
     def expect(self, token: str) -> "asyncio.Future[TaskSnapshot]":
         """Register a submit that is about to be sent; return the future of the first delivery with its token."""

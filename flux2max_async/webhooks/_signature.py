@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from flux2max_async._api.response import parse_datetime
+from flux2max_async._api.task_object import unwrap_task
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError, WebhookSignatureError
 from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import parse_json_object, require_bytes
@@ -47,7 +48,17 @@ def verify(
     body = require_bytes(body)
     if now is not None and now.tzinfo is None:
         raise InvalidRequestError("now must be timezone-aware", field="now")
-    valid_digests = [hmac.new(key, body, hashlib.sha256).hexdigest() for key in _keys(secret)]
+    keys = keys_of(secret)
+    check_signature(body, read_digests(headers, header), keys)
+    check_age(body, max_age, now)
+
+
+def read_digests(headers: HeadersLike, header: str) -> list[str]:
+    """Return the digests in the header that holds the signature: several if it is repeated.
+
+    Raises:
+        WebhookSignatureError: There is none.
+    """
     values = header_values(headers, header)
     if not values:
         raise WebhookSignatureError(f"the delivery has no {header} header")
@@ -56,25 +67,31 @@ def verify(
         raise WebhookSignatureError(
             f"the {header} header holds no signature, or several that differ: it must be sha256=<64 hex digits>"
         )
+    return digests
+
+
+def keys_of(secret: str | Iterable[str]) -> list[bytes]:
+    """Return the keys for one or several secrets; none for an empty one."""
+    secrets = [secret] if isinstance(secret, str) or not isinstance(secret, Iterable) else list(secret)
+    if not all(isinstance(text, str) for text in secrets):
+        raise InvalidRequestError("secret must be text, or several texts", field="secret")
+    return [text.encode(errors="surrogatepass") for text in secrets if text]
+
+
+def check_signature(body: bytes, digests: Iterable[str], keys: Iterable[bytes]) -> None:
+    """Raise WebhookSignatureError unless one of the digests is that of the body with one of the keys."""
+    valid_digests = [hmac.new(key, body, hashlib.sha256).hexdigest() for key in keys]
     # Compare all pairs, so that the time taken does not depend on which one matches.
     matches = [hmac.compare_digest(digest, valid) for digest in digests for valid in valid_digests]
     if not any(matches):
         raise WebhookSignatureError("the signature is wrong: the secret differs, or the body was changed")
-    if max_age is not None and (sent := _sent_at(body)) is not None:
-        _check_age(((now or datetime.now(UTC)) - sent).total_seconds(), max_age)
 
 
-_SIGNATURE = re.compile(r"(?:sha256=)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
-
-
-def _digest_in(value: str) -> str | None:
-    """Return the digest in a header's value; None if there is none, or if not all parts of a joined value agree."""
-    matches = [_SIGNATURE.fullmatch(part.strip()) for part in value.split(",")]
-    digests = {match and match[1].lower() for match in matches}
-    return digests.pop() if len(digests) == 1 else None
-
-
-def _check_age(age: float, max_age: float) -> None:
+def check_age(body: bytes, max_age: float | None, now: datetime | None = None) -> None:
+    """Raise WebhookSignatureError if a body says that it was sent too long ago, or in the future."""
+    if max_age is None or (sent := _sent_at(body)) is None:
+        return
+    age = ((now or datetime.now(UTC)) - sent).total_seconds()
     if age > max_age:
         raise WebhookSignatureError(
             f"the delivery was sent more than {max_age:g} s ago: it was replayed, or this machine's clock is wrong"
@@ -86,16 +103,25 @@ def _check_age(age: float, max_age: float) -> None:
         )
 
 
-def _keys(secret: str | Iterable[str]) -> list[bytes]:
-    secrets = [secret] if isinstance(secret, str) or not isinstance(secret, Iterable) else list(secret)
-    if not all(isinstance(text, str) for text in secrets):
-        raise InvalidRequestError("secret must be text, or several texts", field="secret")
-    return [text.encode(errors="surrogatepass") for text in secrets if text]
+_SIGNATURE = re.compile(r"(?:sha256=)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
+_MAX_HEADER_LENGTH = 1_024
+"""A longer value is not split; a signature that proxies have joined to a few copies of itself is shorter."""
+
+
+def _digest_in(value: str) -> str | None:
+    """Return the digest in a header's value; None if there is none, or if not all parts of a joined value agree."""
+    if len(value) > _MAX_HEADER_LENGTH:
+        return None
+    matches = [_SIGNATURE.fullmatch(part.strip()) for part in value.split(",")]
+    digests = {match and match[1].lower() for match in matches}
+    return digests.pop() if len(digests) == 1 else None
 
 
 def _sent_at(body: bytes) -> datetime | None:
     """Return the timestamp in the body [B], which the signature covers."""
     try:
-        return parse_datetime(parse_json_object(body).get("timestamp")) if b'"timestamp"' in body else None
+        payload = parse_json_object(body) if b'"timestamp"' in body else {}
     except ProtocolError:
         return None
+    times = (parse_datetime(part.get("timestamp")) for part in (payload, unwrap_task(payload)))
+    return next(filter(None, times), None)

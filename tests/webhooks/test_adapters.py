@@ -33,14 +33,17 @@ from flux2max_async import (
 )
 from flux2max_async.emulator import Emulator
 from flux2max_async.webhooks import HeadersLike
-from flux2max_async.webhooks._adapters import AsgiApp, aiohttp_response
+from flux2max_async.webhooks._adapters import AsgiApp, Endpoint, aiohttp_response
+from flux2max_async.webhooks._bodies import BodyReader
 from flux2max_async.webhooks._headers import header_values
+from flux2max_async.webhooks._monitor import DeliveryMonitor
 from flux2max_async.webhooks._payload import MAX_BODY
 from flux2max_async.webhooks._tokens import token_of
 
 SECRET = "hush-7f3a9c"
 PATH = "/hooks/flux"
 BODY = b'{"id": "t1", "status": "Error"}'
+ANY_SIGNATURE = "0" * 64
 
 # ---------------------------------------------------------------------- servers
 
@@ -52,19 +55,27 @@ class RecordingInbox:
     error: Exception | None = None
     delivered: list[tuple[bytes, HeadersLike]] = attrs.field(factory=list[tuple[bytes, HeadersLike]])
     urls: list[str | None] = attrs.field(factory=list[str | None])
+    bodies: BodyReader = attrs.field(factory=BodyReader)
+    monitor: DeliveryMonitor = attrs.field(factory=DeliveryMonitor)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.deliver, self.bodies, self.monitor)
 
     @property
     def asgi(self) -> AsgiApp:
-        return AsgiApp(self.deliver)
+        return AsgiApp(self.endpoint)
 
     async def aiohttp_handler(self, request: web.Request) -> web.Response:
-        return await aiohttp_response(self.deliver, request)
+        return await aiohttp_response(self.endpoint, request)
 
     async def deliver(self, body: bytes, headers: HeadersLike, *, url: str | None) -> None:
         self.delivered.append((body, headers))
         self.urls.append(url)
-        if self.error is not None:
-            raise self.error
+        expected = (WebhookSignatureError, ProtocolError, SessionClosedError, JournalError)
+        with self.monitor.recording("not_processed", *expected):
+            if self.error is not None:
+                raise self.error
 
 
 Inbox = RecordingInbox | WebhookInbox
@@ -125,10 +136,19 @@ class HttpResponse:
     text: str
 
 
-def request_head(length: int | None = None, *more: str, method: str = "POST", query: str = "") -> bytes:
+def request_head(
+    length: int | None = None,
+    *more: str,
+    method: str = "POST",
+    query: str = "",
+    signature: str | None = ANY_SIGNATURE,
+) -> bytes:
     """Return the head of a request, with a chunked body if no length is given."""
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    return "\r\n".join([f"{method} {PATH}{query} HTTP/1.1", "Host: app.example", framing, *more, "", ""]).encode()
+    headers = [f"{method} {PATH}{query} HTTP/1.1", "Host: app.example", framing, *more]
+    if signature is not None:
+        headers.append(f"X-BFL-Signature: sha256={signature}")
+    return "\r\n".join([*headers, "", ""]).encode()
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -138,7 +158,7 @@ def http_chunk(data: bytes) -> bytes:
 def signed_request(body: bytes = BODY, secret: str = SECRET) -> bytes:
     """Return a whole request, signed like the service's."""
     signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
-    return request_head(len(body), f"X-BFL-Signature: sha256={signature}") + body
+    return request_head(len(body), signature=signature) + body
 
 
 @contextlib.asynccontextmanager
@@ -354,6 +374,8 @@ async def test_middleware_read_the_body() -> None:
 
 # ---------------------------------------------------------------------- ASGI
 
+SIGNED = [(b"x-bfl-signature", ANY_SIGNATURE.encode())]
+
 
 def test_detected_as_asgi_3() -> None:
     """A server that guesses the ASGI version detects ASGI 3."""
@@ -384,7 +406,7 @@ async def test_path_that_looks_like_a_query() -> None:
     """A question mark or hash in the decoded path is no query; a scope without a path or query is accepted."""
     recorder = RecordingInbox()
     path = "/hooks?flux2max_submit=forged#"
-    scope = {"type": "http", "method": "POST", "headers": []}
+    scope = {"type": "http", "method": "POST", "headers": SIGNED}
     await run_asgi(scope, {"type": "http.request"}, recorder=recorder)
     await run_asgi(scope | {"path": path, "query_string": b"x=1"}, {"type": "http.request"}, recorder=recorder)
 
@@ -420,7 +442,7 @@ async def test_servers_refuse_a_websocket(server: str, caplog: pytest.LogCapture
 @pytest.mark.parametrize(("declared", "status"), [(b"9" * 5_000, 413), (b"-1", 200), (b"\xb2", 200), (b"0", 200)])
 async def test_invalid_content_length(declared: bytes, status: int) -> None:
     """A Content-Length that is not a number is ignored; a number of thousands of digits is too large."""
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-length", declared)]}
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-length", declared), *SIGNED]}
     events = [{"type": "http.request"}] if status == 200 else []
     start, body = await run_asgi(scope, *events)
 

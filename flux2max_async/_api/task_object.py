@@ -34,6 +34,7 @@ _MAX_DECIMAL_EXPONENT = 50
 """No discount is that large, and computing with such a number would raise an error."""
 _MAX_IMAGES = 64
 """More images of one task than that are ignored; the service makes one or a few."""
+_LIST_FIELDS = frozenset(("output", "content"))
 _IMAGE_FIELDS = frozenset(("image_url", "b64_json", "base64"))
 T = TypeVar("T")
 
@@ -246,12 +247,13 @@ def _with_output(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def _limit_output(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
     """Return a task object with no more than the first images of its output, and how many it had."""
     output = body.get("output")
-    groups = [group for group in output if isinstance(group, dict)] if isinstance(output, list) else []
+    elements = output if isinstance(output, list) else []
+    groups = [group for group in elements if isinstance(group, dict)]
     contents = [content for group in groups if isinstance(group.get("content"), list) for content in group["content"]]
-    if len(groups) <= _MAX_IMAGES >= len(contents):
+    if len(elements) <= _MAX_IMAGES >= len(contents):
         return body, len(contents)
     used = [content for content in contents if content is not None]
-    return {**body, "output": [{**groups[0], "content": used[:_MAX_IMAGES]}]}, len(used)
+    return {**body, "output": [{**next(iter(groups), {}), "content": used[:_MAX_IMAGES]}]}, len(used)
 
 
 def _with_url(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,6 +309,8 @@ def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[A
             raise TypeError(f"expected an object, not {type(value).__name__}")
         known = {name: item for name, item in value.items() if name in field_names and item is not None}
         for name, item in known.items():
+            if name in _LIST_FIELDS and item and isinstance(item, (str, dict)):
+                known[name] = 1  # just as wrong: but each letter or name would be checked, for minutes
             if isinstance(item, list) and None in item:  # what is missing, like an image that moderation has removed
                 known[name] = [element for element in item if element is not None]
         if "extra" in field_names:

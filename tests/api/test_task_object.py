@@ -278,6 +278,7 @@ IMAGE: dict[str, object] = {"type": "image", "url": URL}
         (contents(*[IMAGE]) * 10_000, 10_000),
         ([*contents(*[IMAGE] * 60, None, None), None, *contents(*[IMAGE] * 60)], 120),
         ([{"content": None}, {}, *contents(*[IMAGE] * 100)], 100),
+        ([*[7] * 10_000, *contents(*[IMAGE] * 100)], 100),
     ],
 )
 def test_images_beyond_the_first_64_are_not_used(output: list[object], count: int) -> None:
@@ -307,6 +308,12 @@ def test_64_images_are_all(output: list[object]) -> None:
 
     assert len(snapshot.images) == 64
     assert snapshot.partial_error is None
+
+
+def test_output_of_nothing_but_other_values() -> None:
+    """Thousands of values that are no groups are as good as no output, and no error is made for each."""
+    with pytest.raises(ProtocolError, match="task t1 is reported as completed, but has no output"):
+        poll(finished(output=[7] * 10_000))
 
 
 def test_too_many_images_of_other_tasks() -> None:
@@ -415,8 +422,12 @@ def test_completed_task_without_output_and_error_is_a_protocol_error(output: obj
         (finished(status=None, output=[]), "$.status"),
         (finished(status=7, output=contents()), "$.status"),
         (finished(output=7), "$.output"),
+        (finished(output="x" * 100_000), "$.output"),
+        (finished(output={str(number): 7 for number in range(1_000)}), "$.output"),
         (finished(output=["x"]), "$.output[0]"),
         (finished(output=[{"content": 7}]), "$.output[0].content"),
+        (finished(output=[{"content": "x" * 100_000}]), "$.output[0].content"),
+        (finished(output=[{"content": {"url": "https://a.example/"}}]), "$.output[0].content"),
         (finished(output=contents("x")), "$.output[0].content[0]"),
         (finished(output=contents({"url": "https://a.example/"}, {"url": 7})), "$.output[0].content[1].url"),
         (finished(output=contents({"url": "https://a.example/", "type": []})), "$.output[0].content[0].type"),

@@ -45,6 +45,8 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     task_id, task = find_task(payload)
     if task_id is None:
         raise ProtocolError("the delivery has no task id")
+    if task_id.encode(errors="ignore").decode() != task_id:
+        raise ProtocolError("the delivery's task id has lone surrogates, which neither URLs nor a journal can hold")
     try:
         return snapshot_from_json(task_id, task, raw=payload, secrets=secrets, received_at=datetime.now(UTC))
     except ProtocolError as error:

@@ -276,8 +276,9 @@ async def test_path_that_looks_like_a_query() -> None:
     scope = {"type": "http", "method": "POST", "headers": SIGNED}
     await run_asgi(scope, {"type": "http.request"}, recorder=recorder)
     await run_asgi(scope | {"path": path, "query_string": b"x=1"}, {"type": "http.request"}, recorder=recorder)
+    await run_asgi(scope | {"path": "/\udcff", "query_string": b"\xff"}, {"type": "http.request"}, recorder=recorder)
 
-    assert recorder.urls == ["?", "/hooks%3Fflux2max_submit%3Dforged%23?x=1"]
+    assert recorder.urls == ["?", "/hooks%3Fflux2max_submit%3Dforged%23?x=1", "/%3F?\xff"]
 
 
 async def test_lifespan() -> None:

@@ -377,6 +377,32 @@ async def test_early_delivery_lookups_end(
     assert "the disk does not respond" in caplog.text
 
 
+async def test_lookups_of_many_early_deliveries(
+    scripted: ScriptedGateway, inbox_server: InboxServer, tmp_path: Path
+) -> None:
+    """However often the end of an unknown task is delivered, it is looked up as if it had been delivered once."""
+
+    class CountingJournal(VirtualJournal):
+        lookups = 0
+
+        async def find_task(self, task_id: str, /) -> JournalEntry | None:
+            self.lookups += 1
+            return await super().find_task(task_id)
+
+    journal = CountingJournal(tmp_path / "run.db")
+    async with session_on(scripted, inbox_server.inbox, journal=journal):
+        for number in range(20):
+            await deliver(inbox_server.inbox, completed("unknown", metadata={"attempt": number}))
+        at_once = journal.lookups
+        await anyio.sleep(100.0)
+        later = journal.lookups - at_once
+        await deliver(inbox_server.inbox, completed("unknown"))
+        await anyio.sleep(100.0)
+        again = journal.lookups - at_once - later
+
+    assert (at_once, later, again) == (20, 8, 9)
+
+
 async def test_external_end_is_processed_once(
     scripted: ScriptedGateway, inbox_server: InboxServer, tmp_path: Path
 ) -> None:

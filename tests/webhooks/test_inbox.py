@@ -422,6 +422,26 @@ async def test_early_deliveries_are_limited(scripted: ScriptedGateway, inbox_ser
     assert ended == {"other-0", "other-999"}
 
 
+async def test_size_of_all_early_deliveries_is_limited(scripted: ScriptedGateway, inbox_server: InboxServer) -> None:
+    """Deliveries for unknown tasks are stored up to a size of all together; one that is sent again counts once."""
+    scripted.polls = deque([answer(200, running("ours"))])
+    filler = {"text": "x" * 7_500}
+    async with session_on(scripted, inbox_server.inbox) as session:
+        for _ in range(200):
+            await deliver(inbox_server.inbox, completed("again", metadata=filler))
+        await deliver(inbox_server.inbox, completed("first", metadata=filler))
+        for number in range(130):
+            await deliver(inbox_server.inbox, completed(f"other-{number}", metadata=filler))
+            if number == 100:
+                within = {name for name in ("again", "first") if inbox_server.inbox.dispatcher.registry.early(name)}
+        tasks = {name: session.attach(name) for name in ("again", "first", "other-0", "other-20", "other-129")}
+        await anyio.sleep(0.5)
+        ended = {name for name, task in tasks.items() if task.snapshot and task.snapshot.status.ended}
+
+    assert within == {"again", "first"}
+    assert ended == {"other-20", "other-129"}
+
+
 async def test_thousand_deliveries_at_once(inbox_server: InboxServer) -> None:
     """A thousand tasks that end at the same moment all end by their webhooks, over real sockets."""
     async with (

@@ -127,6 +127,8 @@ def test_empty_secret(secret: str | list[str]) -> None:
         *("", "sha256=", digest()[:-1], digest() + "0", f"{digest()}\n{digest()}", f"{digest()} {digest()}"),
         # Joined by a proxy, but not all parts are signatures, or they differ.
         *(f"{digest()}, {digest(secret=OTHER_SECRET)}", f"{digest()}, garbage", f"{digest()},", f",{digest()}"),
+        # Longer than any proxy makes it.
+        *(", ".join([digest()] * 100), digest() + " " * 1_000, "," * 1_000_000),
         *("g" + digest()[1:], "é" + digest()[1:], "\N{FULLWIDTH DIGIT ONE}" * 64),
         *(prefix + digest() for prefix in ("sha512=", "sha256=sha256=", "\N{LATIN SMALL LETTER LONG S}ha256=")),
         # Another algorithm, another secret or another body.
@@ -198,6 +200,15 @@ def test_old_delivery(timestamp: object) -> None:
 
     assert "300 s" in str(check_refused(body, signature_headers(body), now=NOW))
     verify(body, signature_headers(body), SECRET, max_age=None, now=NOW)
+
+
+@pytest.mark.parametrize("outer", [{}, {"timestamp": None}, {"timestamp": "recently"}])
+def test_old_delivery_in_an_envelope(outer: dict[str, object]) -> None:
+    """The timestamp may be in an envelope."""
+    task = {"id": "t1", "status": "Error", "timestamp": LONG_AGO}
+    body = json.dumps({"status": {"code": 200}, "data": task} | outer).encode()
+
+    assert "300 s" in str(check_refused(body, signature_headers(body), now=NOW))
 
 
 @pytest.mark.parametrize(
@@ -420,12 +431,23 @@ def test_invalid_delivery_with_id(task: dict[str, object]) -> None:
         b"<html><h1>Welcome to nginx!</h1></html>",
         b"[" * 100_000,
         b'{"id": ' + b"1" * 5_000 + b"}",
+        *(task_body(id=name, status="Pending") for name in ("\ud800", "t\udfff1", "t" * 1_025, 10**1_024)),
         BODY.ljust(MAX_BODY + 1),
     ],
 )
 def test_unreadable_delivery(body: bytes) -> None:
     """Anything but a JSON object of at most 1 MB with an id is a ProtocolError without a task id."""
     assert parse_error(body).task_id is None
+
+
+@pytest.mark.parametrize("value", ["[]", "[0]", '{"": 0}', "0"])
+def test_json_that_takes_long_to_parse(value: str) -> None:
+    """JSON with hundreds of thousands of values is refused before it is parsed, by `verify` for its timestamp, too."""
+    values = ",".join([value] * 201_000 if len(value) < 3 else [value] * 110_000)
+    body = f'{{"id": "t1", "status": "Pending", "timestamp": {LONG_AGO}, "metadata": [{values}]}}'.encode()
+
+    assert "200,000" in str(parse_error(body))
+    verify(body, signature_headers(body), SECRET, now=NOW)
 
 
 def test_largest_delivery() -> None:

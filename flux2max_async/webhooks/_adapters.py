@@ -49,7 +49,7 @@ class Endpoint:
     bodies: BodyReader
     monitor: DeliveryMonitor
 
-    async def process(self, method: str, url: str, headers: HeadersLike, body: AsyncGenerator[bytes, None]) -> int:
+    async def process(self, method: str, url: str, headers: HeadersLike, body: AsyncGenerator[bytes]) -> int:
         """Process a request and return the HTTP status of the response.
 
         Raises:
@@ -122,7 +122,7 @@ async def aiohttp_response(endpoint: Endpoint, request: "web.Request") -> "web.R
     return web.Response(status=status, text=_RESPONSE_TEXTS[status], headers=_extra_headers(status))
 
 
-async def _aiohttp_body(request: "web.Request") -> AsyncGenerator[bytes, None]:
+async def _aiohttp_body(request: "web.Request") -> AsyncGenerator[bytes]:
     try:
         if request.content.at_eof():
             yield await request.read()  # a middleware may have read the body already; the request caches it
@@ -139,7 +139,7 @@ def _asgi_url(scope: Message) -> str:
     return f"{quote(scope.get('path', ''), errors='replace')}?{scope.get('query_string', b'').decode('latin-1')}"
 
 
-async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncGenerator[bytes, None]:
+async def _asgi_body(receive: Callable[[], Awaitable[Message]]) -> AsyncGenerator[bytes]:
     more_body = True
     while more_body:
         message = await receive()

@@ -35,7 +35,7 @@ class BodyReader:
     slots: threading.Semaphore = attrs.field(factory=lambda: threading.Semaphore(MAX_BODIES))
     """Counts the bodies that may still be read at the same time."""
 
-    async def read(self, headers: HeadersLike, chunks: AsyncGenerator[bytes, None]) -> bytes:
+    async def read(self, headers: HeadersLike, chunks: AsyncGenerator[bytes]) -> bytes:
         """Return a body; what the headers reveal is checked before it is read.
 
         Raises:
@@ -57,7 +57,7 @@ class BodyReader:
             self.slots.release()
 
 
-async def _join(chunks: AsyncGenerator[bytes, None]) -> bytes:
+async def _join(chunks: AsyncGenerator[bytes]) -> bytes:
     content = bytearray()
     async for chunk in chunks:
         content += chunk

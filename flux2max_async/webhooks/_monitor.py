@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Literal
 
 import attrs
@@ -114,7 +114,7 @@ class DeliveryMonitor:
         log.log(level, "%s%s: %s", summary, total, reason, exc_info=error)
 
     @contextlib.contextmanager
-    def recording(self, kind: Kind, *errors: type[Exception]) -> Iterator[None]:
+    def recording(self, kind: Kind, *errors: type[Exception]) -> Generator[None]:
         """Return a context that records the given errors as deliveries of a kind, and lets them pass."""
         try:
             yield

@@ -19,7 +19,7 @@ class Shutdown:
     """When a session stops.
 
     States: open, draining (`begin_drain`), closed (`finish`); never back. Only the supervisor changes them. `deadline`
-    is infinite while the session is open and afterwards only moves closer.
+    is infinite while the session is open and afterwards only moves closer, but for one `extend()`.
     """
 
     draining: bool = attrs.field(default=False, init=False)
@@ -37,6 +37,10 @@ class Shutdown:
         if now + seconds < self.deadline:
             self.deadline = now + seconds
             self.final_poll_at = self.deadline - min(_FINAL_POLL_MARGIN, seconds / 10)
+
+    def extend(self, now: float, seconds: float) -> None:
+        """End the drain only in `seconds`, and ask for final polls now: nothing could run when it should have ended."""
+        self.deadline, self.final_poll_at = now + seconds, now
 
     def finish(self) -> None:
         """Start nothing any more."""

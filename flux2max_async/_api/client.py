@@ -19,6 +19,7 @@ from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.transport import Transport
+from flux2max_async._clock import suspended_seconds
 from flux2max_async._config import SessionConfig
 from flux2max_async._exceptions import (
     ContentModeratedError,
@@ -102,6 +103,7 @@ class ApiClient:
 
     def __init__(self, transport: Transport, stats: SessionStats, config: SessionConfig) -> None:
         self.now: Callable[[], float] = asyncio.get_running_loop().time
+        self.suspended: Callable[[], float] = suspended_seconds
         self._transport = transport
         self._stats = stats
         self.submit_limiter = SubmitLimiter(config.max_in_flight)

@@ -1,9 +1,7 @@
 """Polls one task until it ends, and takes the webhook that may be faster."""
 
 import asyncio
-import math
 import random
-from typing import Any
 
 import attrs
 
@@ -13,8 +11,9 @@ from flux2max_async._api.task_object import reported_status
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
+from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS, Deadline
 from flux2max_async._polling.failures import PollFailures
-from flux2max_async._polling.schedules import PollSchedule
+from flux2max_async._polling.schedules import PollSchedule, ScaledPlan
 from flux2max_async._polling.updates import SnapshotFeed, Wakeup
 from flux2max_async._shutdown import Shutdown
 from flux2max_async._text import get_logger
@@ -24,10 +23,10 @@ log = get_logger("polling")
 
 _JITTER, _MAX_JITTER = 0.1, 0.25
 """Delays vary by so much of themselves, and by so many seconds at most."""
-_FINAL_POLL_MARGIN = 1.0
-"""Seconds before the deadline at which a task is polled for the last time."""
-_CLOCK_TOLERANCE = 0.01
-"""Seconds by which a timer may fire early."""
+_WATCH_INTERVAL = 10.0
+"""A longer sleep is divided, to notice after so many seconds, or an eighth of it, that the machine was suspended."""
+_MIN_SUSPENSION = 1.0
+"""Seconds; shorter ones have no effect."""
 _MAX_STATUS_LENGTH = 80
 """Characters of an unknown status in a message."""
 
@@ -70,7 +69,8 @@ class TaskPoller:
 
     - waiting: sleep until the next poll is due. The plan decides when, and after a failed poll the backoff does. A
       final poll comes just before the deadline and just before the session's drain ends. Pauses that the service asked
-      for and the session's poll limit delay a poll; the limit never delays the final one.
+      for and the session's poll limit delay a poll; the limit never delays the final one. A `Deadline` that has passed
+      while the process was held up allows one more poll, and the machine's suspension calls for one.
     - polling: one GET. A failed poll is not a failed task: it is repeated until `PollFailures` finds that the failures
       in a row end the task.
     - ended: `run()` returns the final snapshot, or raises the reason why the task is not followed any more.
@@ -84,6 +84,7 @@ class TaskPoller:
     polls: int = attrs.field(default=0, init=False)
     ended_by_webhook: bool = attrs.field(default=False, init=False)
     _wakeup: Wakeup = attrs.field(factory=Wakeup, init=False)
+    _deadline: Deadline = attrs.field(init=False)
     _last_poll_at: float = attrs.field(default=0.0, init=False)
     """When the last poll was answered or given up; at first, when polling began."""
     _progress: float | None = attrs.field(default=None, init=False)
@@ -96,6 +97,15 @@ class TaskPoller:
     """Whether a webhook that can't be read calls for a poll."""
     _exchange: asyncio.Timeout | None = attrs.field(default=None, init=False)
     """Around the poll that is on the wire."""
+    _was_held_up: bool = attrs.field(default=False, init=False)
+    """Whether a timer was late since the newest poll: a webhook may have come long before it was read."""
+    _first_suspended: float = attrs.field(default=0.0, init=False)
+    """The client's `suspended()` when polling began."""
+    _last_suspended: float = attrs.field(default=0.0, init=False)
+    """The client's `suspended()` when the last poll was sent."""
+
+    def __attrs_post_init__(self) -> None:
+        self._deadline = Deadline.create(self._start.deadline, self._context.task_timeout)
 
     @property
     def elapsed(self) -> float:
@@ -143,9 +153,10 @@ class TaskPoller:
             FluxError: Why the task is not followed to its end.
         """
         request = build_poll(self._start.task_id)
-        plan = _Plan(self._context.schedule, self._start.request)
+        plan = ScaledPlan(self._context.schedule, self._start.request)
         self._progress = self._feed.snapshot.progress if self._feed.snapshot else None
         self._last_poll_at = self._context.client.now()
+        self._first_suspended = self._last_suspended = self._context.client.suspended()
         while not self._feed.ended:
             if await self._wait_until_due(plan):
                 await self._poll(request)
@@ -155,23 +166,26 @@ class TaskPoller:
         """Take no more webhooks: the end has been recorded, or the task is not followed any more."""
         self._context.registry.remove(self._start.task_id, self)
 
-    def _ended(self, plan: "_Plan") -> TaskSnapshot:
+    def _ended(self, plan: ScaledPlan) -> TaskSnapshot:
         snapshot, elapsed, start = self._feed.snapshot, self.elapsed, self._start
         assert snapshot is not None
         if start.submitted_here:
             # The webhook of a lost submit may have come long before it was known that the answer is lost.
-            is_prompt = self.ended_by_webhook and start.webhook is None
-            not_before = elapsed if is_prompt else self._running_until
-            plan.finish(not_before, elapsed, completed=snapshot.error is None)
+            is_prompt = self.ended_by_webhook and start.webhook is None and not self._was_held_up
+            # While the machine was suspended, the task went on, and the event loop's clock did not.
+            if (suspended := self._context.client.suspended() - self._first_suspended) < _MIN_SUSPENSION:
+                suspended = 0.0
+            not_before = elapsed if is_prompt and not suspended else self._running_until
+            plan.finish(not_before, elapsed + suspended, completed=snapshot.error is None)
         if start.expects_webhook and (self.ended_by_webhook or self.polls):
             self._context.registry.record_end(by_webhook=self.ended_by_webhook)
         return snapshot
 
     # ------------------------------------------------------------------ when to poll
 
-    async def _wait_until_due(self, plan: "_Plan") -> bool:
+    async def _wait_until_due(self, plan: ScaledPlan) -> bool:
         """Sleep until the next poll may be made; return False if it has to be planned anew, or is not needed."""
-        if not await self._sleep(self._delay(plan)):
+        if not await self._sleep_until_due(self._delay(plan)):
             return False
         limiter = self._context.client.submit_limiter
         if limiter.refused and not await self._wait_out_pause():
@@ -196,7 +210,7 @@ class TaskPoller:
                 return False
         return True
 
-    def _delay(self, plan: "_Plan") -> float:
+    def _delay(self, plan: ScaledPlan) -> float:
         """Return the seconds until the next poll is due."""
         if self._poll_now:
             return 0.0
@@ -209,7 +223,7 @@ class TaskPoller:
         delay = self._remaining(delay + min(_JITTER * delay, _MAX_JITTER) * random.uniform(-1, 1))
         return min(delay, self._until_final_poll())
 
-    def _planned_delay(self, plan: "_Plan") -> float:
+    def _planned_delay(self, plan: ScaledPlan) -> float:
         """Return the plan's delay; it grows with the cost of a poll.
 
         Where a webhook will probably bring the end, a poll costs more. But webhooks report no progress: while somebody
@@ -226,23 +240,42 @@ class TaskPoller:
 
     def _until_final_poll(self) -> float:
         """Return the seconds until the final poll; infinity once it has been made."""
-        margin = min(_FINAL_POLL_MARGIN, self._context.task_timeout / 10)
-        final_poll_at = min(self._start.deadline - margin, self._context.shutdown.final_poll_at)
-        if self._last_poll_at >= final_poll_at - _CLOCK_TOLERANCE:
-            return math.inf
-        return max(0.0, final_poll_at - self._context.client.now())
+        return self._deadline.until_final_poll(self._context.client.now(), self._context.shutdown.final_poll_at)
 
     def _remaining(self, delay: float) -> float:
         """Return what is left of a delay that began with the last poll: waking up doesn't restart it."""
         return max(0.0, self._last_poll_at + delay - self._context.client.now())
 
+    async def _sleep_until_due(self, delay: float) -> bool:
+        """Sleep like `_sleep()`, but only until the machine was suspended: the task has probably ended meanwhile."""
+        if self._failures.count:  # the service may have asked to wait
+            return await self._sleep(delay)
+        now, step = self._context.client.now, max(_WATCH_INTERVAL, delay / 8)
+        due_at = now() + delay
+        while (left := max(due_at - now(), 0.0)) > step and not self._was_suspended():
+            if not await self._sleep(step):
+                return False
+        return await self._sleep(0.0 if self._was_suspended() else left)
+
+    def _was_suspended(self) -> bool:
+        """Return whether the machine was suspended since the last poll."""
+        return self._context.client.suspended() - self._last_suspended >= _MIN_SUSPENSION
+
     async def _sleep(self, delay: float) -> bool:
         """Sleep, but not beyond the deadline; return False if woken, or if the task has ended."""
-        remaining = self._start.deadline - self._context.client.now()
-        undisturbed = await self._wakeup.sleep(min(delay, max(remaining, 0.0)))
+        now = self._context.client.now
+        remaining = max(self._deadline.at - now(), 0.0)
+        wakes_at = now() + min(delay, remaining)
+        undisturbed = await self._wakeup.sleep(min(delay, remaining))
+        self._was_held_up = self._was_held_up or now() > wakes_at + MAX_LATENESS
+        if self._feed.ended:
+            return False
         if undisturbed and delay >= remaining:
-            raise self._deadline_error()
-        return undisturbed and not self._feed.ended
+            pause = self._context.client.pause(1.0)
+            if self._deadline.is_over(now(), is_paused=pause > 0):
+                raise self._deadline_error()
+            self._deadline.extend(now(), pause)
+        return undisturbed
 
     def _deadline_error(self) -> DeadlineExceededError:
         status = self._feed.snapshot and reported_status(self._feed.snapshot)
@@ -261,30 +294,37 @@ class TaskPoller:
 
     async def _poll(self, request: HttpRequest) -> None:
         client, start = self._context.client, self._start
-        sent_at = client.now()
+        sent_at, is_answered = client.now(), False
+        within = self._deadline.begin_poll(sent_at)
+        if self._deadline.at > start.deadline:
+            log.info("task %s: its deadline passed while nothing could run: one more poll", start.task_id)
+        if self._was_suspended():
+            within = min(within, GRACE_PERIOD)  # its connection may be dead, which nothing but a timeout would reveal
+        self._last_suspended = client.suspended()
         self.polls += 1
         self._poll_now = False
         try:
             async with asyncio.timeout(None) as self._exchange:
-                snapshot = await client.poll(
-                    request, start.task_id, request=start.request, within=start.deadline - sent_at
-                )
+                snapshot = await client.poll(request, start.task_id, request=start.request, within=within)
         except (TimeoutError, FluxError) as error:
             if not self._feed.ended:  # otherwise a webhook was faster
                 self._on_failed_poll(error)
         else:
+            is_answered = True
             if self._failures.count:
                 self._failures.reset()
             self._progress = snapshot.progress
             self._feed.publish(snapshot)
             if not self._feed.ended:
                 self._running_until = sent_at - start.started
+                self._was_held_up = False
             log.debug(
                 "task %s: poll %d: %s, progress %s", start.task_id, self.polls, snapshot.status, snapshot.progress
             )
         finally:
             self._exchange = None
             self._last_poll_at = client.now()
+            self._deadline.end_poll(sent_at, self._last_poll_at, is_answered=is_answered)
 
     def _on_failed_poll(self, error: Exception) -> None:
         """Record a failed poll; raise if another one would be pointless."""
@@ -301,26 +341,3 @@ class TaskPoller:
             raise final from error
         self._context.client.count_retry()
         log.warning("task %s: poll %d failed (%s)", task_id, self.polls, error)
-
-
-class _Plan:
-    """A plan of the session's schedule, whether or not it takes the cost of a poll into account."""
-
-    def __init__(self, schedule: PollSchedule, request: GenerationRequest | None) -> None:
-        self._plan: Any = schedule.begin(request)
-        self.cost_aware: bool = getattr(self._plan, "supports_cost_factor", False)
-        self._asked_at = math.nan
-        self._delay = 0.0
-
-    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float) -> float:
-        if self.cost_aware:
-            delay: float = self._plan.next_delay(elapsed, progress, cost_factor=cost_factor)
-            return delay
-        if elapsed != self._asked_at:  # ask once per poll, however often the poll is planned anew
-            self._asked_at = elapsed
-            self._delay = self._plan.next_delay(elapsed, progress)
-        # At a constant rate of ending, the best interval grows with the square root of a poll's cost.
-        return self._delay * math.sqrt(cost_factor)
-
-    def finish(self, not_before: float, by: float, *, completed: bool) -> None:
-        self._plan.finish(not_before, by, completed=completed)

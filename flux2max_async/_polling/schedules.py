@@ -1,7 +1,7 @@
 """The protocols of poll schedules, and two simple schedules. Pure: no clock and no randomness."""
 
 import math
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import attrs
 
@@ -123,6 +123,31 @@ class _ExponentialPlan:
 
     def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
         pass
+
+
+class ScaledPlan:
+    """A plan of any schedule, whose delays grow with the cost of a poll whether or not the schedule supports that."""
+
+    def __init__(self, schedule: PollSchedule, request: GenerationRequest | None) -> None:
+        self._plan: Any = schedule.begin(request)
+        self.cost_aware: bool = getattr(self._plan, "supports_cost_factor", False)
+        self._asked_at = math.nan
+        self._delay = 0.0
+
+    def next_delay(self, elapsed: float, progress: float | None, *, cost_factor: float) -> float:
+        """Return the seconds from the last poll to the next one, as `CostAwarePlan` does."""
+        if self.cost_aware:
+            delay: float = self._plan.next_delay(elapsed, progress, cost_factor=cost_factor)
+            return delay
+        if elapsed != self._asked_at:  # ask once per poll, however often the poll is planned anew
+            self._asked_at = elapsed
+            self._delay = self._plan.next_delay(elapsed, progress)
+        # At a constant rate of ending, the best interval grows with the square root of a poll's cost.
+        return self._delay * math.sqrt(cost_factor)
+
+    def finish(self, not_before: float, by: float, *, completed: bool) -> None:
+        """Pass on when the task ended."""
+        self._plan.finish(not_before, by, completed=completed)
 
 
 def validate_positive(name: str, seconds: float) -> None:

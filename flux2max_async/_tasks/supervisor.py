@@ -11,6 +11,7 @@ import anyio
 from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome, Usage
+from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
 from flux2max_async._polling.poller import PollingContext
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
@@ -263,9 +264,7 @@ class Supervisor:
     def set_deadline(self, seconds: float) -> None:
         """Submit nothing more, and end the drain in `seconds` at the latest."""
         self.shutdown.begin_drain(self._loop.time(), seconds)
-        for runner in self._runners:
-            if runner.poller is not None:
-                runner.poller.replan()
+        self._replan_polls()
         if self._draining is not None and not self._draining.expired():
             self._draining.reschedule(self.shutdown.deadline)
 
@@ -277,6 +276,18 @@ class Supervisor:
             runner.cancel_submit(closed_error())
         for task in list(self._producers):
             task.cancel()
+        if not await self._drain_until_deadline() and self._was_late():
+            self.shutdown.extend(self._loop.time(), GRACE_PERIOD)
+            self._replan_polls()
+            await self._drain_until_deadline()
+
+    def _was_late(self) -> bool:
+        """Return whether nothing could run when the drain should have ended, so that its final polls were not made."""
+        late = self._loop.time() - self.shutdown.deadline
+        return late > MAX_LATENESS and self.shutdown.final_poll_at < self.shutdown.deadline
+
+    async def _drain_until_deadline(self) -> bool:
+        """Wait for everything to end; return False if the deadline came first."""
         try:
             async with asyncio.timeout_at(self.shutdown.deadline) as self._draining:
                 await asyncio.sleep(SETTLE_TIME)
@@ -284,9 +295,16 @@ class Supervisor:
                     await asyncio.wait(tasks)
                     await asyncio.sleep(SETTLE_TIME)
         except TimeoutError:
-            pass  # what has not ended by now is left unfinished
+            return False  # what has not ended by now is left unfinished
+        else:
+            return True
         finally:
             self._draining = None
+
+    def _replan_polls(self) -> None:
+        for runner in self._runners:
+            if runner.poller is not None:
+                runner.poller.replan()
 
     async def close(self) -> None:
         """End everything: calls on the wire within two seconds, the rest at once with SessionClosedError."""

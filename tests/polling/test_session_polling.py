@@ -20,7 +20,7 @@ from flux2max_async import (
     TaskNotFoundError,
 )
 from flux2max_async._api.client import ApiClient
-from flux2max_async._polling.poller import _Plan
+from flux2max_async._polling.schedules import ScaledPlan
 from flux2max_async.emulator import Emulator
 from flux2max_async.journal import EntryState, Holder, JournalEntry
 
@@ -107,7 +107,7 @@ async def test_the_cost_factor_is_an_argument(scripted: ScriptedGateway) -> None
 
 def test_a_plan_without_cost_factor_is_asked_once_per_poll() -> None:
     """A plan may count its calls: planning a poll anew doesn't ask it again, but scales its answer."""
-    plan = _Plan(ExponentialSchedule(1.0, factor=2.0, maximum=100.0), None)
+    plan = ScaledPlan(ExponentialSchedule(1.0, factor=2.0, maximum=100.0), None)
     delays = [
         plan.next_delay(elapsed, None, cost_factor=factor)
         for elapsed, factor in ((0.0, 1.0), (0.0, 4.0), (1.0, 1.0), (1.0, 16.0))

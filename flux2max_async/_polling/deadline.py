@@ -1,0 +1,94 @@
+"""When a task is given up: at its deadline, and never without a poll that could have found its end. No I/O."""
+
+import math
+
+import attrs
+
+GRACE_PERIOD = 5.0
+"""Seconds for one more poll if the deadline has passed while this process was held up."""
+MAX_LATENESS = 0.5
+"""Seconds by which a timer may be late. One that is later shows that the event loop was blocked, the process stopped,
+or the machine suspended."""
+_FINAL_POLL_MARGIN = 1.0
+"""Seconds before the deadline at which a task is polled for the last time."""
+_CLOCK_TOLERANCE = 0.01
+"""Seconds by which a timer may fire early."""
+
+
+# States of a Deadline:
+#
+# - WAITING: the final poll has not been made. It is due `_margin` before the deadline.
+# - POLLED: a poll that was sent since then was answered, or failed on time. The deadline ends the task.
+#
+# An extension puts the deadline off by the grace period, in which a final poll is due at once: -> WAITING. There is one
+#
+# - if the final poll is sent so late that it would have less than half of its time;
+# - if the deadline has come, and the final poll has not been made, or long ago: the loop, the process or the machine
+#   was held up in between.
+#
+# The answer to a poll ends an extension. One that has passed without another delay ends the task, whether or not its
+# polls have failed.
+@attrs.define(eq=False)
+class Deadline:
+    """The deadline of one task."""
+
+    at: float
+    """When the task is given up."""
+    _margin: float
+    """Seconds before the deadline at which the final poll is due."""
+    _final_poll_at: float
+    _polled_at: float = -math.inf
+    """When the newest poll was sent that could have found the task's end."""
+    _is_extended: bool = False
+
+    @classmethod
+    def create(cls, at: float, task_timeout: float) -> "Deadline":
+        """Return the deadline of a task that may take `task_timeout` seconds."""
+        margin = min(_FINAL_POLL_MARGIN, task_timeout / 10)
+        return cls(at, margin, at - margin)
+
+    def until_final_poll(self, now: float, drain_poll_at: float) -> float:
+        """Return the seconds until the final poll; infinity once it has been made.
+
+        Args:
+            now: The current time.
+            drain_poll_at: When the session's drain asks for a final poll; infinite if there is none.
+        """
+        final_poll_at = min(self._final_poll_at, drain_poll_at)
+        return math.inf if self._is_polled_since(final_poll_at) else max(0.0, final_poll_at - now)
+
+    def begin_poll(self, now: float) -> float:
+        """Return the seconds that the poll which is sent now may take."""
+        if now > self.at - self._margin / 2 and not self._is_polled_since(self._final_poll_at):
+            self.extend(now)
+        return self.at - now
+
+    def end_poll(self, sent_at: float, now: float, *, is_answered: bool) -> None:
+        """Record the end of a poll."""
+        if is_answered:
+            self._polled_at = sent_at
+            if self._is_extended:
+                self.at = min(self.at, now)
+        elif now <= self.at + MAX_LATENESS:
+            # One that has hung until the deadline has waited for an answer all the time. But if its own timer was late,
+            # the answer may be there, unread.
+            self._polled_at = now if now >= self.at - _CLOCK_TOLERANCE else sent_at
+
+    def is_over(self, now: float, *, is_paused: bool) -> bool:
+        """Return whether the deadline, which has come, ends the task; if not, it has to be extended.
+
+        Args:
+            now: The current time.
+            is_paused: Whether the service has asked all calls to wait, so that there was no final poll.
+        """
+        if self._is_polled_since(self._final_poll_at):
+            return now <= self.at + GRACE_PERIOD
+        return is_paused and not self._is_extended and now <= self.at + MAX_LATENESS
+
+    def extend(self, now: float, pause: float = 0.0) -> None:
+        """Put the deadline off until one more poll can have been answered, after a pause of so many seconds."""
+        self._is_extended = True
+        self._final_poll_at, self.at = now, now + pause + GRACE_PERIOD
+
+    def _is_polled_since(self, time: float) -> bool:
+        return self._polled_at >= time - _CLOCK_TOLERANCE

@@ -1,0 +1,43 @@
+"""The clock that goes on while the machine is suspended."""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from flux2max_async._clock import continuous_clock, suspended_seconds
+
+LINUX = SimpleNamespace(CLOCK_MONOTONIC=1, CLOCK_BOOTTIME=7)
+MACOS = SimpleNamespace(CLOCK_MONOTONIC=6, CLOCK_UPTIME_RAW=8)
+
+
+@pytest.mark.parametrize(
+    ("available", "platform", "clock"),
+    [
+        pytest.param(LINUX, "linux", 7, id="Linux"),
+        pytest.param(MACOS, "darwin", 6, id="macOS"),
+        pytest.param(SimpleNamespace(), "win32", None, id="Windows, whose monotonic clock goes on"),
+        pytest.param(SimpleNamespace(CLOCK_MONOTONIC=4), "freebsd13", None, id="nothing known"),
+    ],
+)
+def test_continuous_clock(available: object, platform: str, clock: int | None) -> None:
+    """Each platform has another clock that goes on, or none."""
+    assert continuous_clock(available, platform) == clock
+
+
+def test_without_a_continuous_clock_no_suspension_is_seen() -> None:
+    """Where there is no such clock, the number never changes."""
+    assert suspended_seconds(None) == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CLOCK_BOOTTIME is Linux's")
+def test_suspended_seconds_are_those_between_two_clocks() -> None:
+    """The number is the lead of CLOCK_BOOTTIME over the monotonic clock, which time that is merely spent doesn't raise."""
+    before = suspended_seconds()
+    lead = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    time.sleep(0.05)
+
+    # A wide margin: the machine may be busy between the readings of the two clocks.
+    assert before == pytest.approx(lead, abs=5.0)
+    assert suspended_seconds() == pytest.approx(before, abs=5.0)

@@ -26,8 +26,8 @@ _CLOCK_TOLERANCE = 0.01
 # - if the deadline has come, and the final poll has not been made, or long ago: the loop, the process or the machine
 #   was held up in between.
 #
-# The answer to a poll ends an extension. One that has passed without another delay ends the task, whether or not its
-# polls have failed.
+# The answer to a poll ends an extension, and so does its end once a poll has failed. While the service has asked all
+# calls to wait, an extension is followed by the next.
 @attrs.define(eq=False)
 class Deadline:
     """The deadline of one task."""
@@ -85,10 +85,10 @@ class Deadline:
             return now <= self.at + GRACE_PERIOD
         return is_paused and not self._is_extended and now <= self.at + MAX_LATENESS
 
-    def extend(self, now: float, pause: float = 0.0) -> None:
-        """Put the deadline off until one more poll can have been answered, after a pause of so many seconds."""
+    def extend(self, now: float) -> None:
+        """Put the deadline off until one more poll can have been answered."""
         self._is_extended = True
-        self._final_poll_at, self.at = now, now + pause + GRACE_PERIOD
+        self._final_poll_at, self.at = now, now + GRACE_PERIOD
 
     def _is_polled_since(self, time: float) -> bool:
         return self._polled_at >= time - _CLOCK_TOLERANCE

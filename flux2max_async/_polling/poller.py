@@ -271,10 +271,9 @@ class TaskPoller:
         if self._feed.ended:
             return False
         if undisturbed and delay >= remaining:
-            pause = self._context.client.pause(1.0)
-            if self._deadline.is_over(now(), is_paused=pause > 0):
+            if self._deadline.is_over(now(), is_paused=self._context.client.pause(0.0) > 0):
                 raise self._deadline_error()
-            self._deadline.extend(now(), pause)
+            self._deadline.extend(now())
         return undisturbed
 
     def _deadline_error(self) -> DeadlineExceededError:

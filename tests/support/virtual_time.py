@@ -39,6 +39,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Return the virtual time, which starts at 1000 s so that nothing can rely on a clock that starts at 0."""
         return self._clock.now
 
+    def hold_up(self, seconds: float) -> None:
+        """Let time pass in which nothing runs, as if the loop were blocked or its process stopped."""
+        self._clock.now += seconds
+
     def run_in_executor(  # type: ignore[override]
         self, executor: concurrent.futures.Executor | None, func: Callable[..., Any], *args: Any
     ) -> "asyncio.Future[Any]":

@@ -1,11 +1,14 @@
 """The clock that goes on while the machine is suspended."""
 
+import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import flux2max_async
 from flux2max_async._clock import continuous_clock, suspended_seconds
 
 LINUX = SimpleNamespace(CLOCK_MONOTONIC=1, CLOCK_BOOTTIME=7)
@@ -41,3 +44,18 @@ def test_suspended_seconds_are_those_between_two_clocks() -> None:
     # A wide margin: the machine may be busy between the readings of the two clocks.
     assert before == pytest.approx(lead, abs=5.0)
     assert suspended_seconds() == pytest.approx(before, abs=5.0)
+
+
+def test_the_time_of_day_decides_nothing_about_tasks() -> None:
+    """A wall clock that jumps changes no submit and no poll: only the time at which a response came is read from it."""
+    package = Path(flux2max_async.__file__).parent
+    reads = re.compile(r"datetime\.(?:utc)?now\(|date\.today\(|\btime\.(?:time|localtime|gmtime|strftime)\b")
+    uses = {
+        path.relative_to(package).as_posix(): count
+        for part in ("_api", "_polling", "_tasks")
+        for path in (package / part).glob("*.py")
+        if (count := len(reads.findall(path.read_text(encoding="utf-8"))))
+    }
+
+    # Of a response: for a Retry-After that is a date, if there is no Date header, and for the age of an image's URL.
+    assert uses == {"_api/transport.py": 2}

@@ -9,7 +9,7 @@ import anyio
 import attrs
 import pytest
 from support.scripted import Behaviour, ScriptedGateway, answer, completed, hang, reset, running
-from support.virtual_time import VirtualTimeLoop
+from support.virtual_time import hold_up
 from support.webhooks import SECRET, sign
 
 from flux2max_async import (
@@ -60,12 +60,6 @@ STATES = {
     "pause": State(30.0, [answer(429, b"", [("Retry-After", "100")])]),
     "poll limit": State(30.0, options={"max_polls_per_second": 0.05}),
 }
-
-
-def hold_up(seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    loop.hold_up(seconds)
 
 
 def session_on(scripted: ScriptedGateway, **options: Any) -> FluxSession:

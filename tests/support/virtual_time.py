@@ -103,6 +103,13 @@ class _JumpingSelector(selectors.DefaultSelector):
         return []
 
 
+def hold_up(seconds: float) -> None:
+    """Let virtual time pass in which nothing runs."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.hold_up(seconds)
+
+
 def _pause_clock() -> contextlib.AbstractContextManager[None]:
     loop = asyncio.get_running_loop()
     return loop.pause_clock() if isinstance(loop, VirtualTimeLoop) else contextlib.nullcontext()

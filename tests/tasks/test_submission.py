@@ -11,7 +11,7 @@ import aiohttp
 import anyio
 import pytest
 from support.scripted import Behaviour, Connection, ScriptedGateway, answer, completed, hang, html, reset, running
-from support.virtual_time import VirtualJournal
+from support.virtual_time import VirtualJournal, hold_up
 from support.webhooks import SECRET, InboxServer, session_on, sign
 
 from flux2max_async import (
@@ -490,6 +490,42 @@ async def test_answer_that_is_lost_at_the_deadline(scripted: ScriptedGateway, in
     ]  # fmt: skip
     assert [outcome.task_id for outcome in outcomes] == [None, "t2", "t3"]
     assert [outcome.elapsed for outcome in outcomes] == [pytest.approx(20.0, abs=0.2)] * 3
+
+
+@pytest.mark.parametrize("lost", [reset, hang], ids=["lost before", "lost in the gap"])
+@pytest.mark.parametrize("gap", [100.0, 3600.0])
+@pytest.mark.parametrize(
+    ("payload", "error"),
+    [
+        pytest.param(completed("t1"), None, id="end"),
+        pytest.param(running("t1"), None, id="id of a task that ends"),
+        pytest.param(None, SubmissionUncertainError, id="nothing"),
+    ],
+)
+async def test_delivery_that_waits_for_a_process_that_was_held_up(
+    scripted: ScriptedGateway,
+    inbox_server: InboxServer,
+    lost: Behaviour,
+    gap: float,
+    payload: object,
+    error: type[Exception] | None,
+) -> None:
+    """After a gap past its time, a delivery still has five seconds to be read, and its task gets a poll."""
+    scripted.submits = deque([lost])
+    async with opened(scripted, inbox_server, http_timeout=30.0, task_timeout=90.0) as session:
+        stream = session.stream(["a cat"])
+        waiting = asyncio.ensure_future(anext(stream))
+        await anyio.sleep(20.0)
+        hold_up(gap)
+        resumed_at = anyio.current_time()
+        await anyio.sleep(2.0)
+        if payload is not None:
+            await post(webhook_url(scripted), payload)
+        outcome = await waiting
+
+    assert (type(outcome.error) if isinstance(outcome, Failed) else None) is error
+    assert anyio.current_time() - resumed_at <= 5.5
+    assert len(scripted.of("POST")) == 1
 
 
 async def test_request_with_a_webhook_of_its_own(scripted: ScriptedGateway, inbox_server: InboxServer) -> None:

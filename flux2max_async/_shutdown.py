@@ -38,9 +38,22 @@ class Shutdown:
             self.deadline = now + seconds
             self.final_poll_at = self.deadline - min(_FINAL_POLL_MARGIN, seconds / 10)
 
-    def extend(self, now: float, seconds: float) -> None:
-        """End the drain only in `seconds`, and ask for final polls now: nothing could run when it should have ended."""
+    def extend(self, now: float, seconds: float, *, lateness: float) -> bool:
+        """Put off the end of a drain, and poll running tasks now, if nothing could run at the time of the final polls.
+
+        Args:
+            now: The current time, after the deadline.
+            seconds: How long the drain goes on.
+            lateness: Seconds after the deadline which show that nothing could run. A drain that was ended at once, with
+                no time for polls, is not put off.
+
+        Returns:
+            Whether the drain goes on.
+        """
+        if now <= self.deadline + lateness or self.final_poll_at >= self.deadline:
+            return False
         self.deadline, self.final_poll_at = now + seconds, now
+        return True
 
     def finish(self) -> None:
         """Start nothing any more."""

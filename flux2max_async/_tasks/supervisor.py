@@ -276,15 +276,11 @@ class Supervisor:
             runner.cancel_submit(closed_error())
         for task in list(self._producers):
             task.cancel()
-        if not await self._drain_until_deadline() and self._was_late():
-            self.shutdown.extend(self._loop.time(), GRACE_PERIOD)
+        if await self._drain_until_deadline():
+            return
+        if self.shutdown.extend(self._loop.time(), GRACE_PERIOD, lateness=MAX_LATENESS):
             self._replan_polls()
             await self._drain_until_deadline()
-
-    def _was_late(self) -> bool:
-        """Return whether nothing could run when the drain should have ended, so that its final polls were not made."""
-        late = self._loop.time() - self.shutdown.deadline
-        return late > MAX_LATENESS and self.shutdown.final_poll_at < self.shutdown.deadline
 
     async def _drain_until_deadline(self) -> bool:
         """Wait for everything to end; return False if the deadline came first."""
@@ -294,17 +290,15 @@ class Supervisor:
                 while tasks := self._tasks - self._producers:
                     await asyncio.wait(tasks)
                     await asyncio.sleep(SETTLE_TIME)
+                return True
         except TimeoutError:
             return False  # what has not ended by now is left unfinished
-        else:
-            return True
         finally:
             self._draining = None
 
     def _replan_polls(self) -> None:
-        for runner in self._runners:
-            if runner.poller is not None:
-                runner.poller.replan()
+        for poller in filter(None, [runner.poller for runner in self._runners]):
+            poller.replan()
 
     async def close(self) -> None:
         """End everything: calls on the wire within two seconds, the rest at once with SessionClosedError."""

@@ -8,6 +8,7 @@ import attrs
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import HttpRequest, build_poll
 from flux2max_async._api.task_object import reported_status
+from flux2max_async._clock import Interruptions
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
@@ -25,8 +26,6 @@ _JITTER, _MAX_JITTER = 0.1, 0.25
 """Delays vary by so much of themselves, and by so many seconds at most."""
 _WATCH_INTERVAL = 10.0
 """A longer sleep is divided, to notice after so many seconds, or an eighth of it, that the machine was suspended."""
-_MIN_SUSPENSION = 1.0
-"""Seconds; shorter ones have no effect."""
 _MAX_STATUS_LENGTH = 80
 """Characters of an unknown status in a message."""
 
@@ -97,15 +96,11 @@ class TaskPoller:
     """Whether a webhook that can't be read calls for a poll."""
     _exchange: asyncio.Timeout | None = attrs.field(default=None, init=False)
     """Around the poll that is on the wire."""
-    _was_held_up: bool = attrs.field(default=False, init=False)
-    """Whether a timer was late since the newest poll: a webhook may have come long before it was read."""
-    _first_suspended: float = attrs.field(default=0.0, init=False)
-    """The client's `suspended()` when polling began."""
-    _last_suspended: float = attrs.field(default=0.0, init=False)
-    """The client's `suspended()` when the last poll was sent."""
+    _interruptions: Interruptions = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._deadline = Deadline.create(self._start.deadline, self._context.task_timeout)
+        self._interruptions = Interruptions(self._context.client.suspended)
 
     @property
     def elapsed(self) -> float:
@@ -156,7 +151,6 @@ class TaskPoller:
         plan = ScaledPlan(self._context.schedule, self._start.request)
         self._progress = self._feed.snapshot.progress if self._feed.snapshot else None
         self._last_poll_at = self._context.client.now()
-        self._first_suspended = self._last_suspended = self._context.client.suspended()
         while not self._feed.ended:
             if await self._wait_until_due(plan):
                 await self._poll(request)
@@ -171,10 +165,9 @@ class TaskPoller:
         assert snapshot is not None
         if start.submitted_here:
             # The webhook of a lost submit may have come long before it was known that the answer is lost.
-            is_prompt = self.ended_by_webhook and start.webhook is None and not self._was_held_up
+            is_prompt = self.ended_by_webhook and start.webhook is None and not self._interruptions.was_held_up
             # While the machine was suspended, the task went on, and the event loop's clock did not.
-            if (suspended := self._context.client.suspended() - self._first_suspended) < _MIN_SUSPENSION:
-                suspended = 0.0
+            suspended = self._interruptions.suspended_in_all()
             not_before = elapsed if is_prompt and not suspended else self._running_until
             plan.finish(not_before, elapsed + suspended, completed=snapshot.error is None)
         if start.expects_webhook and (self.ended_by_webhook or self.polls):
@@ -252,14 +245,10 @@ class TaskPoller:
             return await self._sleep(delay)
         now, step = self._context.client.now, max(_WATCH_INTERVAL, delay / 8)
         due_at = now() + delay
-        while (left := max(due_at - now(), 0.0)) > step and not self._was_suspended():
+        while (left := max(due_at - now(), 0.0)) > step and not self._interruptions.was_suspended():
             if not await self._sleep(step):
                 return False
-        return await self._sleep(0.0 if self._was_suspended() else left)
-
-    def _was_suspended(self) -> bool:
-        """Return whether the machine was suspended since the last poll."""
-        return self._context.client.suspended() - self._last_suspended >= _MIN_SUSPENSION
+        return await self._sleep(0.0 if self._interruptions.was_suspended() else left)
 
     async def _sleep(self, delay: float) -> bool:
         """Sleep, but not beyond the deadline; return False if woken, or if the task has ended."""
@@ -267,7 +256,8 @@ class TaskPoller:
         remaining = max(self._deadline.at - now(), 0.0)
         wakes_at = now() + min(delay, remaining)
         undisturbed = await self._wakeup.sleep(min(delay, remaining))
-        self._was_held_up = self._was_held_up or now() > wakes_at + MAX_LATENESS
+        if now() > wakes_at + MAX_LATENESS:
+            self._interruptions.was_held_up = True
         if self._feed.ended:
             return False
         if undisturbed and delay >= remaining:
@@ -297,9 +287,9 @@ class TaskPoller:
         within = self._deadline.begin_poll(sent_at)
         if self._deadline.at > start.deadline:
             log.info("task %s: its deadline passed while nothing could run: one more poll", start.task_id)
-        if self._was_suspended():
+        if self._interruptions.was_suspended():
             within = min(within, GRACE_PERIOD)  # its connection may be dead, which nothing but a timeout would reveal
-        self._last_suspended = client.suspended()
+        self._interruptions.begin_poll()
         self.polls += 1
         self._poll_now = False
         try:
@@ -316,7 +306,7 @@ class TaskPoller:
             self._feed.publish(snapshot)
             if not self._feed.ended:
                 self._running_until = sent_at - start.started
-                self._was_held_up = False
+                self._interruptions.was_held_up = False
             log.debug(
                 "task %s: poll %d: %s, progress %s", start.task_id, self.polls, snapshot.status, snapshot.progress
             )

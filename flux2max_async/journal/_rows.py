@@ -5,7 +5,6 @@ belongs to is an error, and all others are read. Amounts of money are stored as 
 exact and the database can compute them.
 """
 
-import contextlib
 import json
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
@@ -14,16 +13,9 @@ from typing import Any
 
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
-from flux2max_async.journal._schema import (
-    check_version,
-    connect_read_only,
-    has_token_column,
-    process_is_gone,
-    translate_sqlite_errors,
-)
+from flux2max_async.journal._schema import process_is_gone
 
 NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
-_BUSY_TIMEOUT = 10.0  # seconds, for readers
 _MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
 _COLUMNS = """
     e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
@@ -72,34 +64,6 @@ def to_nano_dollars(dollars: Decimal) -> int:
 
 def to_epoch(time: datetime | None) -> float | None:
     return None if time is None else time.timestamp()
-
-
-def read_entries(path: Path, after: int, limit: int) -> list[tuple[int, JournalEntry | JournalError]]:
-    """Return up to `limit` entries, or the errors of damaged ones, with their row ids. Writes nothing.
-
-    Args:
-        path: The journal's file.
-        after: The row id behind which to begin.
-        limit: How many to return at most.
-
-    Raises:
-        JournalError: The file can't be read, or isn't a journal.
-    """
-    with translate_sqlite_errors(path), contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
-        connection.text_factory = decode_text
-        check_version(connection, path)
-        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return []  # the process that created the file was killed before it created the tables
-        select = SELECT if has_token_column(connection) else SELECT.replace("e.token", "NULL")
-        rows = connection.execute(f"{select} WHERE e.id > ? ORDER BY e.id LIMIT ?", (after, limit))
-        return [(row_id(row), _entry_or_error(path, row)) for row in rows]
-
-
-def _entry_or_error(path: Path, row: Row) -> JournalEntry | JournalError:
-    try:
-        return entry_from_row(path, row)
-    except JournalError as error:
-        return error
 
 
 # ------------------------------------------------------------------ parsing

@@ -6,6 +6,7 @@ import os
 import socket
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -49,6 +50,9 @@ INDEXES = (
 )
 
 _RETRY_DELAY = 0.02  # seconds
+_FILE_MODE = 0o600
+_creating = threading.Lock()
+"""Held until a new file is closed, since that would end the locks of another connection of this process."""
 
 
 # ------------------------------------------------------------------ checks
@@ -60,19 +64,26 @@ def check_file(path: Path, busy_timeout: float) -> None:
     Raises:
         JournalError: It is not.
     """
-    with path.open("rb") as file:
-        if file.read(16) != b"SQLite format 3\0":
-            raise JournalError(f"{path} is not a journal; it was left as it is")
+    # Only SQLite opens the file: with any other descriptor that is closed, POSIX ends all locks of this process on the
+    # file. Another process would then delete the log that this one goes on writing to.
     try:
         _check_database(path, busy_timeout)
-    except sqlite3.OperationalError as error:
-        if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
+    except sqlite3.DatabaseError as error:
+        name = str(getattr(error, "sqlite_errorname", ""))
+        if name == "SQLITE_NOTADB" and not _begins_as_database(path):
+            raise JournalError(f"{path} is not a journal; it was left as it is") from error
+        if not name.startswith("SQLITE_READONLY"):
             raise
         # A process was killed while it created the file. SQLite rolls its transaction back on the first read over a
         # connection that may write.
         with contextlib.closing(sqlite3.connect(path, timeout=busy_timeout)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")
         _check_database(path, busy_timeout)
+
+
+def _begins_as_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 def _check_database(path: Path, busy_timeout: float) -> None:
@@ -109,13 +120,30 @@ def has_token_column(connection: sqlite3.Connection) -> bool:
     return rows.fetchone() is not None
 
 
-# ------------------------------------------------------------------ connections and processes
+# ------------------------------------------------------------------ files, connections and processes
 
 
-def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=busy_timeout, uri=True, isolation_level=None
-    )
+def create_file(path: Path) -> None:
+    """Create an empty file that only its owner may read and write, if there is none.
+
+    From the beginning, whatever the umask is. SQLite gives the files beside it the same mode.
+    """
+    with _creating:
+        try:
+            descriptor = os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_RDWR, _FILE_MODE)
+        except FileExistsError:
+            return
+        os.close(descriptor)
+        path.chmod(_FILE_MODE)
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of the file that a path leads to; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def retry_while_locked(function: Callable[[], object], busy_timeout: float) -> None:
@@ -134,6 +162,12 @@ def retry_while_locked(function: Callable[[], object], busy_timeout: float) -> N
             time.sleep(_RETRY_DELAY)
         else:
             return
+
+
+def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=busy_timeout, uri=True, isolation_level=None
+    )
 
 
 @functools.cache

@@ -1,15 +1,12 @@
 """The journal in an SQLite file."""
 
-import json
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from decimal import Decimal
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-
-import anyio.to_thread
 
 from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import JournalError
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 log = get_logger("journal")
 
 _MAX_SECONDS = 3600.0
-_ENTRIES_PER_READ = 500
 _MAX_KNOWN_KEYS = 10_000
 
 
@@ -161,16 +157,9 @@ class SqliteJournal:
         Raises:
             JournalError: The file can't be read, or isn't a journal.
         """
-        from flux2max_async.journal._rows import read_entries  # noqa: PLC0415 - as in open()
-
-        last_id = 0
-        while rows := await anyio.to_thread.run_sync(read_entries, self.path, last_id, _ENTRIES_PER_READ):
-            for row_id, entry in rows:
-                last_id = row_id
-                if isinstance(entry, JournalError):
-                    log.warning("%s", entry)
-                else:
-                    yield entry
+        async for page in self._read_pages():
+            for entry in page:
+                yield entry
 
     async def export(self, path: str | PathLike[str], /) -> Path:
         """Write all entries to a file as JSON Lines, and return its path. If it fails, no file is left.
@@ -179,12 +168,25 @@ class SqliteJournal:
             JournalError: The journal can't be read.
             OSError: The file can't be written.
         """
+        from flux2max_async.journal._reader import export  # noqa: PLC0415 - as in open()
+
         target = Path(path)
-        lines = [json.dumps(entry.to_dict(), ensure_ascii=False) async for entry in self.entries()]
-        await anyio.to_thread.run_sync(_write_lines, target, lines)
+        async with aclosing(self._read_pages()) as pages:
+            await export(pages, target)
         return target
 
     # ------------------------------------------------------------------ internals
+
+    async def _read_pages(self) -> AsyncGenerator[list[JournalEntry]]:
+        """Yield all entries in pages; log each that is damaged."""
+        from flux2max_async.journal._reader import read_pages  # noqa: PLC0415 - as in open()
+
+        async with aclosing(read_pages(self.path)) as pages:
+            async for page in pages:
+                for damage in page:
+                    if isinstance(damage, JournalError):
+                        log.warning("%s", damage)
+                yield [entry for entry in page if isinstance(entry, JournalEntry)]
 
     async def _run(
         self,
@@ -204,12 +206,3 @@ class SqliteJournal:
         if self._worker is None:
             raise JournalError(f"the journal {self.path} is not open")
         return self._worker
-
-
-def _write_lines(target: Path, lines: Iterable[str]) -> None:
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -35,6 +35,8 @@ from flux2max_async.journal._schema import (
     SCHEMA,
     check_file,
     check_version,
+    create_file,
+    file_id,
     has_token_column,
     host_id,
     process_is_gone,
@@ -91,15 +93,16 @@ class SqliteStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
                 check_file(path, busy_timeout)
+            create_file(path)
             self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
             self._connection.text_factory = decode_text
-            self._file_id = _file_id(path)
+            self._file_id = file_id(path)
             self._log_ids: list[tuple[Path, tuple[int, int] | None]] = []
             self._reported_rows: set[int] = set()
             try:
                 self._prepare(busy_timeout)
                 logs = [Path(f"{path.resolve()}{suffix}") for suffix in ("-wal", "-shm")]
-                self._log_ids = [(log_path, _file_id(log_path)) for log_path in logs]
+                self._log_ids = [(log_path, file_id(log_path)) for log_path in logs]
                 self._data_version = self._value("PRAGMA data_version")
                 self.is_empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
             except BaseException:
@@ -143,7 +146,7 @@ class SqliteStore:
 
         Not on Windows, which keeps files that are open from being deleted or moved.
         """
-        return sys.platform != "win32" and _file_id(self._path) != self._file_id
+        return sys.platform != "win32" and file_id(self._path) != self._file_id
 
     def detach(self) -> None:
         """Copy SQLite's log to the file that was moved, and delete the log's names, as far as they are still its own.
@@ -152,7 +155,7 @@ class SqliteStore:
         """
         with contextlib.suppress(sqlite3.Error, OSError):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if all(_file_id(log_path) == file_id for log_path, file_id in self._log_ids):
+            if all(file_id(log_path) == log_id for log_path, log_id in self._log_ids):
                 for log_path, _ in self._log_ids:
                     log_path.unlink()
 
@@ -338,12 +341,3 @@ class SqliteStore:
 
     def _value(self, statement: str) -> Any:
         return self._connection.execute(statement).fetchone()[0]
-
-
-def _file_id(path: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the file that a path leads to; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -5,14 +5,16 @@ import json
 import os
 import resource
 import sqlite3
+import stat
 import subprocess
 import sys
+import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -24,6 +26,7 @@ from flux2max_async import (
     JournalError,
 )
 from flux2max_async.journal import EntryState, Holder, SavedFile, SqliteJournal
+from flux2max_async.journal._schema import create_file
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -762,6 +765,89 @@ async def test_a_path_that_cannot_be_written_is_a_journal_error() -> None:
         await SqliteJournal("/dev/null/x/run.db").open()
     with pytest.raises(JournalError, match=r"can.t be used: .*null"):
         await SqliteJournal("a\0b").open()
+
+
+class WatchedPath(type(Path())):  # type: ignore[misc]
+    """A path that notes the mode which its file had before it was changed."""
+
+    modes: ClassVar[list[int]] = []
+
+    def chmod(self, mode: int, *, follow_symlinks: bool = True) -> None:
+        self.modes.append(stat.S_IMODE(self.stat().st_mode))
+        super().chmod(mode, follow_symlinks=follow_symlinks)
+
+
+@pytest.fixture(params=[0o022, 0o000, 0o077, 0o277, 0o777])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("run.db*")}
+
+
+async def test_only_the_owner_can_read_a_new_journal(tmp_path: Path, umask: int) -> None:
+    """The file and those beside it have mode 0600 under any umask, and never had a wider one; through a link, too."""
+    (tmp_path / "link.db").symlink_to("run.db")
+    WatchedPath.modes.clear()
+    async with SqliteJournal(tmp_path / "link.db") as journal:
+        await journal.begin(intent())
+        open_modes = modes(tmp_path)
+    create_file(WatchedPath(tmp_path / "other.db"))
+
+    assert open_modes == {"run.db": 0o600, "run.db-wal": 0o600, "run.db-shm": 0o600}
+    assert modes(tmp_path) == {"run.db": 0o600}
+    assert WatchedPath.modes == [0o600 & ~umask]
+
+
+async def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    """A file whose owner lets others read it stays readable, and so are the files beside it."""
+    path = tmp_path / "run.db"
+    await create_journal(path)
+    path.chmod(0o640)
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent())
+        open_modes = modes(tmp_path)
+
+    assert open_modes == dict.fromkeys(("run.db", "run.db-wal", "run.db-shm"), 0o640)
+
+
+_SECOND_PROCESS = """
+    import asyncio, sys
+    from flux2max_async.journal import SqliteJournal
+
+    async def main():
+        async with SqliteJournal(sys.argv[1]) as journal:
+            await journal.find("k")
+
+    asyncio.run(main())
+"""
+
+
+async def test_a_second_journal_in_the_same_process_ends_no_locks(tmp_path: Path) -> None:
+    """After another journal of this process was opened and closed, other processes don't take the file for unused.
+
+    They would delete the log, and what is begun here afterwards would be lost.
+    """
+    path = tmp_path / "run.db"
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("a"))
+        await create_journal(path, 1)
+        listed = [entry.key async for entry in SqliteJournal(path).entries()]
+        await journal.export(tmp_path / "run.jsonl")
+        await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", textwrap.dedent(_SECOND_PROCESS), str(path)], check=True
+        )
+        logged = path.with_name("run.db-wal").exists()
+        await journal.begin(intent("b"))
+        with closing(sqlite3.connect(path)) as connection:
+            keys = [key for (key,) in connection.execute("SELECT key FROM entries ORDER BY id")]
+
+    assert listed == ["a", "0"]
+    assert logged
+    assert keys == ["a", "0", "b"]
 
 
 async def test_listing_a_missing_file_creates_none(tmp_path: Path) -> None:

@@ -178,16 +178,25 @@ def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost:
 
 
 def _report_lost(plan: Plan, output_dir: OutputDir) -> None:
-    """Name the requests that are not submitted because only `results.jsonl` knows that they are paid for."""
-    keys = [key for key, action in plan.actions.items() if action is Action.SKIP_LOST]
-    if keys:
-        shown = ", ".join(keys[:_MAX_SHOWN_KEYS]) + (", …" if len(keys) > _MAX_SHOWN_KEYS else "")
-        journal, results = output_dir.journal_path, output_dir.results_path.name
+    """Name the requests that are not submitted because they may be paid for, although the journal doesn't know it."""
+    skipped = [key for key, action in plan.actions.items() if action is Action.SKIP_LOST]
+    journal, results = output_dir.journal_path, output_dir.results_path.name
+    if keys := [key for key in skipped if key not in output_dir.damaged]:
         print_error(
             f"{journal} was lost or replaced: it lacks {format_pictures(len(keys))} that {results} has as paid for, "
-            f"so they are not submitted: {shown}; put the right {journal.name} and {journal.name}-wal back, "
-            "or pay for them again with --resubmit-uncertain"
+            f"so they are not submitted: {_shorten_list(keys)}; put the right {journal.name} and {journal.name}-wal "
+            "back, or pay for them again with --resubmit-uncertain"
         )
+    if keys := [key for key in skipped if key in output_dir.damaged]:
+        print_error(
+            f"{journal} is damaged where it has {format_pictures(len(keys))}, which may be paid for and are not "
+            f"submitted: {_shorten_list(keys)}; put a backup of {journal.name} back, or pay for them again with "
+            "--resubmit-uncertain"
+        )
+
+
+def _shorten_list(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_MAX_SHOWN_KEYS]) + (", …" if len(keys) > _MAX_SHOWN_KEYS else "")
 
 
 def _show_dry_run(options: BatchOptions, plan: Plan) -> None:

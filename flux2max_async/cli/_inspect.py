@@ -8,34 +8,66 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import attrs
 import typer
 
 import flux2max_async as flux
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir, is_uncertain
-from flux2max_async.cli._plan import newest_entries, total_cost
-from flux2max_async.cli._terminal import Terminal, escape, make_table, shorten, to_single_line
+from flux2max_async.cli._terminal import Terminal, escape, make_table, print_error, shorten, to_single_line
 from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._reader import read_pages
+
+_MAX_PROMPT_LENGTH = 60
+"""The number of characters of a prompt that are shown."""
 
 
 def print_journal(path: Path, *, as_json: bool) -> None:
     """Print what the journal in a folder contains.
 
     Raises:
-        FluxError: There is no journal, or it can't be read.
+        FluxError: There is no journal, it can't be read, or some of its entries can't.
     """
-    entries = asyncio.run(_open_output_dir(path).read_journal())
-    if as_json:
-        for entry in entries:
-            typer.echo(json.dumps(_describe(entry)))
-        return
-    newest = newest_entries(entries).values()
-    lost = [entry for entry in newest if is_uncertain(entry)]
+    journal_path = _open_output_dir(path).journal_path
+    damaged = asyncio.run((_print_entries if as_json else _print_summary)(journal_path))
+    for error in damaged:
+        print_error(error)
+    if damaged:
+        number = "an entry is" if len(damaged) == 1 else f"{len(damaged)} entries are"
+        raise flux.JournalError(f"{number} damaged, and left out above")
+
+
+async def _print_entries(journal_path: Path) -> "list[flux.JournalError]":
+    """Print each entry as JSON; return the errors of those that are damaged."""
+    damaged: list[flux.JournalError] = []
+    async for page in read_pages(journal_path):
+        for entry in page:
+            if isinstance(entry, JournalEntry):
+                typer.echo(json.dumps(_describe(entry)))
+            else:
+                damaged.append(entry)
+    return damaged
+
+
+async def _print_summary(journal_path: Path) -> "list[flux.JournalError]":
+    """Print counts, costs, and what is unfinished; return the errors of entries that are damaged."""
+    newest: dict[str, JournalEntry] = {}
+    damaged: list[flux.JournalError] = []
+    spent = committed = Decimal(0)
+    async for page in read_pages(journal_path):
+        for entry in page:
+            if not isinstance(entry, JournalEntry):
+                damaged.append(entry)
+                continue
+            # Journals may be large, and only this is shown of an entry.
+            request = {"prompt": entry.prompt[:_MAX_PROMPT_LENGTH]}
+            newest[entry.key] = attrs.evolve(entry, request=request, result={}, files=())
+            spent += entry.cost or Decimal(0)
+            committed += entry.committed
+    lost = [entry for entry in newest.values() if is_uncertain(entry)]
     unfinished = (EntryState.SUBMITTED, EntryState.INTENT)
-    running = [entry for entry in newest if entry.state in unfinished and not is_uncertain(entry)]
-    states = Counter(entry.state for entry in newest)
-    spent = total_cost(entries)
-    reserved = sum((entry.committed for entry in entries), Decimal(0)) - spent
+    running = [entry for entry in newest.values() if entry.state in unfinished and not is_uncertain(entry)]
+    states = Counter(entry.state for entry in newest.values())
     cells = {
         "all": str(len(newest)),
         "done": str(states[EntryState.COMPLETED]),
@@ -44,15 +76,16 @@ def print_journal(path: Path, *, as_json: bool) -> None:
         "running": str(len(running)),
         "uncertain": str(len(lost)),
         "spent": f"${spent:.2f}",
-        "reserved": f"${max(reserved, Decimal(0)):.2f}",
+        "reserved": f"${max(committed - spent, Decimal(0)):.2f}",
     }
     Terminal(sys.stdout).show(make_table(cells))
     for entry in running:
         task = shorten(entry.task_id) if entry.task_id else "being submitted"
-        typer.echo(to_single_line(f"running: {task}  {entry.key}  ({entry.prompt[:60]})"))
+        typer.echo(to_single_line(f"running: {task}  {entry.key}  ({entry.prompt})"))
     for entry in lost:
         created = "" if entry.created_at is None else f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC  "
-        typer.echo(to_single_line(f"uncertain: {created}{entry.key}  ({entry.prompt[:60]})"))
+        typer.echo(to_single_line(f"uncertain: {created}{entry.key}  ({entry.prompt})"))
+    return damaged
 
 
 def _describe(entry: JournalEntry) -> dict[str, Any]:
@@ -72,6 +105,8 @@ def rebuild_gallery(path: Path) -> None:
     """
     output_dir = _open_output_dir(path)
     output_dir.update_rows((), asyncio.run(output_dir.open_journal()))
+    for error in output_dir.damaged.values():
+        print_error(error)
     gallery = Gallery(output_dir.path)
     if (problem := write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(problem)

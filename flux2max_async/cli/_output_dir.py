@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flux2max_async._config import parse_dollars
 from flux2max_async.cli._requests_file import Line
 from flux2max_async.cli._terminal import MAX_TEXT_LENGTH, escape
 from flux2max_async.journal._entry import EntryState, JournalEntry
+from flux2max_async.journal._reader import read_pages
 from flux2max_async.journal._serialization import to_json
 
 WAITING = "waiting"
@@ -36,6 +37,8 @@ _BATCH_ERRORS = (
 )
 """Errors that keep a request from being submitted although nothing is wrong with the request itself."""
 _BATCH_ERROR_NAMES = {error_type.__name__ for error_type in _BATCH_ERRORS}
+_UNREADABLE = (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, flux.ConfigurationError)
+"""What reading a line of `results.jsonl` raises if another program has written it."""
 _UNCERTAIN_MESSAGE = "the submit was interrupted before the service responded: a task may exist and cost money"
 
 
@@ -71,8 +74,7 @@ class Row:
     @classmethod
     def from_entry(cls, entry: JournalEntry, folder: Path) -> "Row":
         """Return the row of a journal entry."""
-        params = _select_params(entry.request)
-        row = cls(entry.key, entry.prompt, params, entry.state.value, entry.task_id, entry.cost)
+        row = cls(entry.key, entry.prompt, _select_params(entry.request), entry.state.value, entry.task_id, entry.cost)
         if is_uncertain(entry):
             row.state, row.error = EntryState.UNCERTAIN.value, _UNCERTAIN_MESSAGE
             return row
@@ -87,11 +89,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Row":
-        """Return the row of a line of `results.jsonl`.
-
-        Raises:
-            ConfigurationError, ValueError, KeyError, TypeError, OverflowError: Another program has written the line.
-        """
+        """Return the row of a line of `results.jsonl`; raise one of `_UNREADABLE` if another program has written it."""
         return cls(
             key=str(data["key"]),
             prompt=str(data["prompt"]),
@@ -162,7 +160,7 @@ def state_after_failure(outcome: "flux.Failed") -> str:
     match outcome.error:
         case flux.TaskFailedError() | flux.TaskNotFoundError():
             return EntryState.FAILED.value
-        case flux.SubmissionUncertainError():
+        case flux.SubmissionUncertainError() | flux.JournalError(key=str()):  # the entry of this key is damaged
             return EntryState.UNCERTAIN.value
         case _ if outcome.task_id is not None:
             return EntryState.SUBMITTED.value
@@ -189,7 +187,9 @@ class OutputDir:
     _recorded: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
     """The rows of this run's outcomes by key: the journal may lack some of their results."""
     lost: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
-    """The rows of requests that are paid for according to `results.jsonl`, and unknown to the journal, by key."""
+    """The rows of requests that are or may be paid for, although the journal doesn't know it, by key."""
+    damaged: dict[str, flux.JournalError] = attrs.field(factory=dict[str, flux.JournalError], init=False)
+    """Why requests can't be read from the journal, by key."""
 
     @property
     def journal_path(self) -> Path:
@@ -219,7 +219,7 @@ class OutputDir:
     async def open_journal(self) -> "list[JournalEntry]":
         """Return all journal entries like `read_journal`, and find what was paid for and is lost from the journal.
 
-        It was replaced by an older copy, deleted, or copied without its write-ahead log.
+        It was replaced by an older copy, deleted, or copied without its write-ahead log; or some entries are damaged.
 
         Raises:
             ConfigurationError: The folder can't be read.
@@ -229,14 +229,17 @@ class OutputDir:
         previous = self._read_results()
         entries = await self.read_journal()
         newest = {entry.key: entry for entry in entries}
-        self.lost = {row.key: row for row in previous if _is_lost(row, newest.get(row.key))}
-        for row in self.lost.values():
+        self.lost = {key: Row(key, "") for key in self.damaged} | {
+            row.key: row for row in previous if row.key in self.damaged or _is_lost(row, newest.get(row.key))
+        }
+        for key, row in self.lost.items():
             if row.state != EntryState.COMPLETED or not all((self.path / name).is_file() for name in row.files or [""]):
-                row.state, row.error = EntryState.UNCERTAIN.value, _LOST_MESSAGE.format(row.task_id or "TASK_ID")
+                message = self.damaged.get(key) or _LOST_MESSAGE.format(row.task_id or "TASK_ID")
+                row.state, row.error = EntryState.UNCERTAIN.value, str(message)
         return entries
 
     async def read_journal(self) -> "list[JournalEntry]":
-        """Return all journal entries, the oldest first.
+        """Return all journal entries, the oldest first, and update what is damaged.
 
         Raises:
             ConfigurationError: The folder can't be read.
@@ -248,7 +251,17 @@ class OutputDir:
             has_journal = self.journal_path.exists()
         except OSError as error:
             raise flux.ConfigurationError(f"can't read the folder {str(self.path)!r}: {error.strerror}") from error
-        return [entry async for entry in flux.SqliteJournal(self.journal_path).entries()] if has_journal else []
+        self.damaged = {}
+        entries: list[JournalEntry] = []
+        if has_journal:
+            async for page in read_pages(self.journal_path):
+                for entry in page:
+                    if isinstance(entry, JournalEntry):
+                        entries.append(entry)
+                        self.damaged.pop(entry.key, None)  # it was submitted again
+                    else:
+                        self.damaged[str(entry.key)] = entry
+        return entries
 
     def record(self, outcome: "flux.Outcome") -> Row:
         """Update the row of a request with its outcome, and return the row."""
@@ -270,10 +283,11 @@ class OutputDir:
         previous = {row.key: row for row in self._read_results()}
         requested = {line.key: Row.from_line(line) for line in lines}
         self.rows = {}
-        for key in dict.fromkeys((*requested, *previous, *journaled)):
-            row = self._merge_recorded(journaled.get(key) or requested.get(key) or previous[key])
+        for key in dict.fromkeys((*requested, *previous, *journaled, *self.lost)):
+            known = journaled.get(key) or requested.get(key) or previous.get(key) or self.lost[key]
+            row = self._merge_recorded(known)
             if self._stays_lost(key, newest.get(key)):
-                row = attrs.evolve(self.lost[key])
+                row = attrs.evolve(self.lost[key], prompt=self.lost[key].prompt or row.prompt, params=row.params)
             # An unpaid request that is no longer in the file was probably corrected there.
             if key in requested or not requested or row.state not in _UNPAID_STATES:
                 self.rows[key] = row
@@ -283,7 +297,7 @@ class OutputDir:
         recorded = self._recorded.get(key)
         if key not in self.lost or (recorded is not None and recorded.state in _FINAL_STATES):
             return False
-        return _is_lost(self.lost[key], entry)
+        return key in self.damaged or _is_lost(self.lost[key], entry)
 
     def _merge_recorded(self, row: Row) -> Row:
         """Return this run's own row if it knows more than the journal does."""
@@ -307,24 +321,15 @@ class OutputDir:
 
     def _read_results(self) -> list[Row]:
         """Return the rows of `results.jsonl`, without lines that another program has written."""
-        rows: list[Row] = []
-        for data in self._read_objects():
-            with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, flux.ConfigurationError):
-                rows.append(Row.from_dict(data))
-        return rows
-
-    def _read_objects(self) -> Iterator[dict[str, Any]]:
         try:
             text = self.results_path.read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return
+            return []
+        rows: list[Row] = []
         for line in text.split("\n"):
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(data, dict):
-                yield data
+            with contextlib.suppress(*_UNREADABLE):
+                rows.append(Row.from_dict(json.loads(line)))
+        return rows
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

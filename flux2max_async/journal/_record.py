@@ -65,6 +65,8 @@ class RequestRecord(BudgetRecord):
         self.entry: JournalEntry = entry
         """The newest entry; the one that would be written, until it is."""
         self._request = request
+        self._skipped = 0
+        """How many attempts were skipped because the newest entry is damaged."""
 
     @property
     def key(self) -> str:  # type: ignore[override]
@@ -81,7 +83,7 @@ class RequestRecord(BudgetRecord):
     # ------------------------------------------------------------------ before the submit
 
     async def find_existing(self, on_waiting: OnWaiting) -> Replay | Resume | Submit:
-        while (found := await self._journal.find(self.key)) is not None:
+        while (found := await self._find()) is not None:
             if found.state is EntryState.REFUSED:
                 self.entry = attrs.evolve(self._requested, attempt=found.attempt)
                 return Submit()
@@ -98,7 +100,7 @@ class RequestRecord(BudgetRecord):
                     return self._resume(found)
                 self.interrupted = True
             return await self._decide(found)
-        self.entry = self._requested
+        self.entry = attrs.evolve(self._requested, attempt=1 + self._skipped)
         return Submit()
 
     async def begin(self) -> None:
@@ -161,6 +163,17 @@ class RequestRecord(BudgetRecord):
             await self._write(attrs.evolve(self.entry, holder=None))
 
     # ------------------------------------------------------------------ internals
+
+    async def _find(self) -> JournalEntry | None:
+        """Return the newest entry; None if it is damaged and the request is to be submitted again all the same."""
+        try:
+            return await self._journal.find(self.key)
+        except JournalError as error:
+            if error.key is None or not self.policy.resubmit_uncertain:
+                raise
+            # Its number isn't known. If the next one isn't free, the entry is looked up again.
+            self._skipped += 1
+            return None
 
     async def _recorded_elsewhere(self, outcome: Outcome) -> Outcome | None:
         """Return the end that another process has recorded of a task that is not followed here any more.

@@ -1,10 +1,12 @@
 """`flux2max batch`: output files, messages and exit codes; nothing is paid for or downloaded twice."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import sqlite3
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -18,8 +20,9 @@ from support.commands import KEY, Command, Run, visible_lines
 from support.responses import jpeg
 from support.scripted import ScriptedGateway, answer, completed, running
 
+import flux2max_async as flux
 from flux2max_async._downloads import retries
-from flux2max_async.cli._output_dir import Row, _is_lost
+from flux2max_async.cli._output_dir import Row, _is_lost, is_final, state_after_failure
 from flux2max_async.emulator import Emulator, Fault
 from flux2max_async.journal._entry import EntryState, JournalEntry
 
@@ -784,6 +787,71 @@ def test_folder_that_cannot_be_created(flux2max: Command, service: Service, out:
     assert not gateway.calls
 
 
+def damage_journal(folder: Path, *prompts: str) -> None:
+    """Damage the entries of some prompts."""
+    with contextlib.closing(sqlite3.connect(folder / "journal.db")) as connection, connection:
+        for prompt in prompts:
+            name = prompt.replace(" ", "-")
+            connection.execute("UPDATE entries SET request = '{' WHERE key LIKE ? || '%'", (name,))
+
+
+@pytest.mark.parametrize("options", [(), ("--yes", "--retry-failed"), ("--yes", "--json")])
+@pytest.mark.parametrize("with_results", [True, False])
+def test_damaged_entries(flux2max: Command, service: Service, options: tuple[str, ...], with_results: bool) -> None:
+    """Requests whose entries are damaged are named, and paid for again only with consent; the others go on."""
+    gateway = service()
+    folder = Path("flux2max-prompts")
+    flux2max("batch", write("a cat", "a dog", "an owl"), *SMALL)
+    damage_journal(folder, "a cat", "a dog")
+    if not with_results:
+        (folder / "results.jsonl").unlink()
+    next(folder.glob("a-cat*.jpeg")).unlink()
+    prompts_file = write("a cat", "a dog", "an owl", "a fox")
+    run = flux2max("batch", prompts_file, *SMALL, *options)
+    shown, paid = results(), dict(gateway.accepted)
+    consented = flux2max("batch", prompts_file, *SMALL, *options, "--resubmit-uncertain")
+    after = states()
+    again = flux2max("batch", prompts_file, *SMALL, *options)
+
+    assert re.search(
+        r"flux2max: \S+journal\.db is damaged where it has 2 pictures, which may be paid for and are not submitted: "
+        r"a-cat-\w+, a-dog-\w+; put a backup of journal\.db back, or pay for them again with --resubmit-uncertain\n",
+        run.err,
+    )
+    assert "lost or replaced" not in run.err
+    assert run.code == 1
+    assert suggested_command(run)[-1] == "--resubmit-uncertain"
+    assert paid == dict.fromkeys(("a cat", "a dog", "an owl", "a fox"), 1)
+    assert {prompt: row["state"] for prompt, row in shown.items()} == {
+        "a cat": "uncertain", "a dog": "completed" if with_results else "uncertain", "an owl": "completed",
+        "a fox": "completed",
+    }  # fmt: skip
+    assert "the entry of 'a-cat-" in shown["a cat"]["error"]
+    assert "is damaged" in shown["a cat"]["error"]
+    for finished in (consented, again):
+        assert finished.code == 0
+        assert "is damaged" not in finished.err
+    assert dict(gateway.accepted) == {**paid, "a cat": 2, "a dog": 2}
+    assert set(after.values()) == {"completed"}
+
+
+def test_entries_damaged_during_the_run(flux2max: Command, service: Service) -> None:
+    """A request whose entry is damaged when it is looked up is an uncertain one, and stops no other."""
+    service()
+    flux2max("batch", write("a cat", "an owl"), *SMALL)
+    keys = [row["key"] for row in results().values()]
+    damaged = flux.Failed(
+        task_id=None,
+        request=flux.GenerationRequest("a cat", key=keys[0]),
+        error=flux.JournalError("damaged", key=keys[0]),
+        elapsed=0.0,
+        polls=0,
+    )
+
+    assert state_after_failure(damaged) == "uncertain"
+    assert is_final(damaged)
+
+
 # ---------------------------------------------------------------------- journal and gallery
 
 
@@ -807,6 +875,34 @@ def test_journal(flux2max: Command, service: Service) -> None:
     assert run.code == 0
     assert re.match(r"│ +2 │ +1 │ +1 │ +0 │ +0 │ +\$0\.07 │ +\$0\.00 │", run.out.splitlines()[3])
     assert [json.loads(line)["request"]["prompt"] for line in as_json.out.splitlines()] == ["a cat", "a dog [fail]"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_damaged_entries_are_reported(flux2max: Command, service: Service, count: int) -> None:
+    """`flux2max journal` and `gallery` go on past damaged entries, and name them; `journal` fails at its end."""
+    service()
+    prompts = ("a cat", "a dog", "an owl")
+    flux2max("batch", write(*prompts), *SMALL)
+    folder = Path("flux2max-prompts")
+    damage_journal(folder, *prompts[:count])
+    runs = [flux2max("journal", "flux2max-prompts", *options) for options in ((), ("--json",))]
+    (folder / "results.jsonl").unlink()
+    gallery = flux2max("gallery", "flux2max-prompts")
+    number = "an entry is" if count == 1 else "2 entries are"
+
+    for run in runs:
+        assert run.code == 1
+        assert run.err.count("is damaged: JSONDecodeError") == count
+        assert "the entry of 'a-cat-" in run.err
+        assert run.err.endswith(f"flux2max: {number} damaged, and left out above\n")
+    left = str(3 - count)
+    assert re.match(rf"│ +{left} │ +{left} │ +0 │ +0 │ +0 │", runs[0].out.splitlines()[3])
+    shown = [json.loads(line)["request"]["prompt"] for line in runs[1].out.splitlines()]
+    assert shown == list(prompts[count:])
+    assert gallery.code == 0
+    assert gallery.err.count("is damaged") == count
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert Counter(json.loads(line)["state"] for line in lines) == {"completed": 3 - count, "uncertain": count}
 
 
 def test_refusals_are_counted(flux2max: Command, script: ScriptedGateway) -> None:

@@ -264,3 +264,29 @@ async def test_a_stream_goes_on_past_a_damaged_row(gateway: Emulator, tmp_path: 
     assert [key for key, outcome in outcomes.items() if not isinstance(outcome, Failed)] == ["a", "z", "new"]
     assert sum(gateway.accepted.values()) == len(KEYS) + 1
     assert [file.name for file in tmp_path.iterdir()] == ["run.db"]
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+async def test_a_damaged_row_is_submitted_again_with_consent(gateway: Emulator, tmp_path: Path, attempts: int) -> None:
+    """resubmit_uncertain=True submits the request again, as the attempt after the damaged one, and then replays that."""
+    path = tmp_path / "run.db"
+    await create_journal(path)
+    for attempt in range(1, attempts):
+        rewrite(path, "INSERT INTO entries SELECT NULL, key, attempt + 1, content, 'failed', owner, task_id, cost, outlay,"
+                " created, submitted, ended, request, result, files, NULL FROM entries WHERE key = 'k' AND attempt = ?",
+                attempt)  # fmt: skip
+    rewrite(path, "UPDATE entries SET request = '{' WHERE key = 'k' AND attempt = ?", attempts)
+    session = FluxSession(
+        gateway.api_key, base_url=gateway.url, journal=SqliteJournal(path), schedule=FixedSchedule(0.05)
+    )
+    async with session:
+        request = GenerationRequest("a cat", key="k")
+        with pytest.raises(JournalError, match="'k'"):
+            await session.generate(request)
+        done = [await session.generate(request, resubmit_uncertain=True), await session.generate(request)]
+    found = [item.attempt async for item in SqliteJournal(path).entries() if item.task_id == done[0].task_id]
+
+    assert [outcome.replayed for outcome in done] == [False, True]
+    assert done[0].task_id == done[1].task_id
+    assert found == [attempts + 1]
+    assert sum(gateway.accepted.values()) == 1

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -411,3 +413,47 @@ def test_batch_survives_kills_and_faults(batch: Callable[..., Batch], flux2max: 
     assert {path.name for path in Path("flux2max-prompts").glob("*.jpeg")} == set(files)
     assert {path.name for path in Path("flux2max-prompts/thumbs").iterdir()} == {f"{name}.jpeg" for name in files}
     assert not list(Path("flux2max-prompts").glob("**/*.part"))
+
+
+def recorded_tasks(path: Path) -> set[str]:
+    """Return the prompts of the tasks that a journal's file has without its log."""
+    copy = Path(shutil.copy(path, "copy.db"))
+    try:
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            rows = connection.execute("SELECT json_extract(request, '$.prompt') FROM entries WHERE task_id IS NOT NULL")
+            return {prompt for (prompt,) in rows}
+    except sqlite3.Error:  # it was copied while it was written
+        return set()
+
+
+def test_journal_without_its_log(batch: Callable[..., Batch], flux2max: Command, service: Service) -> None:
+    """A copy of the killed batch's journal.db alone has what is older than seconds, and results.jsonl names the rest."""
+    gateway = service(seconds=0.5, spread=0.0)
+    folder = Path("flux2max-prompts")
+    run = batch(write_prompts(100), *SMALL, "--max-in-flight", "4")
+    wait_until(lambda: gateway.accepted.total() >= 20)
+    old = set(gateway.accepted)
+    wait_until(lambda: old <= recorded_tasks(folder / "journal.db"))  # within about 6 s, unless the machine is slow
+    copied = gateway.accepted.total()
+    wait_until(lambda: gateway.accepted.total() >= copied + 8)
+    run.process.send_signal(signal.SIGKILL)
+    killed = run.wait()
+    before = Counter(gateway.accepted)
+    for name, files in (("both", ["journal.db", "results.jsonl"]), ("alone", ["journal.db"])):
+        Path(name).mkdir()
+        for file in files:
+            shutil.copy(folder / file, name)
+    recorded = recorded_tasks(Path("alone/journal.db"))
+    rows = [json.loads(line) for line in Path("both/results.jsonl").read_text("utf-8").splitlines()]
+    known = {row["prompt"] for row in rows if row["task_id"]}
+    both = flux2max("batch", "prompts.txt", *SMALL, "--out", "both", "--yes")
+    after_both = Counter(gateway.accepted)
+    flux2max("batch", "prompts.txt", *SMALL, "--out", "alone", "--yes")
+    print(f"{before.total()} paid before the kill, {len(recorded)} in the file, {len(known)} in results.jsonl")
+
+    assert killed == -signal.SIGKILL
+    assert before.total() < 100
+    assert old <= recorded
+    assert all(after_both[prompt] == 1 for prompt in recorded | known)
+    assert ("was lost or replaced" in both.err) is bool(known - recorded)
+    assert all(gateway.accepted[prompt] == 1 for prompt in recorded)

@@ -71,8 +71,8 @@ class ImageSaver:
                     if record.interrupted:
                         await anyio.to_thread.run_sync(_remove_parts, self.folder, _part_prefix(image))
                     known = files[image.index : image.index + 1]
-                    existing = await anyio.to_thread.run_sync(self._find_saved, known) if known else None
-                    if existing is None or await anyio.to_thread.run_sync(_is_damaged, existing):
+                    existing, whole = await anyio.to_thread.run_sync(self._find_saved, known) if known else (None, False)
+                    if existing is None or not whole:
                         existing = await self._save(image, stem, files, record, existing)
                     saved.append(existing)
         except FluxError as failure:
@@ -81,13 +81,13 @@ class ImageSaver:
         journal_error = record.problem or outcome.journal_error
         return attrs.evolve(outcome, saved=tuple(saved), save_error=error, journal_error=journal_error)
 
-    def _find_saved(self, known: list[SavedFile]) -> Path | None:
-        """Return where an image that was saved earlier is; the folder may have been moved."""
+    def _find_saved(self, known: list[SavedFile]) -> tuple[Path | None, bool]:
+        """Return where an image that was saved earlier is, and whether it is whole; the folder may have been moved."""
         for file in known:
             path = self.folder / file.path.name
             if path.is_file() and path.stat().st_size == file.size:
-                return path
-        return None
+                return path, not _is_damaged(path)
+        return None, False
 
     async def _save(
         self, image: GeneratedImage, stem: str, files: list[SavedFile], record: NullRecord, damaged: Path | None

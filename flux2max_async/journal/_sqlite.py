@@ -14,6 +14,7 @@ from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
 
 if TYPE_CHECKING:
+    from flux2max_async.journal._read_ahead import ReadAhead
     from flux2max_async.journal._store import SqliteStore
     from flux2max_async.journal._worker import JournalWorker
 
@@ -47,6 +48,7 @@ class SqliteJournal:
         self._lease = validate_seconds("lease", lease, maximum=_MAX_SECONDS)
         self._busy_timeout = validate_seconds("busy_timeout", busy_timeout, maximum=_MAX_SECONDS)
         self._worker: JournalWorker | None = None
+        self._read_ahead: ReadAhead
         self._known_keys: set[str] | None = None
         """All keys in the file if it was empty when it was opened, which saves a new batch one query per request. None
         if the file may hold others."""
@@ -71,7 +73,8 @@ class SqliteJournal:
         Raises:
             JournalError: The file can't be opened, isn't a journal, is damaged, or a newer version wrote it.
         """
-        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - only sessions with a journal load sqlite3
+        from flux2max_async.journal._read_ahead import ReadAhead  # noqa: PLC0415 - only sessions with a journal load sqlite3
+        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - as above
 
         if self._worker is not None and not self._worker.stopped.get_loop().is_closed():
             raise JournalError(
@@ -80,6 +83,7 @@ class SqliteJournal:
         self._worker = worker = JournalWorker(
             self.path, self._lease, self._busy_timeout, on_external_change, watch_changes=watch_changes
         )
+        self._read_ahead = ReadAhead(self.path)
         try:
             self._known_keys = set() if await worker.opened else None
         except BaseException:
@@ -110,7 +114,9 @@ class SqliteJournal:
         is_sole_writer = self._open_worker().is_sole_writer
         if self._known_keys is not None and is_sole_writer and key not in self._known_keys:
             return None
-        found: JournalEntry | None = await self._run(lambda store: store.find(key), writes=False)
+        found: JournalEntry | None = self._read_ahead.take(key)
+        if found is None:
+            found = await self._run(lambda store: self._read_ahead.find(store, key), writes=False)
         return found
 
     async def find_task(self, task_id: str, /) -> JournalEntry | None:
@@ -141,7 +147,11 @@ class SqliteJournal:
 
     async def record(self, entry: JournalEntry, /) -> None:
         """Record an entry's new values. If the disk is full now, it is tried again until the journal is closed."""
-        await self._run(lambda store: store.record(entry), single_statement=True, entry_id=(entry.key, entry.attempt))
+        await self._run(
+            lambda store: self._read_ahead.record(store, entry),
+            single_statement=True,
+            entry_id=(entry.key, entry.attempt),
+        )
 
     async def changed(self, entry: JournalEntry, /) -> None:
         """Wait until an entry that another session holds has changed, or that session has died."""

@@ -47,6 +47,8 @@ from flux2max_async.journal._serialization import outcome_from_entry, to_json
 
 log = get_logger("journal")
 
+_MAX_RESULT_LENGTH = 16_384  # characters of a result that is read ahead
+
 # The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
 # completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded
 # yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody holds may be recorded
@@ -198,8 +200,23 @@ class SqliteStore:
 
     def find(self, key: str) -> JournalEntry | None:
         """Return the newest entry of a key."""
-        row = self._connection.execute(f"{SELECT} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1", (key,)).fetchone()
+        row = self.find_row(key)
         return row and self._entry(row)
+
+    def find_row(self, key: str) -> Row | None:
+        """Return the row of the newest entry of a key."""
+        statement = f"{SELECT} WHERE e.key = ? ORDER BY e.attempt DESC LIMIT 1"
+        row: Row | None = self._connection.execute(statement, (key,)).fetchone()
+        return row
+
+    def completed_rows(self, ids: range) -> list[Row]:
+        """Return the rows, among those with the ids, of completed entries of moderate size that nobody holds."""
+        return self._connection.execute(
+            f"{SELECT} WHERE e.id >= ? AND e.id < ? AND e.state = 'completed' AND e.owner IS NULL"
+            " AND length(e.result) <= ?"
+            " AND NOT EXISTS (SELECT 1 FROM entries n WHERE n.key = e.key AND n.attempt > e.attempt)",
+            (ids.start, ids.stop, _MAX_RESULT_LENGTH),
+        ).fetchall()
 
     def find_task(self, task_id: str) -> JournalEntry | None:
         """Return the newest entry of a task."""

@@ -71,7 +71,9 @@ class ImageSaver:
                     if record.interrupted:
                         await anyio.to_thread.run_sync(_remove_parts, self.folder, _part_prefix(image))
                     known = files[image.index : image.index + 1]
-                    existing, whole = await anyio.to_thread.run_sync(self._find_saved, known) if known else (None, False)
+                    existing, whole = (
+                        await anyio.to_thread.run_sync(self._find_saved, known) if known else (None, False)
+                    )
                     if existing is None or not whole:
                         existing = await self._save(image, stem, files, record, existing)
                     saved.append(existing)

@@ -14,6 +14,7 @@ from typing import Any
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async.journal._schema import process_is_gone
+from flux2max_async.journal._serialization import to_json
 
 NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
 _MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
@@ -58,11 +59,31 @@ def entry_from_row(path: Path, row: Row, us: str | None = None) -> JournalEntry:
         raise JournalError(f"the entry of {key!r} in the journal {path} is damaged: {error!r}", key=key) from error
 
 
-def to_nano_dollars(dollars: Decimal) -> int:
+def to_columns(entry: JournalEntry) -> dict[str, Any]:
+    """Return what is stored of an entry, by column, without its owner."""
+    return {
+        "key": entry.key,
+        "attempt": entry.attempt,
+        "content": entry.fingerprint,
+        "state": entry.state,
+        "task_id": entry.task_id,
+        "cost": None if entry.cost is None else str(entry.cost),
+        "outlay": _to_nano_dollars(entry.committed),
+        "created": _to_epoch(entry.created_at),
+        "submitted": _to_epoch(entry.submitted_at),
+        "ended": _to_epoch(entry.ended_at),
+        "request": to_json(dict(entry.request)),
+        "result": to_json(dict(entry.result)),
+        "files": to_json([[str(file.path), file.size] for file in entry.files]),
+        "token": entry.webhook_token,
+    }
+
+
+def _to_nano_dollars(dollars: Decimal) -> int:
     return min(int((dollars * NANO_DOLLARS_PER_DOLLAR).to_integral_value(ROUND_CEILING)), _MAX_NANO_DOLLARS)
 
 
-def to_epoch(time: datetime | None) -> float | None:
+def _to_epoch(time: datetime | None) -> float | None:
     return None if time is None else time.timestamp()
 
 

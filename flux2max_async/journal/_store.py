@@ -26,8 +26,7 @@ from flux2max_async.journal._rows import (
     decode_text,
     entry_from_row,
     row_id,
-    to_epoch,
-    to_nano_dollars,
+    to_columns,
 )
 from flux2max_async.journal._schema import (
     ADD_COLUMN,
@@ -43,7 +42,7 @@ from flux2max_async.journal._schema import (
     retry_while_locked,
     translate_sqlite_errors,
 )
-from flux2max_async.journal._serialization import outcome_from_entry, to_json
+from flux2max_async.journal._serialization import outcome_from_entry
 
 log = get_logger("journal")
 
@@ -201,7 +200,7 @@ class SqliteStore:
     def find(self, key: str) -> JournalEntry | None:
         """Return the newest entry of a key."""
         row = self.find_row(key)
-        return row and self._entry(row)
+        return None if row is None else self._entry(row)
 
     def find_row(self, key: str) -> Row | None:
         """Return the row of the newest entry of a key."""
@@ -252,13 +251,13 @@ class SqliteStore:
             check_budget(limit, committed, entry.committed)
         inserted: int = execute(
             "INSERT INTO entries (key, attempt, content, state, owner, outlay, created, token, request, result, files)"
-            " VALUES (?, ?, ?, 'intent', ?, ?, ?, ?, ?, '{}', '[]') ON CONFLICT (key, attempt) DO UPDATE SET"
+            " VALUES (:key, :attempt, :content, 'intent', :us, :outlay, :created, :token, :request, '{}', '[]')"
+            " ON CONFLICT (key, attempt) DO UPDATE SET"
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
             " created = excluded.created, ended = NULL, token = excluded.token, request = excluded.request,"
             " result = '{}' WHERE state = 'refused'",
-            (entry.key, entry.attempt, entry.fingerprint, self.owner, to_nano_dollars(entry.committed),
-             to_epoch(entry.created_at), entry.webhook_token, to_json(dict(entry.request))),
-        ).rowcount  # fmt: skip
+            {**to_columns(entry), "us": self.owner},
+        ).rowcount
         return inserted == 1
 
     def adopt(self, entry: JournalEntry) -> bool:
@@ -278,18 +277,9 @@ class SqliteStore:
             " files = CASE :files WHEN '[]' THEN files ELSE :files END"
             f" WHERE key = :key AND attempt = :attempt AND ({_MAY_UPDATE})",
             {
-                "state": entry.state,
+                **to_columns(entry),
                 "owner": self.owner if entry.holder is Holder.US else None,
                 "keep_owner": entry.holder is Holder.OTHER,
-                "task_id": entry.task_id,
-                "cost": None if entry.cost is None else str(entry.cost),
-                "outlay": to_nano_dollars(entry.committed),
-                "submitted": to_epoch(entry.submitted_at),
-                "ended": to_epoch(entry.ended_at),
-                "result": to_json(dict(entry.result)),
-                "files": to_json([[str(file.path), file.size] for file in entry.files]),
-                "key": entry.key,
-                "attempt": entry.attempt,
                 "us": self.owner,
             },
         ).rowcount

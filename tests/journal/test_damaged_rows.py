@@ -116,7 +116,8 @@ async def test_a_damaged_row_is_an_error_of_its_own_request(
     assert DAMAGE[damage][2] in str(raised[0])
     assert f"the entry of 'k' in the journal {path} is damaged" in str(raised[0])
     assert listed == ["a", "z"]
-    assert warned == [str(raised[0])]
+    assert len(warned) == 1
+    assert str(raised[0]).startswith(warned[0].removesuffix("…"))
     assert len(exported.read_text().splitlines()) == 2
     assert [other and other.key for other in others] == ["a", "z"]
     assert begun

@@ -9,7 +9,7 @@ from flux2max_async.journal._store import SqliteStore
 
 _MAX_ROWS = 256
 _MAX_GAP = 32
-"""Rows between two lookups of which the second still follows the first: requests are not begun exactly in order."""
+"""Rows by which lookups may be off and still go from row to row: requests are not begun exactly in their order."""
 
 
 class ReadAhead:
@@ -25,7 +25,7 @@ class ReadAhead:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[str, JournalEntry] = {}
-        self._window = range(1, 1)
+        self._window = range(1)
         """The ids of the rows that were read last."""
 
     def take(self, key: str) -> JournalEntry | None:
@@ -40,10 +40,10 @@ class ReadAhead:
         if row is None:
             return None
         entry = entry_from_row(self._path, row, store.owner)
-        if (number := row_id(row)) not in self._window:
-            follows = 0 <= number - self._window.stop < _MAX_GAP
-            size = min(2 * len(self._window), _MAX_ROWS) if follows else 1
-            self._window = range(number, number + max(size, 1))
+        number, window = row_id(row), self._window
+        if not window.start - _MAX_GAP <= number < window.stop:
+            follows = 0 <= number - window.stop < _MAX_GAP
+            self._window = range(number, number + (min(2 * len(window), _MAX_ROWS) if follows else 1))
             self._entries.clear()
             if follows:
                 self._read(store)

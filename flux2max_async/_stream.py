@@ -3,22 +3,24 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import attrs
 
 from flux2max_async._api.retry import is_disk_failure, is_fatal_for_batch
+from flux2max_async._downloads.replays import SavedImageFinder
 from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
+from flux2max_async._stream_input import LookAhead, Requests, source_of
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
 
-Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
 Start = Callable[[GenerationRequest], Awaitable[TaskRunner]]
 """Starts a request and returns its runner, which the stream has joined."""
 
@@ -120,16 +122,17 @@ class _Pipeline:
     ) -> None:
         self.undelivered: dict[_Item, None] = {}
         """In order of submission."""
-        self.look_ahead = _LookAhead(look_ahead)
+        self.look_ahead = LookAhead(look_ahead)
         self._start = start
         self._spawn = spawn
         self._saver = saver
+        self._finder = None if saver is None else SavedImageFinder(saver, spawn)
         self._max_saving = 2 * look_ahead
         """So many items may be saving without counting as look-ahead: downloads may take as long as tasks do."""
         self._saving = 0
         self._has_saved = False
         """Until one image is on the disk, saving counts as look-ahead: a disk that is full costs no further task."""
-        self._next_request = _source(requests)
+        self._next_request = source_of(requests)
         self._ready: deque[tuple[Outcome, _Item | None]] = deque()
         self._producer: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
@@ -250,11 +253,25 @@ class _Pipeline:
 
     def on_ended(self, item: _Item, runner: TaskRunner, outcome: Outcome) -> None:
         """Save the images of a completed task, if the stream saves, or deliver at once."""
-        if self._saver is None or isinstance(outcome, Failed):
+        if self._finder is None or isinstance(outcome, Failed):
             self._deliver(item, outcome)
-            return
+        elif outcome.replayed and runner.record.files and not runner.record.interrupted:
+            self._finder.find(outcome, runner.record.files, partial(self._on_found, item, outcome))
+        else:
+            self._save(item, outcome)
+
+    def _on_found(self, item: _Item, outcome: Completed, saved: tuple[Path, ...] | None) -> None:
+        """Deliver a replayed outcome whose images are there, or save them again."""
+        if saved is None:
+            self._save(item, outcome)
+        else:
+            self._has_saved = True
+            self._deliver(item, attrs.evolve(outcome, saved=saved))
+
+    def _save(self, item: _Item, outcome: Completed) -> None:
+        assert self._saver is not None
         try:
-            saving = self._spawn(self._saver.save(outcome, runner.record))
+            saving = self._spawn(self._saver.save(outcome, item.runner.record))
         except SessionClosedError as error:
             self._deliver(item, attrs.evolve(outcome, save_error=error))
             return
@@ -293,29 +310,6 @@ class _Pipeline:
             self._changed = None
 
 
-class _LookAhead:
-    """How many requests a stream may still pull before another outcome is delivered; it may be negative.
-
-    A semaphore that can be taken back: an item that doesn't hold a slot lends its share to the next request.
-    """
-
-    __slots__ = ("_available", "_released")
-
-    def __init__(self, available: int) -> None:
-        self._available = available
-        self._released = asyncio.Event()
-
-    async def acquire(self) -> None:
-        while self._available < 1:
-            self._released.clear()
-            await self._released.wait()
-        self._available -= 1
-
-    def release(self, amount: int = 1) -> None:
-        self._available += amount
-        self._released.set()
-
-
 def _why_not_sent(error: FluxError | None) -> FluxError:
     """Return the error of requests that are not sent because a stream stops: its own, unless that is about another."""
     if error is None:
@@ -329,17 +323,3 @@ def _why_not_sent(error: FluxError | None) -> FluxError:
 
 def _ends_the_stream(error: FluxError) -> bool:
     return is_fatal_for_batch(error) or isinstance(error, SessionClosedError)
-
-
-def _source(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequest]]:
-    """Return the coroutine function that yields the next request, and raises StopAsyncIteration at the end."""
-    if isinstance(requests, AsyncIterable):
-        return aiter(requests).__anext__
-    iterator = iter(requests)
-
-    async def next_request() -> str | GenerationRequest:
-        for request in iterator:
-            return request
-        raise StopAsyncIteration
-
-    return next_request

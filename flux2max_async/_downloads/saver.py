@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio.to_thread
@@ -60,6 +60,19 @@ class ImageSaver:
         async with record.saving:
             return await self._save_all(outcome, record)
 
+    def find_all_saved(self, outcome: Completed, files: Sequence[SavedFile]) -> tuple[Path, ...] | None:
+        """Return where the images of an outcome are, if all are saved and whole; blocking."""
+        paths: list[Path] = []
+        try:
+            for image in outcome.images:
+                path, whole = self._find_saved(files[image.index : image.index + 1])
+                if path is None or not whole:
+                    return None
+                paths.append(path)
+        except OSError:
+            return None  # save() gives the reason
+        return tuple(paths)
+
     async def _save_all(self, outcome: Completed, record: NullRecord) -> Completed:
         files = list(record.files)
         saved: list[Path] = []
@@ -83,7 +96,7 @@ class ImageSaver:
         journal_error = record.problem or outcome.journal_error
         return attrs.evolve(outcome, saved=tuple(saved), save_error=error, journal_error=journal_error)
 
-    def _find_saved(self, known: list[SavedFile]) -> tuple[Path | None, bool]:
+    def _find_saved(self, known: Sequence[SavedFile]) -> tuple[Path | None, bool]:
         """Return where an image that was saved earlier is, and whether it is whole; the folder may have been moved."""
         for file in known:
             path = self.folder / file.path.name

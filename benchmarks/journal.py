@@ -1,4 +1,4 @@
-"""Measure what a journal costs: CPU time, the duration of submits, fsyncs, and replays of requests it knows.
+"""Measure what a journal costs: CPU time, the duration of submits, fsyncs, replays, and the export of a large one.
 
 Each client runs in a process of its own, against a gateway in another one, with and without a journal alternately,
 several times. Ratios are ratios of the medians. CPU time is that of the client's process, with all its threads and
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _large_journal import large
 from _results import RESULTS, about, blocks, table, write
 from gateway import durations, prompt, run_client, running_gateway
 
@@ -40,11 +41,30 @@ class Size:
     task_seconds: float
     """The median of their durations."""
     replayed_requests: int
+    large_entries: int
+    """The number of entries of the large journal."""
+    saved_images: int
     fsyncs: int
 
 
-FULL = Size(runs=3, steady_tasks={24: 192, 200: 1_000}, task_seconds=4.0, replayed_requests=5_000, fsyncs=50)
-SHORT = Size(runs=1, steady_tasks={5: 15}, task_seconds=0.3, replayed_requests=100, fsyncs=5)
+FULL = Size(
+    runs=3,
+    steady_tasks={24: 192, 200: 1_000},
+    task_seconds=4.0,
+    replayed_requests=5_000,
+    large_entries=100_000,
+    saved_images=10_000,
+    fsyncs=50,
+)
+SHORT = Size(
+    runs=1,
+    steady_tasks={5: 15},
+    task_seconds=0.3,
+    replayed_requests=100,
+    large_entries=100,
+    saved_images=20,
+    fsyncs=5,
+)
 
 
 # ------------------------------------------------------------------ the client, in a process of its own
@@ -206,6 +226,26 @@ def compare_replay(size: Size, folder: Path) -> str:
     )
 
 
+def measure_large(size: Size, folder: Path) -> str:
+    """Measure a journal of many requests that have ended."""
+    results = [_run_client(folder, "large", size.large_entries, size.saved_images)[0] for _ in range(min(size.runs, 3))]
+    rows = []
+    for name, count, title in (
+        ("replay", size.large_entries, "nothing to save"),
+        ("saved", size.saved_images, "images saved already"),
+    ):
+        cpu, wall = (statistics.median(run[name][clock] for run in results) for clock in ("cpu", "wall"))
+        rows.append([title, f"{count:,}", f"{cpu * 1e3:.3f}", f"{wall * 1e3:.3f}", f"{1 / wall:,.0f}"])
+    memory, seconds = (statistics.median(run[name] for run in results) for name in ("memory", "export"))
+    return blocks(
+        f"Streams of requests that are all completed already, none of whose images has to be fetched. Medians of "
+        f"{len(results)}; at least 10,000 requests per second are wanted:",
+        table(["", "requests", "CPU time per request, ms", "wall time, ms", "requests per second"], rows),
+        f"The export of {size.large_entries:,} entries takes {seconds:.1f} s, and {memory / 2**20:.1f} MiB more than "
+        "the process had before.",
+    )
+
+
 def measure_disk(size: Size, folder: Path) -> str:
     """Measure an fsync in the folder of the journals."""
     seconds = []
@@ -245,9 +285,11 @@ def _file_system(folder: Path) -> str:
     return types[-1] if types else "a file system of unknown type"
 
 
-CLIENTS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {"steady": steady, "replay": replay}
+CLIENTS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
+    "steady": steady, "replay": replay, "large": large,
+}  # fmt: skip
 PARTS: dict[str, Callable[[Size, Path], str]] = {
-    "disk": measure_disk, "steady": compare_steady, "replay": compare_replay,
+    "disk": measure_disk, "steady": compare_steady, "replay": compare_replay, "large": measure_large,
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ KNOWN_STATUSES = {
 }
 """Most words need not be normalized: `in_progress` is here as it is usually spelled."""
 _NOT_FOUND = "tasknotfound"
+_MAX_LENGTH = 100
+"""A longer text is no known word; with megabytes of it, the event loop would stand still."""
 
 
 def status_of(text: str) -> TaskStatus | None:
@@ -40,4 +42,4 @@ def is_not_found(text: object) -> bool:
 
 
 def _normalize(text: str) -> str:
-    return re.sub(r"[\s_-]+", "", text).lower()
+    return re.sub(r"[\s_-]+", "", text).lower() if len(text) <= _MAX_LENGTH else text

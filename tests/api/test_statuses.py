@@ -194,6 +194,14 @@ def test_status_of_an_unknown_word(word: str) -> None:
     assert not is_moderated(word)
 
 
+def test_long_words_are_unknown() -> None:
+    """A text of more than 100 characters is no known word, whatever is left of it without spaces."""
+    for word in ("completed", "moderated", "task not found"):
+        longest, longer = word.ljust(100), word.ljust(101)
+        assert (status_of(longest) is None, is_not_found(longest)) == (status_of(word) is None, is_not_found(word))
+        assert (status_of(longer), is_moderated(longer), is_not_found(longer)) == (None, False, False)
+
+
 @settings(max_examples=200, deadline=None)
 @given(word=st.text() | st.sampled_from([*WORDS, *UNKNOWN]), has_images=st.booleans(), has_error=st.booleans())
 def test_polls_and_webhooks_agree(word: str, has_images: bool, has_error: bool) -> None:

@@ -29,6 +29,19 @@ _SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif"}
 
 
 @attrs.define(eq=False)
+class _Images:
+    """The images of one outcome while they are saved, by index."""
+
+    files: list[SavedFile]
+    """What the journal knows."""
+    saved: dict[int, Path] = attrs.field(factory=dict[int, Path], init=False)
+    parts: dict[int, Path] = attrs.field(factory=dict[int, Path], init=False)
+    """Those that were downloaded."""
+    suffixes: dict[int, str] = attrs.field(factory=dict[int, str], init=False)
+    """Of those in `parts`."""
+
+
+@attrs.define(eq=False)
 class ImageSaver:
     """Saves the images of a stream into one folder.
 
@@ -74,27 +87,45 @@ class ImageSaver:
         return tuple(paths)
 
     async def _save_all(self, outcome: Completed, record: NullRecord) -> Completed:
-        files = list(record.files)
-        saved: list[Path] = []
+        images = _Images(list(record.files))
         error: FluxError | None = None
         try:
             stem = self._stem(outcome)
+            error = await self._collect(outcome, stem, images, record)
+            with translate_write_errors(self.folder / stem):
+                await self._publish(stem, images, record)  # also those that were downloaded before one failed
+        except FluxError as failure:
+            error = error or failure
+        finally:
+            for part in images.parts.values():
+                part.unlink(missing_ok=True)
+        await record.release()
+        saved = tuple(path for _, path in sorted(images.saved.items()))
+        journal_error = record.problem or outcome.journal_error
+        return attrs.evolve(outcome, saved=saved, save_error=error, journal_error=journal_error)
+
+    async def _collect(self, outcome: Completed, stem: str, images: _Images, record: NullRecord) -> FluxError | None:
+        """Find each image that was saved earlier and download the others, up to one that fails; return why it does."""
+        try:
             with translate_write_errors(self.folder / stem):
                 for image in outcome.images:
                     if record.interrupted:
                         await anyio.to_thread.run_sync(_remove_parts, self.folder, _part_prefix(image))
-                    known = files[image.index : image.index + 1]
+                    known = images.files[image.index : image.index + 1]
                     existing, whole = (
                         await anyio.to_thread.run_sync(self._find_saved, known) if known else (None, False)
                     )
-                    if existing is None or not whole:
-                        existing = await self._save(image, stem, files, record, existing)
-                    saved.append(existing)
-        except FluxError as failure:
-            error = failure
-        await record.release()
-        journal_error = record.problem or outcome.journal_error
-        return attrs.evolve(outcome, saved=tuple(saved), save_error=error, journal_error=journal_error)
+                    if existing is not None and whole:
+                        images.saved[image.index] = existing
+                        continue
+                    part = self.folder / f".{_part_prefix(image)}.{secrets.token_hex(4)}.part"
+                    images.suffixes[image.index] = f".{await self.download(image, part, self.folder / stem)}"
+                    images.parts[image.index] = part
+                    if existing is not None:
+                        await self._replace(existing, image.index, images, record)
+        except FluxError as error:
+            return error
+        return None
 
     def _find_saved(self, known: Sequence[SavedFile]) -> tuple[Path | None, bool]:
         """Return where an image that was saved earlier is, and whether it is whole; the folder may have been moved."""
@@ -104,42 +135,29 @@ class ImageSaver:
                 return path, not _is_damaged(path)
         return None, False
 
-    async def _save(
-        self, image: GeneratedImage, stem: str, files: list[SavedFile], record: NullRecord, damaged: Path | None
-    ) -> Path:
-        part = self.folder / f".{_part_prefix(image)}.{secrets.token_hex(4)}.part"
-        suffix = f".{await self.download(image, part, self.folder / stem)}"
-        try:
-            if damaged is not None and await self._replace(damaged, part, image.index, files, record):
-                return damaged
-            return await self._publish(part, stem, suffix, image.index, files, record)
-        finally:
-            part.unlink(missing_ok=True)
+    async def _replace(self, damaged: Path, index: int, images: _Images, record: NullRecord) -> None:
+        """Replace a damaged file with the complete image, unless its size has changed."""
+        part = images.parts[index]
+        replaced = await anyio.to_thread.run_sync(_replace_file, part, damaged, images.files[index].size)
+        if replaced is not None:
+            images.files[index], images.saved[index] = replaced, damaged
+            # Not before: if this is not written, the next run finds the same image under this name.
+            await record.set_files(tuple(images.files))
 
-    async def _replace(self, damaged: Path, part: Path, index: int, files: list[SavedFile], record: NullRecord) -> bool:
-        """Replace a damaged file with the complete image, unless its size has changed; return whether it was."""
-        replaced = await anyio.to_thread.run_sync(_replace_file, part, damaged, files[index].size)
-        if replaced is None:
-            return False
-        # Not before: if this is not written, the next run finds the same image under this name.
-        files[index] = replaced
-        await record.set_files(tuple(files))
-        return True
-
-    async def _publish(
-        self, part: Path, stem: str, suffix: str, index: int, files: list[SavedFile], record: NullRecord
-    ) -> Path:
-        """Publish a complete image under the first name that is free, or that the same image already has."""
-        number = 0
-        while True:
-            number, target, size = await anyio.to_thread.run_sync(
-                _find_available, part, self.folder, stem, suffix, number + 1
+    async def _publish(self, stem: str, images: _Images, record: NullRecord) -> None:
+        """Publish the downloaded images, each under the first name that is free, or that the same image already has."""
+        while missing := {index: part for index, part in images.parts.items() if index not in images.saved}:
+            suffixes = [images.suffixes[index] for index in missing]
+            targets = await anyio.to_thread.run_sync(
+                _choose_targets, list(missing.values()), suffixes, self.folder, stem
             )
-            # First the journal, then the file: a file that is found under this name later is this image.
-            files[index : index + 1] = [SavedFile(target.absolute(), size)]
-            await record.set_files(tuple(files))
-            if await anyio.to_thread.run_sync(_link, part, target):
-                return target
+            # First the journal, then the files: a file that is found under this name later is this image.
+            for index, (target, size) in zip(missing, targets, strict=True):
+                images.files[index : index + 1] = [SavedFile(target.absolute(), size)]
+            await record.set_files(tuple(images.files))
+            for (index, part), (target, _) in zip(missing.items(), targets, strict=True):
+                if await anyio.to_thread.run_sync(_link, part, target):
+                    images.saved[index] = target
 
     def _stem(self, outcome: Completed) -> str:
         if self.name is None:
@@ -192,15 +210,21 @@ def _replace_file(part: Path, target: Path, recorded_size: int) -> SavedFile | N
     return SavedFile(target.absolute(), size)
 
 
-def _find_available(part: Path, folder: Path, stem: str, suffix: str, first: int) -> tuple[int, Path, int]:
-    """Return the first number whose file name is available, that file, and the size of the image."""
-    if (given := Path(stem).suffix).lower() in _SUFFIXES:
-        stem, suffix = stem.removesuffix(given), given
-    for number in itertools.count(first):
-        target = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
-        if _is_available(target, part):
-            return number, target, part.stat().st_size
-    raise AssertionError  # pragma: no cover - count() doesn't end
+def _choose_targets(parts: list[Path], suffixes: list[str], folder: Path, stem: str) -> list[tuple[Path, int]]:
+    """Return a file name for each image, which is available and no other image's, and the size of the image."""
+    chosen: dict[Path, Path] = {}
+    targets: list[tuple[Path, int]] = []
+    given = Path(stem).suffix
+    has_suffix = given.lower() in _SUFFIXES
+    for part, suffix in zip(parts, suffixes, strict=True):
+        for number in itertools.count(1):  # pragma: no branch - it doesn't end
+            name = f"{stem.removesuffix(given) if has_suffix else stem}{f'-{number}' if number > 1 else ''}"
+            target = folder / f"{name}{given if has_suffix else suffix}"
+            if _is_same(chosen[target], part) if target in chosen else _is_available(target, part):
+                chosen.setdefault(target, part)
+                targets.append((target, part.stat().st_size))
+                break
+    return targets
 
 
 def _is_available(target: Path, part: Path) -> bool:

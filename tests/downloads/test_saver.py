@@ -50,6 +50,23 @@ AVIF = b"\0\0\0\x14ftypavif\0\0\0\0mif1" + b"\0\0\0\x10meta........" + b"\0\0\0\
 STALLED = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + RED, then="hang")
 
 
+def picture_with(number: int) -> bytes:
+    """Return an image that differs from those with other numbers."""
+    return encode_image(f"#{number:02x}{255 - number:02x}80", "PNG")
+
+
+class CountingJournal(VirtualJournal):
+    """A journal that remembers what was recorded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.recorded: list[JournalEntry] = []
+
+    async def record(self, entry: JournalEntry, /) -> None:
+        self.recorded.append(entry)
+        await super().record(entry)
+
+
 def serve(scripted: ScriptedGateway, *tasks: bytes | Behaviour | list[bytes | Behaviour]) -> None:
     """Script one completed task with these images for each submit."""
     images = [task if isinstance(task, list) else [task] for task in tasks]
@@ -193,6 +210,36 @@ async def test_several_images_of_a_task_are_numbered(scripted: ScriptedGateway, 
 
     assert outcome.saved == tuple(tmp_path / name for name in ("cats.jpeg", "cats-2.jpeg", "cats-3.jpeg"))
     assert [path.read_bytes() for path in outcome.saved] == [RED, BLUE, encode_image("green")]
+
+
+async def test_many_images_of_a_task_are_recorded_together(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Of a task with 100 images, the first 64 are saved, each content once, and the journal's entry is written once."""
+    contents: list[bytes | Behaviour] = [picture_with(number % 60) for number in range(100)]
+    serve(scripted, contents)
+    journal = CountingJournal(tmp_path / "journal.db")
+    request = GenerationRequest("cats", key="cats")
+    (outcome,) = await run(session_on(scripted, journal=journal), request, save_to=tmp_path / "pictures")
+    (again,) = await run(session_on(scripted, journal=journal), request, save_to=tmp_path / "pictures")
+
+    assert len(outcome.images) == len(outcome.saved) == 64
+    assert [path.read_bytes() for path in outcome.saved] == contents[:64]
+    assert len(set(outcome.saved)) == len(names(tmp_path / "pictures")) == 60
+    assert outcome.partial_error is not None
+    assert outcome.partial_error.message == "the task has 100 images, of which the first 64 are used"
+    assert [len(entry.files) for entry in journal.recorded if entry.files] == [64, 64]  # its files; its release
+    assert again.replayed
+    assert again.saved == outcome.saved
+    assert len(downloads(scripted)) == 64
+
+
+async def test_images_before_one_that_fails_are_saved(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """If an image can't be downloaded, those before it are saved, those after it are left to the next run."""
+    serve(scripted, [RED, BLUE, answer(400, b""), encode_image("green")])
+    (outcome,) = await run(session_on(scripted), GenerationRequest("cats", key="cats"), save_to=tmp_path)
+
+    assert outcome.saved == (tmp_path / "cats.jpeg", tmp_path / "cats-2.jpeg")
+    assert str(outcome.save_error) == "can't download: HTTP 400"
+    assert names(tmp_path) == ["cats-2.jpeg", "cats.jpeg"]
 
 
 @pytest.mark.parametrize(

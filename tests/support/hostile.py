@@ -78,7 +78,7 @@ def drip(head: bytes) -> Behaviour:
 
     async def behave(connection: Connection) -> None:
         await connection.send(head)
-        while True:
+        while not connection.writer.is_closing():
             await asyncio.sleep(1 / TIME_SCALE)
             await connection.send(b"   ")
 
@@ -90,8 +90,9 @@ def endless(head: bytes, chunk: bytes) -> Behaviour:
 
     async def behave(connection: Connection) -> None:
         await connection.send(head)
-        while True:
+        while not connection.writer.is_closing():
             await connection.send(chunk)
+            await asyncio.sleep(0)  # so that the loss of the connection is noticed
 
     return behave
 

@@ -1,6 +1,7 @@
 """The hostile gateway's server, in a process of its own: its memory and processor time are not the client's."""
 
 import asyncio
+import logging
 import multiprocessing
 import ssl
 import subprocess
@@ -127,7 +128,9 @@ _SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 
 async def _run(pipe: Pipe, certificate: Path) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, __: None)  # clients that hang up on a hostile answer
+    # Clients hang up on hostile answers.
+    loop.set_exception_handler(lambda _, __: None)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     async with HostileGateway(certificate) as gateway:
         pipe.send(gateway.ports)
         while await loop.run_in_executor(None, pipe.recv):

@@ -4,6 +4,7 @@ The letters in brackets name the sources of facts, as in `codec`. All formats th
 services and the maker of the model are accepted.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
@@ -35,6 +36,8 @@ _MAX_DECIMAL_EXPONENT = 50
 _MAX_IMAGES = 64
 """More images of one task than that are ignored; the service makes one or a few."""
 _LIST_FIELDS = frozenset(("output", "content"))
+_NO_UNICODE = re.compile("[\ufffd\ud800-\udfff]")
+"""What stands for bytes that were not UTF-8, and surrogates, which have no bytes."""
 _IMAGE_FIELDS = frozenset(("image_url", "b64_json", "base64"))
 T = TypeVar("T")
 
@@ -66,13 +69,13 @@ class _Task:
 
 
 def task_id_of(body: Mapping[str, Any]) -> str | None:
-    """Return the task id in a response, as text; None if there is none, or its bytes were not UTF-8.
+    """Return the task id in a response, as text; None if there is none, or it can't be expressed in UTF-8.
 
     Raises:
         ProtocolError: It is too long.
     """
     match body.get("id"):
-        case str(text) if text and "\ufffd" not in text:
+        case str(text) if text and not _NO_UNICODE.search(text):
             task_id = text
         case int(number) if not isinstance(number, bool):
             task_id = str(number)

@@ -10,6 +10,7 @@ like one whose response was lost.
 import asyncio
 import math
 import platform
+import string
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -33,6 +34,9 @@ _MAX_RESPONSE_BYTES = 140_000_000
 """A task object with an image of 100 MB in base64."""
 _LARGE_RESPONSE_BYTES = 4_000_000
 """Beyond this size one response at a time is read, so that hostile ones can't fill the memory."""
+_MAX_OTHER_BYTES = 16_000_000
+"""How much of a large response may be anything but base64: only an image makes one that large."""
+_BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/-_="
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
@@ -151,7 +155,8 @@ class Transport:
         if await _read_up_to(response, content, _LARGE_RESPONSE_BYTES):
             async with self._large_response:
                 if await _read_up_to(response, content, _MAX_RESPONSE_BYTES):
-                    raise ProtocolError(f"the response is larger than {_MAX_RESPONSE_BYTES // 10**6} MB")
+                    limits = _MAX_OTHER_BYTES // 10**6, _MAX_RESPONSE_BYTES // 10**6
+                    raise ProtocolError("the response is larger than {} MB, or with an image {} MB".format(*limits))
         return bytes(content)
 
     def _send(
@@ -290,11 +295,14 @@ def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSessio
 
 
 async def _read_up_to(response: aiohttp.ClientResponse, content: bytearray, limit: int) -> bool:
-    """Append what comes to `content`; return whether it is more than `limit` bytes."""
-    while len(content) <= limit:
+    """Append what comes to `content`; return whether that is more than `limit` bytes, or too much is not an image."""
+    others = 0
+    while len(content) <= limit and others <= _MAX_OTHER_BYTES:
         if response.content.at_eof():
             return False
-        content += await response.content.readany()
+        chunk = await response.content.readany()
+        content += chunk
+        others += len(chunk.translate(None, _BASE64))
     return True
 
 

@@ -304,6 +304,7 @@ def test_half_readable_poll_response(body: bytes) -> None:
     [
         b'{"id": "\xff"}',
         b'{"id": "t1\xe9", "status": "pending"}',
+        b'{"id": "t1\\ud800", "status": "pending"}',
         b'{"status": "pending"}{"id": "t1"}',
         b'{"error": {"message": "bad prompt"}} {"id": "t1"}',
         b'x{"id": "t1"}',

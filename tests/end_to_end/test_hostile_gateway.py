@@ -56,8 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, An
             [sys.executable, "-W", "error", "-m", "support.hostile_client", *arguments],
             cwd=folder / "cwd",
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )

@@ -6,27 +6,19 @@ import gzip
 import io
 import json
 import math
-import multiprocessing
-import ssl
-import subprocess
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from multiprocessing.connection import Connection as Pipe
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote
+from collections.abc import Callable, Mapping
 
 import attrs
 from PIL import Image
 
-from support.scripted import Behaviour, Connection, Received, ScriptedGateway, answer, completed, raw, running
+from support.scripted import Behaviour, Connection, answer, completed, raw, running
 
 TIME_SCALE = 10.0
 """Seconds of the client's event loop for each real second."""
 GATEWAY_HOST, PICTURES_HOST = "gateway.example", "pictures.example"
 MEGABYTE = 1_000_000
-CONTROLS = "line\r\nline \x1b[31mred\x1b[0m \x9b2J \u202eltr \ud800 \x00"
+SURROGATE = "\ud800"
+CONTROLS = f"line\r\nline \x1b[31mred\x1b[0m \x9b2J \u202eltr {SURROGATE} \x00"
 """What must not reach a log or a terminal: line ends, ESC, C1, bidi controls, a lone surrogate, NUL."""
 
 PRIVATE_URLS = (
@@ -193,7 +185,8 @@ KINDS: Mapping[str, Kind] = {
     "cost_of_lists": Kind(expected=SAVED, poll=with_cost([["0.07"]])),
     # Ids
     "huge_id": Kind(expected=UNCERTAIN, new_id=lambda prompt: prompt + "x" * 5 * MEGABYTE),
-    "controls_id": Kind(expected=SAVED, new_id=lambda prompt: f"{prompt}/../{CONTROLS}"),
+    "controls_id": Kind(expected=SAVED, new_id=lambda prompt: f"{prompt}/../{CONTROLS.replace(SURROGATE, '')}"),
+    "surrogate_id": Kind(expected=UNCERTAIN, new_id=lambda prompt: prompt + SURROGATE),
     "dots_id": Kind(expected=SAVED, new_id=lambda prompt: "." * (60 + int(prompt.rpartition(".")[2]))),
     # Pictures
     "eps": Kind(expected=UNSAVED, download=lambda: answer(200, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),

@@ -8,7 +8,6 @@ addresses as on the Internet. The loop's clock is faster than the real one, so t
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import json
 import logging
 import random
@@ -85,7 +84,9 @@ class ClientLoop(asyncio.SelectorEventLoop):
         if not addresses:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
-            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0))
+            if ":" in address
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
             for address in addresses
         ]
 
@@ -242,7 +243,7 @@ async def run(folder: Path, port: int, key: str, budget: str) -> dict[str, Any]:
         measured = meter.report()
         try:
             costs = requests("negative_cost", "huge_cost", "nan_cost", start=1000, count=1000)
-            async for outcome in session.stream(costs, save_to=folder / "pictures"):
+            async for _ in session.stream(costs, save_to=folder / "pictures"):
                 pass
         except BudgetExceededError as error:
             stopped = str(error)

@@ -3,14 +3,15 @@
 With this folder in PYTHONPATH, Python imports this module when it starts, before anything else reads the clock.
 """
 
-import datetime
+import datetime as dt
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 _FILE = Path(os.environ["CLOCK_SHIFT_FILE"])
-_REAL_DATETIME, _real_time, _real_time_ns = datetime.datetime, time.time, time.time_ns
+_RealDatetime: Any = dt.datetime
+_real_time, _real_time_ns = time.time, time.time_ns
 
 
 def _shift() -> int:
@@ -22,15 +23,15 @@ def _shift() -> int:
 
 class _Meta(type):
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, _REAL_DATETIME)
+        return isinstance(value, _RealDatetime)
 
 
-class _Datetime(_REAL_DATETIME, metaclass=_Meta):
+class _Datetime(_RealDatetime, metaclass=_Meta):  # type: ignore[misc]
     @classmethod
     def now(cls, tz: Any = None) -> Any:
-        return _REAL_DATETIME.now(tz) + datetime.timedelta(seconds=_shift())
+        return _RealDatetime.now(tz) + dt.timedelta(seconds=_shift())
 
 
 time.time = lambda: _real_time() + _shift()
 time.time_ns = lambda: _real_time_ns() + _shift() * 10**9
-datetime.datetime = _Datetime  # type: ignore[misc]
+dt.datetime = _Datetime  # type: ignore[misc]

@@ -11,6 +11,8 @@ import attrs
 from yarl import URL
 
 _MAX_SHOWN_LENGTH = 80
+_MAX_LENGTH = 65_536
+"""Characters. No server takes a longer URL, and yarl keeps the newest URLs in memory."""
 # RFC 3986, appendix B. The fragment, which is not sent, is left out.
 _PARTS = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?(?://([^/?#]*))?([^?#]*)(\?[^#]*)?")
 # https://url.spec.whatwg.org/#concept-basic-url-parser
@@ -39,8 +41,10 @@ def encode_url(text: str) -> str:
     tabs and the fragment, and leaves every other character as it is.
 
     Raises:
-        ValueError: The text is not an http(s) URL with a host.
+        ValueError: The text is not an http(s) URL with a host, or has more than 65,536 characters.
     """
+    if len(text) > _MAX_LENGTH:
+        raise ValueError(f"longer than {_MAX_LENGTH:,} characters")
     parts = _split(text)
     if parts.scheme not in {"http", "https"} or not parts.authority:
         raise _invalid(text)

@@ -254,6 +254,15 @@ def test_not_a_web_url(text: str) -> None:
         encode_url(text)
 
 
+def test_longest_url() -> None:
+    """A URL may have 65,536 characters: no server takes more."""
+    url = f"https://x.example/{'a' * 65_518}"
+
+    assert encode_url(url) == url
+    with pytest.raises(ValueError, match="longer than 65,536 characters"):
+        encode_url(f"{url}a")
+
+
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="#?")), st.booleans())
 def test_ascii_is_never_changed(text: str, is_query: bool) -> None:
     """Any printable ASCII in paths and queries stays as it is, also if it is encoded or resolved once more."""

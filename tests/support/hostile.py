@@ -208,7 +208,7 @@ KINDS: Mapping[str, Kind] = {
     "rebinding": Kind(expected=SAVED | UNSAVED),
     "late": Kind(expected=UNSAVED, download=lambda: answer(503, b"", [("Retry-After", "9" * 30)])),
     # Bodies of polls
-    "brackets": Kind(expected=UNREADABLE, poll=lambda _, __: answer(200, brackets())),
+    "brackets": Kind(expected=BROKEN, poll=lambda _, __: answer(200, brackets())),
     "flat_json": Kind(expected=ANY, poll=with_fields(metadata={"text": "x" * 15 * MEGABYTE})),
     "deep_100": Kind(expected=SAVED, poll=nested(100)),
     "deep_900": Kind(expected=ANY, poll=nested(900)),

@@ -8,6 +8,7 @@ like one whose response was lost.
 """
 
 import asyncio
+import io
 import math
 import platform
 import string
@@ -32,9 +33,9 @@ from flux2max_async._version import __version__
 
 _MAX_RESPONSE_BYTES = 140_000_000
 """A task object with an image of 100 MB in base64."""
-_LARGE_RESPONSE_BYTES = 4_000_000
+_LARGE_RESPONSE_BYTES = 1_000_000
 """Beyond this size one response at a time is read, so that hostile ones can't fill the memory."""
-_MAX_OTHER_BYTES = 16_000_000
+_MAX_OTHER_BYTES = 4_000_000
 """How much of a large response may be anything but base64: only an image makes one that large."""
 _BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/-_="
 _CHUNK_BYTES = 65_536
@@ -151,13 +152,13 @@ class Transport:
             del failure, payload
 
     async def _read_content(self, response: aiohttp.ClientResponse) -> bytes:
-        content = bytearray()
+        content = io.BytesIO()  # its value is no copy
         if await _read_up_to(response, content, _LARGE_RESPONSE_BYTES):
             async with self._large_response:
                 if await _read_up_to(response, content, _MAX_RESPONSE_BYTES):
                     limits = _MAX_OTHER_BYTES // 10**6, _MAX_RESPONSE_BYTES // 10**6
                     raise ProtocolError("the response is larger than {} MB, or with an image {} MB".format(*limits))
-        return bytes(content)
+        return content.getvalue()
 
     def _send(
         self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
@@ -294,14 +295,14 @@ def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSessio
     return session
 
 
-async def _read_up_to(response: aiohttp.ClientResponse, content: bytearray, limit: int) -> bool:
-    """Append what comes to `content`; return whether that is more than `limit` bytes, or too much is not an image."""
+async def _read_up_to(response: aiohttp.ClientResponse, content: io.BytesIO, limit: int) -> bool:
+    """Write what comes to `content`; return whether that is more than `limit` bytes, or too much is not an image."""
     others = 0
-    while len(content) <= limit and others <= _MAX_OTHER_BYTES:
+    while content.tell() <= limit and others <= _MAX_OTHER_BYTES:
         if response.content.at_eof():
             return False
         chunk = await response.content.readany()
-        content += chunk
+        content.write(chunk)
         others += len(chunk.translate(None, _BASE64))
     return True
 

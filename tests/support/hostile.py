@@ -209,7 +209,8 @@ KINDS: Mapping[str, Kind] = {
     "late": Kind(expected=UNSAVED, download=lambda: answer(503, b"", [("Retry-After", "9" * 30)])),
     # Bodies of polls
     "brackets": Kind(expected=BROKEN, poll=lambda _, __: answer(200, brackets())),
-    "flat_json": Kind(expected=ANY, poll=with_fields(metadata={"text": "x" * 15 * MEGABYTE})),
+    "flat_json": Kind(expected=ANY, poll=with_fields(metadata={"text": "x" * 15 * MEGABYTE}), count=1),
+    "flat_words": Kind(expected=BROKEN, poll=with_fields(metadata={"text": "a b " * 4 * MEGABYTE})),
     "deep_100": Kind(expected=SAVED, poll=nested(100)),
     "deep_900": Kind(expected=ANY, poll=nested(900)),
     "deep_9000": Kind(expected=ANY, poll=nested(9000)),

@@ -224,7 +224,7 @@ async def run(folder: Path, port: int, key: str, budget: str) -> dict[str, Any]:
     async with FluxSession(
         key,
         base_url=f"https://{GATEWAY_HOST}:{port}",
-        max_in_flight=48,
+        max_in_flight=24,
         schedule=FixedSchedule(1.0),
         task_timeout=60.0,
         journal=SqliteJournal(folder / "journal" / "run.db"),
@@ -232,7 +232,7 @@ async def run(folder: Path, port: int, key: str, budget: str) -> dict[str, Any]:
         max_uncertain=None,
         max_polls_per_second=None,
     ) as session:
-        async for _ in session.stream(requests("honest", start=1000, count=60), save_to=folder / "pictures"):
+        async for _ in session.stream(requests("honest", start=1000, count=150), save_to=folder / "pictures"):
             pass
         meter.start()
         try:

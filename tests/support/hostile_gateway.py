@@ -160,6 +160,7 @@ def running_hostile_gateway(certificate: Path) -> Iterator[RunningGateway]:
     pipe, child_pipe = _SPAWN_CONTEXT.Pipe()
     process = _SPAWN_CONTEXT.Process(target=_serve, args=(child_pipe, certificate), daemon=True)
     process.start()
+    child_pipe.close()  # so that the end of the process is noticed
     try:
         yield RunningGateway(pipe, pipe.recv())
     finally:

@@ -1,28 +1,25 @@
 """The gallery: an HTML page with all images of an output folder, and their thumbnails."""
 
 import base64
+import contextlib
 import hashlib
-import io
-import math
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import attrs
 from jinja2 import Environment, FileSystemLoader
-from PIL import Image
 
 from flux2max_async.cli._output_dir import WAITING, OutputDir, Row, write_atomically
 from flux2max_async.cli._terminal import print_error
+from flux2max_async.cli._thumbnails import Thumbnails, stat_regular
 from flux2max_async.journal._entry import EntryState
 
-_THUMBNAIL_SIDE = 360
-"""The length of a thumbnail's longer side in pixels."""
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
-"""The formats of images that are opened: Pillow has others, and runs Ghostscript for one of them."""
 _IMAGE_NAME = re.compile(
     r"(?!(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])[ ]*\.)[\w(+,=@-][\w.()+,=@ -]*\.\w+", re.IGNORECASE
 )
@@ -37,25 +34,6 @@ _STATE_LABELS = {EntryState.INTENT.value: "running", EntryState.SUBMITTED.value:
 """The names of states on the page, if they differ from the journal's."""
 
 
-@attrs.frozen
-class Card:
-    """One image on the page, or the placeholder of a request without images."""
-
-    row: Row
-    number: int
-    """The position on the page, from 1."""
-    state: str
-    rank: int
-    """The position of the state in `_STATE_ORDER`."""
-    image_url: str = ""
-    """Relative to the page; empty if there is no image."""
-    thumbnail_url: str = ""
-    size: Sequence[object] = ()
-    """The image's width and height in pixels; without an image, the requested ones."""
-    part: str = ""
-    """The position among several images of one request, such as "1 of 2"."""
-
-
 @attrs.define
 class Gallery:
     """The page of an output folder."""
@@ -65,8 +43,9 @@ class Gallery:
     """Whether to create no more thumbnails: the page then shows an image itself if its thumbnail is missing."""
     _warned: bool = attrs.field(default=False, init=False)
     """Whether it was reported that there are files that are not shown."""
-    _sizes: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
-    """The width and height in pixels of images that were opened, by file name."""
+    _thumbnails: Thumbnails = attrs.field(
+        default=attrs.Factory(lambda self: Thumbnails(self.folder), takes_self=True), init=False
+    )
     _environment: Environment = attrs.field(
         factory=lambda: Environment(
             loader=FileSystemLoader(Path(__file__).parent),
@@ -84,7 +63,7 @@ class Gallery:
         return self.folder / "index.html"
 
     def write(self, rows: Sequence[Row], *, running: bool) -> None:
-        """Create missing thumbnails, and replace the page atomically.
+        """Create missing thumbnails, and replace the page atomically if it has changed.
 
         Args:
             rows: The requests to show, in order.
@@ -99,21 +78,21 @@ class Gallery:
             print_error(
                 f"the page doesn't show the pictures of {len(refused)} requests: their files aren't in the folder"
             )
-        cards: list[Card] = []
-        for row in rows:
-            cards += self._create_cards(row, [] if row.key in refused else row.files, len(cards) + 1)
-        states = Counter(card.state for card in cards)
+        files = {row.key: row.files for row in rows if row.key not in refused}
+        self._thumbnails.update((name for names in files.values() for name in names), lambda: self.skip_thumbnails)
+        entries = [entry for row in rows for entry in self._describe(row, files.get(row.key, []))]
+        states = Counter(entry["state"] for entry in entries)
         page = self._environment.get_template(_TEMPLATE).render(
             content_policy=self._content_policy(),
-            cards=cards,
+            data=json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
             title=self.folder.resolve().name,
-            image_count=sum(bool(card.image_url) for card in cards),
+            image_count=sum("url" in entry for entry in entries),
             spent=sum(row.cost for row in rows if row.cost is not None),
             states=sorted(states.items(), key=lambda item: _rank(item[0]), reverse=True),
             running=running,
             now=datetime.now().astimezone(),
         )
-        write_atomically(self.path, page)
+        write_if_changed(self.path, page)
 
     def _content_policy(self) -> str:
         """Return the page's Content-Security-Policy: its own script and style, and images beside it.
@@ -134,39 +113,30 @@ class Gallery:
         """Check whether a name, which may have been written by somebody else, is that of a file in the folder."""
         return bool(_IMAGE_NAME.fullmatch(name)) and not (self.folder / name).is_symlink()
 
-    def _create_cards(self, row: Row, files: Sequence[str], number: int) -> list[Card]:
-        """Return a card for each image of a request, or a placeholder."""
-        state, rank = _STATE_LABELS.get(row.state, row.state), _rank(row.state)
-        cards: list[Card] = []
+    def _describe(self, row: Row, files: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what the page knows about each image of a request, or about a request without images."""
+        state = _STATE_LABELS.get(row.state, row.state)
+        common: dict[str, Any] = {"prompt": row.prompt, "key": row.key, "state": state, "rank": _rank(row.state)}
+        if row.cost is not None:
+            common["cost"] = str(row.cost)
+        if "seed" in row.params:
+            common["seed"] = str(row.params["seed"])
+        if not files:
+            common["reason"] = row.error or ("not there yet" if state in {WAITING, "running"} else "no file")
+            requested = [str(row.params.get(side) or "any") for side in ("width", "height")]
+            return [common if requested == ["any", "any"] else {**common, "size": "×".join(requested)}]
+        if row.error:
+            common["problem"] = row.error
+        entries: list[dict[str, Any]] = []
         for index, name in enumerate(files, 1):
-            thumbnail_url, size = self._create_thumbnail(name)
-            part = f"{index} of {len(files)}" if len(files) > 1 else ""
-            cards.append(Card(row, number + index - 1, state, rank, quote(name), thumbnail_url, size, part))
-        requested = [row.params.get(side) or "any" for side in ("width", "height")]
-        return cards or [Card(row, number, state, rank, size=[] if requested == ["any", "any"] else requested)]
-
-    def _create_thumbnail(self, name: str) -> tuple[str, Sequence[object]]:
-        """Create an image's thumbnail if it is missing or outdated.
-
-        Returns:
-            The URL of the thumbnail, or of the image itself if it has none, and the image's width and height.
-        """
-        path, thumbnail = self.folder / name, self.folder / "thumbs" / f"{name}.jpeg"
-        try:
-            # A link could lead out of the folder.
-            exists = thumbnail.is_file() and not thumbnail.is_symlink()
-            if name not in self._sizes or not exists:
-                with Image.open(path, formats=_IMAGE_FORMATS) as image:
-                    size = _check_size(image)
-                    if (self.skip_thumbnails and not exists) or thumbnail.parent.is_symlink():
-                        return quote(name), size
-                    if not exists or thumbnail.stat().st_mtime < path.stat().st_mtime:
-                        thumbnail.parent.mkdir(exist_ok=True)
-                        write_atomically(thumbnail, _encode_thumbnail(image))
-                self._sizes[name] = size
-        except Exception:  # noqa: BLE001 - a damaged image must not keep the others from being shown
-            return quote(name), []
-        return quote(f"thumbs/{thumbnail.name}"), self._sizes[name]
+            entry = {**common, "url": quote(name), "thumbnail": quote(name)}
+            if (source := self._thumbnails.sources.get(name)) is not None:
+                entry["thumbnail"] = quote(f"thumbs/{name}.jpeg")
+                entry["size"] = f"{source.width}×{source.height}"
+            if len(files) > 1:
+                entry["part"] = f"{index} of {len(files)}"
+            entries.append(entry)
+        return entries
 
 
 def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, *, running: bool) -> str | None:
@@ -188,30 +158,17 @@ def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, 
     return "; ".join(problems) or None
 
 
-def _check_size(image: Image.Image) -> tuple[int, int]:
-    """Return an image's width and height.
+def write_if_changed(path: Path, content: str) -> None:
+    """Replace a file atomically, unless it has this content already.
 
     Raises:
-        DecompressionBombError: It would need too much memory. Pillow itself only warns, up to twice its limit.
+        OSError: It can't be written; it keeps its old content.
     """
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise Image.DecompressionBombError(f"an image of {image.width}\u00d7{image.height} pixels")
-    return image.size
-
-
-def _encode_thumbnail(image: Image.Image) -> bytes:
-    """Return a smaller JPEG of an image; transparent pixels become white."""
-    image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))  # so that a JPEG isn't decoded in full size
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        thumbnail = Image.new("RGB", image.size, "white")
-        transparent = image.convert("RGBA")
-        thumbnail.paste(transparent, mask=transparent)
-    else:
-        thumbnail = image.convert("RGB")
-    file = io.BytesIO()
-    thumbnail.save(file, "JPEG", quality=80, optimize=True)
-    return file.getvalue()
+    data = content.encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        if stat_regular(path) and path.read_bytes() == data:
+            return
+    write_atomically(path, data)
 
 
 def _rank(state: str) -> int:

@@ -132,7 +132,7 @@ def test_pictures_are_loaded_lazily(page: Page) -> None:
         "[...document.images].filter((image) => image.src && image.complete && image.naturalWidth).length"
     )
     page.locator("#cards img").last.scroll_into_view_if_needed()
-    page.wait_for_function("[...document.querySelectorAll('#cards img')].at(-1).naturalWidth > 0")
+    page.locator("#cards img").last.evaluate("image => image.decode()")
     side_lengths = page.evaluate(
         "[...document.querySelectorAll('#cards img')].filter((image) => image.naturalWidth)"
         ".map((image) => Math.max(image.naturalWidth, image.naturalHeight))"

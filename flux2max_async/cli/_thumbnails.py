@@ -1,0 +1,212 @@
+"""Thumbnails of the images in a folder, created by worker processes: see `_thumbnail_worker.py`."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import attrs
+
+from flux2max_async.cli._output_dir import write_atomically
+
+_WORKER = Path(__file__).with_name("_thumbnail_worker.py")
+_MAX_WORKERS = 4
+_IMAGES_PER_WORKER = 16
+"""The number of images that are worth another process: it takes as long to start as they do."""
+_TICK = 0.1
+"""Seconds between two checks whether to stop."""
+_COMMENT = re.compile(rb"flux2max (\d{1,9})x(\d{1,9}) (\d{1,18}) (-?\d{1,20})")
+_HEADER_LENGTH = 256
+"""The bytes of a thumbnail that contain its comment."""
+
+
+@attrs.frozen
+class Source:
+    """The image that a thumbnail was created from."""
+
+    width: int
+    height: int
+    file_size: int
+    modified: int
+    """In nanoseconds since 1970."""
+
+    @classmethod
+    def parse(cls, thumbnail: bytes) -> "Source | None":
+        """Return what the comment of a thumbnail says, or None if it has none."""
+        found = _COMMENT.search(thumbnail, 0, _HEADER_LENGTH)
+        return cls(*map(int, found.groups())) if found else None
+
+    def is_version(self, status: os.stat_result) -> bool:
+        """Check whether a file's status is that of the image."""
+        return (self.file_size, self.modified) == (status.st_size, status.st_mtime_ns)
+
+
+@attrs.define
+class Thumbnails:
+    """The thumbnails of a folder's images, in its folder `thumbs`."""
+
+    folder: Path
+    sources: dict[str, Source] = attrs.field(factory=dict[str, Source], init=False)
+    """The sources of the thumbnails that exist, by the file name of the image."""
+    _failed: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
+    """The size and modification time of the files that no thumbnail can be created of, by file name."""
+
+    @property
+    def path(self) -> Path:
+        """The folder with the thumbnails."""
+        return self.folder / "thumbs"
+
+    def update(self, names: Iterable[str], is_cancelled: Callable[[], bool]) -> None:
+        """Create the thumbnails of images that have none, or one of another version of the file.
+
+        Args:
+            names: File names in the folder.
+            is_cancelled: Returns whether to create no more of them.
+        """
+        if self.path.is_symlink():  # it could lead out of the folder
+            self.sources.clear()
+            return
+        outdated = [name for name in names if self._is_outdated(name)]
+        if outdated and not is_cancelled():
+            try:
+                self.path.mkdir(exist_ok=True)
+            except OSError:
+                return
+            _run_workers([self.folder / name for name in outdated], self._save, is_cancelled)
+
+    def _is_outdated(self, name: str) -> bool:
+        """Check whether to create a thumbnail; remember its source if it exists."""
+        image, thumbnail = stat_regular(self.folder / name), self._find(name)
+        source = self.sources.pop(name, None) or (thumbnail and _read_source(thumbnail))
+        # The thumbnail of an image that has just been deleted is kept.
+        if thumbnail is None or source is None or (image is not None and not source.is_version(image)):
+            return image is not None and self._failed.get(name) != (image.st_size, image.st_mtime_ns)
+        self.sources[name] = source
+        return False
+
+    def _find(self, name: str) -> Path | None:
+        path = self.path / f"{name}.jpeg"
+        return path if stat_regular(path) else None
+
+    def _save(self, name: str, thumbnail: bytes) -> None:
+        """Write a thumbnail, or remember that there is none."""
+        source, status = Source.parse(thumbnail), stat_regular(self.folder / name)
+        if source is not None:
+            # An image without a thumbnail is still shown.
+            with contextlib.suppress(OSError):
+                write_atomically(self.path / f"{name}.jpeg", thumbnail)
+                self.sources[name] = source
+        elif status is not None:
+            self._failed[name] = status.st_size, status.st_mtime_ns
+
+
+@attrs.define
+class _Worker:
+    """A process that creates one thumbnail after the other, and is replaced when it ends.
+
+    Running -> stopped: `stop` has ended the process, and no other is started.
+    """
+
+    paths: Sequence[Path]
+    save: Callable[[str, bytes], object]
+    """Called with the name of each image and its thumbnail, which is empty if there is none."""
+    _process: subprocess.Popen[bytes] | None = attrs.field(default=None, init=False)
+    _stopped: bool = attrs.field(default=False, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+
+    def run(self) -> None:
+        """Create the thumbnails of all images."""
+        paths = iter(self.paths)
+        for process in iter(self._start, None):
+            # It may end at any time; closing the pipe to it fails then, too.
+            with contextlib.suppress(OSError), process:
+                assert process.stdin and process.stdout
+                if _read_reply(process.stdout) is None:
+                    return  # it can't even start
+                if all(self._create(process.stdin, process.stdout, path) for path in paths):
+                    return
+
+    def stop(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _start(self) -> "subprocess.Popen[bytes] | None":
+        with self._lock:
+            if self._stopped:
+                return None
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - this Python, and a file of this package
+                    # -P: modules in the working folder, which may be somebody else's, are not imported.
+                    [sys.executable, "-P", _WORKER],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={name: value for name, value in os.environ.items() if not name.startswith("FLUX2MAX_")},
+                    process_group=0,  # signals of the terminal are for this process only
+                )
+            except OSError:
+                return None
+            return self._process
+
+    def _create(self, stdin: BinaryIO, stdout: BinaryIO, path: Path) -> bool:
+        """Create a thumbnail; return False if the process has ended."""
+        stdin.write(f"{json.dumps(str(path))}\n".encode())
+        stdin.flush()
+        thumbnail = _read_reply(stdout)
+        if not self._stopped:
+            self.save(path.name, thumbnail or b"")
+        return thumbnail is not None
+
+
+def _run_workers(
+    paths: Sequence[Path], save: Callable[[str, bytes], object], is_cancelled: Callable[[], bool]
+) -> None:
+    """Create thumbnails in several processes, until all are created or it is cancelled."""
+    count = min(_MAX_WORKERS, os.cpu_count() or 1, 1 + len(paths) // _IMAGES_PER_WORKER)
+    workers = [_Worker(paths[start::count], save) for start in range(count)]
+    with concurrent.futures.ThreadPoolExecutor(count) as executor:
+        try:
+            runs = [executor.submit(worker.run) for worker in workers]
+            while concurrent.futures.wait(runs, _TICK).not_done and not is_cancelled():
+                pass
+        finally:
+            for worker in workers:
+                worker.stop()
+    for run in runs:
+        run.result()
+
+
+def _read_reply(stream: BinaryIO) -> bytes | None:
+    """Return the next thumbnail of a worker, or None if it has ended."""
+    header = stream.read(4)
+    length = int.from_bytes(header)
+    data = stream.read(length)
+    return data if len(header) == 4 and len(data) == length else None
+
+
+def _read_source(thumbnail: Path) -> Source | None:
+    try:
+        with thumbnail.open("rb") as file:
+            return Source.parse(file.read(_HEADER_LENGTH))
+    except OSError:
+        return None
+
+
+def stat_regular(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file, or None if it is something else, or doesn't exist."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None

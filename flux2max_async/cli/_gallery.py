@@ -79,7 +79,8 @@ class Gallery:
                 f"the page doesn't show the pictures of {len(refused)} requests: their files aren't in the folder"
             )
         files = {row.key: row.files for row in rows if row.key not in refused}
-        self._thumbnails.update((name for names in files.values() for name in names), lambda: self.skip_thumbnails)
+        names = dict.fromkeys(name for row_files in files.values() for name in row_files)
+        self._thumbnails.update(names, lambda: self.skip_thumbnails)
         entries = [entry for row in rows for entry in self._describe(row, files.get(row.key, []))]
         states = Counter(entry["state"] for entry in entries)
         page = self._environment.get_template(_TEMPLATE).render(

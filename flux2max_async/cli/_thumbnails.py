@@ -169,9 +169,7 @@ class _Worker:
         return thumbnail is not None
 
 
-def _run_workers(
-    paths: Sequence[Path], save: Callable[[str, bytes], object], is_cancelled: Callable[[], bool]
-) -> None:
+def _run_workers(paths: Sequence[Path], save: Callable[[str, bytes], object], is_cancelled: Callable[[], bool]) -> None:
     """Create thumbnails in several processes, until all are created or it is cancelled."""
     count = min(_MAX_WORKERS, os.cpu_count() or 1, 1 + len(paths) // _IMAGES_PER_WORKER)
     workers = [_Worker(paths[start::count], save) for start in range(count)]

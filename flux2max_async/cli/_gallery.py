@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from flux2max_async.cli._output_dir import WAITING, OutputDir, Row, write_atomically
 from flux2max_async.cli._terminal import print_error
-from flux2max_async.cli._thumbnails import Thumbnails, stat_regular
+from flux2max_async.cli._thumbnails import Thumbnails, file_version
 from flux2max_async.journal._entry import EntryState
 
 _IMAGE_NAME = re.compile(
@@ -125,7 +125,7 @@ class Gallery:
         if not files:
             common["reason"] = row.error or ("not there yet" if state in {WAITING, "running"} else "no file")
             requested = [str(row.params.get(side) or "any") for side in ("width", "height")]
-            return [common if requested == ["any", "any"] else {**common, "size": "×".join(requested)}]
+            return [common if requested == ["any", "any"] else {**common, "size": "\u00d7".join(requested)}]
         if row.error:
             common["problem"] = row.error
         entries: list[dict[str, Any]] = []
@@ -133,7 +133,7 @@ class Gallery:
             entry = {**common, "url": quote(name), "thumbnail": quote(name)}
             if (source := self._thumbnails.sources.get(name)) is not None:
                 entry["thumbnail"] = quote(f"thumbs/{name}.jpeg")
-                entry["size"] = f"{source.width}×{source.height}"
+                entry["size"] = f"{source.width}\u00d7{source.height}"
             if len(files) > 1:
                 entry["part"] = f"{index} of {len(files)}"
             entries.append(entry)
@@ -167,7 +167,7 @@ def write_if_changed(path: Path, content: str) -> None:
     """
     data = content.encode(errors="backslashreplace")
     with contextlib.suppress(OSError):
-        if stat_regular(path) and path.read_bytes() == data:
+        if file_version(path) is not None and path.read_bytes() == data:
             return
     write_atomically(path, data)
 

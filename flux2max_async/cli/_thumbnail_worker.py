@@ -2,7 +2,7 @@
 
 It reads the paths of images from standard input, each as a line of JSON. For each it writes a thumbnail to standard
 output: the length as four bytes, and a JPEG, which is empty if the image can't be decoded. An empty one comes first,
-when the program is ready. It ends with its input. It is started by its path, and imports no other module of the package.
+when the program is ready. It ends with its input. It is started by its path, and imports nothing else of the package.
 """
 
 import faulthandler

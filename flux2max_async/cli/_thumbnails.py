@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import attrs
 
@@ -21,6 +21,8 @@ _WORKER = Path(__file__).with_name("_thumbnail_worker.py")
 _MAX_WORKERS = 4
 _IMAGES_PER_WORKER = 16
 """The number of images that are worth another process: it takes as long to start as they do."""
+_MAX_STARTS = 5
+"""The number of processes after which a worker gives up: hostile images could end one after the other."""
 _TICK = 0.1
 """Seconds between two checks whether to stop."""
 _COMMENT = re.compile(rb"flux2max (\d{1,9})x(\d{1,9}) (\d{1,18}) (-?\d{1,20})")
@@ -44,9 +46,10 @@ class Source:
         found = _COMMENT.search(thumbnail, 0, _HEADER_LENGTH)
         return cls(*map(int, found.groups())) if found else None
 
-    def is_version(self, status: os.stat_result) -> bool:
-        """Check whether a file's status is that of the image."""
-        return (self.file_size, self.modified) == (status.st_size, status.st_mtime_ns)
+    @property
+    def version(self) -> tuple[int, int]:
+        """What `file_version` has returned for the image."""
+        return self.file_size, self.modified
 
 
 @attrs.define
@@ -54,10 +57,12 @@ class Thumbnails:
     """The thumbnails of a folder's images, in its folder `thumbs`."""
 
     folder: Path
+    worker: Path = _WORKER
+    """The program that creates them."""
     sources: dict[str, Source] = attrs.field(factory=dict[str, Source], init=False)
     """The sources of the thumbnails that exist, by the file name of the image."""
-    _failed: dict[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]], init=False)
-    """The size and modification time of the files that no thumbnail can be created of, by file name."""
+    _failed: dict[str, tuple[int, int] | None] = attrs.field(factory=dict[str, tuple[int, int] | None], init=False)
+    """The versions of the files that no thumbnail can be created of, by file name."""
 
     @property
     def path(self) -> Path:
@@ -80,41 +85,44 @@ class Thumbnails:
                 self.path.mkdir(exist_ok=True)
             except OSError:
                 return
-            _run_workers([self.folder / name for name in outdated], self._save, is_cancelled)
+            _run_workers(self.worker, [self.folder / name for name in outdated], self._save, is_cancelled)
 
     def _is_outdated(self, name: str) -> bool:
         """Check whether to create a thumbnail; remember its source if it exists."""
-        image, thumbnail = stat_regular(self.folder / name), self._find(name)
-        source = self.sources.pop(name, None) or (thumbnail and _read_source(thumbnail))
+        version, thumbnail = file_version(self.folder / name), self._thumbnail_path(name)
+        source = self.sources.pop(name, None)
+        if file_version(thumbnail) is None:
+            source = None
+        elif source is None:
+            source = _read_source(thumbnail)
         # The thumbnail of an image that has just been deleted is kept.
-        if thumbnail is None or source is None or (image is not None and not source.is_version(image)):
-            return image is not None and self._failed.get(name) != (image.st_size, image.st_mtime_ns)
+        if source is None or version not in {None, source.version}:
+            return version is not None and self._failed.get(name) != version
         self.sources[name] = source
         return False
 
-    def _find(self, name: str) -> Path | None:
-        path = self.path / f"{name}.jpeg"
-        return path if stat_regular(path) else None
+    def _thumbnail_path(self, name: str) -> Path:
+        return self.path / f"{name}.jpeg"
 
     def _save(self, name: str, thumbnail: bytes) -> None:
         """Write a thumbnail, or remember that there is none."""
-        source, status = Source.parse(thumbnail), stat_regular(self.folder / name)
-        if source is not None:
-            # An image without a thumbnail is still shown.
-            with contextlib.suppress(OSError):
-                write_atomically(self.path / f"{name}.jpeg", thumbnail)
-                self.sources[name] = source
-        elif status is not None:
-            self._failed[name] = status.st_size, status.st_mtime_ns
+        if (source := Source.parse(thumbnail)) is None:
+            self._failed[name] = file_version(self.folder / name)
+            return
+        # An image without a thumbnail is still shown.
+        with contextlib.suppress(OSError):
+            write_atomically(self._thumbnail_path(name), thumbnail)
+            self.sources[name] = source
 
 
 @attrs.define
 class _Worker:
-    """A process that creates one thumbnail after the other, and is replaced when it ends.
+    """A process that creates one thumbnail after the other, and is replaced if an image ends it.
 
     Running -> stopped: `stop` has ended the process, and no other is started.
     """
 
+    program: Path
     paths: Sequence[Path]
     save: Callable[[str, bytes], object]
     """Called with the name of each image and its thumbnail, which is empty if there is none."""
@@ -125,10 +133,11 @@ class _Worker:
     def run(self) -> None:
         """Create the thumbnails of all images."""
         paths = iter(self.paths)
-        for process in iter(self._start, None):
+        for _, process in zip(range(_MAX_STARTS), iter(self._start, None), strict=False):
             # It may end at any time; closing the pipe to it fails then, too.
             with contextlib.suppress(OSError), process:
-                assert process.stdin and process.stdout
+                assert process.stdin is not None
+                assert process.stdout is not None
                 if _read_reply(process.stdout) is None:
                     return  # it can't even start
                 if all(self._create(process.stdin, process.stdout, path) for path in paths):
@@ -148,7 +157,7 @@ class _Worker:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - this Python, and a file of this package
                     # -P: modules in the working folder, which may be somebody else's, are not imported.
-                    [sys.executable, "-P", _WORKER],
+                    [sys.executable, "-P", self.program],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -159,7 +168,7 @@ class _Worker:
                 return None
             return self._process
 
-    def _create(self, stdin: BinaryIO, stdout: BinaryIO, path: Path) -> bool:
+    def _create(self, stdin: IO[bytes], stdout: IO[bytes], path: Path) -> bool:
         """Create a thumbnail; return False if the process has ended."""
         stdin.write(f"{json.dumps(str(path))}\n".encode())
         stdin.flush()
@@ -169,10 +178,12 @@ class _Worker:
         return thumbnail is not None
 
 
-def _run_workers(paths: Sequence[Path], save: Callable[[str, bytes], object], is_cancelled: Callable[[], bool]) -> None:
+def _run_workers(
+    program: Path, paths: Sequence[Path], save: Callable[[str, bytes], object], is_cancelled: Callable[[], bool]
+) -> None:
     """Create thumbnails in several processes, until all are created or it is cancelled."""
     count = min(_MAX_WORKERS, os.cpu_count() or 1, 1 + len(paths) // _IMAGES_PER_WORKER)
-    workers = [_Worker(paths[start::count], save) for start in range(count)]
+    workers = [_Worker(program, paths[start::count], save) for start in range(count)]
     with concurrent.futures.ThreadPoolExecutor(count) as executor:
         try:
             runs = [executor.submit(worker.run) for worker in workers]
@@ -185,7 +196,7 @@ def _run_workers(paths: Sequence[Path], save: Callable[[str, bytes], object], is
         run.result()
 
 
-def _read_reply(stream: BinaryIO) -> bytes | None:
+def _read_reply(stream: IO[bytes]) -> bytes | None:
     """Return the next thumbnail of a worker, or None if it has ended."""
     header = stream.read(4)
     length = int.from_bytes(header)
@@ -194,17 +205,16 @@ def _read_reply(stream: BinaryIO) -> bytes | None:
 
 
 def _read_source(thumbnail: Path) -> Source | None:
-    try:
-        with thumbnail.open("rb") as file:
-            return Source.parse(file.read(_HEADER_LENGTH))
-    except OSError:
-        return None
+    header = b""
+    with contextlib.suppress(OSError), thumbnail.open("rb") as file:
+        header = file.read(_HEADER_LENGTH)
+    return Source.parse(header)
 
 
-def stat_regular(path: Path) -> os.stat_result | None:
-    """Return the status of a regular file, or None if it is something else, or doesn't exist."""
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Return the size and modification time of a regular file, or None if it is something else, or doesn't exist."""
     try:
         status = path.lstat()
     except OSError:
         return None
-    return status if stat.S_ISREG(status.st_mode) else None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

@@ -289,10 +289,13 @@ def test_content_policy(tmp_path: Path) -> None:
 )
 def test_placeholders(tmp_path: Path, state: str, error: str | None, label: str, reason: str) -> None:
     """A placeholder shows why there is no image, and the requested size."""
-    page = write_page(tmp_path, Row("a", "a cat", {"width": 640}, state=state, error=error), running=state == "waiting")
+    page = write_page(
+        tmp_path, Row("a", "a cat", {"width": 640, "seed": 7}, state=state, error=error), running=state == "waiting"
+    )
 
     (entry,) = entries_of(page)
     assert (entry["reason"], entry["state"], entry["size"]) == (reason, label, "640\u00d7any")
+    assert entry["seed"] == "7"
     assert ("<body data-running=" in page) is (state == "waiting")
 
 

@@ -452,7 +452,7 @@ def test_refused_request(flux2max: Command, script: ScriptedGateway) -> None:
     assert again.code == 0
     assert states() == {"a cat": "completed"}
     # Without a thumbnail, the gallery shows the file itself.
-    assert re.search(r'src="a-cat-\w{8}\.jpeg"', Path("flux2max-prompts/index.html").read_text(encoding="utf-8"))
+    assert re.search(r'"thumbnail":"a-cat-\w{8}\.jpeg"', Path("flux2max-prompts/index.html").read_text(encoding="utf-8"))
 
 
 def test_refused_request_that_was_corrected(flux2max: Command, script: ScriptedGateway) -> None:
@@ -745,7 +745,7 @@ def test_requests_wait_after_a_wrong_api_key(flux2max: Command, service: Service
     flux2max("batch", write("a cat", "a dog"), *SMALL)
 
     assert states() == {"a cat": "waiting", "a dog": "waiting"}
-    assert 'class="refused"' not in Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
+    assert '"state":"refused"' not in Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
 
 
 def test_settings_are_checked_before_the_plan(flux2max: Command, service: Service) -> None:

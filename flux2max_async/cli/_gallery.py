@@ -85,7 +85,7 @@ class Gallery:
         states = Counter(entry["state"] for entry in entries)
         page = self._environment.get_template(_TEMPLATE).render(
             content_policy=self._content_policy(),
-            data=json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+            data=",\n".join(map(_to_json, entries)),
             title=self.folder.resolve().name,
             image_count=sum("url" in entry for entry in entries),
             spent=sum(row.cost for row in rows if row.cost is not None),
@@ -93,7 +93,7 @@ class Gallery:
             running=running,
             now=datetime.now().astimezone(),
         )
-        write_if_changed(self.path, page)
+        _write_if_changed(self.path, page)
 
     def _content_policy(self) -> str:
         """Return the page's Content-Security-Policy: its own script and style, and images beside it.
@@ -159,7 +159,7 @@ def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, 
     return "; ".join(problems) or None
 
 
-def write_if_changed(path: Path, content: str) -> None:
+def _write_if_changed(path: Path, content: str) -> None:
     """Replace a file atomically, unless it has this content already.
 
     Raises:
@@ -170,6 +170,11 @@ def write_if_changed(path: Path, content: str) -> None:
         if file_version(path) is not None and path.read_bytes() == data:
             return
     write_atomically(path, data)
+
+
+def _to_json(entry: dict[str, Any]) -> str:
+    """Return an entry as JSON, which can't end the script element that it is in."""
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _rank(state: str) -> int:

@@ -20,8 +20,9 @@ SIDE = 360
 """The length of a thumbnail's longer side in pixels."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 """The formats that are opened: Pillow has others, and runs Ghostscript for one of them."""
-_MAX_PIXELS = 40_000_000
-"""The size above which an image is not decoded; those of the service have at most a tenth of it."""
+_MAX_PIXELS = 20_000_000
+"""The size above which an image is not decoded. Those of the service have at most a fifth of it; a decoder needs up to
+350 MB for it."""
 _TIME_LIMIT = 10.0
 """Seconds for one image, which takes some hundredths of a second."""
 

@@ -452,7 +452,9 @@ def test_refused_request(flux2max: Command, script: ScriptedGateway) -> None:
     assert again.code == 0
     assert states() == {"a cat": "completed"}
     # Without a thumbnail, the gallery shows the file itself.
-    assert re.search(r'"thumbnail":"a-cat-\w{8}\.jpeg"', Path("flux2max-prompts/index.html").read_text(encoding="utf-8"))
+    assert re.search(
+        r'"thumbnail":"a-cat-\w{8}\.jpeg"', Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
+    )
 
 
 def test_refused_request_that_was_corrected(flux2max: Command, script: ScriptedGateway) -> None:

@@ -112,8 +112,10 @@ def test_scrolling_to_the_end(page: Page, shots: Path) -> None:
 
 
 def test_filter_covers_all(page: Page, shots: Path) -> None:
-    """The filter and the order apply to all entries, including those that have no card at the moment."""
+    """The filter and the order apply to all entries, also to those without a card; the first match is shown."""
+    page.evaluate("scrollTo(0, 0.5 * document.documentElement.scrollHeight)")
     page.get_by_label("Filter").fill("key-19 goldenrod seed 89")
+    scrolled = page.evaluate("scrollY")
     status, found = page.get_by_role("status").inner_text(), page.locator("#cards .prompt").all_text_contents()
     take_screenshots(page, shots, "3-filtered", full_page=False)
     page.get_by_label("Filter").fill("89998")
@@ -125,6 +127,7 @@ def test_filter_covers_all(page: Page, shots: Path) -> None:
     wait_for_card(page, "slateblue, no. 19998")
     last_states = page.locator("#cards .state dd").all_text_contents()
 
+    assert scrolled == 0
     assert status == f"200 of {COUNT} shown"
     assert found == [f"goldenrod, no. {number}" for number in range(19_002, COUNT, 5)]
     assert only == "slateblue, no. 19998"
@@ -156,6 +159,8 @@ def test_keyboard_only(page: Page) -> None:
     page.keyboard.press("Enter")
     page.keyboard.press("End")
     expect(page.get_by_role("dialog")).to_contain_text("slateblue, no. 19998")
+    for name in ("Previous picture", "Next picture", "Close"):
+        expect(page.get_by_role("button", name=name)).to_be_in_viewport(ratio=1)
     page.keyboard.press("Escape")
 
     assert visited == [
@@ -164,7 +169,7 @@ def test_keyboard_only(page: Page) -> None:
     ]
     assert after_scrolling == "goldenrod, no. 2"
     assert kept[0] == 3 < kept[1] - 1_000
-    assert focused() == "slateblue, no. 19998"
+    expect(page.locator("#cards a:focus img")).to_have_attribute("alt", "slateblue, no. 19998")
     expect(page.locator("#cards a:focus")).to_be_in_viewport()
 
 
@@ -179,12 +184,22 @@ def test_tab_reaches_the_next_cards(page: Page) -> None:
 
 
 def test_window_is_resized(page: Page) -> None:
-    """The cards are laid out again when the window becomes narrower, without a horizontal scrollbar."""
-    before = page.evaluate("columns")
+    """The cards are laid out again when the window becomes narrower, and the same ones are visible as before."""
+
+    def first_visible() -> int:
+        positions: list[int] = page.evaluate("""[...list.children]
+            .filter((card) => card.getBoundingClientRect().bottom > 100).map((card) => Number(card.ariaPosInSet))""")
+        return positions[0]
+
+    page.evaluate("scrollTo(0, 0.5 * document.documentElement.scrollHeight)")
+    page.wait_for_timeout(100)
+    columns, first = page.evaluate("columns"), first_visible()
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_function("() => columns === 2")
+    page.wait_for_timeout(100)
 
-    assert before == 5
+    assert columns == 5
+    assert first_visible() == pytest.approx(first, abs=10)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("new Set([...list.children].map((card) => card.getBoundingClientRect().left)).size") == 2
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -322,6 +323,9 @@ class OutputDir:
     def _read_results(self) -> list[Row]:
         """Return the rows of `results.jsonl`, without lines that another program has written."""
         try:
+            # A link could lead out of the folder; a pipe or a device may never end.
+            if not stat.S_ISREG(self.results_path.lstat().st_mode):
+                raise flux.ConfigurationError(f"{str(self.results_path)!r} is not a regular file")
             text = self.results_path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from flux2max_async import FluxSession, LearnedSchedule
+from flux2max_async import ConfigurationError, FluxSession, LearnedSchedule
 from flux2max_async.cli._gallery import Gallery
 from flux2max_async.cli._output_dir import OutputDir, Row
 from flux2max_async.cli._plan import make_plan
@@ -225,6 +225,29 @@ def test_own_files(tmp_path: Path, name: str) -> None:
     assert thumbnails_of(write_page(tmp_path, Row("a", "a", state="completed", files=[name]))) == [
         f"thumbs/{quote(name)}.jpeg"
     ]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "device", "pipe", "folder"])
+async def test_results_that_are_no_file(tmp_path: Path, kind: str) -> None:
+    """Results are read from a regular file in the folder only: a link may lead out of it, and a pipe may never end."""
+    output_dir = OutputDir(tmp_path / "pictures")
+    output_dir.create()
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text("{}\n")
+    match kind:
+        case "pipe":
+            os.mkfifo(output_dir.results_path)
+        case "folder":
+            output_dir.results_path.mkdir()
+        case _:
+            target = {"link": outside, "device": Path("/dev/zero")}.get(kind, tmp_path / "missing")
+            output_dir.results_path.symlink_to(target)
+
+    with pytest.raises(ConfigurationError, match=r"results\.jsonl' is not a regular file"):
+        await output_dir.open_journal()
+    with pytest.raises(ConfigurationError, match=r"results\.jsonl' is not a regular file"):
+        output_dir.update_rows((), ())
+    assert outside.read_text() == "{}\n"
 
 
 def test_thumbnails_stay_in_the_folder(tmp_path: Path) -> None:

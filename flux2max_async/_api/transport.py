@@ -19,6 +19,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
+import attrs
 from aiohttp.abc import AbstractResolver, AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import StreamWriter
@@ -33,10 +34,15 @@ from flux2max_async._version import __version__
 
 _MAX_RESPONSE_BYTES = 140_000_000
 """A task object with an image of 100 MB in base64."""
-_LARGE_RESPONSE_BYTES = 1_000_000
-"""Beyond this size one response at a time is read, so that hostile ones can't fill the memory."""
+_LARGE_RESPONSE_BYTES, _MAX_LARGE_RESPONSES = 1_000_000, 4
+"""Beyond this size only so many responses are read at once, so that hostile ones can't fill the memory."""
+_HUGE_RESPONSE_BYTES = 8_000_000
+"""Beyond this size only one is."""
 _MAX_OTHER_BYTES = 4_000_000
 """How much of a large response may be anything but base64: only an image makes one that large."""
+_TOO_LARGE = (
+    f"the response is larger than {_MAX_OTHER_BYTES // 10**6} MB, or with an image {_MAX_RESPONSE_BYTES // 10**6} MB"
+)
 _BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/-_="
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
@@ -96,7 +102,8 @@ class Transport:
         self.max_downloads = _max_downloads(http)
         self._api_session = http
         self._download_session = http
-        self._large_response = asyncio.Lock()
+        self._large_responses = asyncio.Semaphore(_MAX_LARGE_RESPONSES)
+        self._huge_response = asyncio.Lock()
 
     def open(self, max_in_flight: int) -> None:
         """Create the connection pools. Needs a running event loop.
@@ -152,13 +159,14 @@ class Transport:
             del failure, payload
 
     async def _read_content(self, response: aiohttp.ClientResponse) -> bytes:
-        content = io.BytesIO()  # its value is no copy
-        if await _read_up_to(response, content, _LARGE_RESPONSE_BYTES):
-            async with self._large_response:
-                if await _read_up_to(response, content, _MAX_RESPONSE_BYTES):
-                    limits = _MAX_OTHER_BYTES // 10**6, _MAX_RESPONSE_BYTES // 10**6
-                    raise ProtocolError("the response is larger than {} MB, or with an image {} MB".format(*limits))
-        return content.getvalue()
+        content = _Content(response.content)
+        if await content.read_up_to(_LARGE_RESPONSE_BYTES):
+            async with self._large_responses:
+                if await content.read_up_to(_HUGE_RESPONSE_BYTES):
+                    async with self._huge_response:
+                        if await content.read_up_to(_MAX_RESPONSE_BYTES):
+                            raise ProtocolError(_TOO_LARGE)
+        return content.received.getvalue()
 
     def _send(
         self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
@@ -295,16 +303,30 @@ def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSessio
     return session
 
 
-async def _read_up_to(response: aiohttp.ClientResponse, content: io.BytesIO, limit: int) -> bool:
-    """Write what comes to `content`; return whether that is more than `limit` bytes, or too much is not an image."""
-    others = 0
-    while content.tell() <= limit and others <= _MAX_OTHER_BYTES:
-        if response.content.at_eof():
-            return False
-        chunk = await response.content.readany()
-        content.write(chunk)
-        others += len(chunk.translate(None, _BASE64))
-    return True
+@attrs.define(eq=False)
+class _Content:
+    """The content of a response to an API call, as far as it was read."""
+
+    _stream: aiohttp.StreamReader
+    received: io.BytesIO = attrs.field(factory=io.BytesIO, init=False)  # its value is no copy
+    _others: int = attrs.field(default=0, init=False)
+    """How many bytes can't be part of an image in base64."""
+
+    async def read_up_to(self, limit: int) -> bool:
+        """Read until the end; return True if there is more than `limit` bytes.
+
+        Raises:
+            ProtocolError: Too much of it is not an image.
+        """
+        while self.received.tell() <= limit:
+            if self._stream.at_eof():
+                return False
+            chunk = await self._stream.readany()
+            self.received.write(chunk)
+            self._others += len(chunk.translate(None, _BASE64))
+            if self._others > _MAX_OTHER_BYTES:
+                raise ProtocolError(_TOO_LARGE)
+        return True
 
 
 def _translate_error(error: Exception, *, maybe_sent: bool) -> FluxError:

@@ -472,9 +472,20 @@ async def test_too_large_response_is_a_protocol_error(scripted: ScriptedGateway,
             await session.fetch("t1")
 
 
-async def test_large_responses_are_read_one_at_a_time(scripted: ScriptedGateway) -> None:
-    """While a large response is being read, others wait, and small ones don't; each is complete in the end."""
-    large = json.dumps(completed("t1", metadata={"text": "x" * 5_000_000})).encode()
+@pytest.mark.parametrize(
+    ("size", "pauses", "ends"),
+    [
+        (900_000, [5, 0, 0, 0, 0], [5, 1, 2, 3, 4]),
+        (2_000_000, [5, 5, 5, 0, 0], [5, 6, 7, 3, 4]),
+        (2_000_000, [5, 5, 5, 5, 0], [5, 6, 7, 8, 5]),
+        (9_000_000, [5, 0, 0, 0, 0], [5, 5, 5, 5, 5]),
+    ],
+)
+async def test_large_responses_wait_for_each_other(
+    scripted: ScriptedGateway, size: int, pauses: list[int], ends: list[int]
+) -> None:
+    """Four responses of more than 1 MB are read at once, and one of more than 8 MB; smaller ones wait for none."""
+    large = json.dumps(completed("t1", metadata={"text": "x" * size})).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(large)
 
     def in_two_parts(pause: float) -> Behaviour:
@@ -485,22 +496,23 @@ async def test_large_responses_are_read_one_at_a_time(scripted: ScriptedGateway)
 
         return behave
 
-    scripted.polls = deque([in_two_parts(8.0), in_two_parts(0.0), answer(200, completed("t3"))])
-    ends: dict[str, float] = {}
+    scripted.polls = deque([*map(in_two_parts, pauses), answer(200, completed("t1"))])
+    now = asyncio.get_running_loop().time
+    ended = [0] * 6
     async with session_on(scripted) as session:
+        started = now()
 
-        async def fetch(task_id: str) -> None:
-            snapshot = await session.fetch(task_id)
-            ends[task_id] = asyncio.get_running_loop().time()
+        async def fetch(number: int) -> None:
+            await asyncio.sleep(number)
+            snapshot = await session.fetch("t1")
             assert snapshot.status is TaskStatus.COMPLETED
+            ended[number] = round(now() - started)
 
-        started = asyncio.get_running_loop().time()
         async with anyio.create_task_group() as group:
-            for task_id in ("t1", "t2", "t3"):
-                group.start_soon(fetch, task_id)
-                await asyncio.sleep(1.0)
+            for number in range(6):
+                group.start_soon(fetch, number)
 
-    assert [round(ends[task_id] - started) for task_id in ("t1", "t2", "t3")] == [8, 8, 2]
+    assert ended == [*ends, 5]
 
 
 async def test_inline_image_of_many_megabytes_is_saved(scripted: ScriptedGateway, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import secrets
+import sqlite3
 from collections.abc import AsyncGenerator, Generator, Iterable
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,7 +14,13 @@ import anyio.to_thread
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._rows import SELECT, Row, decode_text, entry_from_row, row_id
-from flux2max_async.journal._schema import check_version, connect_read_only, has_token_column, translate_sqlite_errors
+from flux2max_async.journal._schema import (
+    check_version,
+    connect_read_only,
+    has_token_column,
+    roll_back,
+    translate_sqlite_errors,
+)
 
 _BUSY_TIMEOUT = 10.0  # seconds
 _ENTRIES_PER_PAGE = 500
@@ -47,7 +54,18 @@ async def export(pages: AsyncGenerator[list[JournalEntry]], target: Path) -> Non
 
 def _read_page(path: Path, after: int) -> list[tuple[int, JournalEntry | JournalError]]:
     """Return the entries that follow a row id, with their own row ids."""
-    with translate_sqlite_errors(path), contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
+    with translate_sqlite_errors(path):
+        try:
+            return _read_rows(path, after)
+        except sqlite3.OperationalError as error:
+            if not str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_READONLY"):
+                raise
+        roll_back(path, _BUSY_TIMEOUT)
+        return _read_rows(path, after)
+
+
+def _read_rows(path: Path, after: int) -> list[tuple[int, JournalEntry | JournalError]]:
+    with contextlib.closing(connect_read_only(path, _BUSY_TIMEOUT)) as connection:
         connection.text_factory = decode_text
         check_version(connection, path)
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:

@@ -74,11 +74,17 @@ def check_file(path: Path, busy_timeout: float) -> None:
             raise JournalError(f"{path} is not a journal; it was left as it is") from error
         if not name.startswith("SQLITE_READONLY"):
             raise
-        # A process was killed while it created the file. SQLite rolls its transaction back on the first read over a
-        # connection that may write.
-        with contextlib.closing(sqlite3.connect(path, timeout=busy_timeout)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master")
+        roll_back(path, busy_timeout)
         _check_database(path, busy_timeout)
+
+
+def roll_back(path: Path, busy_timeout: float) -> None:
+    """Undo what a process has begun that was killed while it created the file; until then it can't be read.
+
+    SQLite does so on the first read over a connection that may write.
+    """
+    with contextlib.closing(sqlite3.connect(path, timeout=busy_timeout)) as connection:
+        connection.execute("SELECT count(*) FROM sqlite_master")
 
 
 def _begins_as_database(path: Path) -> bool:

@@ -748,6 +748,26 @@ async def test_an_interrupted_creation_is_rolled_back(tmp_path: Path) -> None:
     assert not path.with_name("run.db-journal").exists()
 
 
+@pytest.mark.parametrize("reads_first", [False, True])
+async def test_a_journal_whose_creation_was_interrupted(tmp_path: Path, *, reads_first: bool) -> None:
+    """If the process was killed while it created the file, it can be read, and is empty, and used from then on."""
+    path = tmp_path / "run.db"
+    with closing(sqlite3.connect(tmp_path / "interrupted.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN")
+        connection.execute("CREATE TABLE entries (a)")
+        connection.execute("INSERT INTO entries SELECT randomblob(3000) FROM (WITH RECURSIVE n(i) AS "
+                           "(SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 50) SELECT i FROM n)")  # fmt: skip
+        for suffix in ("", "-journal"):
+            path.with_name(f"run.db{suffix}").write_bytes((tmp_path / f"interrupted.db{suffix}").read_bytes())
+        connection.execute("ROLLBACK")
+    if reads_first:
+        assert [entry async for entry in SqliteJournal(path).entries()] == []
+    await create_journal(path, 1)
+
+    assert [entry.key async for entry in SqliteJournal(path).entries()] == ["0"]
+
+
 async def test_an_empty_file_becomes_a_journal(tmp_path: Path) -> None:
     """A file of 0 bytes, which a crash during creation can leave, becomes a new journal."""
     path = tmp_path / "run.db"

@@ -12,9 +12,10 @@ import attrs
 import typer
 
 import flux2max_async as flux
+from flux2max_async._text import printable
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir, is_uncertain
-from flux2max_async.cli._terminal import Terminal, escape, make_table, print_error, shorten, to_single_line
+from flux2max_async.cli._terminal import Terminal, make_table, print_error, shorten, to_single_line
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._reader import read_pages
 
@@ -91,9 +92,9 @@ async def _print_summary(journal_path: Path) -> "list[flux.JournalError]":
 def _describe(entry: JournalEntry) -> dict[str, Any]:
     """Return an entry as JSON values, in which the service's task id and message are short and escaped."""
     data = entry.to_dict()
-    data["task_id"] = entry.task_id and escape(entry.task_id)
+    data["task_id"] = entry.task_id and printable(entry.task_id)
     if entry.error is not None:
-        data["result"]["error"] = {**data["result"]["error"], "message": escape(entry.error)}
+        data["result"]["error"] = {**data["result"]["error"], "message": printable(entry.error)}
     return data
 
 

@@ -15,8 +15,8 @@ import attrs
 
 import flux2max_async as flux
 from flux2max_async._config import parse_dollars
+from flux2max_async._text import MAX_LENGTH, printable
 from flux2max_async.cli._requests_file import Line
-from flux2max_async.cli._terminal import MAX_TEXT_LENGTH, escape
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._reader import read_pages
 from flux2max_async.journal._serialization import to_json
@@ -25,8 +25,9 @@ WAITING = "waiting"
 """The state of a request that was never submitted. All other states are those of journal entries."""
 _TEMP_FILE_PATTERN = f".flux2max-{'[0-9a-f]' * 16}.part"
 """Matches the names of files that are being written."""
-_MAX_TEMP_FILE_AGE = 60.0
-"""Seconds after which a temporary file is certainly left over from a process that was killed."""
+_MAX_TEMP_FILE_AGE = 86_400.0
+"""Seconds after which a temporary file is certainly left over from a process that was killed, even if the time of day
+has been changed meanwhile."""
 _UNPAID_STATES = (WAITING, EntryState.REFUSED.value)
 _FINAL_STATES = (EntryState.COMPLETED.value, EntryState.FAILED.value)
 _LOST_MESSAGE = "it is in results.jsonl, and not in the journal: flux2max download {} may still save its picture"
@@ -44,7 +45,7 @@ _UNCERTAIN_MESSAGE = "the submit was interrupted before the service responded: a
 
 
 def _limit(text: str | None) -> str | None:
-    return text and text[: MAX_TEXT_LENGTH + 1]  # the last character shows that there is more
+    return text and text[: MAX_LENGTH + 1]  # the last character shows that there is more
 
 
 @attrs.define
@@ -126,13 +127,13 @@ class Row:
         return {
             "key": self.key,
             "prompt": self.prompt,
-            "task_id": None if self.task_id is None else escape(self.task_id),
+            "task_id": None if self.task_id is None else printable(self.task_id),
             "state": self.state,
             "cost": None if self.cost is None else str(self.cost),
             "seconds": None if self.seconds is None else round(self.seconds, 3),
             "polls": self.polls,
             "files": self.files,
-            "error": None if self.error is None else escape(self.error),
+            "error": None if self.error is None else printable(self.error),
             "params": dict(self.params),
         }
 

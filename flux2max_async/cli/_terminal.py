@@ -15,9 +15,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 import flux2max_async as flux
+from flux2max_async._text import MAX_LENGTH, printable
 
-MAX_TEXT_LENGTH = 200
-"""Characters of a text of the service that are shown."""
 _DRAIN_INTERVAL = 0.05
 """Seconds."""
 
@@ -88,18 +87,9 @@ def to_single_line(value: object) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 
-def escape(text: str) -> str:
-    """Return a task id or a message of the service shortened, and with control characters as escape sequences."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: MAX_TEXT_LENGTH + 1]
-    )
-    return escaped if len(escaped) <= MAX_TEXT_LENGTH else f"{escaped[: MAX_TEXT_LENGTH - 1]}…"
-
-
 def shorten(text: str) -> str:
     """Return a text of the service on one line, without control characters, and shortened."""
-    line = to_single_line(text[: 10 * MAX_TEXT_LENGTH])
-    return line if len(line) <= MAX_TEXT_LENGTH else f"{line[: MAX_TEXT_LENGTH - 1]}…"
+    return printable(to_single_line(text[: 10 * MAX_LENGTH]))
 
 
 def print_status(message: object) -> None:

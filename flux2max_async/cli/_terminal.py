@@ -70,6 +70,7 @@ class LineWriter(io.TextIOBase):
             await asyncio.sleep(_DRAIN_INTERVAL)
             if is_cancelled():
                 break
+        await asyncio.sleep(0)  # if the last write has failed, `on_error` is called now
         return not self._thread.is_alive()
 
     def _write_texts(self) -> None:

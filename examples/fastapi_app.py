@@ -102,7 +102,7 @@ async def limit_requests(request: Request) -> AsyncIterator[None]:
 
 
 def count_submit(visitor: str) -> None:
-    """Let each visitor submit only a few requests in each minute."""
+    """Check that a visitor submits only a few requests in each minute."""
     minute = time.monotonic() // 60
     if minute not in submits:
         submits.clear()

@@ -235,7 +235,7 @@ class ApiClient:
         lost.error.stops_stream = self._breaker.is_failed_probe(lost.attempt)
 
     def release(self, lost: LostSubmit) -> None:
-        """Let the next probe start; a stream that its error stops has stopped by now."""
+        """Allow the next probe to start; a stream that its error stops has stopped by now."""
         self._breaker.release(lost.attempt)
         self._capacity_changed.set()
 

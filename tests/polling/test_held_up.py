@@ -254,7 +254,7 @@ async def test_a_suspension_does_not_cut_what_the_service_asked_for(scripted: Sc
 
 
 def _suspensions(session: FluxSession) -> Callable[[float], None]:
-    """Give a session a clock of suspensions; return the function that suspends the machine."""
+    """Replace a session's clock of suspensions; return the function that suspends the machine."""
     assert session._supervisor is not None
     client, total = session._supervisor.client, 1_000_000.0
 

@@ -40,7 +40,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._clock.now
 
     def hold_up(self, seconds: float) -> None:
-        """Let time pass in which nothing runs, as if the loop were blocked or its process stopped."""
+        """Advance the clock while nothing runs, as if the loop were blocked or its process stopped."""
         self._clock.now += seconds
 
     def run_in_executor(  # type: ignore[override]

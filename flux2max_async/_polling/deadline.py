@@ -1,6 +1,10 @@
-"""When a task is given up: at its deadline, and never without a poll that could have found its end. No I/O."""
+"""When a task is given up: at its deadline, and never without a poll that could have found its end. No I/O.
+
+The event loop may have been blocked, the process stopped or the machine suspended when the deadline came.
+"""
 
 import math
+from collections.abc import Callable
 
 import attrs
 
@@ -9,6 +13,8 @@ GRACE_PERIOD = 5.0
 MAX_LATENESS = 0.5
 """Seconds by which a timer may be late. One that is later shows that the event loop was blocked, the process stopped,
 or the machine suspended."""
+_MIN_SUSPENSION = 1.0
+"""Seconds; shorter suspensions of the machine have no effect."""
 _FINAL_POLL_MARGIN = 1.0
 """Seconds before the deadline at which a task is polled for the last time."""
 _CLOCK_TOLERANCE = 0.01
@@ -37,15 +43,30 @@ class Deadline:
     _margin: float
     """Seconds before the deadline at which the final poll is due."""
     _final_poll_at: float
-    _polled_at: float = -math.inf
+    _suspended: Callable[[], float]
+    """`suspended_seconds()`."""
+    was_held_up: bool = attrs.field(default=False, init=False)
+    """Whether a timer was late since a poll has found the task running: a webhook may have waited to be read."""
+    _polled_at: float = attrs.field(default=-math.inf, init=False)
     """When the newest poll was sent that could have found the task's end."""
-    _is_extended: bool = False
+    _is_extended: bool = attrs.field(default=False, init=False)
+    _suspended_at_start: float = attrs.field(init=False)
+    _suspended_at_poll: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._suspended_at_start = self._suspended_at_poll = self._suspended()
 
     @classmethod
-    def create(cls, at: float, task_timeout: float) -> "Deadline":
-        """Return the deadline of a task that may take `task_timeout` seconds."""
+    def create(cls, at: float, task_timeout: float, suspended: Callable[[], float]) -> "Deadline":
+        """Return the deadline of a task that may take `task_timeout` seconds.
+
+        Args:
+            at: When it is given up.
+            task_timeout: How long it may take.
+            suspended: Returns a number of seconds that grows by the duration of each suspension of the machine.
+        """
         margin = min(_FINAL_POLL_MARGIN, task_timeout / 10)
-        return cls(at, margin, at - margin)
+        return cls(at, margin, at - margin, suspended)
 
     def until_final_poll(self, now: float, drain_poll_at: float) -> float:
         """Return the seconds until the final poll; infinity once it has been made.
@@ -61,11 +82,16 @@ class Deadline:
         """Return the seconds that the poll which is sent now may take."""
         if now > self.at - self._margin / 2 and not self._is_polled_since(self._final_poll_at):
             self.extend(now)
-        return self.at - now
+        suspended = self._suspended()
+        was_suspended = suspended - self._suspended_at_poll >= _MIN_SUSPENSION
+        self._suspended_at_poll = suspended
+        # After a suspension, its connection may be dead, which nothing but a timeout would reveal.
+        return min(self.at - now, GRACE_PERIOD) if was_suspended else self.at - now
 
     def end_poll(self, sent_at: float, now: float, *, is_answered: bool) -> None:
         """Record the end of a poll."""
         if is_answered:
+            self.was_held_up = False
             self._polled_at = sent_at
             if self._is_extended:
                 self.at = min(self.at, now)
@@ -92,3 +118,12 @@ class Deadline:
 
     def _is_polled_since(self, time: float) -> bool:
         return self._polled_at >= time - _CLOCK_TOLERANCE
+
+    def was_suspended(self) -> bool:
+        """Return whether the machine was suspended since the last poll was sent."""
+        return self._suspended() - self._suspended_at_poll >= _MIN_SUSPENSION
+
+    def suspended_in_all(self) -> float:
+        """Return for how many seconds the machine was suspended since polling began."""
+        suspended = self._suspended() - self._suspended_at_start
+        return suspended if suspended >= _MIN_SUSPENSION else 0.0

@@ -8,11 +8,10 @@ import attrs
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import HttpRequest, build_poll
 from flux2max_async._api.task_object import reported_status
-from flux2max_async._clock import Interruptions
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
-from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS, Deadline
+from flux2max_async._polling.deadline import MAX_LATENESS, Deadline
 from flux2max_async._polling.failures import PollFailures
 from flux2max_async._polling.schedules import PollSchedule, ScaledPlan
 from flux2max_async._polling.updates import SnapshotFeed, Wakeup
@@ -96,11 +95,10 @@ class TaskPoller:
     """Whether a webhook that can't be read calls for a poll."""
     _exchange: asyncio.Timeout | None = attrs.field(default=None, init=False)
     """Around the poll that is on the wire."""
-    _interruptions: Interruptions = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._deadline = Deadline.create(self._start.deadline, self._context.task_timeout)
-        self._interruptions = Interruptions(self._context.client.suspended)
+        context = self._context
+        self._deadline = Deadline.create(self._start.deadline, context.task_timeout, context.client.suspended)
 
     @property
     def elapsed(self) -> float:
@@ -165,9 +163,9 @@ class TaskPoller:
         assert snapshot is not None
         if start.submitted_here:
             # The webhook of a lost submit may have come long before it was known that the answer is lost.
-            is_prompt = self.ended_by_webhook and start.webhook is None and not self._interruptions.was_held_up
+            is_prompt = self.ended_by_webhook and start.webhook is None and not self._deadline.was_held_up
             # While the machine was suspended, the task went on, and the event loop's clock did not.
-            suspended = self._interruptions.suspended_in_all()
+            suspended = self._deadline.suspended_in_all()
             not_before = elapsed if is_prompt and not suspended else self._running_until
             plan.finish(not_before, elapsed + suspended, completed=snapshot.error is None)
         if start.expects_webhook and (self.ended_by_webhook or self.polls):
@@ -245,10 +243,12 @@ class TaskPoller:
             return await self._sleep(delay)
         now, step = self._context.client.now, max(_WATCH_INTERVAL, delay / 8)
         due_at = now() + delay
-        while (left := max(due_at - now(), 0.0)) > step and not self._interruptions.was_suspended():
+        while (left := max(due_at - now(), 0.0)) > step:
+            if self._deadline.was_suspended():
+                return await self._sleep(0.0)
             if not await self._sleep(step):
                 return False
-        return await self._sleep(0.0 if self._interruptions.was_suspended() else left)
+        return await self._sleep(left)
 
     async def _sleep(self, delay: float) -> bool:
         """Sleep, but not beyond the deadline; return False if woken, or if the task has ended."""
@@ -257,7 +257,7 @@ class TaskPoller:
         wakes_at = now() + min(delay, remaining)
         undisturbed = await self._wakeup.sleep(min(delay, remaining))
         if now() > wakes_at + MAX_LATENESS:
-            self._interruptions.was_held_up = True
+            self._deadline.was_held_up = True
         if self._feed.ended:
             return False
         if undisturbed and delay >= remaining:
@@ -287,9 +287,6 @@ class TaskPoller:
         within = self._deadline.begin_poll(sent_at)
         if self._deadline.at > start.deadline:
             log.info("task %s: its deadline passed while nothing could run: one more poll", start.task_id)
-        if self._interruptions.was_suspended():
-            within = min(within, GRACE_PERIOD)  # its connection may be dead, which nothing but a timeout would reveal
-        self._interruptions.begin_poll()
         self.polls += 1
         self._poll_now = False
         try:
@@ -306,7 +303,6 @@ class TaskPoller:
             self._feed.publish(snapshot)
             if not self._feed.ended:
                 self._running_until = sent_at - start.started
-                self._interruptions.was_held_up = False
             log.debug(
                 "task %s: poll %d: %s, progress %s", start.task_id, self.polls, snapshot.status, snapshot.progress
             )

@@ -13,7 +13,7 @@ AT = 100.0
 
 
 def create() -> Deadline:
-    return Deadline.create(AT, 60.0)
+    return Deadline.create(AT, 60.0, float)
 
 
 def poll(deadline: Deadline, sent_at: float, ended_at: float, *, is_answered: bool) -> float:
@@ -99,7 +99,7 @@ def test_an_answer_ends_an_extension() -> None:
 
 def test_no_deadline() -> None:
     """Without a deadline there is no final poll but that of a drain, and nothing is ever late."""
-    deadline = Deadline.create(math.inf, math.inf)
+    deadline = Deadline.create(math.inf, math.inf, float)
 
     assert deadline.until_final_poll(0.0, math.inf) == math.inf
     assert deadline.until_final_poll(0.0, 5.0) == 5.0
@@ -121,7 +121,7 @@ def test_whatever_happens_there_is_an_honest_poll(
 ) -> None:
     """However long anything is held up, the end comes after a poll near the deadline that had time for an answer."""
     now = 0.0
-    deadline = Deadline.create(task_timeout, task_timeout)
+    deadline = Deadline.create(task_timeout, task_timeout, float)
     honest: list[tuple[float, float]] = []
     held_up = 0.0
     steps = [*steps, *[(20.0, 0.0, "answer", 0.1, 0.0)] * 60]

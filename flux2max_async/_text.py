@@ -2,12 +2,16 @@
 
 import json
 import logging
+import traceback
 from typing import Any
 
 MAX_LENGTH = 200
 """Characters of such a text that are shown."""
 _MAX_LOCAL_LENGTH = 2000
 """Characters of any other argument of a log message: it may hold a path."""
+
+_MAX_LINES = 200
+"""Lines of a traceback."""
 
 
 def printable(text: str, limit: int = MAX_LENGTH) -> str:
@@ -36,11 +40,15 @@ def redact(text: str, secrets: tuple[str, ...]) -> str:
 
 
 class _PrintableArguments(logging.Filter):
-    """Makes the arguments of log messages safe to show; a sequence becomes a list of its items."""
+    """Makes the arguments and tracebacks of log messages safe to show; a sequence becomes a list of its items."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(map(_printable_argument, record.args))
+        if record.exc_info and record.exc_info[1] is not None:
+            # Formatters take the text that is there; handlers that need the exception itself have it.
+            lines = "".join(traceback.format_exception(record.exc_info[1])).split("\n")[:_MAX_LINES]
+            record.exc_text = "\n".join(printable(line) for line in lines)
         return True
 
 

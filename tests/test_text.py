@@ -88,6 +88,25 @@ def test_log_messages(message: str, arguments: tuple[Any, ...], shown: str, capl
     assert caplog.messages == [shown]
 
 
+def test_log_of_an_exception(caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback of an exception has no control characters, and neither long lines nor very many."""
+    error = ValueError("first\nsecond \x1b[31m" + "x" * 1_000_000 + "\nlast" * 1000)
+    try:
+        raise error
+    except ValueError:
+        get_logger("tests").exception("unexpected: %s", error)
+
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+    text = logging.Formatter().format(record)
+    lines = text.split("\n")
+    assert lines[1] == "Traceback (most recent call last):"
+    assert any(line.startswith(r"second \x1b[31mxxx") and line.endswith("\u2026") for line in lines)
+    assert len(lines) <= 201
+    assert len(text) < 10_000
+
+
 def test_every_logger_is_safe() -> None:
     """Each logger of the package has the filter."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("flux2max_async.")]

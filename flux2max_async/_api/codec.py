@@ -21,12 +21,11 @@ from flux2max_async._api.response import (
     extract_error,
     has_clear_error,
     is_gateway_timeout,
-    load_object,
-    parse_json,
     unreadable_body_error,
 )
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_not_found, status_of
 from flux2max_async._api.task_object import MAX_ID_LENGTH, find_task, snapshot_from_json, unwrap_task
+from flux2max_async._api.values import MAX_PREFIX_BYTES, check_structure, load_object, parse_json
 from flux2max_async._exceptions import (
     BadRequestError,
     ConfigurationError,
@@ -125,9 +124,12 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
         ProtocolError: The response has neither an id nor a clear error, so it is unknown whether a task exists.
     """
     is_success = 200 <= response.status < 300
-    body = load_object(response)
+    check_structure(response.body)  # also of an error, which could have an id
+    body = load_object(response.body)
     task_id, task = find_task(body)
     if task_id is None:
+        if len(response.body) > MAX_PREFIX_BYTES:
+            raise ProtocolError("the response to the submit is too large to be a refusal")
         body = _parse_body(response) if is_success else body
         if is_success and (not has_clear_error(body) or is_gateway_timeout(body)):
             raise ProtocolError("the response to the submit has neither a task id nor an error")
@@ -189,7 +191,7 @@ def parse_poll(response: HttpResponse, task_id: str) -> TaskSnapshot:
     """
     if not 200 <= response.status < 300:
         raise error_from_response(response)
-    body = load_object(response) or _parse_body(response)
+    body = load_object(response.body) or _parse_body(response)
     task = unwrap_task(body)
     word = task.get("status")
     if isinstance(word, str) and word not in KNOWN_STATUSES and is_not_found(word):

@@ -10,6 +10,8 @@ from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard
 
+DOWNLOAD_POOL_SIZE = 100
+
 
 class GuardedResolver(aiohttp.ThreadedResolver):
     """The resolver of our own downloads, which refuses private addresses before anything connects to them.
@@ -67,3 +69,11 @@ def borrowed_middlewares(
 
     # The middlewares of a request replace the session's own.
     return (drop_other_headers, *getattr(session, "_middlewares", ()), check_peer)
+
+
+def max_downloads(http: aiohttp.ClientSession | None) -> int:
+    """Return how many downloads from one host may run at the same time."""
+    limits = [DOWNLOAD_POOL_SIZE]
+    if http is not None and http.connector is not None:
+        limits += [http.connector.limit, http.connector.limit_per_host]
+    return min(limit for limit in limits if limit)  # 0: no limit

@@ -3,10 +3,8 @@
 The letters in brackets name the sources of facts, as in `codec`.
 """
 
-import contextlib
 import http
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,6 +15,7 @@ import attrs
 
 from flux2max_async._api.classification import BALANCE_CODES, is_balance_error
 from flux2max_async._api.statuses import status_of
+from flux2max_async._api.values import load_object, parse_finite
 from flux2max_async._exceptions import (
     AuthenticationError,
     BadRequestError,
@@ -42,10 +41,6 @@ _MAX_HTML_BYTES = 4000
 """How much of a body that is not JSON is searched for text."""
 _MAX_TEXT_LENGTH = 200
 """How much of that text is shown; of a code or a header, too."""
-_MAX_SECONDS = 1e11
-"""A larger number is a time in a smaller unit: so many seconds after the epoch is the year 5138."""
-_MAX_STRUCTURAL_BYTES = 200_000
-"""So many brackets, braces and commas take some 50 ms to parse, during which the event loop stands still."""
 
 
 @attrs.frozen
@@ -72,7 +67,7 @@ class HttpResponse:
 
 def error_from_response(response: HttpResponse) -> ResponseError:
     """Return the error that a response reports."""
-    body = unwrap(load_object(response))
+    body = unwrap(load_object(response.body))
     code, message = extract_error(body) or (next(iter(_all_codes(body)), None), _describe_body(response))
     from_api = _has_api_format(body)
     if not from_api and 400 <= response.status < 500:
@@ -234,44 +229,6 @@ def unreadable_body_error(response: HttpResponse) -> ProtocolError:
     return ProtocolError(f"expected a JSON object, got HTTP {response.status} {_describe_body(response)}")
 
 
-def load_object(response: HttpResponse) -> dict[str, Any]:
-    """Return the JSON object in a response, or with which it begins; an empty one if there is none."""
-    body: object = None
-    with contextlib.suppress(ProtocolError):
-        try:
-            body = parse_json(response.body)
-        except ValueError:
-            body = _parse_prefix(response.body)
-    return body if isinstance(body, dict) else {}
-
-
-def parse_json(data: bytes) -> object:
-    """Parse JSON that a stranger has sent.
-
-    Raises:
-        ProtocolError: It has more values than any answer of the API, and would take too long.
-        ValueError: It is not JSON, or nested too deeply.
-    """
-    if len(data) > _MAX_STRUCTURAL_BYTES and sum(map(data.count, (b"[", b"{", b","))) > _MAX_STRUCTURAL_BYTES:
-        raise ProtocolError(f"the JSON has more than {_MAX_STRUCTURAL_BYTES:,} brackets and commas")
-    try:
-        return json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _parse_prefix(data: bytes) -> object:
-    """Parse the JSON value with which data begins that is not JSON as a whole; None if there is none.
-
-    Something may follow it, and what is not UTF-8 in it becomes U+FFFD.
-    """
-    try:
-        value, _ = json.JSONDecoder(strict=False).raw_decode(data.decode("utf-8-sig", errors="replace").lstrip())
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
 def _describe_body(response: HttpResponse) -> str:
     """Return the reason phrase and the beginning of a body that may be a proxy's HTML page, plain text, or empty."""
     try:
@@ -314,32 +271,3 @@ def _parse_http_date(text: str) -> datetime | None:
         return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
-
-
-def parse_finite(value: object) -> float | None:
-    """Return a number, or a text that represents one, as a float; None for anything else, infinities included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def parse_datetime(value: object, _: object = None) -> datetime | None:
-    """Parse seconds since the epoch [C], or smaller units, or ISO 8601 [D], in UTC unless it has an offset.
-
-    Returns:
-        None for anything else.
-    """
-    try:
-        seconds = value if type(value) is int else parse_finite(value)
-        if seconds is not None:
-            for _unit in range(3):  # milliseconds, microseconds, nanoseconds
-                seconds = seconds / 1000 if abs(seconds) > _MAX_SECONDS else seconds
-            return datetime.fromtimestamp(seconds, UTC)
-        parsed = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except (ValueError, OverflowError, OSError):
-        return None
-    return parsed and parsed.replace(tzinfo=parsed.tzinfo or UTC)

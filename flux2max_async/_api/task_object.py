@@ -7,7 +7,7 @@ services and the maker of the model are accepted.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import attrs
@@ -18,11 +18,10 @@ from flux2max_async._api.classification import is_moderation
 from flux2max_async._api.response import (
     extract_error,
     has_clear_error,
-    parse_datetime,
-    parse_finite,
     unwrap,
 )
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_moderated, is_not_found, status_of
+from flux2max_async._api.values import parse_datetime, parse_decimal, parse_finite
 from flux2max_async._exceptions import ContentModeratedError, ProtocolError, TaskFailedError
 from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage, inline_url
 from flux2max_async._text import printable, redact
@@ -31,8 +30,6 @@ MAX_ID_LENGTH = 1024
 """Characters. A longer id doesn't fit into the URL of a poll everywhere."""
 _MAX_COST = 1000
 """US dollars of one task; nothing costs so much, and a budget must not believe it."""
-_MAX_DECIMAL_EXPONENT = 50
-"""No discount is that large, and computing with such a number would raise an error."""
 _MAX_IMAGES = 64
 """More images of one task than that are ignored; the service makes one or a few."""
 _LIST_FIELDS = frozenset(("output", "content"))
@@ -69,13 +66,13 @@ class _Task:
 
 
 def task_id_of(body: Mapping[str, Any]) -> str | None:
-    """Return the task id in a response, as text; None if there is none, or it can't be expressed in UTF-8.
+    """Return the task id in a response, as text; None if there is none.
 
     Raises:
-        ProtocolError: It is too long.
+        ProtocolError: It is too long, or can't be expressed in UTF-8.
     """
     match body.get("id"):
-        case str(text) if text and not _NO_UNICODE.search(text):
+        case str(text) if text:
             task_id = text
         case int(number) if not isinstance(number, bool):
             task_id = str(number)
@@ -83,6 +80,8 @@ def task_id_of(body: Mapping[str, Any]) -> str | None:
             return None
     if len(task_id) > MAX_ID_LENGTH:
         raise ProtocolError(f"the task id has {len(task_id):,} characters; at most {MAX_ID_LENGTH:,} are accepted")
+    if _NO_UNICODE.search(task_id):
+        raise ProtocolError(f"the task id is not valid UTF-8: {printable(task_id)}")
     return task_id
 
 
@@ -282,16 +281,6 @@ def _parse_progress(value: object, _: object = None) -> float | None:
     return progress if progress is not None and 0 <= progress <= 1 else None
 
 
-def _parse_decimal(value: object, _: object = None) -> Decimal | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = Decimal(str(value).strip())
-    except (InvalidOperation, ValueError):
-        return None
-    return number if number.is_finite() and abs(number.adjusted()) < _MAX_DECIMAL_EXPONENT else None
-
-
 def _require_string(value: object, _: object = None) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, not {type(value).__name__}")
@@ -327,7 +316,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter()
     converter.register_structure_hook(str, _require_string)
     converter.register_structure_hook(float | None, _parse_progress)
-    converter.register_structure_hook(Decimal | None, _parse_decimal)
+    converter.register_structure_hook(Decimal | None, parse_decimal)
     converter.register_structure_hook(datetime | None, parse_datetime)
     converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _parse_object)
     structure_usage = _make_lenient_hook(Usage, converter)

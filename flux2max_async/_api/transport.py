@@ -27,7 +27,7 @@ from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
 from flux2max_async._api.codec import HttpRequest
-from flux2max_async._api.download_guards import GuardedResolver, borrowed_middlewares
+from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
 from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, SessionClosedError, TransportError
 from flux2max_async._version import __version__
@@ -38,6 +38,7 @@ _LARGE_RESPONSE_BYTES, _MAX_LARGE_RESPONSES = 1_000_000, 4
 """Beyond this size only so many responses are read at once, so that hostile ones can't fill the memory."""
 _HUGE_RESPONSE_BYTES = 8_000_000
 """Beyond this size only one is."""
+_MAX_SUBMIT_RESPONSE_BYTES = 16_000_000
 _MAX_OTHER_BYTES = 4_000_000
 """How much of a large response may be anything but base64: only an image makes one that large."""
 _TOO_LARGE = (
@@ -47,7 +48,6 @@ _BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/-_="
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
-_DOWNLOAD_POOL_SIZE = 100
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
@@ -99,7 +99,7 @@ class Transport:
         self.secrets: tuple[str, ...] = (api_key, *secrets)
         self._timeout = timeout
         self._is_borrowed = http is not None
-        self.max_downloads = _max_downloads(http)
+        self.max_downloads = max_downloads(http)
         self._api_session = http
         self._download_session = http
         self._large_responses = asyncio.Semaphore(_MAX_LARGE_RESPONSES)
@@ -114,7 +114,7 @@ class Transport:
         if not self._is_borrowed:
             self._api_session = _create_session(max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE)))
             # Downloads have their own pool, so that many slow ones can't delay polls.
-            self._download_session = _create_session(_DOWNLOAD_POOL_SIZE, GuardedResolver(self._address_guard))
+            self._download_session = _create_session(DOWNLOAD_POOL_SIZE, GuardedResolver(self._address_guard))
 
     async def close(self) -> None:
         """Close our own connections; a borrowed session stays open."""
@@ -146,7 +146,7 @@ class Transport:
                 asyncio.timeout(min(self._timeout, within)),
                 self._send(session, url, payload) as response,
             ):
-                content = await self._read_content(response)
+                content = await self._read_content(response, is_submit=payload is not None)
             return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translate_error(error, maybe_sent=payload is None or payload.is_written)
@@ -158,9 +158,12 @@ class Transport:
             # The error's traceback refers to this frame, which would keep the input images in memory.
             del failure, payload
 
-    async def _read_content(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read_content(self, response: aiohttp.ClientResponse, *, is_submit: bool) -> bytes:
         content = _Content(response.content)
-        if await content.read_up_to(_LARGE_RESPONSE_BYTES):
+        if is_submit:  # nothing may hold its answer up: its time would be over, and nobody would know the task's id
+            if await content.read_up_to(_MAX_SUBMIT_RESPONSE_BYTES):
+                raise ProtocolError(_TOO_LARGE)
+        elif await content.read_up_to(_LARGE_RESPONSE_BYTES):
             async with self._large_responses:
                 if await content.read_up_to(_HUGE_RESPONSE_BYTES):
                     async with self._huge_response:
@@ -278,14 +281,6 @@ class _SubmitPayload(aiohttp.Payload):
 def _create_session(pool_size: int, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=pool_size, resolver=resolver)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-
-
-def _max_downloads(http: aiohttp.ClientSession | None) -> int:
-    """Return how many downloads from one host may run at the same time."""
-    limits = [_DOWNLOAD_POOL_SIZE]
-    if http is not None and http.connector is not None:
-        limits += [http.connector.limit, http.connector.limit_per_host]
-    return min(limit for limit in limits if limit)  # 0: no limit
 
 
 def _exact_url(text: str) -> URL:

@@ -17,6 +17,8 @@ _MIN_SUSPENSION = 1.0
 """Seconds; shorter suspensions of the machine have no effect."""
 _FINAL_POLL_MARGIN = 1.0
 """Seconds before the deadline at which a task is polled for the last time."""
+_MAX_LATE_POLLS = 3
+"""A loop that is always late must not put the end off for ever."""
 _CLOCK_TOLERANCE = 0.01
 """Seconds by which a timer may fire early."""
 
@@ -50,6 +52,8 @@ class Deadline:
     _polled_at: float = attrs.field(default=-math.inf, init=False)
     """When the newest poll was sent that could have found the task's end."""
     _is_extended: bool = attrs.field(default=False, init=False)
+    _late_polls: int = attrs.field(default=0, init=False)
+    """How many polls failed whose time was over late."""
     _suspended_at_start: float = attrs.field(init=False)
     _suspended_at_poll: float = attrs.field(init=False)
 
@@ -92,13 +96,16 @@ class Deadline:
         """Record the end of a poll."""
         if is_answered:
             self.was_held_up = False
-            self._polled_at = sent_at
+            # One that was slow, and is answered while the final poll is due, is as good as that.
+            self._polled_at = now if now - sent_at <= GRACE_PERIOD else sent_at
             if self._is_extended:
                 self.at = min(self.at, now)
-        elif now <= self.at + MAX_LATENESS:
+        elif now <= self.at + MAX_LATENESS or self._late_polls >= _MAX_LATE_POLLS:
             # One that has hung until the deadline has waited for an answer all the time. But if its own timer was late,
             # the answer may be there, unread.
             self._polled_at = now if now >= self.at - _CLOCK_TOLERANCE else sent_at
+        else:
+            self._late_polls += 1
 
     def is_over(self, now: float, *, is_paused: bool) -> bool:
         """Return whether the deadline, which has come, ends the task; if not, it has to be extended.
@@ -108,7 +115,7 @@ class Deadline:
             is_paused: Whether the service has asked all calls to wait, so that there was no final poll.
         """
         if self._is_polled_since(self._final_poll_at):
-            return now <= self.at + GRACE_PERIOD
+            return now <= self.at + GRACE_PERIOD or self._late_polls >= _MAX_LATE_POLLS
         return is_paused and not self._is_extended and now <= self.at + MAX_LATENESS
 
     def extend(self, now: float) -> None:

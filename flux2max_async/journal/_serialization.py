@@ -30,6 +30,8 @@ from flux2max_async.journal._entry import EntryState, JournalEntry
 
 _MAX_TEXT_LENGTH = 4096
 """Characters of a text of the service: enough for a prompt, too few for an image."""
+_MAX_SIZE = 65_536
+"""Characters, about, of further values of the service: each completed task has some, and each is written and read."""
 _MAX_DEPTH = 100
 """Levels of nested JSON of the service."""
 
@@ -41,10 +43,10 @@ def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[
         data["error"] = _error_to_json(outcome.error)
     else:
         data["images"] = [_image_to_json(image) for image in outcome.images]
-        data["metadata"] = dict(outcome.metadata)
+        data["metadata"] = _limit(outcome.metadata)
         if (usage := outcome.usage) is not None:
             cost, discount = _decimal_to_json(usage.cost), _decimal_to_json(usage.discount)
-            data["usage"] = {"cost": cost, "discount": discount, "extra": dict(usage.extra)}
+            data["usage"] = {"cost": cost, "discount": discount, "extra": _limit(usage.extra)}
         if outcome.partial_error is not None:
             data["partial_error"] = _error_to_json(outcome.partial_error)
     return dict(sanitize(data, secrets))
@@ -124,6 +126,23 @@ def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot | None:
             return None
 
 
+def _limit(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of the service as they are, or, if they are too large for the journal, only that they are."""
+    size, rest = 0, list[Any]([values])
+    while rest and size <= _MAX_SIZE:
+        size += 1
+        match rest.pop():
+            case str(text):
+                size += min(len(text), _MAX_TEXT_LENGTH)
+            case Mapping() as mapping:
+                rest += [*mapping, *mapping.values()]
+            case list() | tuple() as items:
+                rest += items
+            case _:
+                pass
+    return dict(values) if size <= _MAX_SIZE else {"left_out": "too large for the journal"}
+
+
 def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _MAX_DEPTH) -> Any:
     """Copy JSON values: mask secrets, replace texts that may be images by their hashes, and cut what nests too deep."""
     match value:
@@ -153,7 +172,7 @@ _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def _image_to_json(image: GeneratedImage) -> dict[str, Any]:
-    data: dict[str, Any] = {"url": image.url, "type": image.type, "extra": dict(image.extra)}
+    data: dict[str, Any] = {"url": image.url, "type": image.type, "extra": _limit(image.extra)}
     if is_inline(image.url):
         data |= {"url": NO_URL, "inline_characters": len(image.url)}
     elif len(image.url) > _MAX_TEXT_LENGTH:

@@ -8,9 +8,9 @@ import codecs
 from datetime import UTC, datetime
 from typing import Any
 
-from flux2max_async._api.response import parse_json
 from flux2max_async._api.statuses import is_not_found
 from flux2max_async._api.task_object import find_task, snapshot_from_json, unwrap_task
+from flux2max_async._api.values import parse_json
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError
 from flux2max_async._models.results import TaskSnapshot
 
@@ -45,8 +45,6 @@ def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
     task_id, task = find_task(payload)
     if task_id is None:
         raise ProtocolError("the delivery has no task id")
-    if task_id.encode(errors="ignore").decode() != task_id:
-        raise ProtocolError("the delivery's task id has lone surrogates, which neither URLs nor a journal can hold")
     try:
         return snapshot_from_json(task_id, task, raw=payload, secrets=secrets, received_at=datetime.now(UTC))
     except ProtocolError as error:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from flux2max_async._api.response import parse_datetime
 from flux2max_async._api.task_object import unwrap_task
+from flux2max_async._api.values import parse_datetime
 from flux2max_async._exceptions import InvalidRequestError, ProtocolError, WebhookSignatureError
 from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import parse_json_object, require_bytes

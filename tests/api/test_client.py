@@ -515,6 +515,32 @@ async def test_large_responses_wait_for_each_other(
     assert ended == [*ends, 5]
 
 
+async def test_large_responses_hold_up_no_submit(scripted: ScriptedGateway) -> None:
+    """While large responses to polls are being read, the response to a submit is, too, even if it is large."""
+    large = json.dumps(completed("t1", metadata={"text": "x" * 9_000_000})).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(large)
+    scripted.polls = deque([raw(head + large[:-1], then="hang")])
+    scripted.submits = deque([answer(200, large)])
+    async with session_on(scripted, http_timeout=5.0) as session, anyio.create_task_group() as group:
+        for _ in range(6):
+            group.start_soon(session.fetch, "t1")
+        await asyncio.sleep(1.0)
+        started = asyncio.get_running_loop().time()
+        outcome = await session.generate("a cat")
+        assert asyncio.get_running_loop().time() - started < 1.0
+        group.cancel_scope.cancel()
+
+    assert outcome.task_id == "t1"
+
+
+async def test_too_large_response_to_a_submit_is_uncertain(scripted: ScriptedGateway) -> None:
+    """A response to a submit has at most 16 MB."""
+    scripted.submits = deque([answer(200, {"id": "t1", "text": "x" * 16_000_001})])
+    async with session_on(scripted) as session:
+        with pytest.raises(SubmissionUncertainError, match="the response is larger than"):
+            await session.generate("a cat")
+
+
 async def test_inline_image_of_many_megabytes_is_saved(scripted: ScriptedGateway, tmp_path: Path) -> None:
     """A response may contain an image of 20 MB in base64."""
     image = jpeg(random.Random(1).randbytes(20_000_000))

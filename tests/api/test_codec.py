@@ -367,6 +367,27 @@ def test_json_with_too_many_values_is_not_parsed(body: bytes, monkeypatch: pytes
     assert error_from_response(make_response(body, 500)).status == 500
 
 
+@pytest.mark.parametrize("status", [200, 400, 429, 503, 504])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id": "t1", "x": [' + b"1," * 200_001 + b"1]}",
+        b'{"id": "t\xff1"}',
+        b'{"id": "t1\\ud800"}',
+        b'{"data": {"id": "t\xff1"}}',
+        b'{"id": "t1"}' + b" " * 4_000_000 + b"x",
+    ],
+    ids=["too many values", "not UTF-8", "a surrogate", "not UTF-8 in an envelope", "too large to be searched"],
+)
+def test_id_that_cannot_be_read_is_uncertain_whatever_the_status(body: bytes, status: int) -> None:
+    """A response that may have an id is no refusal, not even with a status after which a submit is repeated."""
+    with pytest.raises(ProtocolError) as caught:
+        parse_submit(make_response(body, status))
+
+    assert is_uncertain(caught.value)
+    assert not may_submit_again(caught.value)
+
+
 def test_large_json_with_few_values_is_parsed() -> None:
     """The size alone is no reason to refuse a response: a picture may be in it."""
     data = base64.b64encode(bytes(13_000_000)).decode()

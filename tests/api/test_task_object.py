@@ -21,8 +21,8 @@ from flux2max_async import (
     TaskStatus,
 )
 from flux2max_async._api.codec import parse_poll, parse_submit
-from flux2max_async._api.response import parse_datetime
 from flux2max_async._api.task_object import reported_status
+from flux2max_async._api.values import parse_datetime
 from flux2max_async._models.results import is_inline
 from flux2max_async.webhooks import parse
 
@@ -197,6 +197,19 @@ def test_absurd_cost_is_unknown(cost: object) -> None:
     assert snapshot.usage.discount == Decimal("0.85")
     assert repr(snapshot.usage.extra) == repr({"cost": cost})
     assert len(snapshot.images) == 1
+
+
+@pytest.mark.parametrize(
+    "number", ["0." + "1" * 5000, " " * 60 + "0.07", 10**40 + 10**60], ids=["decimals", "text", "int"]
+)
+def test_amounts_have_at_most_50_characters(number: object) -> None:
+    """A cost or discount of thousands of digits is unknown: the journal would not keep it."""
+    snapshot = poll(finished(usage={"cost": number, "discount": number}))
+
+    assert snapshot.usage is not None
+    assert (snapshot.usage.cost, snapshot.usage.discount) == (
+        Decimal("0.07") if number == " " * 60 + "0.07" else None,
+    ) * 2
 
 
 @pytest.mark.parametrize("cost", ["1e999999999", "-1e999999999", "1e-999999999", "9e999999", "9" * 40], ids=str)

@@ -150,6 +150,33 @@ def test_secrets_are_masked_and_long_texts_hashed() -> None:
     assert len(text) < 1000
 
 
+@pytest.mark.parametrize(
+    ("value", "is_kept"),
+    [
+        (["x" * 4096] * 15, True),
+        (["x" * 4096] * 17, False),
+        (["x" * 3000] * 40_000, False),
+        ({"x" * 1000 + str(number): None for number in range(100)}, False),
+        (list(range(60_000)), True),
+        ([[], {}] * 50_000, False),
+        ("x" * 10_000_000, True),
+    ],
+)
+def test_values_that_are_too_large_are_left_out(value: object, *, is_kept: bool) -> None:
+    """Metadata and further values of more than about 64,000 characters are replaced by a note; the images stay."""
+    image = attrs.evolve(IMAGES[0], extra={"a": value})
+    outcome = Completed(
+        task_id="t1", request=None, images=(image,), usage=Usage(extra={"a": value}), metadata={"a": value}
+    )
+    data = outcome_to_json(outcome)
+    replayed = outcome_from_entry(ended_entry(outcome), None).unwrap()
+
+    for values in (data["metadata"], data["usage"]["extra"], data["images"][0]["extra"]):
+        assert list(values) == (["a"] if is_kept else ["left_out"])
+    assert len(json.dumps(data)) < 3 * 450_000
+    assert replayed.images[0].url == image.url
+
+
 def test_deep_nesting_is_cut() -> None:
     """JSON that is nested too deeply to be written is cut, whatever the service sends."""
     nested: list[Any] = []

@@ -97,6 +97,27 @@ def test_an_answer_ends_an_extension() -> None:
     assert deadline.is_over(3701.1, is_paused=False)
 
 
+def test_a_loop_that_is_always_late_does_not_put_the_deadline_off_for_ever() -> None:
+    """After three polls that failed late, the next one is the last: an answer may never be read in time."""
+    deadline, now, extensions = Deadline.create(AT, 60.0, float), AT, 0
+    while not deadline.is_over(now, is_paused=False):
+        deadline.extend(now)
+        extensions += 1
+        now += GRACE_PERIOD + 1.0
+        poll(deadline, now - GRACE_PERIOD - 1.0, now, is_answered=False)
+
+    assert extensions == 4
+
+
+@pytest.mark.parametrize(("seconds", "is_final"), [(1.0, True), (GRACE_PERIOD, True), (GRACE_PERIOD + 0.1, False)])
+def test_slow_answer_when_the_final_poll_is_due(seconds: float, *, is_final: bool) -> None:
+    """An answer that comes while the final poll is due counts as that, unless it may have been held up itself."""
+    deadline = Deadline.create(AT, 60.0, float)
+    poll(deadline, AT - 0.1 - seconds, AT - 0.1, is_answered=True)
+
+    assert (deadline.until_final_poll(AT - 0.1, math.inf) == math.inf) is is_final
+
+
 def test_no_deadline() -> None:
     """Without a deadline there is no final poll but that of a drain, and nothing is ever late."""
     deadline = Deadline.create(math.inf, math.inf, float)
@@ -119,11 +140,11 @@ gaps = st.one_of(st.just(0.0), st.just(0.0), st.floats(0.0, 1.0), st.floats(0.0,
 def test_whatever_happens_there_is_an_honest_poll(
     steps: list[tuple[float, float, str, float, float]], task_timeout: float, http_timeout: float
 ) -> None:
-    """However long anything is held up, the end comes after a poll near the deadline that had time for an answer."""
+    """The end comes after a poll near the deadline that had time for an answer, or after three that were held up."""
     now = 0.0
     deadline = Deadline.create(task_timeout, task_timeout, float)
     honest: list[tuple[float, float]] = []
-    held_up = 0.0
+    held_up, late_polls = 0.0, 0
     steps = [*steps, *[(20.0, 0.0, "answer", 0.1, 0.0)] * 60]
     for delay, gap, kind, duration, gap_in_poll in steps:
         wakes_at = now + min(delay, deadline.until_final_poll(now, math.inf), max(deadline.at - now, 0.0))
@@ -142,11 +163,14 @@ def test_whatever_happens_there_is_an_honest_poll(
         deadline.end_poll(sent_at, now, is_answered=is_answered)
         if is_answered or now <= sent_at + max(limit, 0.0) + MAX_LATENESS:
             honest.append((sent_at, now))
+        elif now > deadline.at + MAX_LATENESS:
+            late_polls += 1
     else:
         raise AssertionError("the task is never given up")
 
-    margin = min(1.0, task_timeout / 10)
-    last_honest = max(ended_at for _, ended_at in honest)
-    assert last_honest >= task_timeout - margin - 0.02
-    assert last_honest >= now - 2 * GRACE_PERIOD - 0.02
+    if late_polls < 3:
+        margin = min(1.0, task_timeout / 10)
+        last_honest = max(ended_at for _, ended_at in honest)
+        assert last_honest >= task_timeout - margin - 0.02
+        assert last_honest >= now - 2 * GRACE_PERIOD - 0.02
     assert now <= task_timeout + held_up + 30 * (GRACE_PERIOD + MAX_LATENESS) + 1.0

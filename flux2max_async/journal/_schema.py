@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from urllib.parse import quote
 
+import attrs
+
 from flux2max_async._exceptions import JournalError
 
 SCHEMA_VERSION = 1
@@ -127,6 +129,17 @@ def has_token_column(connection: sqlite3.Connection) -> bool:
 
 
 # ------------------------------------------------------------------ files, connections and processes
+
+
+@attrs.frozen
+class OtherOwner:
+    """Another owner, as its row shows it."""
+
+    heartbeat: int
+    lease: float
+    """Seconds."""
+    is_gone: bool
+    """Whether its process has certainly ended."""
 
 
 def create_file(path: Path) -> None:

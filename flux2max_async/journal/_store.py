@@ -13,8 +13,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from flux2max_async._budget import check_budget
 from flux2max_async._exceptions import JournalError
 from flux2max_async._text import get_logger
@@ -32,6 +30,7 @@ from flux2max_async.journal._schema import (
     ADD_COLUMN,
     INDEXES,
     SCHEMA,
+    OtherOwner,
     check_file,
     check_version,
     create_file,
@@ -45,6 +44,11 @@ from flux2max_async.journal._schema import (
 from flux2max_async.journal._serialization import outcome_from_entry
 
 log = get_logger("journal")
+
+_LOG_IS_LOST = (
+    "journal %s: its log %s-wal is missing, and its last process did not end it: what was recorded in the last seconds "
+    "before is lost, and may be submitted and paid for again"
+)
 
 _MAX_RESULT_LENGTH = 16_384  # characters of a result that is read ahead
 
@@ -60,17 +64,6 @@ _MAY_UPDATE = """
     OR state = 'submitted' AND :state IN ('completed', 'failed')
     OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
 """
-
-
-@attrs.frozen
-class OtherOwner:
-    """Another owner, as its row shows it."""
-
-    heartbeat: int
-    lease: float
-    """Seconds."""
-    is_gone: bool
-    """Whether its process has certainly ended."""
 
 
 class SqliteStore:
@@ -92,17 +85,18 @@ class SqliteStore:
         self._durable = True
         with translate_sqlite_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size:
-                check_file(path, busy_timeout)
+            logs = [Path(f"{path.resolve()}{suffix}") for suffix in ("-wal", "-shm")]
+            log_size = logs[0].stat().st_size if logs[0].exists() else None
+            has_content = path.exists() and path.stat().st_size > 0
+            if has_content:
+                check_file(path, busy_timeout)  # which may create an empty log
             create_file(path)
             self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
             self._connection.text_factory = decode_text
             self._file_id = file_id(path)
-            self._log_ids: list[tuple[Path, tuple[int, int] | None]] = []
             self._reported_rows: set[int] = set()
             try:
-                self._prepare(busy_timeout)
-                logs = [Path(f"{path.resolve()}{suffix}") for suffix in ("-wal", "-shm")]
+                self._prepare(busy_timeout, has_content=has_content, log_size=log_size)
                 self._log_ids = [(log_path, file_id(log_path)) for log_path in logs]
                 self._data_version = self._value("PRAGMA data_version")
                 self.is_empty: bool = self._value("SELECT NOT EXISTS (SELECT 1 FROM entries)") == 1
@@ -110,14 +104,14 @@ class SqliteStore:
                 self._connection.close()
                 raise
 
-    def _prepare(self, busy_timeout: float) -> None:
+    def _prepare(self, busy_timeout: float, *, has_content: bool, log_size: int | None) -> None:
         execute = self._connection.execute
         # Several processes may create the file at once, and SQLite refuses to switch to WAL then without waiting.
         retry_while_locked(lambda: execute("PRAGMA journal_mode = WAL"), busy_timeout)
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA fullfsync = 1")  # macOS: flushes the drive's own cache, too
         with self.transaction(durable=True):
-            if not self._value("SELECT count(*) FROM sqlite_master"):
+            if is_new := not self._value("SELECT count(*) FROM sqlite_master"):
                 for statement in SCHEMA:
                     execute(statement)
             check_version(self._connection, self._path)
@@ -125,10 +119,14 @@ class SqliteStore:
                 execute(ADD_COLUMN)
             for statement in INDEXES:
                 execute(statement)
-            for owner_id, other in self.other_owners().items():
+            others = self.other_owners()
+            for owner_id, other in others.items():
                 if other.is_gone:
                     self.drop_owner(owner_id)
             self.heartbeat()
+        # Without a log, whoever has begun a file has created its tables, and whoever has ended has dropped its row.
+        if (others and not log_size) or (is_new and has_content and log_size is None):
+            log.error(_LOG_IS_LOST, self._path, self._path.name)
 
     def close(self) -> None:
         """Drop this owner, and close the connection."""

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -96,6 +97,29 @@ def test_after_a_kill_the_file_alone_holds_what_was_written_seconds_ago(tmp_path
 
     assert logged
     assert len(states(copy)) == 100
+
+
+@pytest.mark.parametrize("suffixes", [("",), ("", "-wal"), ("", "-wal", "-shm")])
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+def test_a_log_that_is_missing_after_a_kill_is_an_error_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffixes: tuple[str, ...], seconds: float
+) -> None:
+    """If a process was killed and SQLite's log is gone, the next one says so; with the log nothing is said."""
+    path = tmp_path / "run.db"
+    command = [sys.executable, "-c", textwrap.dedent(_WRITER), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        time.sleep(seconds)  # after some seconds, the file itself has the tables and the owner
+        process.kill()
+    for suffix in suffixes:
+        shutil.copy(f"{path}{suffix}", tmp_path / f"copy.db{suffix}")
+    for _ in range(2):
+        SqliteStore(tmp_path / "copy.db", 12.0, 10.0).close()
+
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(messages) == (suffixes == ("",))
+    assert all("its log copy.db-wal is missing" in message for message in messages)
 
 
 @pytest.fixture

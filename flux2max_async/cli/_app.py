@@ -69,10 +69,10 @@ def flux2max(
 def _settings(context: typer.Context, key_file: Path | None, base_url: str | None) -> "ServiceSettings":
     from flux2max_async.cli._config import ServiceSettings
 
-    # The defaults are those of .env.
-    sources = {name: context.get_parameter_source(name) for name in ("base_url", "webhook_url")}
-    names = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"]
-    return ServiceSettings(context.obj or {}, base_url, key_file, [f"--{name.replace('_', '-')}" for name in names])
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    from_dotenv = {name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"}
+    values = {f"--{name.replace('_', '-')}": context.params[name] for name in context.params if name in from_dotenv}
+    return ServiceSettings(context.obj or {}, base_url, key_file, values)
 
 
 def _command_line(context: typer.Context) -> "Command":

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flux2max_async.cli._terminal import (
 
 _PREFIX = "FLUX2MAX_"
 _DOTENV_FILE = ".env"
+_ADDRESS_OPTIONS = ("--base-url", "--webhook-url")
 
 
 def read_dotenv() -> dict[str, str]:
@@ -48,8 +49,8 @@ class ServiceSettings:
     """The variables in `.env`."""
     base_url: str | None = None
     key_file: Path | None = None
-    dotenv_addresses: Sequence[str] = ()
-    """The options with an address whose values come from `.env`."""
+    dotenv_options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    """The options whose values come from `.env`."""
 
     def get_variable(self, name: str) -> str | None:
         """Return a variable of the environment, or else of `.env`."""
@@ -87,22 +88,31 @@ class ServiceSettings:
         )
 
     def _check_addresses(self) -> None:
-        """Refuse addresses from `.env` unless the API key is from there too.
+        """Refuse addresses, and an output folder elsewhere, from `.env` unless the API key is from there too.
 
         Otherwise the file in a folder from somebody else could direct the user's own key, or the user's results, to a
-        foreign address.
+        foreign address, or have files elsewhere replaced.
 
         Raises:
-            ConfigurationError: There is such an address.
+            ConfigurationError: There is such an option.
         """
         key = self.dotenv.get(KEY_VARIABLE)
-        if self.dotenv_addresses and (self.key_file is not None or not key or self.get_variable(KEY_VARIABLE) != key):
-            option = self.dotenv_addresses[0]
+        options = [option for option, value in self.dotenv_options.items() if _leads_elsewhere(option, value)]
+        if options and (self.key_file is not None or not key or self.get_variable(KEY_VARIABLE) != key):
+            option = options[0]
             variable = f"{_PREFIX}{option.removeprefix('--').replace('-', '_').upper()}"
             raise flux.ConfigurationError(
                 f"{variable} in {_DOTENV_FILE} counts only with the API key from the same file: "
-                f"set {KEY_VARIABLE} there and nowhere else, or pass the address with {option} if you trust it"
+                f"set {KEY_VARIABLE} there and nowhere else, or pass {option} if you trust it"
             )
+
+
+def _leads_elsewhere(option: str, value: Any) -> bool:
+    """Check whether an option is an address, or the path of an output folder that is not below the working folder."""
+    if option == "--out":
+        folder = Path.cwd().resolve()
+        return not (folder / str(value)).resolve().is_relative_to(folder)
+    return option in _ADDRESS_OPTIONS
 
 
 def _read_key_file(file: Path) -> str:

@@ -1237,12 +1237,42 @@ def test_addresses_in_dotenv(
         assert run.err == dry.err
         assert re.fullmatch(
             r"flux2max: FLUX2MAX_(BASE|WEBHOOK)_URL in \.env counts only with the API key from the same file: "
-            r"set FLUX2MAX_API_KEY there and nowhere else, or pass the address with --(base|webhook)-url if .*\n",
+            r"set FLUX2MAX_API_KEY there and nowhere else, or pass --(base|webhook)-url if .*\n",
             run.err,
         )
     else:
         assert (dry.code, run.code) == (0, 1)
         assert [call.headers["Authorization"] for call in script.received] == [f"Bearer {sent_key}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "is_refused"),
+    [
+        ("OUT=../elsewhere", False, True),
+        ("OUT=/tmp/elsewhere", False, True),
+        ("OUT=link", False, True),
+        ("OUT=pictures/../../elsewhere", False, True),
+        ("OUT=../elsewhere", True, False),
+        ("OUT=new/folder", False, False),
+        ("REPEAT=2", False, False),
+    ],
+)
+def test_paths_in_dotenv(
+    flux2max: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, *, key: bool, is_refused: bool
+) -> None:
+    """A path from `.env` that is not below the working folder counts only with the API key from the same file."""
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Path("link").symlink_to(tmp_path / "elsewhere")
+    Path(".env").write_text(f"FLUX2MAX_{line}\n" + "FLUX2MAX_API_KEY=dotenv-key\n" * key, encoding="utf-8")
+    monkeypatch.setenv("FLUX2MAX_API_KEY", "" if key else KEY)
+    run = flux2max("batch", write("a cat"), *SMALL, "--dry-run")
+
+    assert run.code == (2 if is_refused else 0)
+    assert (f"FLUX2MAX_{line.partition('=')[0]} in .env counts only with the API key" in run.err) is is_refused
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize(

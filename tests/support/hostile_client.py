@@ -42,6 +42,17 @@ _NAMES = {
     "metadata.example": ["169.254.169.254"],
     "mixed.example": [UNREACHABLE, "127.0.0.1"],
 }
+WARM_UP_KINDS = (
+    "eps",
+    "data_url",
+    "file_url",
+    "redirect_loop",
+    "private_0",
+    "poll_bomb",
+    "endless_headers",
+    "controls_code",
+)
+"""Small answers that need modules, threads and buffers which honest ones don't."""
 _TICK = 0.05
 """Seconds of the loop's clock between two measurements."""
 
@@ -232,7 +243,8 @@ async def run(folder: Path, port: int, key: str, budget: str) -> dict[str, Any]:
         max_uncertain=None,
         max_polls_per_second=None,
     ) as session:
-        async for _ in session.stream(requests("honest", start=1000, count=150), save_to=folder / "pictures"):
+        warm_up = [*requests("honest", start=1000, count=150), *requests(*WARM_UP_KINDS, start=1000, count=1)]
+        async for _ in session.stream(warm_up, save_to=folder / "pictures"):
             pass
         meter.start()
         try:

@@ -58,7 +58,7 @@ _REQUEST_OPTIONS: dict[str, Any] = {
     "raise_for_status": False,
     "max_line_size": _MAX_HEADER_BYTES,
     "max_field_size": _MAX_HEADER_BYTES,
-    "max_headers": 1000,
+    "max_headers": 100,
 }
 """For each request, because a borrowed session has options of its own."""
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"

@@ -8,7 +8,7 @@ import pytest
 from support.responses import jpeg
 from support.scripted import ScriptedGateway, answer, completed, running, session_on
 
-from flux2max_async import FluxSession, SubmissionUncertainError
+from flux2max_async import FluxSession, ProtocolError, SubmissionUncertainError, TaskStatus
 
 IMAGE = jpeg()
 
@@ -52,3 +52,15 @@ async def test_headers_that_are_too_large(scripted: ScriptedGateway, session: Fl
         await session.generate("a cat")
 
     assert len(scripted.received) == 1
+
+
+async def test_too_many_headers(scripted: ScriptedGateway) -> None:
+    """A response with more than a hundred headers is not read to the end of them; the next one is."""
+    headers = [(f"X-{number}", "x" * 60_000) for number in range(1000)]
+    scripted.polls = deque([answer(200, running(), headers), answer(200, completed())])
+    async with session_on(scripted) as session:
+        with pytest.raises(ProtocolError, match="not valid HTTP"):
+            await session.fetch("t1")
+        snapshot = await session.fetch("t1")
+
+    assert snapshot.status is TaskStatus.COMPLETED

@@ -149,6 +149,7 @@ def head(*headers: str) -> bytes:
 _CHUNK = b"10000\r\n" + b" " * 65_536 + b"\r\n"
 _ENDLESS_BODY = endless(head("Transfer-Encoding: chunked"), _CHUNK)
 _ENDLESS_HEADERS = endless(b"HTTP/1.1 200 OK\r\n", b"X-Header: " + b"x" * 1000 + b"\r\n")
+_FAT_HEADERS = endless(b"HTTP/1.1 200 OK\r\n", b"X-Header: " + b"x" * 60_000 + b"\r\n")
 _BOMB = functools.partial(answer, 200, headers=[("Content-Encoding", "gzip")])
 
 
@@ -196,7 +197,7 @@ KINDS: Mapping[str, Kind] = {
     "data_url": Kind(expected=UNSAVED, poll=with_pictures("data:text/html;base64,PGI+")),
     "ftp_url": Kind(expected=UNSAVED, poll=with_pictures("ftp://127.0.0.1/x")),
     "controls_url": Kind(expected=UNSAVED, poll=with_pictures(f"gopher://{CONTROLS}")),
-    "long_url": Kind(expected=UNSAVED, poll=with_pictures("{url}" + "?" + "x" * 5 * MEGABYTE)),
+    "long_url": Kind(expected=UNSAVED, poll=with_pictures("{url}?" + "x" * MEGABYTE)),
     "drip": Kind(expected=UNSAVED, download=lambda: drip(head("Content-Length: 100000"))),
     "endless_picture": Kind(expected=UNSAVED, download=lambda: endless(head(), picture()), count=1),
     "huge_length": Kind(expected=UNSAVED, download=lambda: raw(head("Content-Length: 99999999999999999999"), then="hang")),
@@ -218,6 +219,7 @@ KINDS: Mapping[str, Kind] = {
     "deep_90000": Kind(expected=UNREADABLE, poll=nested(90_000)),
     "endless_body": Kind(expected=BROKEN, poll=always(_ENDLESS_BODY)),
     "endless_headers": Kind(expected=BROKEN, poll=always(_ENDLESS_HEADERS)),
+    "fat_headers": Kind(expected=BROKEN, poll=always(_FAT_HEADERS)),
     "poll_bomb": Kind(expected=BROKEN, poll=_bomb),
     "poll_drip": Kind(expected=BROKEN, poll=always(drip(head("Content-Length: 100000")))),
     # Fields of tasks

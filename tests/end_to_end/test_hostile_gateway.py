@@ -30,11 +30,13 @@ MAX_STALL = 0.2
 """Seconds of processor time on a machine that does `reference_time()` in `REFERENCE` seconds."""
 REFERENCE = 0.05
 MAX_LOG = 1_000_000
+Run = tuple[dict[str, Any], Books, Path]
+"""The client's report, the gateway's books, and the folder around everything that the client may write."""
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Books, Path]]:
-    """Run the client against the gateway; provide its report, the gateway's books, and the folder around all of it."""
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run the client against the gateway, and provide what came of it."""
     folder = tmp_path_factory.mktemp("hostile")
     for name in ("journal", "logs", "cwd", "tmp", "home"):
         (folder / name).mkdir()
@@ -67,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, An
         yield json.loads(done.stdout), gateway.books(), folder
 
 
-def test_each_answer_has_its_outcome(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_each_answer_has_its_outcome(run: Run) -> None:
     """Honest tasks are saved, and each hostile answer costs its own request alone what it has to."""
     report, books, _ = run
     ends: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -87,7 +89,7 @@ def test_each_answer_has_its_outcome(run: tuple[dict[str, Any], Books, Path]) ->
     assert [(len(outcome["saved"]), outcome["partial"]) for outcome in many] == [(64, True)] * len(many)
 
 
-def test_budget_holds(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_budget_holds(run: Run) -> None:
     """Whatever the service says that a task has cost, the budget ends the batch."""
     report, books, _ = run
     costs = Counter(outcome["cost"] for outcome in report["outcomes"] if outcome["end"] in {"saved", "unsaved"})
@@ -100,7 +102,7 @@ def test_budget_holds(run: tuple[dict[str, Any], Books, Path]) -> None:
     assert completed * PRICE <= BUDGET
 
 
-def test_private_addresses_are_never_contacted(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_private_addresses_are_never_contacted(run: Run) -> None:
     """No picture comes from an address that only this machine or its network has, however it is spelled."""
     report, books, _ = run
 
@@ -108,7 +110,7 @@ def test_private_addresses_are_never_contacted(run: tuple[dict[str, Any], Books,
     assert books.private_connections == 0
 
 
-def test_memory_is_bounded(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_memory_is_bounded(run: Run) -> None:
     """The client never takes more than 64 MiB above what it has taken for honest tasks."""
     report, _, _ = run
     print(f"at most {report['peak'] / 2**20:.0f} MiB more, {report['growth'] / 2**20:.0f} MiB at the end")
@@ -116,7 +118,7 @@ def test_memory_is_bounded(run: tuple[dict[str, Any], Books, Path]) -> None:
     assert report["peak"] <= MAX_GROWTH
 
 
-def test_event_loop_is_never_stalled(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_event_loop_is_never_stalled(run: Run) -> None:
     """No answer keeps the event loop from everything else for more than 0.2 s."""
     report, _, _ = run
     limit = MAX_STALL * max(1.0, report["reference"] / REFERENCE)
@@ -125,7 +127,7 @@ def test_event_loop_is_never_stalled(run: tuple[dict[str, Any], Books, Path]) ->
     assert report["stall"] <= limit
 
 
-def test_logs_are_short_and_harmless(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_logs_are_short_and_harmless(run: Run) -> None:
     """The whole log stays under 1 MB, and no message holds a line end, an escape sequence or a bidi control."""
     report, _, folder = run
     size = (folder / "logs" / "client.log").stat().st_size
@@ -136,7 +138,7 @@ def test_logs_are_short_and_harmless(run: tuple[dict[str, Any], Books, Path]) ->
     assert "key-that-must-not-leak" not in (folder / "logs" / "client.log").read_text(encoding="utf-8")
 
 
-def test_only_pictures_are_written(run: tuple[dict[str, Any], Books, Path]) -> None:
+def check_only_pictures_are_written(run: Run) -> None:
     """Nothing is written outside `save_to` and the journal's folder, and there only whole pictures under plain names."""
     report, _, folder = run
     names = {name for outcome in report["outcomes"] for name in outcome["saved"]}
@@ -157,3 +159,26 @@ def test_only_pictures_are_written(run: tuple[dict[str, Any], Books, Path]) -> N
         "pictures", "journal",
     }  # fmt: skip
     assert {path.name for path in (folder / "journal").iterdir()} <= {"run.db", "run.db-wal", "run.db-shm"}
+
+
+CHECKS = (
+    check_each_answer_has_its_outcome,
+    check_budget_holds,
+    check_private_addresses_are_never_contacted,
+    check_memory_is_bounded,
+    check_event_loop_is_never_stalled,
+    check_logs_are_short_and_harmless,
+    check_only_pictures_are_written,
+)
+
+
+def test_hostile_gateway(run: Run) -> None:
+    """A session survives the hostile gateway in one run, in every respect."""
+    errors: list[AssertionError] = []
+    for check in CHECKS:
+        try:
+            check(run)
+        except AssertionError as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} of {len(CHECKS)} checks failed", errors)

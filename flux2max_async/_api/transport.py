@@ -1,4 +1,4 @@
-"""HTTP exchanges over aiohttp, without retries. No other module but `download_guards` uses aiohttp's client.
+"""HTTP exchanges over aiohttp, without retries. Its client is used in `download_guards` and `header_limit`, too.
 
 Whether a submit may be repeated depends on whether any byte of it was written. aiohttp doesn't report that: the same
 errors and timeouts occur before and after. So the body of a submit records when aiohttp begins to write it.
@@ -28,6 +28,7 @@ from yarl import URL
 from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
 from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
+from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.response import HttpResponse
 from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, SessionClosedError, TransportError
 from flux2max_async._version import __version__
@@ -58,7 +59,7 @@ _REQUEST_OPTIONS: dict[str, Any] = {
     "raise_for_status": False,
     "max_line_size": _MAX_HEADER_BYTES,
     "max_field_size": _MAX_HEADER_BYTES,
-    "max_headers": 100,
+    "max_headers": 1000,
 }
 """For each request, because a borrowed session has options of its own."""
 _USER_AGENT = f"flux2max_async/{__version__} aiohttp/{aiohttp.__version__} Python/{platform.python_version()}"
@@ -279,7 +280,7 @@ class _SubmitPayload(aiohttp.Payload):
 
 
 def _create_session(pool_size: int, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=pool_size, resolver=resolver)
+    connector = limit_headers(aiohttp.TCPConnector(limit=pool_size, resolver=resolver))
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from support.hostile import KINDS, PAID_KINDS, kind_of
 from support.hostile_client import PUBLIC, UNREACHABLE
-from support.hostile_gateway import Books, make_certificate, running_hostile_gateway
+from support.hostile_gateway import Totals, make_certificate, running_hostile_gateway
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory in /proc"),
@@ -30,8 +30,8 @@ MAX_STALL = 0.2
 """Seconds of processor time on a machine that does `reference_time()` in `REFERENCE` seconds."""
 REFERENCE = 0.05
 MAX_LOG = 1_000_000
-Run = tuple[dict[str, Any], Books, Path]
-"""The client's report, the gateway's books, and the folder around everything that the client may write."""
+Run = tuple[dict[str, Any], Totals, Path]
+"""The client's report, the gateway's totals, and the folder around everything that the client may write."""
 
 
 @pytest.fixture
@@ -66,24 +66,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-5000:]
-        yield json.loads(done.stdout), gateway.books(), folder
+        yield json.loads(done.stdout), gateway.totals(), folder
 
 
 def check_each_answer_has_its_outcome(run: Run) -> None:
     """Honest tasks are saved, and each hostile answer costs its own request alone what it has to."""
-    report, books, _ = run
+    report, totals, _ = run
     ends: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for outcome in report["outcomes"]:
         ends[kind_of(outcome["prompt"])][outcome["end"]] += 1
     wrong = {name: dict(counts) for name, counts in ends.items() if not counts.keys() <= KINDS[name].expected}
     lengths = {outcome["prompt"]: outcome["error_length"] for outcome in report["outcomes"]}
     many = [outcome for outcome in report["outcomes"] if kind_of(outcome["prompt"]) == "many_pictures"]
-    print(f"{len(report['outcomes'])} requests of {len(KINDS)} kinds; {books.accepted.total()} submits")
+    print(f"{len(report['outcomes'])} requests of {len(KINDS)} kinds; {totals.accepted.total()} submits")
 
     assert report["failure"] is None
     assert len(report["outcomes"]) == sum(kind.count for kind in KINDS.values())
     assert wrong == {}
-    assert max(books.accepted.values()) == 1
+    assert max(totals.accepted.values()) == 1
     assert [outcome["journal_error"] for outcome in report["outcomes"] if outcome["journal_error"]] == []
     assert {prompt: length for prompt, length in lengths.items() if length > 2000} == {}
     assert [(len(outcome["saved"]), outcome["partial"]) for outcome in many] == [(64, True)] * len(many)
@@ -91,9 +91,9 @@ def check_each_answer_has_its_outcome(run: Run) -> None:
 
 def check_budget_holds(run: Run) -> None:
     """Whatever the service says that a task has cost, the budget ends the batch."""
-    report, books, _ = run
+    report, totals, _ = run
     costs = Counter(outcome["cost"] for outcome in report["outcomes"] if outcome["end"] in {"saved", "unsaved"})
-    completed = sum(count for prompt, count in books.accepted.items() if kind_of(prompt) in PAID_KINDS)
+    completed = sum(count for prompt, count in totals.accepted.items() if kind_of(prompt) in PAID_KINDS)
     print(f"{completed} tasks were paid for, at most {BUDGET / PRICE:.0f} are allowed")
 
     assert costs.keys() <= {None, "0.07"}
@@ -104,10 +104,10 @@ def check_budget_holds(run: Run) -> None:
 
 def check_private_addresses_are_never_contacted(run: Run) -> None:
     """No picture comes from an address that only this machine or its network has, however it is spelled."""
-    report, books, _ = run
+    report, totals, _ = run
 
     assert set(report["contacted"]) <= {PUBLIC, UNREACHABLE}
-    assert books.private_connections == 0
+    assert totals.private_connections == 0
 
 
 def check_memory_is_bounded(run: Run) -> None:

@@ -30,7 +30,7 @@ class Ports:
 
 
 @attrs.frozen
-class Books:
+class Totals:
     """What the server has seen."""
 
     accepted: Counter[str]
@@ -134,7 +134,7 @@ async def _run(pipe: Pipe, certificate: Path) -> None:
     async with HostileGateway(certificate) as gateway:
         pipe.send(gateway.ports)
         while await loop.run_in_executor(None, pipe.recv):
-            pipe.send(Books(gateway.accepted, gateway.private_connections))
+            pipe.send(Totals(gateway.accepted, gateway.private_connections))
 
 
 def _serve(pipe: Pipe, certificate: Path) -> None:
@@ -148,10 +148,10 @@ class RunningGateway:
     pipe: Any
     ports: Ports
 
-    def books(self) -> Books:
+    def totals(self) -> Totals:
         self.pipe.send(True)
-        books: Books = self.pipe.recv()
-        return books
+        totals: Totals = self.pipe.recv()
+        return totals
 
 
 @contextmanager

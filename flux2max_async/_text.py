@@ -47,7 +47,9 @@ class _PrintableArguments(logging.Filter):
             record.args = tuple(map(_printable_argument, record.args))
         if record.exc_info and record.exc_info[1] is not None:
             # Formatters take the text that is there; handlers that need the exception itself have it.
-            lines = "".join(traceback.format_exception(record.exc_info[1])).split("\n")[:_MAX_LINES]
+            lines = "".join(traceback.format_exception(record.exc_info[1])).rstrip().split("\n")
+            if len(lines) > _MAX_LINES:  # the exception itself is at the end
+                lines = [*lines[: _MAX_LINES // 2], "...", *lines[-_MAX_LINES // 2 :]]
             record.exc_text = "\n".join(printable(line) for line in lines)
         return True
 

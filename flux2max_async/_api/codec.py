@@ -128,8 +128,8 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
     body = load_object(response.body)
     task_id, task = find_task(body)
     if task_id is None:
-        if len(response.body) > MAX_PREFIX_BYTES:
-            raise ProtocolError("the response to the submit is too large to be a refusal")
+        if len(response.body) > MAX_PREFIX_BYTES or (not is_success and not body and _may_have_id(response.body)):
+            raise ProtocolError("the response to the submit may have a task id, but can't be read")
         body = _parse_body(response) if is_success else body
         if is_success and (not has_clear_error(body) or is_gateway_timeout(body)):
             raise ProtocolError("the response to the submit has neither a task id nor an error")
@@ -147,6 +147,11 @@ def parse_submit(response: HttpResponse, *, base_url: str = "") -> TaskSnapshot:
         return snapshot_from_json(task_id, task, raw=body, secrets=response.secrets, received_at=response.received)
     except ProtocolError:
         return TaskSnapshot(task_id=task_id, status=TaskStatus.IN_PROGRESS, raw=body)
+
+
+def _may_have_id(body: bytes) -> bool:
+    """Return whether JSON that can't be parsed, be it cut off or nested too deeply, has something like an id."""
+    return body.lstrip()[:1] in {b"{", b"["} and b'"id"' in body
 
 
 def _parse_body(response: HttpResponse) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class _LimitedHandler(ResponseHandler):
         super().set_response_params(**params)
 
     def feed_data(self, data: tuple[RawResponseMessage, aiohttp.StreamReader], size: int = 0) -> None:
-        self._received = -math.inf
+        if data[0].code >= 200 or data[0].code == 101:  # others, like 103 Early Hints, come before the response
+            self._received = -math.inf
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:

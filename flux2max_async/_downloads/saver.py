@@ -1,5 +1,6 @@
 """Saves the images of a stream as its tasks end: complete, under free names, and never twice."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -98,7 +99,8 @@ class ImageSaver:
             error = error or failure
         finally:
             for part in images.parts.values():
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
         await record.release()
         saved = tuple(path for _, path in sorted(images.saved.items()))
         journal_error = record.problem or outcome.journal_error

@@ -134,6 +134,8 @@ def _limit(values: Mapping[str, Any]) -> dict[str, Any]:
         match rest.pop():
             case str(text):
                 size += min(len(text), _MAX_TEXT_LENGTH)
+            case int(number):
+                size += number.bit_length() // 3
             case Mapping() as mapping:
                 rest += [*mapping, *mapping.values()]
             case list() | tuple() as items:

@@ -46,8 +46,8 @@ from flux2max_async.journal._serialization import outcome_from_entry
 log = get_logger("journal")
 
 _LOG_IS_LOST = (
-    "journal %s: its log %s-wal is missing, and its last process did not end it: what was recorded in the last seconds "
-    "before is lost, and may be submitted and paid for again"
+    "journal %s: its log %s-wal is missing, and its last process was killed: what was recorded in the last seconds "
+    "before may be lost, and is then submitted and paid for again"
 )
 
 _MAX_RESULT_LENGTH = 16_384  # characters of a result that is read ahead
@@ -125,7 +125,8 @@ class SqliteStore:
                     self.drop_owner(owner_id)
             self.heartbeat()
         # Without a log, whoever has begun a file has created its tables, and whoever has ended has dropped its row.
-        if (others and not log_size) or (is_new and has_content and log_size is None):
+        was_killed = any(other.is_gone for other in others.values())
+        if (was_killed and not log_size) or (is_new and has_content and log_size is None):
             log.error(_LOG_IS_LOST, self._path, self._path.name)
 
     def close(self) -> None:

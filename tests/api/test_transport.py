@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from support.responses import jpeg
-from support.scripted import ScriptedGateway, answer, completed, running, session_on
+from support.scripted import ScriptedGateway, answer, completed, raw, running, session_on
 
 from flux2max_async import FluxSession, ProtocolError, SubmissionUncertainError, TaskStatus
 
@@ -52,6 +52,17 @@ async def test_headers_that_are_too_large(scripted: ScriptedGateway, session: Fl
         await session.generate("a cat")
 
     assert len(scripted.received) == 1
+
+
+async def test_headers_that_are_too_large_after_early_hints(scripted: ScriptedGateway) -> None:
+    """The limit counts until the response itself, and not until an informational one."""
+    headers = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 60_000) for number in range(100))
+    response = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n" + headers + b"Content-Length: 2\r\n\r\n{}"
+    scripted.polls = deque([raw(response), answer(200, completed())])
+    async with session_on(scripted) as session:
+        with pytest.raises(ProtocolError, match="not valid HTTP"):
+            await session.fetch("t1")
+        assert (await session.fetch("t1")).status is TaskStatus.COMPLETED
 
 
 @pytest.mark.parametrize("size", [1100, 60_000])

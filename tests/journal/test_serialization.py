@@ -157,8 +157,9 @@ def test_secrets_are_masked_and_long_texts_hashed() -> None:
         (["x" * 4096] * 17, False),
         (["x" * 3000] * 40_000, False),
         ({"x" * 1000 + str(number): None for number in range(100)}, False),
-        (list(range(60_000)), True),
+        (list(range(10_000)), True),
         ([[], {}] * 50_000, False),
+        ([10**4000] * 20, False),
         ("x" * 10_000_000, True),
     ],
 )

@@ -26,8 +26,7 @@ WAITING = "waiting"
 _TEMP_FILE_PATTERN = f".flux2max-{'[0-9a-f]' * 16}.part"
 """Matches the names of files that are being written."""
 _MAX_TEMP_FILE_AGE = 86_400.0
-"""Seconds after which a temporary file is certainly left over from a process that was killed, even if the time of day
-has been changed meanwhile."""
+"""Seconds after which a temporary file is left over from a killed process, even if somebody has set the clock."""
 _UNPAID_STATES = (WAITING, EntryState.REFUSED.value)
 _FINAL_STATES = (EntryState.COMPLETED.value, EntryState.FAILED.value)
 _LOST_MESSAGE = "it is in results.jsonl, and not in the journal: flux2max download {} may still save its picture"
@@ -314,11 +313,7 @@ class OutputDir:
         return row
 
     def write_results(self, rows: Iterable[Row]) -> None:
-        """Replace `results.jsonl` atomically.
-
-        Raises:
-            OSError: It can't be written.
-        """
+        """Replace `results.jsonl` atomically, or raise the OSError for which it can't be written."""
         write_atomically(self.results_path, "".join(f"{to_json(row.to_dict())}\n" for row in rows))
 
     def _read_results(self) -> list[Row]:

@@ -64,6 +64,7 @@ def borrowed_middlewares(
                 await guard.check(request.host, peer[0])
             return await send(conn)
 
+        # No hook is called between connecting and sending.
         request.send = check_and_send  # type: ignore[method-assign]
         return await handler(request)
 

@@ -8,7 +8,7 @@ from typing import Any
 MAX_LENGTH = 200
 """Characters of such a text that are shown."""
 _MAX_LOCAL_LENGTH = 2000
-"""Characters of any other argument of a log message: it may hold a path."""
+"""Characters of this library's and the system's own messages, which may hold paths, and of lines of a traceback."""
 
 _MAX_LINES = 200
 """Lines of a traceback."""
@@ -23,10 +23,10 @@ def printable(text: str, limit: int = MAX_LENGTH) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return the text of an error, with its message, which may be the service's, shortened."""
+    """Return the text of an error; a message that is the service's own, in an error with its code, is shortened."""
     text = str(error)
     message = getattr(error, "message", "")
-    if isinstance(message, str) and message and text.startswith(message):
+    if hasattr(error, "code") and isinstance(message, str) and text.startswith(message):
         return printable(message) + printable(text[len(message) :])
     return printable(text, _MAX_LOCAL_LENGTH)
 
@@ -50,7 +50,7 @@ class _PrintableArguments(logging.Filter):
             lines = "".join(traceback.format_exception(record.exc_info[1])).rstrip().split("\n")
             if len(lines) > _MAX_LINES:  # the exception itself is at the end
                 lines = [*lines[: _MAX_LINES // 2], "...", *lines[-_MAX_LINES // 2 :]]
-            record.exc_text = "\n".join(printable(line) for line in lines)
+            record.exc_text = "\n".join(printable(line, _MAX_LOCAL_LENGTH) for line in lines)
         return True
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux2max_async import DownloadError, JournalError, RateLimitedError, TaskFailedError
+from flux2max_async import ConfigurationError, DownloadError, JournalError, RateLimitedError, TaskFailedError
 from flux2max_async._text import describe, get_logger, printable, redact
 
 
@@ -62,6 +62,9 @@ LONG = "x" * 1000
         (OSError(28, "No space left", f"/{LONG}"), f"[Errno 28] No space left: '/{LONG}'"),
         (ValueError("\n"), r"\n"),
         (DownloadError(""), ""),
+        (JournalError(f"the journal /{LONG}: the disk is full"), f"the journal /{LONG}: the disk is full"),
+        (DownloadError(f"/{LONG} can't be written"), f"/{LONG} can't be written"),
+        (ConfigurationError("x" * 3000), "x" * 1999 + "\u2026"),
     ],
     ids=repr,
 )

@@ -5,6 +5,8 @@ import logging
 import traceback
 from typing import Any
 
+from flux2max_async._exceptions import ProtocolError, ResponseError, TaskFailedError
+
 MAX_LENGTH = 200
 """Characters of such a text that are shown."""
 _MAX_LOCAL_LENGTH = 2000
@@ -23,11 +25,10 @@ def printable(text: str, limit: int = MAX_LENGTH) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return the text of an error; a message that is the service's own, in an error with its code, is shortened."""
+    """Return the text of an error, with its message shortened if that may be the service's."""
     text = str(error)
-    message = getattr(error, "message", "")
-    if hasattr(error, "code") and isinstance(message, str) and text.startswith(message):
-        return printable(message) + printable(text[len(message) :])
+    if isinstance(error, (ProtocolError, ResponseError, TaskFailedError)):
+        return printable(error.message) + printable(text.removeprefix(error.message))
     return printable(text, _MAX_LOCAL_LENGTH)
 
 

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux2max_async import ConfigurationError, DownloadError, JournalError, RateLimitedError, TaskFailedError
+from flux2max_async import (
+    ConfigurationError,
+    DownloadError,
+    JournalError,
+    ProtocolError,
+    RateLimitedError,
+    TaskFailedError,
+)
 from flux2max_async._text import describe, get_logger, printable, redact
 
 
@@ -58,6 +65,7 @@ LONG = "x" * 1000
         (TaskFailedError("a\nb"), r"a\nb"),
         (TaskFailedError(LONG), "x" * 199 + "\u2026"),
         (RateLimitedError(LONG, status=429, code="c"), "x" * 199 + "\u2026 (HTTP 429, code c)"),
+        (ProtocolError(LONG), "x" * 199 + "\u2026"),
         (RateLimitedError("no", status=429, code="\x1b"), r"no (HTTP 429, code \x1b)"),
         (OSError(28, "No space left", f"/{LONG}"), f"[Errno 28] No space left: '/{LONG}'"),
         (ValueError("\n"), r"\n"),

@@ -146,6 +146,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/client.py", "--write")
     session.run("python", "benchmarks/journal.py", "--write")
     session.run("python", "benchmarks/webhooks.py", "--write")
+    session.run("python", "benchmarks/far.py", "--write")
 
 
 @nox.session(python=NEWEST)
@@ -157,3 +158,4 @@ def bench_short(session: nox.Session) -> None:
     session.run("python", "benchmarks/client.py", "--short")
     session.run("python", "benchmarks/journal.py", "--short")
     session.run("python", "benchmarks/webhooks.py", "--short")
+    session.run("python", "benchmarks/far.py", "--short")

@@ -166,6 +166,7 @@ class ApiClient:
     async def _prepare(self, request: GenerationRequest, cancellation: Cancellation) -> HttpRequest:
         """Build the message and wait for the submit's turn."""
         if any(not isinstance(image.source, str) for image in request.input_images):
+            self._transport.expect_submit()
             async with cancellation.guard():
                 message = await anyio.to_thread.run_sync(build_submit, request)
         else:

@@ -1,10 +1,10 @@
-"""HTTP exchanges over aiohttp, without retries. Its client is used in `download_guards` and `header_limit`, too.
+"""HTTP exchanges over aiohttp, without retries. `connections`, `download_guards` and `header_limit` use it, too.
 
 Whether a submit may be repeated depends on whether any byte of it was written. aiohttp doesn't report that: the same
-errors and timeouts occur before and after. So the body of a submit records when aiohttp begins to write it.
+errors and timeouts occur before and after. So the body of a submit (`SubmitPayload`) records when it is written.
 
-Submits never reuse a connection. If the server has just closed a kept-alive connection, a submit on it fails exactly
-like one whose response was lost.
+If the server has just closed a kept-alive connection, a submit on it fails exactly like one whose response was lost.
+`SubmitConnector` provides connections on which that doesn't happen. Over a borrowed session, no submit reuses one.
 """
 
 import asyncio
@@ -20,13 +20,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import attrs
-from aiohttp.abc import AbstractResolver, AbstractStreamWriter
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.http import StreamWriter
 from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
 from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.connections import SpareOpened, SubmitConnector, SubmitPayload
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
 from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.response import HttpResponse
@@ -102,6 +100,7 @@ class Transport:
         self._is_borrowed = http is not None
         self.max_downloads = max_downloads(http)
         self._api_session = http
+        self._connector: SubmitConnector | None = None
         self._download_session = http
         self._large_responses = asyncio.Semaphore(_MAX_LARGE_RESPONSES)
         self._huge_response = asyncio.Lock()
@@ -113,9 +112,17 @@ class Transport:
             max_in_flight: Maximum number of tasks in flight, which determines the size of the pool.
         """
         if not self._is_borrowed:
-            self._api_session = _create_session(max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE)))
+            pool_size = max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE))
+            self._connector = SubmitConnector(limit=pool_size, open_spare=self._open_spare)
+            self._api_session = _create_session(self._connector)
             # Downloads have their own pool, so that many slow ones can't delay polls.
-            self._download_session = _create_session(DOWNLOAD_POOL_SIZE, GuardedResolver(self._address_guard))
+            resolver = GuardedResolver(self._address_guard)
+            self._download_session = _create_session(aiohttp.TCPConnector(limit=DOWNLOAD_POOL_SIZE, resolver=resolver))
+
+    def expect_submit(self) -> None:
+        """Open a connection for a submit that will be made soon, unless there is one."""
+        if self._connector is not None:
+            self._connector.expect_submit()
 
     async def close(self) -> None:
         """Close our own connections; a borrowed session stays open."""
@@ -139,7 +146,7 @@ class Transport:
             SessionClosedError: The aiohttp session is closed.
         """
         session = _require_open(self._api_session)
-        payload = None if request.body is None else _SubmitPayload(request.body)
+        payload = None if request.body is None else SubmitPayload(request.body, self._connector)
         url = URL(self.base_url + request.path, encoded=True)
         failure: FluxError
         try:
@@ -173,19 +180,36 @@ class Transport:
         return content.received.getvalue()
 
     def _send(
-        self, session: aiohttp.ClientSession, url: URL, payload: "_SubmitPayload | None"
+        self, session: aiohttp.ClientSession, url: URL, payload: "SubmitPayload | None"
     ) -> "aiohttp.client._RequestContextManager":
         if payload is None:
             return session.get(url, headers=self._api_headers, timeout=_NO_TIMEOUT, **_REQUEST_OPTIONS)
         return session.post(
             url,
             data=payload,
-            headers={**self._api_headers, "Connection": "close"},
+            headers={**self._api_headers, "Connection": "close"} if self._is_borrowed else self._api_headers,
             timeout=_NO_TIMEOUT,
-            # The host that would be verified anyway. aiohttp pools connections by it too, so submits get their own.
+            # The host that would be verified anyway. aiohttp pools connections by it too, so submits over a borrowed
+            # session get their own. `SubmitConnector` recognises submits by it.
             server_hostname=self._host,
             **_REQUEST_OPTIONS,
         )
+
+    async def _open_spare(self) -> bool:
+        """Open a connection for the connector, in the same way as a submit would; return whether that has worked."""
+        session, connector = cast("aiohttp.ClientSession", self._api_session), cast("SubmitConnector", self._connector)
+        try:
+            await session.get(
+                URL(self.base_url, encoded=True),
+                timeout=_NO_TIMEOUT,
+                server_hostname=self._host,
+                middlewares=(connector.open_only,),
+            )
+        except SpareOpened:
+            return True
+        except (aiohttp.ClientError, OSError, ValueError):
+            pass  # the next submit will meet the same error, and report it
+        return False
 
     @asynccontextmanager
     async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
@@ -252,36 +276,8 @@ class DownloadResponse:
             raise failure from failure.__cause__
 
 
-class _SubmitPayload(aiohttp.Payload):
-    """The body of a submit: records when it is written, refuses to be written twice, and closes its connection."""
-
-    _autoclose = True
-
-    def __init__(self, value: bytes) -> None:
-        super().__init__(value, content_type="application/json")
-        self._size = len(value)
-        self.is_written = False
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        await self.write_with_length(writer, None)
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        if self.is_written:
-            raise ConnectionError("a submit is never written twice")  # a borrowed session's middleware may try to
-        self.is_written = True
-        cast("ResponseHandler", cast("StreamWriter", writer).protocol).force_close()
-        view = memoryview(self._value)[:content_length]
-        # In chunks, so that a body of many megabytes doesn't block the event loop.
-        for start in range(0, len(view), _CHUNK_BYTES):
-            await writer.write(view[start : start + _CHUNK_BYTES])
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return bytes(self._value).decode(encoding, errors)
-
-
-def _create_session(pool_size: int, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
-    connector = limit_headers(aiohttp.TCPConnector(limit=pool_size, resolver=resolver))
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+def _create_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=limit_headers(connector), cookie_jar=aiohttp.DummyCookieJar())
 
 
 def _exact_url(text: str) -> URL:

@@ -15,30 +15,26 @@ put it back, are extended; the pool itself is aiohttp's.
 """
 
 import asyncio
-import math
 import selectors
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import aiohttp
 import attrs
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
-from aiohttp.http import StreamWriter
 
+from flux2max_async._api.idle_limit import IdleLimit
 from flux2max_async._clock import suspended_seconds
 
 if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.tracing import Trace
 
-FIRST_LIMIT = 0.5
-"""Seconds that a connection may be idle as long as nothing is known about the far end."""
-MAX_LIMIT = 4.0
 _CHECK_INTERVAL = 0.25
 """Seconds between two looks at the idle connections."""
 _MIN_CHECK_INTERVAL = 0.05
@@ -46,68 +42,32 @@ _MAX_LAG = 0.1
 """Seconds by which a look may be late before the event loop counts as blocked."""
 _MIN_REST = 0.1
 """Seconds after an answer in which the far end's FIN arrives if it closes the connection because of it."""
-_DROP_MEMORY = 60.0
-_AGREEING_DROPS = 4
-_AGREEMENT = 1.2
-"""Drops that differ at most by this factor are due to a fixed timeout of the far end."""
 _USE_TIME = 60.0
 """Seconds after a submit for which a connection is kept ready for the next one."""
 _MIN_SPARE_LIMIT = 0.2
 """If the far end closes unused connections sooner, none is kept ready."""
 _PAUSE_AFTER_FAILURE = 5.0
 _OPEN_TIMEOUT = 10.0
-_CHUNK_BYTES = 65_536
 
 
-class IdleLimit:
-    """Learns how many seconds a connection may be idle before a submit can't rely on it any more.
+class ConnectionUse(Enum):
+    """Which connections a request may use."""
 
-    It is half of the longest time that one was seen to stay open, or half of the shortest after which one was closed;
-    0.7 of it, if several were closed after the same time.
-    """
+    ANY = "any"
+    WARM = "warm"
+    """For a submit: a new one, or one that the far end certainly keeps open."""
+    NEW = "new"
 
-    def __init__(self) -> None:
-        self._longest = 0.0
-        self._drops: deque[tuple[float, float]] = deque(maxlen=100)
-        """When a connection was closed, and how long it had been idle."""
-        self._shortest, self._factor = math.inf, 0.5
 
-    def on_open(self, idle: float) -> None:
-        """Record that a connection is still open after so many idle seconds."""
-        self._longest = max(self._longest, idle)
-
-    def on_drop(self, idle: float, now: float) -> None:
-        """Record that the far end has closed a connection after so many idle seconds."""
-        # The far end may have changed its timeout: what was seen before no longer counts.
-        self._longest = min(self._longest, idle)
-        self._drops.append((now, idle))
-        self._summarize()
-
-    def seconds(self, now: float, round_trip: float) -> float:
-        """Return the limit.
-
-        Args:
-            now: The time.
-            round_trip: Seconds that a FIN and a submit may need together; at least one round trip.
-        """
-        if self._drops and self._drops[0][0] < now - _DROP_MEMORY:
-            self._drops.popleft()
-            self._summarize()
-        if not self._drops:
-            return min(MAX_LIMIT, max(FIRST_LIMIT, self._longest / 2))
-        return min(MAX_LIMIT, self._shortest * self._factor, self._shortest - round_trip)
-
-    def _summarize(self) -> None:
-        times = [idle for _, idle in self._drops]
-        self._shortest = min(times, default=math.inf)
-        is_timeout = len(times) >= _AGREEING_DROPS and max(times) <= _AGREEMENT * self._shortest
-        self._factor = 0.7 if is_timeout else 0.5
+connection_use: ContextVar[ConnectionUse] = ContextVar("connection_use", default=ConnectionUse.ANY)
+"""That of the next request in this context; aiohttp passes nothing of our own on to a connector."""
 
 
 @attrs.frozen
 class _Idle:
     """An idle connection."""
 
+    key: "ConnectionKey"
     protocol: ResponseHandler
     entry: tuple[ResponseHandler, float]
     """Its entry in aiohttp's pool."""
@@ -122,9 +82,7 @@ class SpareOpened(Exception):  # noqa: N818 - no error
 
 
 class SubmitConnector(aiohttp.TCPConnector):
-    """A connector for one host, whose submits get only connections that the far end certainly keeps open.
-
-    Submits are recognised by the `server_hostname` of their requests; other requests have none.
+    """A connector for one host, whose requests get the connections that `connection_use` allows.
 
     Args:
         limit: Maximum number of connections in use.
@@ -177,50 +135,50 @@ class SubmitConnector(aiohttp.TCPConnector):
     # ------------------------------------------------------------------ the pool
 
     async def _get(self, key: "ConnectionKey", traces: "list[Trace]") -> Connection | None:
-        pool_key = _pool_key(key)
-        is_submit = key.server_hostname is not None
-        if is_submit:
+        use = connection_use.get()
+        if use is ConnectionUse.WARM:
             self.expect_submit(_MIN_CHECK_INTERVAL)
-            if not self._move_good_one_to_front(pool_key):
-                return None
-        connection = await super()._get(pool_key, traces)
+        if use is ConnectionUse.NEW or (use is ConnectionUse.WARM and not self._move_good_one_to_front(key)):
+            return None
+        connection = await super()._get(key, traces)
         if connection is not None:
             protocol = cast("ResponseHandler", connection.protocol)
             idle = self._idle.pop(protocol, None)
-            if is_submit and idle is not None:
+            if use is ConnectionUse.WARM and idle is not None:
                 self._taken[protocol] = idle
         return connection
 
     def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
         self._taken.pop(protocol, None)
-        if self._closed or should_close or protocol.should_close:
+        if should_close:
             super()._release(key, protocol, should_close=True)
         else:
             self._add(key, protocol, is_unused=False)
 
     def _add(self, key: "ConnectionKey", protocol: ResponseHandler, *, is_unused: bool) -> None:
-        pool_key = _pool_key(key)
-        super()._release(pool_key, protocol)
-        pool = self._conns[pool_key]
+        super()._release(key, protocol)
+        if self._closed or not _is_open(protocol):
+            return
+        pool = self._conns[key]
         if protocol not in self._watched:
             self._watched.add(protocol)
-            # It is None if the connection is closed already.
-            (protocol.closed or self._loop.create_future()).add_done_callback(partial(self._on_closed, protocol))
-        if self._timer is not None:
-            now = self._now()
-            limit, rest = (self._unused, 0.0) if is_unused else (self._after_answer, _MIN_REST)
-            self._idle[protocol] = _Idle(protocol, pool[-1], now, now + rest, limit)
+            closed = cast("asyncio.Future[None]", protocol.closed)
+            closed.add_done_callback(partial(self._on_closed, protocol))
+        now = self._now()
+        limit, rest = (self._unused, 0.0) if is_unused else (self._after_answer, _MIN_REST)
+        self._idle[protocol] = _Idle(key, protocol, pool[-1], now, now + rest, limit)
         if len(pool) > self.limit:
             oldest, _ = pool.popleft()
             self._idle.pop(oldest, None)
             oldest.close()
 
-    def _move_good_one_to_front(self, pool_key: "ConnectionKey") -> bool:
+    def _move_good_one_to_front(self, key: "ConnectionKey") -> bool:
         """Move the newest connection that a submit may use to the front of the pool, which aiohttp takes."""
         now = self._now()
         for idle in reversed(self._idle.values()):
-            if idle.usable_from <= now and self._is_fresh(idle, now) and _is_good(idle.protocol):
-                pool = self._conns[pool_key]
+            is_usable = idle.key == key and idle.usable_from <= now and self._is_fresh(idle, now)
+            if is_usable and _is_open(idle.protocol) and not _has_unread_data(idle.protocol):
+                pool = self._conns[key]
                 pool.remove(idle.entry)
                 pool.appendleft(idle.entry)
                 return True
@@ -241,7 +199,6 @@ class SubmitConnector(aiohttp.TCPConnector):
                 self._on_drop(idle, now)
         if now - self._last_use > _USE_TIME:
             self._timer = None
-            self._idle.clear()
             return
         delay = self._spare_delay(now)
         if delay <= 0.0 and self._opening is None:
@@ -289,58 +246,13 @@ class SubmitConnector(aiohttp.TCPConnector):
         return self._loop.time() + self.suspended()
 
 
-class SubmitPayload(aiohttp.Payload):
-    """The body of a submit: records when it is written, and refuses to be written twice.
-
-    Args:
-        value: The body.
-        connector: Decides whether it may be written to a connection. None, for a borrowed session: to each, and the
-            connection is closed afterwards.
-    """
-
-    _autoclose = True
-
-    def __init__(self, value: bytes, connector: SubmitConnector | None = None) -> None:
-        super().__init__(value, content_type="application/json")
-        self._size = len(value)
-        self._connector = connector
-        self.is_written = False
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        await self.write_with_length(writer, None)
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        if self.is_written:
-            raise ConnectionError("a submit is never written twice")  # a borrowed session's middleware may try to
-        protocol = cast("ResponseHandler", cast("StreamWriter", writer).protocol)
-        if self._connector is None:
-            protocol.force_close()
-        elif not self._connector.may_write(protocol):
-            raise ConnectionError("the connection is closed, or has been idle for too long")
-        self.is_written = True
-        view = memoryview(self._value)[:content_length]
-        # In chunks, so that a body of many megabytes doesn't block the event loop.
-        for start in range(0, len(view), _CHUNK_BYTES):
-            await writer.write(view[start : start + _CHUNK_BYTES])
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return bytes(self._value).decode(encoding, errors)
-
-
-def _pool_key(key: "ConnectionKey") -> "ConnectionKey":
-    """Return a key that is the same for submits and polls."""
-    return key if key.server_hostname is None else key._replace(server_hostname=None)
-
-
 def _is_open(protocol: ResponseHandler) -> bool:
     """Return whether the far end has neither closed the connection nor sent anything unasked, such as a 408."""
     return protocol.is_connected() and not protocol.should_close
 
 
-def _is_good(protocol: ResponseHandler) -> bool:
-    """Return whether the connection is open, and nothing has come that the event loop hasn't read yet."""
-    if not _is_open(protocol):
-        return False
+def _has_unread_data(protocol: ResponseHandler) -> bool:
+    """Return whether something has come, perhaps a FIN, that the event loop hasn't read yet."""
     with selectors.DefaultSelector() as selector:
         selector.register(cast("asyncio.Transport", protocol.transport).get_extra_info("socket"), selectors.EVENT_READ)
-        return not selector.select(0)
+        return bool(selector.select(0))

@@ -1,4 +1,4 @@
-"""HTTP exchanges over aiohttp, without retries. `connections`, `download_guards` and `header_limit` use it, too.
+"""HTTP exchanges over aiohttp, without retries.
 
 Whether a submit may be repeated depends on whether any byte of it was written. aiohttp doesn't report that: the same
 errors and timeouts occur before and after. So the body of a submit (`SubmitPayload`) records when it is written.
@@ -8,48 +8,35 @@ If the server has just closed a kept-alive connection, a submit on it fails exac
 """
 
 import asyncio
-import io
 import math
 import platform
-import string
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
-import attrs
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
+from flux2max_async._api.aiohttp_errors import translate_error
 from flux2max_async._api.codec import HttpRequest
-from flux2max_async._api.connections import SpareOpened, SubmitConnector, SubmitPayload
+from flux2max_async._api.connections import ConnectionUse, SpareOpened, SubmitConnector, connection_use
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
 from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.response import HttpResponse
-from flux2max_async._exceptions import DownloadError, FluxError, ProtocolError, SessionClosedError, TransportError
+from flux2max_async._api.response_content import ContentReader
+from flux2max_async._api.submit_payload import SubmitPayload
+from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError
 from flux2max_async._version import __version__
 
-_MAX_RESPONSE_BYTES = 140_000_000
-"""A task object with an image of 100 MB in base64."""
-_LARGE_RESPONSE_BYTES, _MAX_LARGE_RESPONSES = 1_000_000, 4
-"""Beyond this size only so many responses are read at once, so that hostile ones can't fill the memory."""
-_HUGE_RESPONSE_BYTES = 8_000_000
-"""Beyond this size only one is."""
-_MAX_SUBMIT_RESPONSE_BYTES = 16_000_000
-_MAX_OTHER_BYTES = 4_000_000
-"""How much of a large response may be anything but base64: only an image makes one that large."""
-_TOO_LARGE = (
-    f"the response is larger than {_MAX_OTHER_BYTES // 10**6} MB, or with an image {_MAX_RESPONSE_BYTES // 10**6} MB"
-)
-_BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/-_="
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 _MAX_HEADER_BYTES = 65_536
 """Maximum size of one response header; aiohttp's own limit is 8,190 bytes."""
 _REQUEST_OPTIONS: dict[str, Any] = {
@@ -95,15 +82,17 @@ class Transport:
             "Accept-Encoding": "identity",  # responses are small, and some borrowed sessions don't decompress
             "Authorization": f"Bearer {api_key}",
         }
+        no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
+        self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout}
         self.secrets: tuple[str, ...] = (api_key, *secrets)
         self._timeout = timeout
         self._is_borrowed = http is not None
         self.max_downloads = max_downloads(http)
         self._api_session = http
         self._connector: SubmitConnector | None = None
+        self._may_write: Callable[[ResponseHandler], bool] | None = None
         self._download_session = http
-        self._large_responses = asyncio.Semaphore(_MAX_LARGE_RESPONSES)
-        self._huge_response = asyncio.Lock()
+        self._content_reader = ContentReader()
 
     def open(self, max_in_flight: int) -> None:
         """Create the connection pools. Needs a running event loop.
@@ -114,6 +103,7 @@ class Transport:
         if not self._is_borrowed:
             pool_size = max(_MIN_POOL_SIZE, min(max_in_flight, _MAX_POOL_SIZE))
             self._connector = SubmitConnector(limit=pool_size, open_spare=self._open_spare)
+            self._may_write = self._connector.may_write
             self._api_session = _create_session(self._connector)
             # Downloads have their own pool, so that many slow ones can't delay polls.
             resolver = GuardedResolver(self._address_guard)
@@ -133,12 +123,15 @@ class Transport:
                     for session in filter(None, (self._api_session, self._download_session)):
                         await session.close()
 
-    async def exchange(self, request: HttpRequest, *, within: float = math.inf) -> HttpResponse:
+    async def exchange(
+        self, request: HttpRequest, *, within: float = math.inf, fresh_connection: bool = False
+    ) -> HttpResponse:
         """Send a request and read the whole response.
 
         Args:
             request: The request.
             within: Maximum duration in seconds, if that is less than the HTTP timeout.
+            fresh_connection: Whether to open a new connection for it.
 
         Raises:
             TransportError: There was no complete response; `maybe_sent` is True if the request may have been written.
@@ -146,18 +139,17 @@ class Transport:
             SessionClosedError: The aiohttp session is closed.
         """
         session = _require_open(self._api_session)
-        payload = None if request.body is None else SubmitPayload(request.body, self._connector)
-        url = URL(self.base_url + request.path, encoded=True)
+        payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
         failure: FluxError
         try:
             async with (
                 asyncio.timeout(min(self._timeout, within)),
-                self._send(session, url, payload) as response,
+                self._send(session, request, payload, fresh_connection=fresh_connection) as response,
             ):
-                content = await self._read_content(response, is_submit=payload is not None)
+                content = await self._content_reader.read(response.content, is_submit=payload is not None)
             return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            failure = _translate_error(error, maybe_sent=payload is None or payload.is_written)
+            failure = translate_error(error, maybe_sent=payload is None or payload.is_written)
         try:
             # Raised outside the except block, so that aiohttp's error, which holds the headers and so the key, does not
             # become its context.
@@ -166,45 +158,34 @@ class Transport:
             # The error's traceback refers to this frame, which would keep the input images in memory.
             del failure, payload
 
-    async def _read_content(self, response: aiohttp.ClientResponse, *, is_submit: bool) -> bytes:
-        content = _Content(response.content)
-        if is_submit:  # nothing may hold its answer up: its time would be over, and nobody would know the task's id
-            if await content.read_up_to(_MAX_SUBMIT_RESPONSE_BYTES):
-                raise ProtocolError(_TOO_LARGE)
-        elif await content.read_up_to(_LARGE_RESPONSE_BYTES):
-            async with self._large_responses:
-                if await content.read_up_to(_HUGE_RESPONSE_BYTES):
-                    async with self._huge_response:
-                        if await content.read_up_to(_MAX_RESPONSE_BYTES):
-                            raise ProtocolError(_TOO_LARGE)
-        return content.received.getvalue()
-
     def _send(
-        self, session: aiohttp.ClientSession, url: URL, payload: "SubmitPayload | None"
+        self,
+        session: aiohttp.ClientSession,
+        request: HttpRequest,
+        payload: SubmitPayload | None,
+        *,
+        fresh_connection: bool,
     ) -> "aiohttp.client._RequestContextManager":
-        if payload is None:
-            return session.get(url, headers=self._api_headers, timeout=_NO_TIMEOUT, **_REQUEST_OPTIONS)
-        return session.post(
-            url,
-            data=payload,
-            headers={**self._api_headers, "Connection": "close"} if self._is_borrowed else self._api_headers,
-            timeout=_NO_TIMEOUT,
-            # The host that would be verified anyway. aiohttp pools connections by it too, so submits over a borrowed
-            # session get their own. `SubmitConnector` recognises submits by it.
-            server_hostname=self._host,
-            **_REQUEST_OPTIONS,
-        )
+        headers = self._api_headers
+        options: dict[str, Any] = self._api_options
+        if not self._is_borrowed:
+            use = ConnectionUse.WARM if payload is not None else ConnectionUse.ANY
+            connection_use.set(ConnectionUse.NEW if fresh_connection else use)
+        elif payload is not None or fresh_connection:
+            # aiohttp pools connections by the host name that is verified, so these get their own. The payload closes
+            # it afterwards, even if the server doesn't.
+            headers = {**headers, "Connection": "close"}
+            options = {**options, "server_hostname": self._host}
+            payload = payload or SubmitPayload(b"")
+        url = URL(self.base_url + request.path, encoded=True)
+        return session.request(request.method, url, data=payload, headers=headers, **options)
 
     async def _open_spare(self) -> bool:
         """Open a connection for the connector, in the same way as a submit would; return whether that has worked."""
         session, connector = cast("aiohttp.ClientSession", self._api_session), cast("SubmitConnector", self._connector)
+        url = URL(self.base_url, encoded=True)
         try:
-            await session.get(
-                URL(self.base_url, encoded=True),
-                timeout=_NO_TIMEOUT,
-                server_hostname=self._host,
-                middlewares=(connector.open_only,),
-            )
+            await session.get(url, **self._api_options, middlewares=(connector.open_only,))
         except SpareOpened:
             return True
         except (aiohttp.ClientError, OSError, ValueError):
@@ -248,7 +229,7 @@ class Transport:
             # A new error for each download: aiohttp raises the same one for all that wait for the same DNS lookup.
             raise DownloadError(f"can't download: {error}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            failure = _translate_error(error, maybe_sent=True)
+            failure = translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
         async with response:
             yield DownloadResponse(response)
@@ -272,7 +253,7 @@ class DownloadResponse:
         try:
             return await self._content.read(_CHUNK_BYTES)
         except (aiohttp.ClientError, OSError) as error:
-            failure = _translate_error(error, maybe_sent=True)
+            failure = translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
 
 
@@ -293,50 +274,3 @@ def _require_open(session: aiohttp.ClientSession | None) -> aiohttp.ClientSessio
     if session is None or session.closed:
         raise SessionClosedError("the HTTP session is closed")
     return session
-
-
-@attrs.define(eq=False)
-class _Content:
-    """The content of a response to an API call, as far as it was read."""
-
-    _stream: aiohttp.StreamReader
-    received: io.BytesIO = attrs.field(factory=io.BytesIO, init=False)  # its value is no copy
-    _others: int = attrs.field(default=0, init=False)
-    """How many bytes can't be part of an image in base64."""
-
-    async def read_up_to(self, limit: int) -> bool:
-        """Read until the end; return True if there is more than `limit` bytes.
-
-        Raises:
-            ProtocolError: Too much of it is not an image.
-        """
-        while self.received.tell() <= limit:
-            if self._stream.at_eof():
-                return False
-            chunk = await self._stream.readany()
-            self.received.write(chunk)
-            self._others += len(chunk.translate(None, _BASE64))
-            if self._others > _MAX_OTHER_BYTES:
-                raise ProtocolError(_TOO_LARGE)
-        return True
-
-
-def _translate_error(error: Exception, *, maybe_sent: bool) -> FluxError:
-    """Return the FluxError for an error of aiohttp's, with a cause that contains no headers."""
-    match error:
-        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
-            result: FluxError = TransportError(f"no connection: {error}", maybe_sent=maybe_sent)
-        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
-            result = TransportError("the connection was closed before the response was complete", maybe_sent=maybe_sent)
-        case TimeoutError():
-            result = TransportError("the request timed out", maybe_sent=maybe_sent)
-        case aiohttp.ClientResponseError() | aiohttp.NonHttpUrlClientError() | ValueError():
-            # The repr of such an error shows the request's headers: only its class is kept.
-            if not maybe_sent:
-                return TransportError(f"no connection: {error.__class__.__name__}", maybe_sent=False)
-            return ProtocolError(f"not valid HTTP: {error.__class__.__name__}")
-        case _:
-            result = TransportError(f"the connection failed: {error}", maybe_sent=maybe_sent)
-    # Without its traceback, whose frames contain the headers too.
-    result.__cause__ = error.with_traceback(None)
-    return result

@@ -54,7 +54,7 @@ from flux2max_async import (
     TaskStatus,
     TransportError,
 )
-from flux2max_async._api.connections import SubmitPayload
+from flux2max_async._api.submit_payload import SubmitPayload
 from flux2max_async._tasks.cancellation import SubmitCancellation
 from flux2max_async.emulator import Emulator, Fault
 

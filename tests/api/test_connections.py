@@ -11,10 +11,15 @@ import anyio.lowlevel
 import pytest
 from support.far import FarGateway
 from support.responses import jpeg
+from support.scripted import ScriptedGateway
 from support.virtual_time import hold_up
 
 from flux2max_async import FixedSchedule, FluxSession, TransportError
-from flux2max_async._api.connections import FIRST_LIMIT, MAX_LIMIT, IdleLimit, SubmitConnector, SubmitPayload
+from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.connections import ConnectionUse, SubmitConnector, connection_use
+from flux2max_async._api.idle_limit import FIRST_LIMIT, MAX_LIMIT, IdleLimit
+from flux2max_async._api.submit_payload import SubmitPayload
+from flux2max_async._api.transport import Transport
 
 BURST = 24
 TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
@@ -299,11 +304,12 @@ async def test_the_loop_is_blocked_just_before_a_submit_is_written() -> None:
     tracing = aiohttp.TraceConfig()
     tracing.on_connection_reuseconn.append(hold_up_before_writing)
     connector = SubmitConnector(limit=10, open_spare=never)
-    payloads = [SubmitPayload(b'{"input": [{"params": {"prompt": "a cat"}}]}', connector) for _ in range(4)]
+    payloads = [SubmitPayload(b'{"input": [{"params": {"prompt": "a cat"}}]}', connector.may_write) for _ in range(4)]
     async with FarGateway() as gateway, aiohttp.ClientSession(connector=connector, trace_configs=[tracing]) as http:
 
         async def submit(payload: SubmitPayload) -> None:
-            async with http.post(gateway.url, data=payload, server_hostname="127.0.0.1") as response:
+            connection_use.set(ConnectionUse.WARM)
+            async with http.post(gateway.url, data=payload) as response:
                 await response.read()
 
         for payload in payloads[:2]:
@@ -325,3 +331,25 @@ async def test_the_pool_is_limited() -> None:
         await submit_in_bursts(session, [0.0, 2.0, 2.0], BURST)
         await anyio.sleep(0.3)
         assert len(gateway.open) <= BURST // 2
+
+
+@pytest.mark.parametrize(("borrowed", "connections"), [(False, 2), (True, 3)], ids=["own session", "borrowed session"])
+async def test_a_poll_over_a_fresh_connection(scripted: ScriptedGateway, borrowed: bool, connections: int) -> None:
+    """A poll can be made over a new connection; no submit over a borrowed session reuses that."""
+    submit, poll = HttpRequest("POST", "/model/v1/generation", b"{}"), HttpRequest("GET", "/model/v1/task/t1")
+    async with aiohttp.ClientSession() as http:
+        transport = Transport("key", scripted.url, timeout=30.0, http=http if borrowed else None)
+        transport.open(10)
+        for _ in range(2):
+            await transport.exchange(poll)
+        assert scripted.connections == 1
+
+        await transport.exchange(poll, fresh_connection=True)
+        assert scripted.connections == 2
+
+        await anyio.sleep(0.2)
+        await transport.exchange(submit)
+        await transport.exchange(poll)
+        await transport.close()
+
+    assert scripted.connections == connections

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import attrs
@@ -17,6 +17,8 @@ KEY_VARIABLE = "FLUX2MAX_API_KEY"
 URL_VARIABLE = "FLUX2MAX_BASE_URL"
 
 _MAX_DOLLARS = 10**9
+_MIN_AUTO_RATE = 20.0
+"""Polls per second that "auto" allows at least."""
 # Most hosts match this; any other is checked by the idna codec, whose import takes 13 ms.
 _ASCII_HOST = re.compile(r"([\w:-]{1,63}\.)*[\w:-]{1,63}", re.ASCII)
 
@@ -112,7 +114,7 @@ def _parse_price_guess(amount: Decimal | float | str | None) -> Decimal | None:
     return parse_dollars("price_guess", amount)
 
 
-def _infinite_if_none(value: float | None) -> float:
+def _infinite_if_none(value: Any) -> Any:
     return math.inf if value is None else value
 
 
@@ -128,8 +130,8 @@ def _validate_duration(_: Any, field: "attrs.Attribute[Any]", value: float) -> N
     validate_seconds(field.name, value)
 
 
-def _validate_rate(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
-    if not _is_number(value) or not value > 0:
+def _validate_rate(_: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    if value != "auto" and (not _is_number(value) or not value > 0):
         raise ConfigurationError(f"{field.name} must be more than 0, or None for no limit, not {value!r}")
 
 
@@ -160,7 +162,7 @@ class SessionConfig:
     base_url: str = attrs.field(converter=_read_base_url)
     """None reads the environment."""
     max_in_flight: int = attrs.field(validator=_validate_count)
-    max_polls_per_second: float = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
+    max_polls_per_second: float | Literal["auto"] = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
     task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)
     http_timeout: float = attrs.field(validator=_validate_duration)
     drain: float = attrs.field(validator=_validate_drain)
@@ -170,6 +172,12 @@ class SessionConfig:
     budget_scope: str | None = attrs.field(validator=_validate_budget_scope)
     max_uncertain: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
     allow_private_downloads: bool = attrs.field(validator=_validate_flag)
+
+    @property
+    def poll_rate(self) -> float:
+        """The maximum number of polls per second."""
+        rate = self.max_polls_per_second
+        return max(_MIN_AUTO_RATE, self.max_in_flight) if rate == "auto" else rate
 
     @property
     def budget_limits_journal(self) -> bool:

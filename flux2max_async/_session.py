@@ -45,10 +45,11 @@ class FluxSession:
     `Failed(SessionClosedError)`, quickly, and logs the ids of unfinished tasks in one line.
 
     A submit is repeated only if it certainly created nothing (no connection, 429, 503), until the deadline, and then
-    the last error is raised. A 429 slows the whole session: all calls pause as long as requested, at most 120 s, and
-    then submits probe one at a time. Polls are repeated until the deadline on any transport error, 408, 429, 5xx, a 404
-    soon after the submit, an unreadable answer (five in a row are a ProtocolError), and a refusal, unless the API
-    repeats it three times over 10 s; the page of a proxy or firewall never ends a task.
+    the last error is raised. A lone 429 holds back its own call as long as the service says, at most 120 s; four or
+    more among the last 20 calls of its kind hold back all submits, or all polls; submits then probe one at a time.
+    Polls are repeated until the deadline on any transport error, 408, 429, 5xx, a 404 soon after the submit, an
+    unreadable answer (five in a row are a ProtocolError), and a refusal, unless the API repeats it three times over
+    10 s; the page of a proxy or firewall never ends a task.
 
     Args:
         api_key: The key; else the environment's FLUX2MAX_API_KEY.
@@ -56,8 +57,9 @@ class FluxSession:
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
         task_timeout: Seconds for a task from its submit to its end; None sets no limit.
-        max_polls_per_second: For all tasks together; None sets no limit. Near it, and after a 429, polls become rarer.
-        http_timeout: Seconds for one HTTP exchange, the last byte of its answer included.
+        max_polls_per_second: For all tasks together. "auto" is one for each slot, at least 20; None sets no limit. Near
+            the limit, and after frequent 429s, polls become rarer.
+        http_timeout: Seconds for one HTTP exchange, the last byte of its answer included; for polls, at most.
         http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us. Its
             middlewares see downloads too, but the hosts of images get none of its headers, cookies and credentials.
         webhooks: Receives the service's webhooks from your server. Polls become rare, and a lost answer to a submit is
@@ -87,7 +89,7 @@ class FluxSession:
         max_in_flight: int = 24,
         schedule: PollSchedule | None = None,
         task_timeout: float | None = 600.0,
-        max_polls_per_second: float | None = 20.0,
+        max_polls_per_second: float | Literal["auto"] | None = "auto",
         http_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
         webhooks: WebhookInbox | None = None,

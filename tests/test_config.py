@@ -462,3 +462,12 @@ def test_a_session_validates_its_settings(settings_: dict[str, Any], message: st
         FluxSession(**{"api_key": "test-key-1234567890", **settings_})
 
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("limit", "slots", "rate"),
+    [("auto", 1, 20.0), ("auto", 24, 24.0), ("auto", 200, 200.0), (5, 200, 5.0), (None, 200, math.inf), (math.inf, 1, math.inf)],
+)  # fmt: skip
+def test_polls_per_second(limit: Any, slots: int, rate: float) -> None:
+    """By default there may be one poll per second for each slot, and at least 20."""
+    assert make_config(max_polls_per_second=limit, max_in_flight=slots).poll_rate == rate

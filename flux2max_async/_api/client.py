@@ -1,7 +1,6 @@
 """The API's two calls, submit and poll, with the retries and limits that keep them safe."""
 
 import asyncio
-import contextlib
 import math
 import random
 from collections.abc import Callable
@@ -13,10 +12,14 @@ import attrs
 
 from flux2max_async._api.circuit_breaker import Attempt, CircuitBreaker
 from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit
+from flux2max_async._api.give_up import finish_or_give_up
 from flux2max_async._api.poll_limiter import PollLimiter
+from flux2max_async._api.poll_timeout import PollTimeout
+from flux2max_async._api.recent_refusals import pause_after, spread_pause
 from flux2max_async._api.retry import MAX_PAUSE, backoff, is_uncertain, may_submit_again
 from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
+from flux2max_async._api.submit_turns import SubmitTurns
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.transport import Transport
 from flux2max_async._clock import suspended_seconds
@@ -35,12 +38,10 @@ from flux2max_async._text import describe, get_logger
 
 log = get_logger("api")
 
-_MAX_CONCURRENT_SUBMITS = 100
-"""One that waits for a connection takes 8 KiB, and its time for the exchange is running."""
 _MIN_SUBMIT_TIME = 5.0
 """Seconds that a submit needs before its deadline: cut off, an honest submit would be uncertain."""
-_MAX_PAUSE_SPREAD = 2.0
-"""Seconds over which callers are spread after a pause."""
+_SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD = 0.02, 0.1
+"""Refused submits are sent again so much later than the service requests, and so many seconds at most."""
 _MAX_UNKNOWN_STATUSES = 100
 
 
@@ -106,11 +107,11 @@ class ApiClient:
         self.suspended: Callable[[], float] = suspended_seconds
         self._transport = transport
         self._stats = stats
+        self.poll_limiter = PollLimiter(config.poll_rate)
+        self._poll_timeout = PollTimeout(config.http_timeout)
         self.submit_limiter = SubmitLimiter(config.max_in_flight)
-        self._poll_limiter = PollLimiter(config.max_polls_per_second)
         self._breaker = CircuitBreaker(config.max_uncertain)
-        self._turn = asyncio.Lock()
-        self._capacity_changed = asyncio.Event()
+        self._turns = SubmitTurns(stats, self.submit_limiter, self._breaker, self.now)
         self._unknown_statuses: set[str] = set()
 
     # ------------------------------------------------------------------ submits
@@ -171,9 +172,9 @@ class ApiClient:
                 message = await anyio.to_thread.run_sync(build_submit, request)
         else:
             message = build_submit(request)
-        if self._turn.locked() or self._submit_delay() > 0:
+        if self._turns.must_wait:
             async with cancellation.guard():
-                await self._wait_for_turn()
+                await self._turns.wait()
         elif cancellation.reason is not None:
             cancellation.raise_if_cancelled()
         return message
@@ -181,7 +182,8 @@ class ApiClient:
     async def _try_submit(
         self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float, attempt: Attempt
     ) -> TaskSnapshot:
-        probe = self.submit_limiter.refused and self.submit_limiter.submit_started()
+        limiter = self.submit_limiter
+        probe = limiter.refused and limiter.submit_started()
         self._stats.submitting += 1
         try:
             await record.begin()
@@ -191,13 +193,12 @@ class ApiClient:
             snapshot = parse_submit(response, base_url=self._transport.base_url)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
-            self.submit_limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
-            self._poll_limiter.record_refusal(self.now())
+            limiter.submit_refused(self.now(), self._stats.in_flight, error.retry_after, probe=probe)
             # It ends no row: an overloaded gateway refuses some submits, and loses the answers to others.
             self._breaker.release(attempt)
             raise
         except BaseException as error:
-            self.submit_limiter.submit_ended(probe=probe)
+            limiter.submit_ended(probe=probe)
             self._record_failed_submit(error, attempt)
             raise
         else:
@@ -205,12 +206,12 @@ class ApiClient:
             self._stats.in_flight += 1
             if self._breaker.has_failures:
                 self._breaker.on_answer()
-            if self.submit_limiter.refused:
-                self.submit_limiter.submit_accepted(self._stats.in_flight, probe=probe)
+            if limiter.refused:
+                limiter.submit_accepted(self._stats.in_flight, probe=probe)
             return snapshot
         finally:
             self._stats.submitting -= 1
-            self._capacity_changed.set()
+            self._turns.on_capacity_changed()
 
     def _record_failed_submit(self, error: BaseException, attempt: Attempt) -> None:
         """Record in the circuit breaker what a failed submit reveals about further ones."""
@@ -229,7 +230,7 @@ class ApiClient:
         self._breaker.resolve(lost.attempt)
         self._stats.submitted += 1
         self.add_in_flight()
-        self._capacity_changed.set()
+        self._turns.on_capacity_changed()
 
     def give_up(self, lost: LostSubmit) -> None:
         """Record that nobody will report any more what became of a lost submit; call `release()` after its outcome."""
@@ -238,34 +239,28 @@ class ApiClient:
     def release(self, lost: LostSubmit) -> None:
         """Allow the next probe to start; a stream that its error stops has stopped by now."""
         self._breaker.release(lost.attempt)
-        self._capacity_changed.set()
+        self._turns.on_capacity_changed()
 
     async def _wait_to_retry(self, refusal: FluxError, failures: int) -> None:
-        if not isinstance(refusal, RateLimitedError):  # after a 429 the limiter decides
-            asked = getattr(refusal, "retry_after", None) or 0.0
-            await asyncio.sleep(max(backoff(failures, random.random()), min(asked, MAX_PAUSE)))
-        await self._wait_for_turn()
-
-    async def _wait_for_turn(self) -> None:
-        """Wait until one more submit may start, first come, first served; the caller starts it without awaiting."""
-        async with self._turn:
-            while (delay := self._submit_delay()) > 0:
-                self._capacity_changed = asyncio.Event()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(delay if delay < math.inf else None):
-                        await self._capacity_changed.wait()
-
-    def _submit_delay(self) -> float:
-        if self._stats.submitting >= _MAX_CONCURRENT_SUBMITS or (self._breaker.has_failures and self._breaker.blocks):
-            return math.inf
-        if not self.submit_limiter.refused:
-            return 0.0
-        return self.submit_limiter.submit_delay(self.now(), self._stats.in_flight)
+        if isinstance(refusal, RateLimitedError):
+            asked = pause_after(refusal.retry_after)
+            asked += random.random() * min(asked * _SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD)
+        else:
+            asked = min(getattr(refusal, "retry_after", None) or 0.0, MAX_PAUSE)
+        await asyncio.sleep(max(backoff(failures, random.random()), asked))
+        await self._turns.wait()
 
     # ------------------------------------------------------------------ polls
 
     async def poll(
-        self, message: HttpRequest, task_id: str, *, request: GenerationRequest | None = None, within: float = math.inf
+        self,
+        message: HttpRequest,
+        task_id: str,
+        *,
+        request: GenerationRequest | None = None,
+        within: float = math.inf,
+        gives_up: bool = False,
+        fresh_connection: bool = False,
     ) -> TaskSnapshot:
         """Poll a task once.
 
@@ -274,41 +269,49 @@ class ApiClient:
             task_id: The task's id.
             request: What was requested: the service might echo its webhook secret.
             within: Seconds that the exchange may take, if that is less than the HTTP timeout.
+            gives_up: Whether it is given up if it takes far longer than polls usually do.
+            fresh_connection: Whether it uses a new connection.
 
         Raises:
             FluxError: The poll failed, or the service refused; `_retry` tells the two apart.
         """
         self._stats.polls += 1
+        limiter, sent_at = self.poll_limiter, self.now()
+        exchange = self._transport.exchange(message, within=within, fresh_connection=fresh_connection)
         try:
-            response = await self._transport.exchange(message, within=within)
+            response = await (finish_or_give_up(exchange, self._poll_timeout) if gives_up else exchange)
+            self._poll_timeout.record_answer(self.now() - sent_at)
             if request is not None and request.webhook_secret is not None:
                 response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)
         except RateLimitedError as error:
             self._stats.rate_limited += 1
-            self.submit_limiter.poll_refused(self.now(), error.retry_after)
-            self._poll_limiter.record_refusal(self.now())
+            limiter.record_refusal(self.now(), error.retry_after)
             raise
+        except FluxError:
+            limiter.record_other()
+            raise
+        if limiter.refused:
+            limiter.record_other()
         if snapshot.status is TaskStatus.IN_PROGRESS:
             self._log_unknown_status(snapshot)
         return snapshot
 
     def pause(self, chance: float) -> float:
-        """Return the seconds that the service asked all calls to wait, plus up to two so that they spread.
+        """Return the seconds that the service asked all polls to wait, plus up to two so that they spread.
 
         Args:
             chance: 0.0 to 1.0, drawn anew for each caller.
         """
-        pause = self.submit_limiter.pause_remaining(self.now())
-        return pause + chance * min(pause, _MAX_PAUSE_SPREAD)
+        return spread_pause(self.poll_limiter.pause_remaining(self.now()), chance)
 
     def reserve_poll(self) -> float:
         """Reserve one poll of the session's limit; return the seconds until it may be made."""
-        return self._poll_limiter.reserve(self.now())
+        return self.poll_limiter.reserve(self.now())
 
     def poll_cost_factor(self) -> float:
         """Return how many times its usual cost a poll has now."""
-        return self._poll_limiter.cost_factor(self.now())
+        return self.poll_limiter.cost_factor(self.now())
 
     def count_retry(self) -> None:
         """Count a poll that will be made again."""
@@ -323,7 +326,7 @@ class ApiClient:
     def remove_in_flight(self) -> None:
         """Count a task that has ended, or is not followed any more."""
         self._stats.in_flight -= 1
-        self._capacity_changed.set()
+        self._turns.on_capacity_changed()
 
     def _log_unknown_status(self, snapshot: TaskSnapshot) -> None:
         status = reported_status(snapshot)

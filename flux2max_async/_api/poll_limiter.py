@@ -1,5 +1,8 @@
 """The limit for the polls of a session: a token bucket, and a poll cost that rises before the bucket is empty.
 
+A few 429s may be chance, and each holds back its own poll only. Four or more among the last 20 polls hold back all
+polls for as long as the service requests, and raise the cost.
+
 The bucket delays polls beyond the limit, in the order in which they are reserved. Before it is empty, the cost of a
 poll rises, so that schedules poll less often. A schedule polls at a rate that is inversely proportional to the square
 root of the cost, so a rate that is f times too high needs f² times the cost.
@@ -11,7 +14,9 @@ import math
 
 import attrs
 
-_WINDOW = 1.0
+from flux2max_async._api.recent_refusals import RecentRefusals, pause_after
+
+_WINDOW = 1.5
 """Seconds over which the rate of polls is measured before the load is adjusted."""
 _TARGET_UTILIZATION = 0.9
 """The rate that the load aims at, as a fraction of the limit; the rest of the bucket serves bursts."""
@@ -19,10 +24,14 @@ _MAX_RATE_RATIO = 2.0
 """Limits one adjustment of the load, as if the rate were off by at most this factor."""
 _IDLE_RESET = 10.0
 """Seconds without a poll after which the load is reset."""
-_MAX_BACKPRESSURE = 3.0
+_MAX_BACKPRESSURE = 8.0
 """The cost is raised to at most 1 + this by refusals."""
+_MIN_BACKPRESSURE = 0.25
+"""The first frequent refusals raise the cost by this; further ones soon after by more."""
 _BACKPRESSURE_HALF_LIFE = 30.0
 """Seconds."""
+_RELIEF = 0.97
+"""What a poll that is not refused leaves of the backpressure."""
 _COST_STEP = 1.5
 """The cost factor is a power of this, because schedules compute their polls anew for each value of it."""
 
@@ -40,8 +49,17 @@ class PollLimiter:
     """When the most recently reserved token becomes available."""
     _window_start: float = attrs.field(default=-math.inf, init=False)
     _window_polls: int = attrs.field(default=0, init=False)
+    _was_high: bool = attrs.field(default=False, init=False)
+    """Whether the rate was above its target in the last window."""
     _load: float = attrs.field(default=1.0, init=False)
     """The cost factor that keeps the rate at its target; at least 1."""
+    refused: bool = attrs.field(default=False, init=False)
+    """Whether there ever was a 429 to a poll; until then there is nothing to record, and no pause."""
+    _recent: RecentRefusals = attrs.field(factory=RecentRefusals, init=False)
+    _asked_until: float = attrs.field(default=-math.inf, init=False)
+    """The end of the longest wait that the service requested of a poll."""
+    _paused_until: float = attrs.field(default=-math.inf, init=False)
+    """When polls may be sent again, after frequent refusals."""
     _backpressure: float = attrs.field(default=0.0, init=False)
     """The part of the cost factor that refusals add, as of `_backpressure_time`."""
     _backpressure_time: float = attrs.field(default=0.0, init=False)
@@ -51,7 +69,12 @@ class PollLimiter:
         window = now - self._window_start
         if window >= _WINDOW:
             rate_ratio = self._window_polls / window / (_TARGET_UTILIZATION * self.max_per_second)
-            self._load = max(self._load * min(max(rate_ratio, 1 / _MAX_RATE_RATIO), _MAX_RATE_RATIO) ** 2, 1.0)
+            # The bucket is there for a burst of one window; a second one, or an empty bucket, is a load.
+            is_burst = rate_ratio > 1 and not self._was_high and self._next_token <= now
+            self._was_high = rate_ratio > 1
+            if not is_burst:
+                rate_ratio = min(max(rate_ratio, 1 / _MAX_RATE_RATIO), _MAX_RATE_RATIO)
+                self._load = max(self._load * rate_ratio**2, 1.0)
             if window > _IDLE_RESET:
                 self._load = 1.0
             self._window_start, self._window_polls = now, 0
@@ -59,10 +82,34 @@ class PollLimiter:
         self._next_token = max(self._next_token, now - 1.0) + 1 / self.max_per_second
         return max(self._next_token - now, 0.0)
 
-    def record_refusal(self, now: float) -> None:
-        """Record that the service refused a submit or a poll with 429."""
-        self._backpressure = min(self._backpressure_at(now) + 1, _MAX_BACKPRESSURE)
-        self._backpressure_time = now
+    def record_other(self) -> None:
+        """Record that a poll ended in another way than with a 429."""
+        self._recent.record_other()
+        self._backpressure *= _RELIEF
+
+    def record_refusal(self, now: float, retry_after: float | None) -> None:
+        """Record that a poll was refused with 429.
+
+        Frequent refusals raise the cost once for each pause: the polls that are on the wire when it begins may all be
+        refused. After that, the window begins anew, so that refusals by chance don't hold back all polls for long.
+
+        Args:
+            now: The current time.
+            retry_after: The seconds to wait that the service requests, if it does.
+        """
+        self.refused = True
+        self._asked_until = max(self._asked_until, now + pause_after(retry_after))
+        if now < self._paused_until:
+            self._paused_until = self._asked_until
+        elif self._recent.record_refusal():
+            self._recent.clear()
+            self._paused_until = self._asked_until
+            self._backpressure = min(2 * self._backpressure_at(now) + _MIN_BACKPRESSURE, _MAX_BACKPRESSURE)
+            self._backpressure_time = now
+
+    def pause_remaining(self, now: float) -> float:
+        """Return the seconds for which all polls are held back."""
+        return max(self._paused_until - now, 0.0)
 
     def cost_factor(self, now: float) -> float:
         """Return how many times its normal cost a poll has now, rounded to a power of 1.5."""

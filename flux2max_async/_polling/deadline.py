@@ -51,7 +51,8 @@ class Deadline:
     """Whether a timer was late since a poll has found the task running: a webhook may have waited to be read."""
     _polled_at: float = attrs.field(default=-math.inf, init=False)
     """When the newest poll was sent that could have found the task's end."""
-    _is_extended: bool = attrs.field(default=False, init=False)
+    is_extended: bool = attrs.field(default=False, init=False)
+    """Whether the poll that is sent now is the last chance of the task."""
     _late_polls: int = attrs.field(default=0, init=False)
     """How many polls failed whose time was over late."""
     _suspended_at_start: float = attrs.field(init=False)
@@ -98,7 +99,7 @@ class Deadline:
             self.was_held_up = False
             # One that was slow, and is answered while the final poll is due, is as good as that.
             self._polled_at = now if now - sent_at <= GRACE_PERIOD else sent_at
-            if self._is_extended:
+            if self.is_extended:
                 self.at = min(self.at, now)
         elif now <= self.at + MAX_LATENESS or self._late_polls >= _MAX_LATE_POLLS:
             # One that has hung until the deadline has waited for an answer all the time. But if its own timer was late,
@@ -116,11 +117,11 @@ class Deadline:
         """
         if self._is_polled_since(self._final_poll_at):
             return now <= self.at + GRACE_PERIOD or self._late_polls >= _MAX_LATE_POLLS
-        return is_paused and not self._is_extended and now <= self.at + MAX_LATENESS
+        return is_paused and not self.is_extended and now <= self.at + MAX_LATENESS
 
     def extend(self, now: float) -> None:
         """Put the deadline off until one more poll can have been answered."""
-        self._is_extended = True
+        self.is_extended = True
         self._final_poll_at, self.at = now, now + GRACE_PERIOD
 
     def _is_polled_since(self, time: float) -> bool:

@@ -1,9 +1,13 @@
 """The failed polls of one task: when the next one may be made, and when they end the task. No I/O."""
 
+import math
+
 import attrs
 
+from flux2max_async._api.poll_timeout import SlowPollError
+from flux2max_async._api.recent_refusals import pause_after, spread_pause
 from flux2max_async._api.retry import MAX_PAUSE, backoff, is_unreadable, may_poll_again
-from flux2max_async._exceptions import FluxError, ProtocolError, ResponseError, TaskNotFoundError
+from flux2max_async._exceptions import FluxError, ProtocolError, RateLimitedError, ResponseError, TaskNotFoundError
 
 _MIN_UNREADABLE = 5
 _MIN_REFUSALS = 3
@@ -28,11 +32,17 @@ class PollFailures:
     """When the first failure of this kind in the row came."""
     _retry_at: float = 0.0
     """Before this time the poll must not be repeated."""
+    refused_until: float = -math.inf
+    """Before this time no poll of the task may be made, not even a final one: the last one was refused with 429."""
+    _is_refused: bool = False
+    is_slow: bool = False
+    """Whether the last poll was given up because it took far longer than usual."""
 
     def reset(self) -> None:
         """Record a poll that succeeded."""
         self.count = 0
         self._kind = None
+        self.is_slow = False
 
     def record(self, error: FluxError, now: float, *, elapsed: float | None) -> FluxError | None:
         """Record a failed poll; return the error that ends the task, or None if the poll is to be repeated.
@@ -48,6 +58,11 @@ class PollFailures:
             return error
         self.count += 1
         self._retry_at = now + min(getattr(error, "retry_after", None) or 0.0, MAX_PAUSE)
+        self.is_slow = isinstance(error, SlowPollError)
+        self._is_refused = False
+        if isinstance(error, RateLimitedError):
+            self._retry_at = self.refused_until = now + pause_after(error.retry_after)
+            self._is_refused = True
         if repeats and not unreadable and not is_not_found:
             self._kind = None
             return None
@@ -73,4 +88,7 @@ class PollFailures:
             last_poll_at: When the failed poll was answered.
             jitter: A new random number from 0.0 to 1.0.
         """
-        return max(backoff(self.count, jitter), self._retry_at - last_poll_at)
+        if self.is_slow and self.count == 1:
+            return 0.0
+        wait = max(self._retry_at - last_poll_at, 0.0)
+        return max(backoff(self.count, jitter), spread_pause(wait, jitter) if self._is_refused else wait)

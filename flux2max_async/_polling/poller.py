@@ -178,8 +178,8 @@ class TaskPoller:
         """Sleep until the next poll may be made; return False if it has to be planned anew, or is not needed."""
         if not await self._sleep_until_due(self._delay(plan)):
             return False
-        limiter = self._context.client.submit_limiter
-        if limiter.refused and not await self._wait_out_pause():
+        limiter = self._context.client.poll_limiter
+        if (limiter.refused or self._failures.count) and not await self._wait_out_pause():
             return False
         if not await self._wait_for_reservation():
             return False
@@ -195,11 +195,15 @@ class TaskPoller:
         return not self._feed.ended
 
     async def _wait_out_pause(self) -> bool:
-        """Wait as long as the service asked all calls to wait; return False if woken."""
-        while (pause := self._context.client.pause(random.random())) > 0:
+        """Wait as long as the service asked this poll, or all polls, to wait; return False if woken."""
+        while (pause := self._pause(random.random())) > 0:
             if not await self._sleep(pause):
                 return False
         return True
+
+    def _pause(self, chance: float = 0.0) -> float:
+        client = self._context.client
+        return max(client.pause(chance), self._failures.refused_until - client.now())
 
     def _delay(self, plan: ScaledPlan) -> float:
         """Return the seconds until the next poll is due."""
@@ -261,7 +265,7 @@ class TaskPoller:
         if self._feed.ended:
             return False
         if undisturbed and delay >= remaining:
-            if self._deadline.is_over(now(), is_paused=self._context.client.pause(0.0) > 0):
+            if self._deadline.is_over(now(), is_paused=self._pause() > 0):
                 raise self._deadline_error()
             self._deadline.extend(now())
         return undisturbed
@@ -291,7 +295,14 @@ class TaskPoller:
         self._poll_now = False
         try:
             async with asyncio.timeout(None) as self._exchange:
-                snapshot = await client.poll(request, start.task_id, request=start.request, within=within)
+                snapshot = await client.poll(
+                    request,
+                    start.task_id,
+                    request=start.request,
+                    within=within,
+                    gives_up=not self._deadline.is_extended,
+                    fresh_connection=self._failures.is_slow,
+                )
         except (TimeoutError, FluxError) as error:
             if not self._feed.ended:  # otherwise a webhook was faster
                 self._on_failed_poll(error)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import random
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import aiohttp
@@ -29,6 +29,7 @@ from support.scripted import (
     no_http,
     raw,
     reset,
+    running,
     session_on,
 )
 
@@ -371,22 +372,95 @@ async def test_uncertain_error_shows_an_unexpected_body(scripted: ScriptedGatewa
     assert isinstance(caught.value.__cause__, ProtocolError)
 
 
-async def test_submits_after_a_refused_poll_are_probes(scripted: ScriptedGateway) -> None:
-    """After a poll was refused with 429, the next submits wait for the pause and are sent one at a time."""
+async def test_refused_polls_say_nothing_about_submits(scripted: ScriptedGateway) -> None:
+    """However many polls are refused with 429, submits are sent at once."""
     scripted.submits = deque(answer(200, {"id": f"t{n}"}, after=2.0) for n in range(20))
-    scripted.polls = deque([answer(429, b"", [("Retry-After", "10")]), answer(200, completed())])
+    scripted.polls = deque([*[answer(429, b"", [("Retry-After", "10")])] * 8, answer(200, completed())])
     async with session_on(scripted) as session:
-        first = await session.submit("a cat")
+        for number in range(8):
+            session.attach(f"a{number}")
         await anyio.sleep(1.5)
+        started = anyio.current_time()
         async with anyio.create_task_group() as group:
             for _ in range(6):
                 group.start_soon(session.submit, "a dog")
-        await first
-    refused = scripted.of("GET")[0].at
-    times = [request.at - refused for request in scripted.of("POST")[1:]]
 
-    assert times[:3] == pytest.approx([10.0, 12.0, 14.0], abs=0.05)
-    assert times[3:] == pytest.approx([16.0] * 3, abs=0.05)
+    assert len(scripted.of("GET")) == 8
+    assert [request.at for request in scripted.of("POST")] == [started] * 6
+
+
+async def test_a_refused_submit_holds_back_only_itself(scripted: ScriptedGateway) -> None:
+    """Three refused submits are sent again when they may be; others, and all polls, are sent meanwhile."""
+    refused = answer(429, b"", [("Retry-After", "10")])
+    scripted.submits = deque([refused] * 3 + [answer(200, {"id": f"t{n}"}) for n in range(20)])
+    async with session_on(scripted) as session:
+        started = anyio.current_time()
+        async with anyio.create_task_group() as group:
+            for number in range(6):
+                group.start_soon(session.submit, f"cat {number}")
+        polls = [request.at for request in scripted.of("GET")]
+    times: dict[str, list[float]] = {}
+    for request in scripted.of("POST"):
+        times.setdefault(str(request.params["prompt"]), []).append(request.at - started)
+
+    assert sorted(map(len, times.values())) == [1, 1, 1, 2, 2, 2]
+    assert max(at for at, *_ in times.values()) < 0.01
+    assert all(again[0] == pytest.approx(10.05, abs=0.06) for _, *again in times.values() if again)
+    assert min(polls) - started < 2
+
+
+async def test_frequently_refused_submits_hold_back_all(scripted: ScriptedGateway) -> None:
+    """After four refused submits, all wait, and are then sent one at a time until there is no ceiling; polls go on."""
+    refused = answer(429, b"", [("Retry-After", "10")])
+    scripted.submits = deque([refused] * 4 + [answer(200, {"id": f"t{n}"}, after=2.0) for n in range(20)])
+    async with session_on(scripted) as session:
+        session.attach("t99")
+        async with anyio.create_task_group() as group:
+            for number in range(6):
+                group.start_soon(session.submit, f"cat {number}")
+            await anyio.sleep(3.0)
+            group.start_soon(session.submit, "a dog")
+    times = [request.at for request in scripted.of("POST")]
+    start = times[0]
+
+    assert times[:6] == pytest.approx([start] * 6, abs=0.01)
+    assert times[6:9] == pytest.approx([start + 10.0, start + 12.0, start + 14.0], abs=0.1)
+    assert min(request.at for request in scripted.of("GET")) < start + 1
+
+
+@pytest.mark.parametrize("slots", [1, 24])
+@pytest.mark.parametrize("asked", [0.0, 0.3, 2.0, None])
+async def test_no_refused_call_is_repeated_before_its_time(
+    scripted: ScriptedGateway, slots: int, asked: float | None
+) -> None:
+    """Whatever share of submits and polls is refused, none is sent again before the time it was asked to wait."""
+    randoms = random.Random(slots)
+    headers = [] if asked is None else [("Retry-After", str(asked))]
+    allowed: dict[str, float] = {}
+    early: list[str] = []
+    polls: Counter[str] = Counter()
+
+    async def behave(connection: Connection) -> None:
+        call = connection.call
+        name = str(call.params["prompt"]) if call.method == "POST" else call.path.rpartition("/")[2]
+        if call.at < allowed.get(name, 0.0) - 0.001:
+            early.append(name)
+        if randoms.random() < 0.4:
+            allowed[name] = call.at + (1.0 if asked is None else asked)
+            await answer(429, b"", headers)(connection)
+        elif call.method == "POST":
+            await answer(200, {"id": f"task-{name}"})(connection)
+        else:
+            polls[name] += 1
+            await answer(200, running(name) if polls[name] < 3 else completed(name))(connection)
+
+    scripted.submits = scripted.polls = deque([behave])
+    async with session_on(scripted, max_in_flight=slots) as session:
+        outcomes = [outcome.ok async for outcome in session.stream(f"cat-{number}" for number in range(30))]
+
+    assert outcomes == [True] * 30
+    assert early == []
+    assert session.stats.rate_limited > 20
 
 
 async def test_middleware_cannot_send_a_submit_twice(scripted: ScriptedGateway) -> None:

@@ -1,9 +1,14 @@
 """PollLimiter: by itself, and in sessions with an emulated gateway in virtual time."""
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flux2max_async import FixedSchedule, FluxSession, GenerationRequest, LearnedSchedule
 from flux2max_async._api.poll_limiter import PollLimiter
+from flux2max_async._api.retry import MAX_PAUSE
 from flux2max_async._polling.schedules import CostAwarePlan
 from flux2max_async.emulator import Emulator, Fault
 
@@ -66,18 +71,100 @@ def test_cost_rises_with_the_load_and_falls_again() -> None:
     assert limiter.cost_factor(100.0) == 1.0
 
 
-def test_cost_rises_after_refusals_for_a_while() -> None:
-    """Each 429 adds to the cost, up to four times as much as before; most of that is gone a minute later."""
-    limiter = PollLimiter(20.0)
-    limiter.record_refusal(10.0)
-    after_one_refusal = limiter.cost_factor(10.0)
-    for _ in range(50):
-        limiter.record_refusal(11.0)
+def refuse(limiter: PollLimiter, times: int, now: float, retry_after: float | None = 1.0) -> None:
+    """Let polls be refused at the same time."""
+    for _ in range(times):
+        limiter.record_refusal(now, retry_after)
 
-    assert 1.5 < after_one_refusal < 2.5
-    assert 3 < limiter.cost_factor(11.0) < 4
-    assert limiter.cost_factor(11.0) > limiter.cost_factor(71.0) > 1.4
+
+def test_cost_rises_after_frequent_refusals_for_a_while() -> None:
+    """Four refusals raise the cost, further ones after the pause more; most of that is gone two minutes later."""
+    limiter = PollLimiter(20.0)
+    refuse(limiter, 3, 10.0)
+    after_three = limiter.cost_factor(10.0)
+    refuse(limiter, 1, 10.0)
+    after_four = limiter.cost_factor(10.0)
+    refuse(limiter, 20, 10.5)
+    during_the_pause = limiter.cost_factor(10.5)
+    for now in range(12, 32, 2):
+        refuse(limiter, 4, now)
+
+    assert after_three == 1.0
+    assert after_four == during_the_pause == 1.5
+    assert 6 < limiter.cost_factor(31.0) < 9
+    assert limiter.cost_factor(31.0) > limiter.cost_factor(61.0) > 3
     assert limiter.cost_factor(311.0) == 1.0
+
+
+def test_polls_that_are_not_refused_lower_the_cost() -> None:
+    """A hundred polls later, the refusals have no effect on the cost, however little time has passed."""
+    limiter = PollLimiter(20.0)
+    for now in range(10, 30, 2):
+        refuse(limiter, 4, now)
+    for _ in range(150):
+        limiter.record_other()
+
+    assert limiter.cost_factor(28.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("refusals", "others", "pause"),
+    [
+        pytest.param([(10.0, 2.0)] * 3, 0, 0.0, id="three"),
+        pytest.param([(10.0, 2.0)] * 4, 0, 2.0, id="four"),
+        pytest.param([(10.0, None)] * 4, 0, 1.0, id="four without a wait"),
+        pytest.param([(10.0, 86400.0)] * 4, 0, 120.0, id="four with a day"),
+        pytest.param([(10.0, 9.0), *[(10.0, 1.0)] * 3], 0, 9.0, id="the longest of the four"),
+        pytest.param([*[(10.0, 2.0)] * 4, (10.0, 5.0)], 0, 5.0, id="a longer one that was on the wire"),
+        pytest.param([(10.0, 2.0)] * 4, 16, 2.0, id="four of 20"),
+        pytest.param([(10.0, 2.0)] * 4, 17, 0.0, id="four of 21"),
+    ],
+)
+def test_frequent_refusals_hold_back_all_polls(
+    refusals: list[tuple[float, float | None]], others: int, pause: float
+) -> None:
+    """All polls wait for the longest time requested if four of the last 20 polls were refused."""
+    limiter = PollLimiter(20.0)
+    for number, (now, retry_after) in enumerate(refusals):
+        for _ in range(others if number == 3 else 0):
+            limiter.record_other()
+        limiter.record_refusal(now, retry_after)
+
+    assert limiter.pause_remaining(10.0) == pause
+
+
+@given(st.lists(st.one_of(st.just("other"), st.floats(0, 60), st.tuples(st.none() | st.floats(0, 1e9))), max_size=60))
+def test_pause_and_cost_are_bounded_after_any_polls(events: list[Any]) -> None:
+    """A pause is never shortened and at most two minutes, and the cost is bounded and normal again at last."""
+    limiter, now, until = PollLimiter(20.0), 1000.0, 0.0
+    for event in events:
+        match event:
+            case "other":
+                limiter.record_other()
+            case (retry_after,):
+                limiter.record_refusal(now, retry_after)
+            case _:
+                now += event
+        pause = limiter.pause_remaining(now)
+        assert pause <= MAX_PAUSE + 1e-6
+        assert now + pause >= min(until, now + MAX_PAUSE) - 1e-6
+        until = now + pause
+        assert 1 <= limiter.cost_factor(now) <= 10
+    for _ in range(300):
+        limiter.record_other()
+
+    assert limiter.cost_factor(now) == 1.0
+    assert limiter.pause_remaining(now + MAX_PAUSE + 1) == 0.0
+
+
+def test_a_burst_within_the_bucket_does_not_raise_the_cost() -> None:
+    """The bucket is there for a burst: only a rate that stays high raises the cost."""
+    limiter = PollLimiter(20.0)
+    reserve_at_rate(limiter, 10, rate=10)
+    for start in range(10, 40, 10):
+        reserve_at_rate(limiter, 1.5, rate=25, start=float(start))
+        reserve_at_rate(limiter, 8.5, rate=10, start=start + 1.5)
+        assert limiter.cost_factor(start + 10.0) == 1.0
 
 
 class RecordingSchedule:
@@ -133,14 +220,14 @@ async def test_learned_schedule_polls_less_under_load() -> None:
     assert max(schedule.cost_factors) > 3
 
 
-async def test_429_raises_the_cost_factor() -> None:
-    """After a poll was refused, the cost of a poll is higher than before, even for tasks in flight."""
+async def test_frequent_429s_raise_the_cost_factor() -> None:
+    """After four polls were refused, the cost of a poll is higher than before, even for tasks in flight."""
     schedule = RecordingSchedule(poll_price=0.2)
     async with (
         Emulator(seconds=30.0, pictures=False) as gateway,
         FluxSession(gateway.api_key, base_url=gateway.url, schedule=schedule) as session,
     ):
-        gateway.script("poll", Fault.RATE_LIMITED)
+        gateway.script("poll", *[Fault.RATE_LIMITED] * 4)
         await session.generate("a lighthouse")
 
     assert schedule.cost_factors[0] == 1

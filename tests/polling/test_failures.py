@@ -20,6 +20,7 @@ from flux2max_async import (
     TaskNotFoundError,
     TransportError,
 )
+from flux2max_async._api.poll_timeout import SlowPollError
 from flux2max_async._polling.failures import PollFailures
 
 REFUSALS = {
@@ -172,12 +173,51 @@ def test_error_without_a_response_is_final() -> None:
     ("asked", "delay"),
     [(None, 0.5), (0.0, 0.5), (0.1, 0.5), (30.0, 30.0), (120.0, 120.0), (121.0, 120.0), (1e9, 120.0)],
 )
-@pytest.mark.parametrize("error_class", [ServerError, RateLimitedError, BadRequestError, PermissionDeniedError])
+@pytest.mark.parametrize("error_class", [ServerError, BadRequestError, PermissionDeniedError])
 def test_retry_after(error_class: type[ResponseError], asked: float | None, delay: float) -> None:
     """The next poll waits as long as the service asked, but at most 120 s, and never less than the backoff."""
     error = error_class("no", status=503, retry_after=asked)
 
     assert delay_after((error, 50.0)) == pytest.approx(delay)
+
+
+@pytest.mark.parametrize(
+    ("asked", "earliest", "latest"),
+    [
+        (None, 1.0, 1.25),
+        (0.0, 0.25, 0.5),
+        (0.1, 0.25, 0.5),
+        (4.0, 4.0, 5.0),
+        (30.0, 30.0, 32.0),
+        (121.0, 120.0, 122.0),
+        (1e9, 120.0, 122.0),
+    ],
+)
+def test_retry_after_a_429(asked: float | None, earliest: float, latest: float) -> None:
+    """After a 429 the next poll waits as long as the service asked, or for a second, and refused polls spread."""
+    failures = PollFailures()
+    failures.record(RateLimitedError("no", status=429, retry_after=asked), 50.0, elapsed=1.0)
+
+    assert failures.retry_delay(50.0, 0.0) == pytest.approx(earliest)
+    assert failures.retry_delay(50.0, 1.0) == pytest.approx(latest)
+    assert failures.refused_until == pytest.approx(50.0 + (min(asked, 120.0) if asked is not None else 1.0))
+
+
+def test_a_slow_poll_is_made_again_at_once() -> None:
+    """A poll that was given up is made again at once; from the second in a row on, the usual backoff applies."""
+    failures, slow = PollFailures(), SlowPollError("no answer", maybe_sent=True)
+    failures.record(slow, 50.0, elapsed=1.0)
+    first = failures.is_slow, failures.retry_delay(50.0, 1.0)
+    failures.record(slow, 52.0, elapsed=1.0)
+    second = failures.is_slow, failures.retry_delay(52.0, 1.0)
+    failures.record(HARMLESS["answer lost"], 55.0, elapsed=1.0)
+    after_another_failure = failures.is_slow
+    failures.record(slow, 55.0, elapsed=1.0)
+    failures.reset()
+
+    assert (first, second) == ((True, 0.0), (True, 1.0))
+    assert not after_another_failure
+    assert not failures.is_slow
 
 
 def test_retry_after_is_forgotten() -> None:

@@ -469,20 +469,51 @@ async def test_unknown_status_counts_as_running_and_is_logged_once(
         pytest.param([("Retry-After", "86400")], b"", 120.0, id="a day, capped"),
     ],
 )
-async def test_429_pauses_polls_and_submits(
+async def test_a_429_holds_back_its_own_poll(
     scripted: ScriptedGateway, headers: list[tuple[str, str]], body: object, pause: float
 ) -> None:
-    """After a poll is refused with 429, nothing is sent for as long as the service requests."""
-    scripted.polls = deque([answer(429, body, headers), COMPLETED])
+    """After a poll is refused with 429, its task isn't polled for as long as the service requests; all else goes on."""
+    scripted.submits = deque([answer(200, {"id": "t1"}), answer(200, {"id": "t2"})])
+    scripted.polls = deque([answer(429, body, headers), answer(200, completed("t2")), COMPLETED])
     async with session_on(scripted) as session:
         task = await session.submit("a cat")
         await anyio.sleep(1.5)
-        await session.submit("a dog")
+        started = anyio.current_time()
+        await session.generate("a dog")
+        took = anyio.current_time() - started
         await task
 
-    refused = scripted.of("GET")[0].at
-    assert scripted.of("POST")[1].at - refused == pytest.approx(pause, abs=0.01)
-    assert pause - 0.01 <= scripted.of("GET")[1].at - refused <= pause + 2.5
+    refused, other, again = scripted.of("GET")
+    assert (refused.path, other.path) == (again.path, "/model/v1/generation/task/t2")
+    assert took == pytest.approx(1.0, abs=0.3)
+    assert pause - 0.01 <= again.at - refused.at <= pause + 2.5
+
+
+async def test_frequent_429s_hold_back_all_polls(scripted: ScriptedGateway) -> None:
+    """After four polls are refused with 429, none is sent for as long as the service requests, and then they spread."""
+    scripted.polls = deque([*[answer(429, b"", [("Retry-After", "10")])] * 4, COMPLETED])
+    async with session_on(scripted) as session:
+        tasks = [session.attach(f"t{number}") for number in range(4)]
+        await anyio.sleep(1.0)
+        tasks += [session.attach(f"t{number}") for number in range(4, 8)]
+        for task in tasks:
+            await task.outcome()
+
+    times = [request.at - scripted.received[0].at for request in scripted.of("GET")]
+    assert max(times[:4]) < 0.1
+    assert min(times[4:8]) > 9.9
+    assert max(times[4:8]) < 13.0
+    assert len({round(time, 3) for time in times[4:8]}) > 1
+
+
+async def test_no_final_poll_before_the_time_that_a_429_asks_for(scripted: ScriptedGateway) -> None:
+    """A task whose poll was refused with 429 isn't polled before its time, not even at its deadline."""
+    scripted.polls = deque([answer(429, b"", [("Retry-After", "60")]), COMPLETED])
+    async with session_on(scripted, task_timeout=30.0) as session:
+        with pytest.raises(DeadlineExceededError):
+            await session.generate("a cat")
+
+    assert len(scripted.of("GET")) == 1
 
 
 async def test_polls_are_spread(scripted: ScriptedGateway) -> None:
@@ -608,7 +639,7 @@ async def test_webhook_during_a_pause(scripted: ScriptedGateway) -> None:
             await inbox.deliver(*sign(completed(task_id)))
         outcomes = [await refused.outcome(), await held_back.outcome()]
 
-    assert [(outcome.ok, outcome.polls) for outcome in outcomes] == [(True, 1), (True, 0)]
+    assert [(outcome.ok, outcome.polls) for outcome in outcomes] == [(True, 1), (True, 1)]
     assert [outcome.elapsed for outcome in outcomes] == [
         pytest.approx(20.5, abs=0.5),
         pytest.approx(20.0, abs=0.5),

@@ -95,8 +95,8 @@ class _CostAwareSchedule:
 
 
 async def test_the_cost_factor_is_an_argument(scripted: ScriptedGateway) -> None:
-    """A plan that supports it is given the cost factor, which rises after a 429; others are not."""
-    scripted.polls = deque([answer(429, {}), answer(200, running()), answer(200, completed())])
+    """A plan that supports it is given the cost factor, which rises after four 429s; others are not."""
+    scripted.polls = deque([*[answer(429, {})] * 4, answer(200, running()), answer(200, completed())])
     schedule = _CostAwareSchedule()
     async with FluxSession(scripted.api_key, base_url=scripted.url, schedule=schedule) as session:
         await session.generate("a cat")

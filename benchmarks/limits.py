@@ -1,0 +1,248 @@
+"""Gateways that refuse calls with 429, and polls that hang: `python benchmarks/limits.py` prints a table.
+
+Real sessions in virtual time; only the exchange of HTTP messages is simulated, with 50 ms for each. The figures don't
+depend on the machine, except for the order in which simultaneous events run.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import random
+import selectors
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import attrs
+from multidict import CIMultiDict
+
+from flux2max_async import FluxSession
+from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.response import HttpResponse
+
+_ROUND_TRIP = 0.05
+"""Seconds of an exchange."""
+_HANG = 60.0
+"""Seconds until a poll that hangs is answered."""
+
+
+class _VirtualTime(selectors.DefaultSelector):
+    """Advances a clock instead of waiting."""
+
+    now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if ready := super().select(0):
+            return ready
+        self.now += timeout or 0.0
+        return []
+
+
+class _VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._virtual_time = _VirtualTime()
+        super().__init__(self._virtual_time)
+
+    def time(self) -> float:
+        return self._virtual_time.now
+
+
+# ---------------------------------------------------------------------- what a gateway allows
+
+
+class TokenBucket:
+    """Allows `rate` calls a second, and bursts of `size`."""
+
+    def __init__(self, rate: float, size: float) -> None:
+        self.rate, self.size, self._tokens, self._as_of = rate, size, size, -math.inf
+
+    def take(self, now: float) -> float:
+        """Take a token and return 0, or return the seconds until there is one."""
+        self._tokens, self._as_of = min(self.size, self._tokens + (now - self._as_of) * self.rate), now
+        if self._tokens < 1:
+            return (1 - self._tokens) / self.rate
+        self._tokens -= 1
+        return 0.0
+
+
+@attrs.define
+class Scenario:
+    """A gateway, and the batch that is generated with it."""
+
+    name: str
+    count: int = 200
+    slots: int = 24
+    seconds: float = 8.0
+    sigma: float = 0.4
+    refused: float = 0.0
+    """Share of calls that are refused at random."""
+    retry_after: float | None = 1.0
+    """None: the 429 doesn't say; 0: when the token bucket has the next token."""
+    in_flight: Callable[[float], float] = lambda _: math.inf
+    """Returns how many tasks may run, some seconds after the start."""
+    submits: float = math.inf
+    """Submits a second."""
+    calls: float = math.inf
+    """Submits and polls a second."""
+    hanging: float = 0.0
+    """Share of polls that hang."""
+    ideal: float | None = None
+    """Seconds that the batch has to take at least; None: what the slots allow."""
+
+
+class Gateway:
+    """Stands in for the transport of a session."""
+
+    base_url = "http://gateway"
+    secrets: tuple[str, ...] = ("key",)
+    max_downloads = 8
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self._scenario, self._random = scenario, random.Random(seed)
+        self._submits = TokenBucket(scenario.submits, max(scenario.submits, 1.0))
+        self._calls = TokenBucket(scenario.calls, max(scenario.calls, 1.0))
+        self._ends: dict[str, float] = {}
+        self._start = 0.0
+        self._not_before: dict[str, float] = {}
+        self.counts: dict[str, int] = dict.fromkeys(("POST", "GET", "POST 429", "GET 429", "early"), 0)
+        self.delays: list[float] = []
+        self.hung: set[str] = set()
+        self.busy = 0.0
+
+    def open(self, max_in_flight: int) -> None:
+        self._start = asyncio.get_running_loop().time()
+
+    async def close(self) -> None:
+        pass
+
+    async def exchange(
+        self, request: HttpRequest, *, within: float = math.inf, fresh_connection: bool = False
+    ) -> HttpResponse:
+        await asyncio.sleep(_ROUND_TRIP / 2)
+        method = "GET" if request.body is None else "POST"
+        call = request.path if request.body is None else str(json.loads(request.body)["input"][0]["params"]["prompt"])
+        status, body, wait = self._answer(method, call)
+        headers = CIMultiDict[str]()
+        if status == 429:
+            self.counts[f"{method} 429"] += 1
+            if self._scenario.retry_after is not None:
+                wait = self._scenario.retry_after or wait
+                headers["Retry-After"] = f"{wait:.6f}"
+            self._not_before[call] = self._now() + (1.0 if self._scenario.retry_after is None else wait) - 1e-5
+        elif method == "GET" and self._random.random() < self._scenario.hanging:
+            self.hung.add(call)
+            await asyncio.sleep(_HANG)
+        await asyncio.sleep(_ROUND_TRIP / 2)
+        if body.get("status") == "completed":
+            self.delays.append(self._now() - self._ends.pop(call))
+        return HttpResponse(status, headers, json.dumps(body).encode(), cast("Any", None))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _answer(self, method: str, call: str) -> tuple[int, dict[str, Any], float]:
+        scenario, now = self._scenario, self._now()
+        self.counts[method] += 1
+        self.counts["early"] += now < self._not_before.get(call, 0.0)
+        wait = self._calls.take(now) or (self._submits.take(now) if method == "POST" else 0.0)
+        running = sum(end > now for end in self._ends.values()) if method == "POST" else 0
+        if (
+            wait
+            or self._random.random() < scenario.refused
+            or running >= scenario.in_flight(now - self._start) * (method == "POST" or math.inf)
+        ):
+            return 429, {"message": "too many"}, wait or 1.0
+        task = {"id": call.rpartition("/")[2], "status": "in_progress", "created_at": 1763800000}
+        if method == "POST":
+            duration = scenario.seconds * math.exp(self._random.gauss(0, scenario.sigma))
+            path = f"/model/v1/generation/task/{call}"
+            self._ends[path] = now + duration
+            self.busy += duration
+            task["id"] = call
+        elif now >= self._ends[call]:
+            image = {"type": "image", "url": "https://pictures.example/0.jpeg"}
+            task |= {"status": "completed", "output": [{"content": [image]}]}
+        return 200, task, 0.0
+
+
+@attrs.define
+class Figures:
+    """What one run of a scenario has shown."""
+
+    seconds: float
+    gateway: Gateway
+    elapsed: dict[str, float]
+
+
+async def run(scenario: Scenario, seed: int) -> Figures:
+    """Generate the batch of a scenario."""
+    gateway = Gateway(scenario, seed)
+    session = FluxSession("key", base_url="http://127.0.0.1", max_in_flight=scenario.slots)
+    session._transport = cast("Any", gateway)
+    loop, elapsed = asyncio.get_running_loop(), dict[str, float]()
+    async with session:
+        start = loop.time()
+        async for outcome in session.stream(f"p{number}" for number in range(scenario.count)):
+            elapsed[outcome.unwrap().task_id] = outcome.elapsed
+        return Figures(loop.time() - start, gateway, elapsed)
+
+
+logging.disable()
+
+
+def simulate(scenario: Scenario, seed: int) -> Figures:
+    """Run a scenario in virtual time."""
+    random.seed(seed)
+    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
+        return runner.run(run(scenario, seed))
+
+
+def _limit_that_falls(seconds: float) -> float:
+    return 6 if 60 <= seconds < 180 else 24
+
+
+_SHORT = {"seconds": 1.5, "sigma": 0.0}
+SCENARIOS = [
+    Scenario("no refusals, 24 slots"),
+    Scenario("10 % at random, Retry-After 1", refused=0.1),
+    Scenario("no refusals, 3,000 tasks of 1.5 s, 200 slots", count=3000, slots=200, **_SHORT),
+    Scenario("5 % at random, 3,000 tasks of 1.5 s, 200 slots", count=3000, slots=200, refused=0.05, **_SHORT),
+    Scenario("200 tasks of 8 s at once", slots=200),
+    Scenario("200 tasks of 8 s at once, sigma .2", slots=200, sigma=0.2),
+    Scenario("3 tasks in flight", in_flight=lambda _: 3, ideal=200 / 3 * 8.67),
+    Scenario("10 tasks in flight", in_flight=lambda _: 10, ideal=200 / 10 * 8.67),
+    Scenario("24 tasks in flight, 40 slots", slots=40, in_flight=lambda _: 24, ideal=200 / 24 * 8.67),
+    Scenario("24, then 6, then 24 tasks in flight", count=800, in_flight=_limit_that_falls, ideal=800 * 8.67 / 24 + 90),
+    Scenario("5 submits a second", submits=5, seconds=1.5, count=400, ideal=400 / 5),
+    Scenario("5 submits a second, 24 slots of 8 s", submits=5),
+    Scenario("5 submits a second, 8 s", submits=5, slots=100, count=400, ideal=400 / 5 + 8),
+    Scenario("5 submits a second, 200 slots", submits=5, seconds=1.5, slots=200, count=800, ideal=800 / 5),
+    Scenario("5 submits a second, exact Retry-After", submits=5, seconds=1.5, count=400, retry_after=0, ideal=400 / 5),
+    Scenario("10 calls a second", calls=10),
+    Scenario("10 calls a second, exact Retry-After", calls=10, retry_after=0),
+    Scenario("1 poll in 20 hangs for 60 s", hanging=0.05),
+]
+
+
+def main() -> None:
+    """Print the table of all scenarios, or of those whose names contain the arguments."""
+    print("| gateway | batch s | of the ideal | mean delay s | submits refused | polls | polls refused | early |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for scenario in SCENARIOS:
+        if sys.argv[1:] and not any(word in scenario.name for word in sys.argv[1:]):
+            continue
+        runs = [simulate(scenario, seed) for seed in range(3)]
+        for figures in runs:
+            c, ideal = figures.gateway.counts, scenario.ideal or figures.gateway.busy / scenario.slots
+            delay = sum(figures.gateway.delays) / len(figures.gateway.delays)
+            print(
+                f"| {scenario.name} | {figures.seconds:.1f} | {ideal / figures.seconds:.0%} | {delay:.2f} "
+                f"| {c['POST 429'] / c['POST']:.1%} | {c['GET'] / scenario.count:.1f} | {c['GET 429'] / c['GET']:.1%} "
+                f"| {c['early']} | max {max(figures.gateway.delays):.2f} {c['GET'] / figures.seconds:.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

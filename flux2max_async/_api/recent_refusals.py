@@ -1,0 +1,51 @@
+"""Whether 429s are frequent: how many of the last 20 calls of one kind were refused."""
+
+import attrs
+
+from flux2max_async._api.retry import DEFAULT_PAUSE, MAX_PAUSE
+
+_WINDOW = (1 << 20) - 1
+"""One bit for each of the last 20 calls."""
+_SPREAD, _MAX_SPREAD = 0.25, 2.0
+_FREQUENT = 4
+"""So many 429s in the window are a limit; fewer may be chance, and each holds back only its own call."""
+
+
+def pause_after(retry_after: float | None) -> float:
+    """Return the seconds that a refused call is held back.
+
+    Args:
+        retry_after: The seconds to wait that the service requests, if it does.
+    """
+    return DEFAULT_PAUSE if retry_after is None else min(retry_after, MAX_PAUSE)
+
+
+def spread_pause(pause: float, chance: float) -> float:
+    """Return a pause before a poll with up to a quarter more, or two seconds, so that polls spread after it.
+
+    Args:
+        pause: The seconds that the service requests.
+        chance: 0.0 to 1.0, drawn anew for each poll.
+    """
+    return pause + chance * min(pause * _SPREAD, _MAX_SPREAD)
+
+
+@attrs.define
+class RecentRefusals:
+    """Which of the last 20 calls of one kind were refused with 429."""
+
+    _bits: int = attrs.field(default=0, init=False)
+    """The lowest bit is the newest call."""
+
+    def record_other(self) -> None:
+        """Record that a call ended in another way than with a 429."""
+        self._bits = self._bits << 1 & _WINDOW
+
+    def record_refusal(self) -> bool:
+        """Record that a call was refused with 429; return whether 429s are frequent."""
+        self._bits = (self._bits << 1 | 1) & _WINDOW
+        return self._bits.bit_count() >= _FREQUENT
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._bits = 0

@@ -47,6 +47,16 @@ def validate_drain(seconds: float) -> float:
     return seconds
 
 
+def validate_count(name: str, count: int) -> None:
+    """Check that a limit is an integer of at least 1.
+
+    Raises:
+        ConfigurationError: It isn't.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigurationError(f"{name} must be an integer of at least 1, not {count!r}")
+
+
 def parse_dollars(name: str, amount: Decimal | float | str | None) -> Decimal | None:
     """Return an amount of US dollars, exactly as it is written.
 
@@ -122,8 +132,7 @@ def _infinite_if_none(value: Any) -> Any:
 
 
 def _validate_count(_: Any, field: "attrs.Attribute[Any]", value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{field.name} must be an integer of at least 1, not {value!r}")
+    validate_count(field.name, value)
 
 
 def _validate_duration(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:

@@ -148,7 +148,7 @@ class ContentModeratedError(TaskFailedError):
 
 @attrs.define(slots=False, eq=False)
 class DeadlineExceededError(FluxError, TimeoutError):
-    """The task did not end within the session's `task_timeout`."""
+    """The task did not end within the session's `task_timeout`, or the call within its `timeout`."""
 
     task_id: str | None = attrs.field(default=None, kw_only=True)
     """`session.attach(task_id)` follows the task again later: it is paid for. None if there is no task yet."""

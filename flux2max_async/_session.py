@@ -11,29 +11,28 @@ from typing import Any, Literal, Self
 import aiohttp
 import attrs
 
-from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import build_poll, validate_task_id
 from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
-from flux2max_async._config import SessionConfig, validate_drain
+from flux2max_async._config import SessionConfig, validate_count, validate_drain
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError, SessionClosedError
-from flux2max_async._models.request import GenerationRequest, as_request
+from flux2max_async._lifetime import close_session, open_session
+from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._polling.poller import PollingContext
 from flux2max_async._polling.schedules import PollSchedule
-from flux2max_async._shutdown import Shutdown, closed_error
+from flux2max_async._shutdown import closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.supervisor import Supervisor
+from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
 from flux2max_async.webhooks._inbox import WebhookInbox
-from flux2max_async.webhooks._registry import WebhookRegistry
 
 
 class FluxSession:
@@ -56,7 +55,7 @@ class FluxSession:
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
-        task_timeout: Seconds for a task from its submit to its end; None sets no limit.
+        task_timeout: Seconds for a task from the moment it holds its slot to its end; None sets no limit.
         max_polls_per_second: For all tasks together. "auto" is one for each slot, at least 20; None sets no limit. Near
             the limit, and after frequent 429s, polls become rarer.
         http_timeout: Seconds for one HTTP exchange, the last byte of its answer included; for polls, at most.
@@ -145,31 +144,9 @@ class FluxSession:
         if self._supervisor is not None and not self._supervisor.loop_is_closed:
             self._supervisor.check_caller()
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        config, shutdown = self._config, Shutdown()
-        client = ApiClient(self._transport, self._stats, config)
-        registry = self._dispatcher.registry if self._dispatcher else WebhookRegistry()
-        registry.in_use = self._dispatcher is not None or self._journal is not None
-        supervisor = Supervisor(
-            PollingContext(client, self._schedule, registry, shutdown, config.task_timeout),
-            self._stats,
-            self._records,
-            max_in_flight=config.max_in_flight,
-            add_webhook=self._dispatcher.add_webhook if self._dispatcher else None,
+        self._supervisor = await open_session(
+            self._config, self._transport, self._stats, self._schedule, self._records, self._journal, self._dispatcher
         )
-        if self._dispatcher is not None:
-            spawn = partial(supervisor.spawn, until_drain=True)
-            self._dispatcher.open(shutdown, self._journal, secrets=self._transport.secrets, spawn=spawn)
-        self._transport.open(config.max_in_flight)
-        try:
-            if self._journal is not None:
-                await self._journal.open(supervisor.on_external_change, watch_changes=self._dispatcher is not None)
-        except BaseException:
-            if self._dispatcher is not None:
-                self._dispatcher.close()
-            await self._transport.close()
-            raise
-        self._stats.in_flight = self._stats.submitting = 0
-        self._supervisor = supervisor
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -196,6 +173,8 @@ class FluxSession:
         request: str | GenerationRequest,
         /,
         *,
+        timeout: float | None = None,  # noqa: ASYNC109 - more than a cancel scope: the error names the task
+        priority: int = 0,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
         **params: Any,
@@ -206,20 +185,28 @@ class FluxSession:
         without a key the same content, returns the same task.
 
         Cancelling it cancels the wait. A call that is on the wire is finished in the background so that its id is not
-        lost, and the task keeps its slot until it ends, since the service counts it.
+        lost, and the task keeps its slot until it ends, since the service counts it. The id is logged as a warning,
+        unless somebody else waits for the task.
 
         Args:
             request: A prompt, or a whole request.
+            timeout: Seconds for the whole call, with all that it waits for. Then what is not submitted is not submitted
+                any more, and a task goes on.
+            priority: Among requests that wait for a slot the highest goes first, equals in order. Each minute of
+                waiting counts as one more, so that none waits for ever.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
             params: Those of `GenerationRequest`; with a whole request they replace its own.
 
         Raises:
+            DeadlineExceededError: The `timeout` or the session's `task_timeout` was over; it names the task's id.
             FluxError: There is no image; `flux2max_async._exceptions` draws the tree of errors.
         """
-        request = as_request(request, **params)
-        runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
-        outcome = await runner.wait_as_caller(runner.ended)
+        supervisor, limit = self._get_supervisor(), None if timeout is None else TimeLimit.start(timeout)
+        request, priority = as_request(request, **params), validate_priority(priority)
+        starting = supervisor.start_request(request, priority, ReusePolicy(retry_failed, resubmit_uncertain))
+        runner = await (starting if limit is None else limit.run(starting))
+        outcome = await runner.wait_as_caller(runner.ended, priority, limit)
         if isinstance(outcome, Failed):
             raise outcome.error.with_traceback(None)
         return outcome if outcome.request is request else attrs.evolve(outcome, request=request)
@@ -229,20 +216,25 @@ class FluxSession:
         request: str | GenerationRequest,
         /,
         *,
+        timeout: float | None = None,  # noqa: ASYNC109 - more than a cancel scope: the error names the task
+        priority: int = 0,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
         **params: Any,
     ) -> GenerationTask:
         """Wait for a free slot, submit, and return as soon as the service has given the task an id.
 
-        Journals, cancelling and the arguments are as in `generate()`.
+        Journals, cancelling and the arguments are as in `generate()`; `timeout` is for this call, which ends with the
+        id.
 
         Raises:
             FluxError: There is no task, or nobody knows whether there is one (SubmissionUncertainError).
         """
-        request = as_request(request, **params)
-        runner = await self._get_supervisor().start_request(request, ReusePolicy(retry_failed, resubmit_uncertain))
-        await runner.wait_as_caller(runner.answered)
+        supervisor, limit = self._get_supervisor(), None if timeout is None else TimeLimit.start(timeout)
+        request, priority = as_request(request, **params), validate_priority(priority)
+        starting = supervisor.start_request(request, priority, ReusePolicy(retry_failed, resubmit_uncertain))
+        runner = await (starting if limit is None else limit.run(starting))
+        await runner.wait_as_caller(runner.answered, priority, limit)
         if runner.task_id is None:
             runner.ended.result().unwrap()
         return GenerationTask(runner)
@@ -254,6 +246,8 @@ class FluxSession:
         *,
         save_to: str | PathLike[str] | None = None,
         name: Callable[[Completed], str] | None = None,
+        max_in_flight: int | None = None,
+        priority: int = 0,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
     ) -> OutcomeStream:
@@ -275,6 +269,9 @@ class FluxSession:
                 beside the look-ahead. No existing file is replaced, and none that the journal knows downloaded again.
             name: Returns the file name for an outcome's images, with or without a suffix; by default, the key or task
                 id. Characters that a file name can't hold are replaced, further images are numbered.
+            max_in_flight: At most so many of the session's slots at once, so that the rest stays free for others;
+                None: all.
+            priority: That of its requests among those that wait for a slot, as in `generate()`.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
         """
@@ -282,6 +279,8 @@ class FluxSession:
             raise InvalidRequestError("stream() takes many requests: put a single one into a list", field="requests")
         if name is not None and save_to is None:
             raise InvalidRequestError("name is for the files in save_to: give both", field="name")
+        if max_in_flight is not None:
+            validate_count("max_in_flight", max_in_flight)
         supervisor = self._get_supervisor()
         supervisor.check_caller()
         policy = ReusePolicy(retry_failed, resubmit_uncertain, save_to is not None, occurrences=Counter[str]())
@@ -289,7 +288,8 @@ class FluxSession:
             requests,
             start=partial(supervisor.start_request, policy=policy),
             spawn=supervisor.spawn,
-            look_ahead=self._config.max_in_flight,
+            look_ahead=min(max_in_flight or self._config.max_in_flight, self._config.max_in_flight),
+            priority=validate_priority(priority),
             saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
             check_caller=supervisor.check_caller,
         )
@@ -327,22 +327,14 @@ class FluxSession:
     def stats(self) -> SessionStats:
         """A copy of the counters."""
         percentile = self._schedule.percentile if isinstance(self._schedule, LearnedSchedule) else lambda _: None
-        return attrs.evolve(self._stats, median_duration=percentile(50), p90_duration=percentile(90))
+        waiting = 0 if self._supervisor is None else self._supervisor.slots.waiting
+        return attrs.evolve(self._stats, waiting=waiting, median_duration=percentile(50), p90_duration=percentile(90))
 
     async def _close(self, supervisor: Supervisor) -> None:
         try:
-            await supervisor.drain()
-            await supervisor.close()
+            await close_session(supervisor, self._transport, self._journal, self._dispatcher)
         finally:
-            supervisor.close_now()  # if closing is cut short, as by a second Ctrl-C, the ids are logged all the same
-            if self._dispatcher is not None:
-                self._dispatcher.close()
-            try:
-                if self._journal is not None:
-                    await self._journal.close()
-            finally:
-                await self._transport.close()
-                self._supervisor = None
+            self._supervisor = None
 
     def _get_supervisor(self) -> Supervisor:
         if self._supervisor is None:

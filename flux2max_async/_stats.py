@@ -9,6 +9,8 @@ import attrs
 class SessionStats:
     """The counts of a session since it was made; `session.stats` gives a copy of the moment."""
 
+    waiting: int = 0
+    """Requests that wait for a slot."""
     submitted: int = 0
     """Submits that the service gave an id."""
     submitting: int = 0

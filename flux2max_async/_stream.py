@@ -21,8 +21,8 @@ from flux2max_async._stream_input import LookAhead, Requests, source_of
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
 
-Start = Callable[[GenerationRequest], Awaitable[TaskRunner]]
-"""Starts a request and returns its runner, which the stream has joined."""
+Start = Callable[[GenerationRequest, int], Awaitable[TaskRunner]]
+"""Starts a request and returns its runner, which the stream has joined with its priority."""
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds that closing a stream waits for the ids of submits that are on the wire."""
@@ -50,10 +50,11 @@ class OutcomeStream(AsyncIterator[Outcome]):
         start: Start,
         spawn: Spawn,
         look_ahead: int,
+        priority: int,
         saver: ImageSaver | None,
         check_caller: Callable[[], None],
     ) -> None:
-        self._pipeline = _Pipeline(requests, start, spawn, look_ahead, saver)
+        self._pipeline = _Pipeline(requests, start, spawn, look_ahead, priority, saver)
         self._check_caller = check_caller
 
     @property
@@ -118,13 +119,20 @@ class _Pipeline:
     """
 
     def __init__(
-        self, requests: Requests, start: Start, spawn: Spawn, look_ahead: int, saver: ImageSaver | None
+        self,
+        requests: Requests,
+        start: Start,
+        spawn: Spawn,
+        look_ahead: int,
+        priority: int,
+        saver: ImageSaver | None,
     ) -> None:
         self.undelivered: dict[_Item, None] = {}
         """In order of submission."""
         self.look_ahead = LookAhead(look_ahead)
         self._start = start
         self._spawn = spawn
+        self._priority = priority
         self._saver = saver
         self._finder = None if saver is None else SavedImageFinder(saver, spawn)
         self._max_saving = 2 * look_ahead
@@ -175,7 +183,7 @@ class _Pipeline:
             self._producer.cancel()
             reason = _why_not_sent(error)
             for item in self.undelivered:
-                item.runner.leave(reason)
+                item.runner.leave(self._priority, reason)
         self._notify()
 
     def drop(self) -> None:
@@ -205,7 +213,7 @@ class _Pipeline:
                 pulled = await self._next_request()
                 try:
                     request = as_request(pulled)
-                    item = _Item(self, request, await self._start(request))
+                    item = _Item(self, request, await self._start(request, self._priority))
                 except FluxError as error:
                     self._reject(request, error)
                 else:

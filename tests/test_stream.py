@@ -495,9 +495,10 @@ async def test_unexpected_error_while_saving_is_delivered(session: FluxSession) 
     assert supervisor is not None
     stream = OutcomeStream(
         ["a cat"],
-        start=lambda request: supervisor.start_request(request, ReusePolicy()),
+        start=lambda request, priority: supervisor.start_request(request, priority, ReusePolicy()),
         spawn=supervisor.spawn,
         look_ahead=1,
+        priority=0,
         saver=BrokenSaver(),  # type: ignore[arg-type]
         check_caller=supervisor.check_caller,
     )

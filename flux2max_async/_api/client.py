@@ -26,6 +26,7 @@ from flux2max_async._clock import suspended_seconds
 from flux2max_async._config import SessionConfig
 from flux2max_async._exceptions import (
     ContentModeratedError,
+    DeadlineExceededError,
     FluxError,
     RateLimitedError,
     ResponseError,
@@ -117,7 +118,7 @@ class ApiClient:
     # ------------------------------------------------------------------ submits
 
     async def submit(
-        self, request: GenerationRequest, *, task_timeout: float, cancellation: Cancellation, record: SubmitRecord
+        self, request: GenerationRequest, *, deadline: float, cancellation: Cancellation, record: SubmitRecord
     ) -> AcceptedSubmit | LostSubmit:
         """Submit until the service accepts or refuses for good, or its answer is lost.
 
@@ -125,7 +126,7 @@ class ApiClient:
 
         Args:
             request: What to generate.
-            task_timeout: Seconds from the first attempt to the task's deadline.
+            deadline: When the task is given up, on the event loop's clock.
             cancellation: Cancels the submit between two attempts.
             record: Records each attempt.
 
@@ -135,10 +136,11 @@ class ApiClient:
             ContentModeratedError: Moderation refused the content.
             ConfigurationError: There is no such API at the base URL.
             TransportError: No connection within the time.
+            DeadlineExceededError: Submits were held back for so long that this one was never sent.
             FluxError: The reason of the cancellation.
         """
-        message = await self._prepare(request, cancellation)
-        deadline = self.now() + task_timeout
+        latest = deadline - min(_MIN_SUBMIT_TIME, (deadline - self.now()) / 4)
+        message = await self._prepare(request, cancellation, latest)
         failures = 0
         while True:
             started = self.now()
@@ -157,26 +159,31 @@ class ApiClient:
             await record.mark_refused()
             failures += 1
             try:
-                async with cancellation.guard(until=deadline - min(_MIN_SUBMIT_TIME, task_timeout / 4)):
+                async with cancellation.guard(until=latest):
                     await self._wait_to_retry(refusal, failures)
             except TimeoutError:
                 raise refusal from refusal.__cause__
             self._stats.retries += 1
             log.warning("submit not accepted (%s); sending it again", refusal)
 
-    async def _prepare(self, request: GenerationRequest, cancellation: Cancellation) -> HttpRequest:
-        """Build the message and wait for the submit's turn."""
-        if any(not isinstance(image.source, str) for image in request.input_images):
-            self._transport.expect_submit()
-            async with cancellation.guard():
-                message = await anyio.to_thread.run_sync(build_submit, request)
-        else:
-            message = build_submit(request)
-        if self._turns.must_wait:
-            async with cancellation.guard():
-                await self._turns.wait()
-        elif cancellation.reason is not None:
-            cancellation.raise_if_cancelled()
+    async def _prepare(self, request: GenerationRequest, cancellation: Cancellation, latest: float) -> HttpRequest:
+        """Build the message and wait for the submit's turn, which has to come before `latest`."""
+        try:
+            if any(not isinstance(image.source, str) for image in request.input_images):
+                self._transport.expect_submit()
+                async with cancellation.guard(until=latest):
+                    message = await anyio.to_thread.run_sync(build_submit, request)
+            else:
+                message = build_submit(request)
+            if self._turns.must_wait:
+                async with cancellation.guard(until=latest):
+                    await self._turns.wait()
+            elif cancellation.reason is not None:
+                cancellation.raise_if_cancelled()
+        except TimeoutError:
+            raise DeadlineExceededError(
+                "not submitted within its task_timeout, because submits were held back; nothing was sent"
+            ) from None
         return message
 
     async def _try_submit(

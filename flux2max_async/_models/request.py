@@ -231,3 +231,14 @@ def as_request(request: str | GenerationRequest, **params: Any) -> GenerationReq
             raise InvalidRequestError(
                 f"request must be a prompt or a GenerationRequest, not {type(untyped).__name__}", field="request"
             )
+
+
+def validate_priority(priority: int) -> int:
+    """Return the priority of a request, which may be any integer.
+
+    Raises:
+        InvalidRequestError: It is not an integer.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise InvalidRequestError(f"priority must be an integer, not {priority!r}", field="priority")
+    return priority

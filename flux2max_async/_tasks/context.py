@@ -1,6 +1,5 @@
 """What runners share with their session, and who follows them."""
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +8,7 @@ import attrs
 from flux2max_async._models.results import Outcome
 from flux2max_async._polling.poller import PollingContext
 from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class RunnerContext:
     """What the runners of a session share."""
 
     polling: PollingContext
-    slots: asyncio.Semaphore
-    """One has to be free before a submit; it is held until the task ends."""
+    slots: SlotQueue
+    """A request gets one before its submit, and holds it until the task ends."""
     add_webhook: AddWebhook | None
     """None if the session has no inbox."""
     single_flight: SingleFlight

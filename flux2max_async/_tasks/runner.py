@@ -2,33 +2,28 @@
 
 import asyncio
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 
 from flux2max_async._api.client import LostSubmit
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
-from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._polling.poller import PollStart, TaskPoller
-from flux2max_async._polling.updates import SnapshotFeed
-from flux2max_async._tasks.cancellation import SubmitCancellation
-from flux2max_async._tasks.context import RunnerContext, RunnerObserver
+from flux2max_async._tasks.context import RunnerObserver
+from flux2max_async._tasks.shared_task import SharedTask
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good
 from flux2max_async._text import get_logger
-from flux2max_async.journal._budget_record import NullRecord
-from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, ReusePolicy, Submit
+from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, Submit
 
 log = get_logger("tasks")
-
-T = TypeVar("T")
 
 _MAX_KEY_CONFLICTS = 20
 """In a row, before the journal is taken for broken."""
 
 
 @attrs.define(eq=False, repr=False)
-class TaskRunner:
+class TaskRunner(SharedTask):
     """Runs one request, and outlives whoever waits for it. Its end is an outcome, never an exception.
 
     States: looking up (`record.find_existing()`), waiting for a slot, submitting, polling, recording, ended. `answered`
@@ -36,33 +31,12 @@ class TaskRunner:
     answer to the submit is lost and only a webhook can still reveal the id; `ended` is resolved with the outcome, on
     every path. Only `run()` moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()`
     ends any. Whoever cancels the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
-
-    Several callers may share a runner: each joins, and leaves if it goes before the end. When the last one has left,
-    what is not submitted yet is not submitted.
     """
 
-    request: GenerationRequest | None
-    """What is generated; None for a task known by its id alone."""
-    record: NullRecord
-    _context: RunnerContext
-    task_id: str | None = None
-    feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
-    answered: "asyncio.Future[None]" = attrs.field(
-        factory=lambda: asyncio.get_running_loop().create_future(), init=False
-    )
-    submit_done: "asyncio.Future[None]" = attrs.field(
-        factory=lambda: asyncio.get_running_loop().create_future(), init=False
-    )
-    ended: "asyncio.Future[Outcome]" = attrs.field(
-        factory=lambda: asyncio.get_running_loop().create_future(), init=False
-    )
-    callers: int = attrs.field(default=0, init=False)
-    """How many have joined and not left."""
+    _created: float = attrs.field(kw_only=True)
+    _observers: list[RunnerObserver] = attrs.field(kw_only=True)
+    submit_done: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
-    _observers: list[RunnerObserver] = attrs.field(factory=list[RunnerObserver], init=False)
-    _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
-    _created: float = attrs.field(factory=lambda: asyncio.get_running_loop().time(), init=False)
-    _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     _holds_slot: bool = attrs.field(default=False, init=False)
     _lost: LostSubmit | None = attrs.field(default=None, init=False)
     _recorded: bool = attrs.field(default=False, init=False)
@@ -79,55 +53,6 @@ class TaskRunner:
     def elapsed(self) -> float:
         """Seconds since the submit, or before it since the request."""
         return asyncio.get_running_loop().time() - self._created if self.poller is None else self.poller.elapsed
-
-    # ------------------------------------------------------------------ callers
-
-    def join(self, policy: ReusePolicy) -> None:
-        """Count a caller; what it allows to be submitted again is allowed from now on."""
-        self.callers += 1
-        if policy is not self.record.policy:
-            self.record.policy = self.record.policy.merge(policy)
-
-    def leave(self, reason: FluxError) -> None:
-        """Count a caller out; the last one to leave cancels the submit."""
-        self.callers -= 1
-        if not self.callers:
-            self.cancel_submit(reason)
-
-    def rejoin(self) -> bool:
-        """Take back a cancelled submit for a new caller; return False if it is too late."""
-        return not self.ended.done() and self._cancellation.revoke()
-
-    async def wait_as_caller(self, future: "asyncio.Future[T]") -> T:
-        """Wait for `answered` or `ended`; a caller that is cancelled leaves the runner."""
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            self.leave(SessionClosedError("the caller was cancelled before the request was submitted"))
-            raise
-
-    async def wait(self) -> Outcome:
-        """Wait for the outcome; cancelling the wait cancels nothing else."""
-        self.check_caller()
-        return await asyncio.shield(self.ended)
-
-    def check_caller(self) -> None:
-        """Check that whoever waits for the end does so in the session's event loop; once it has ended, any will do."""
-        if not self.ended.done():
-            self._context.check_caller()
-
-    def add_observer(self, observer: RunnerObserver) -> None:
-        """Call the observer from now on; at once if the runner has ended."""
-        if self.ended.done():
-            observer.on_ended(self, self.ended.result())
-            return
-        self._observers.append(observer)
-        if self._waiting_elsewhere:
-            observer.on_waiting_elsewhere(waiting=True)
-
-    def cancel_submit(self, reason: FluxError) -> None:
-        """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
-        self._cancellation.cancel(reason)
 
     def close_now(self) -> None:
         """End at once, because the session does."""
@@ -165,7 +90,8 @@ class TaskRunner:
                 try:
                     start = await self._submit()
                 except KeyConflictError:
-                    self._release_slot()
+                    self._holds_slot = False
+                    self._context.slots.release()
                 else:
                     return await self._poll(start)
             return self._failed(JournalError(f"the journal neither begins {self.record.key!r} nor returns its entry"))
@@ -194,21 +120,19 @@ class TaskRunner:
 
     async def _submit(self) -> PollStart:
         assert self.request is not None
-        if self._context.slots.locked():
-            async with self._cancellation.guard():
-                await self._context.slots.acquire()
-                self._holds_slot = True
-        else:
-            await self._context.slots.acquire()
+        if self._context.slots.try_acquire():
             self._holds_slot = True
+        else:
+            await self._wait_for_slot()
         self.task_id = None  # of an earlier attempt, which another process has followed
         polling, add_webhook = self._context.polling, self._context.add_webhook
+        deadline = polling.client.now() + polling.task_timeout
         expected = None if add_webhook is None else ExpectedWebhook.create(self.request, add_webhook, polling)
         self.record.webhook_token = expected.token if expected else None
         try:
             accepted = await polling.client.submit(
                 expected.request if expected else self.request,
-                task_timeout=polling.task_timeout,
+                deadline=deadline,
                 cancellation=self._cancellation,
                 record=self.record,
             )
@@ -231,6 +155,16 @@ class TaskRunner:
             expects_webhook=expected is not None,
             webhook=accepted.snapshot if accepted.by_webhook else None,
         )
+
+    async def _wait_for_slot(self) -> None:
+        slots = self._context.slots
+        try:
+            async with self._cancellation.guard():
+                self._place = slots.enqueue(max(self.callers, default=0))
+                await slots.wait(self._place)
+                self._holds_slot = True
+        finally:
+            self._place = None
 
     async def _resume(self, task_id: str, age: float | None) -> Outcome:
         """Follow a task that was submitted earlier; together with whoever follows it here already."""
@@ -285,6 +219,15 @@ class TaskRunner:
 
     # ------------------------------------------------------------------ state changes
 
+    def add_observer(self, observer: RunnerObserver) -> None:
+        """Call the observer from now on; at once if the runner has ended."""
+        if self.ended.done():
+            observer.on_ended(self, self.ended.result())
+            return
+        self._observers.append(observer)
+        if self._waiting_elsewhere:
+            observer.on_waiting_elsewhere(waiting=True)
+
     def _on_waiting_elsewhere(self, task_id: str | None) -> None:
         if task_id is not None:
             self._set_task_id(task_id)
@@ -307,7 +250,9 @@ class TaskRunner:
         self.feed.close()
         if self.poller is not None and self._context.polling.registry.in_use:
             self.poller.close()
-        self._release_slot()
+        if self._holds_slot:
+            self._holds_slot = False
+            self._context.slots.release()
         _resolve(self.submit_done, None)
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
@@ -327,11 +272,6 @@ class TaskRunner:
             del by_key[self.record.key]
         if self.task_id is not None and by_task_id.get(self.task_id) is self:
             del by_task_id[self.task_id]
-
-    def _release_slot(self) -> None:
-        if self._holds_slot:
-            self._holds_slot = False
-            self._context.slots.release()
 
     def _failed(self, error: FluxError) -> Failed:
         if error.task_id is None:

@@ -16,15 +16,15 @@ from flux2max_async._polling.poller import PollingContext
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.context import RunnerContext
+from flux2max_async._tasks.external_changes import ExternalChanges
 from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.single_flight import SingleFlight
+from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
 from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import NullRecord
-from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._record_factory import RecordFactory
-from flux2max_async.journal._serialization import snapshot_from_entry
 
 log = get_logger("tasks")
 
@@ -63,11 +63,13 @@ class Supervisor:
         self.shutdown = polling.shutdown
         self.client = polling.client
         self.single_flight = SingleFlight()
+        self.slots = SlotQueue(max_in_flight)
+        self.on_external_change = ExternalChanges(polling, records, self.single_flight, self._start_runner)
         self._polling = polling
         self._records = records
         self._context = RunnerContext(
             polling,
-            slots=asyncio.Semaphore(max_in_flight),
+            slots=self.slots,
             add_webhook=add_webhook,
             single_flight=self.single_flight,
             check_caller=self.check_caller,
@@ -125,8 +127,8 @@ class Supervisor:
 
     # ------------------------------------------------------------------ starting
 
-    async def start_request(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
-        """Return the runner of a request, which the caller has joined.
+    async def start_request(self, request: GenerationRequest, priority: int, policy: ReusePolicy) -> TaskRunner:
+        """Return the runner of a request, which the caller has joined with its priority.
 
         Raises:
             InvalidRequestError: A local image can't be read, or the key belongs to another request.
@@ -134,28 +136,31 @@ class Supervisor:
             ConfigurationError: It was opened in another process or event loop.
         """
         self.check_caller()
-        self._check_submitting()
         # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
         await asyncio.sleep(0)
+        self._check_submitting()
         if self._records.keeps_nothing:
-            record = NullRecord(policy=policy)
+            runner = self._start_runner(request, NullRecord(policy=policy))
         else:
-            record = await self._records.create(request, policy)
+            runner = await self._get_or_start_runner(request, policy)
+        runner.join(policy, priority)
+        return runner
+
+    async def _get_or_start_runner(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
+        record = await self._records.create(request, policy)
         self._check_submitting()
         if record.key is None:
-            runner = self._start_runner(request, record)
-        else:
-            existing = self.single_flight.by_key.get(record.key)
-            if existing is not None and policy.resubmit_uncertain:
-                # If the submit that is under way turns out to be uncertain, it is to be made again.
-                await asyncio.shield(existing.answered)
-                self._check_submitting()
-                existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
-            if existing is not None:
-                existing.record.check_same(record)
-            runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
-            runner.request = runner.request or request
-        runner.join(policy)
+            return self._start_runner(request, record)
+        existing = self.single_flight.by_key.get(record.key)
+        if existing is not None and policy.resubmit_uncertain:
+            # If the submit that is under way turns out to be uncertain, it is to be made again.
+            await asyncio.shield(existing.answered)
+            self._check_submitting()
+            existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
+        if existing is not None:
+            existing.record.check_same(record)
+        runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
+        runner.request = runner.request or request
         return runner
 
     def _check_submitting(self) -> None:
@@ -168,35 +173,14 @@ class Supervisor:
         runner = self.single_flight.by_task_id.get(task_id)
         return runner or self._start_runner(request, self._records.attach(task_id, request), task_id)
 
-    def on_external_change(self, entries: list[JournalEntry]) -> None:
-        """Process what the journal reports: tasks that a dead process left behind, and ends recorded by others."""
-        if self.shutdown.closed:
-            return
-        for entry in entries:
-            if entry.state is EntryState.SUBMITTED:
-                if not self.shutdown.draining:
-                    self._adopt(entry)
-            elif (listener := self._polling.registry.listener(entry.task_id or "")) is not None:
-                listener.on_webhook(snapshot_from_entry(entry))
-            elif (snapshot := snapshot_from_entry(entry)) is not None:
-                self._polling.registry.resolve(entry.webhook_token, snapshot)
-
-    def _adopt(self, entry: JournalEntry) -> None:
-        """Follow a task that a dead process left behind, so that its end is in the journal whoever asks for it."""
-        if (runner := self.single_flight.by_task_id.get(entry.task_id or "")) is not None:
-            runner.record.on_adopted(entry)
-        elif entry.key not in self.single_flight.by_key:
-            record = self._records.adopt(entry)
-            self.single_flight.get_or_create(entry.key, lambda: self._start_runner(None, record, entry.task_id))
-
     def _start_runner(
         self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
     ) -> TaskRunner:
-        runner = TaskRunner(request, record, self._context, task_id)
+        now = self._loop.time()
+        runner = TaskRunner(request, record, self._context, task_id, created=now, observers=[self])
         if task_id is not None:
             self.single_flight.by_task_id[task_id] = runner
         self._runners.add(runner)
-        runner.add_observer(self)
         self.spawn(runner.run())
         return runner
 

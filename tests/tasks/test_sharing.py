@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import sqlite3
 from collections import deque
 from decimal import Decimal
@@ -268,7 +269,7 @@ async def test_cancelled_submit_that_waits_for_nothing(scripted: ScriptedGateway
         supervisor = session._supervisor
         assert supervisor is not None
         with pytest.raises(SessionClosedError, match="nobody is left"):
-            await supervisor.client.submit(CAT, task_timeout=1.0, cancellation=cancellation, record=NullRecord())
+            await supervisor.client.submit(CAT, deadline=math.inf, cancellation=cancellation, record=NullRecord())
 
     assert scripted.received == []
 

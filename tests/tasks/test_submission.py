@@ -603,7 +603,7 @@ async def test_stream_of_lost_submits_keeps_its_slots(scripted: ScriptedGateway,
         stats = session.stats
 
         assert slots is not None
-        assert slots._value == 4
+        assert slots.free == 4
     uncertain = [outcome for outcome in outcomes if not outcome.ok]
     assert len(outcomes) == 20
     assert len({outcome.request for outcome in outcomes}) == 20

@@ -33,8 +33,8 @@ class TaskRunner(SharedTask):
     ends any. Whoever cancels the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
     """
 
-    _created: float = attrs.field(kw_only=True)
-    _observers: list[RunnerObserver] = attrs.field(kw_only=True)
+    _created: float = attrs.field(kw_only=True, alias="created")
+    _observers: list[RunnerObserver] = attrs.field(kw_only=True, alias="observers")
     submit_done: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
     _holds_slot: bool = attrs.field(default=False, init=False)

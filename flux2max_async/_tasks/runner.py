@@ -120,10 +120,9 @@ class TaskRunner(SharedTask):
 
     async def _submit(self) -> PollStart:
         assert self.request is not None
-        if self._context.slots.try_acquire():
-            self._holds_slot = True
-        else:
+        if not self._context.slots.try_acquire():
             await self._wait_for_slot()
+        self._holds_slot = True
         self.task_id = None  # of an earlier attempt, which another process has followed
         polling, add_webhook = self._context.polling, self._context.add_webhook
         deadline = polling.client.now() + polling.task_timeout
@@ -158,11 +157,12 @@ class TaskRunner(SharedTask):
 
     async def _wait_for_slot(self) -> None:
         slots = self._context.slots
+        self._place = place = slots.enqueue(max(self.callers, default=0))
         try:
-            async with self._cancellation.guard():
-                self._place = slots.enqueue(max(self.callers, default=0))
-                await slots.wait(self._place)
-                self._holds_slot = True
+            await self._cancellation.wait_for(place.granted)
+        except BaseException:
+            slots.leave(place)
+            raise
         finally:
             self._place = None
 

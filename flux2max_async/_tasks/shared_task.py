@@ -39,7 +39,7 @@ class SharedTask:
     answered: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
     """Resolved once there is a task id, or never will be one."""
     ended: "asyncio.Future[Outcome]" = attrs.field(factory=asyncio.Future, init=False)
-    callers: list[int] = attrs.field(factory=list[int], init=False)
+    callers: tuple[int, ...] = attrs.field(default=(), init=False)
     """The priorities of those who have joined and not left."""
     _waits: int = attrs.field(default=0, init=False)
     """How many wait for the answer or the end. Whoever got the id from submit() has not left, but waits no longer."""
@@ -54,7 +54,7 @@ class SharedTask:
 
     def join(self, policy: ReusePolicy, priority: int) -> None:
         """Count a caller; what it allows to be submitted again is allowed from now on."""
-        self.callers.append(priority)
+        self.callers += (priority,)
         self._waits += 1
         if policy is not self.record.policy:
             self.record.policy = self.record.policy.merge(policy)
@@ -63,7 +63,8 @@ class SharedTask:
 
     def leave(self, priority: int, reason: FluxError) -> None:
         """Count a caller out that has joined with this priority; the last one to leave cancels the submit."""
-        self.callers.remove(priority)
+        index = self.callers.index(priority)
+        self.callers = self.callers[:index] + self.callers[index + 1 :]
         self._waits -= 1
         if not self.callers:
             self.cancel_submit(reason)

@@ -67,7 +67,10 @@ class SlotQueue:
         self.free += 1
 
     def enqueue(self, priority: int) -> Place:
-        """Return a place in the queue, for `wait()`; call it when no slot is free."""
+        """Return a place in the queue; call it when no slot is free.
+
+        Whoever stops waiting for its `granted` before it has the slot calls `leave()`.
+        """
         now = self._loop.time()
         self._arrivals += 1
         place = Place(now, self._arrivals, self._loop.create_future(), _order(now, priority))
@@ -75,17 +78,14 @@ class SlotQueue:
         self._push(place)
         return place
 
-    async def wait(self, place: Place) -> None:
-        """Wait for the slot; cancelled, the request has no slot and has left the queue."""
-        try:
-            await place.granted
-        except asyncio.CancelledError:
-            if place.granted.cancelled():
-                self.waiting -= 1
-                self._remove_leftovers()
-            else:
-                self.release()
-            raise
+    def leave(self, place: Place) -> None:
+        """Leave the queue; a slot that was granted in the same moment goes to the next one."""
+        if place.granted.done() and not place.granted.cancelled():
+            self.release()
+        else:
+            place.granted.cancel()
+            self.waiting -= 1
+            self._remove_leftovers()
 
     def set_priority(self, place: Place, priority: int) -> None:
         """Change the priority of a request that waits; its age still counts."""

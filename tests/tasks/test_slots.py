@@ -14,18 +14,27 @@ from support.virtual_time import VirtualTimeLoop
 from flux2max_async._tasks.slots import Place, SlotQueue
 
 
+async def wait(queue: SlotQueue, place: Place) -> None:
+    """Wait for a slot, as a request does."""
+    try:
+        await place.granted
+    except asyncio.CancelledError:
+        queue.leave(place)
+        raise
+
+
 async def order_of(*arrivals: tuple[float, str, int]) -> list[str]:
     """Return the order in which requests get the only slot: each arrives after so many seconds, with a priority."""
     queue, got = SlotQueue(0), []
 
-    async def wait(name: str, place: Place) -> None:
-        await queue.wait(place)
+    async def record(name: str, place: Place) -> None:
+        await wait(queue, place)
         got.append(name)
 
     async with asyncio.TaskGroup() as group:
         for delay, name, priority in arrivals:
             await anyio.sleep(delay)
-            group.create_task(wait(name, queue.enqueue(priority)))
+            group.create_task(record(name, queue.enqueue(priority)))
         for _ in arrivals:
             queue.release()
             await anyio.lowlevel.checkpoint()
@@ -55,7 +64,7 @@ async def test_order(arrivals: list[tuple[float, str, int]], expected: str) -> N
 async def test_cancelled_in_the_moment_of_the_grant(next_one: bool) -> None:
     """A slot that was granted to a waiter who is cancelled in the same moment goes to the next one, or is free."""
     queue = SlotQueue(0)
-    waiters = [asyncio.ensure_future(queue.wait(queue.enqueue(0))) for _ in range(1 + next_one)]
+    waiters = [asyncio.ensure_future(wait(queue, queue.enqueue(0))) for _ in range(1 + next_one)]
     await anyio.sleep(1)
     queue.release()
     waiters[0].cancel()
@@ -68,7 +77,7 @@ async def test_cancelled_in_the_moment_of_the_grant(next_one: bool) -> None:
 async def test_many_that_leave_at_once() -> None:
     """10,000 waiters that are cancelled at once leave nothing behind, and the slot goes to the one that stays."""
     queue = SlotQueue(0)
-    waiters = [asyncio.ensure_future(queue.wait(queue.enqueue(number % 3))) for number in range(10_000)]
+    waiters = [asyncio.ensure_future(wait(queue, queue.enqueue(number % 3))) for number in range(10_000)]
     await anyio.sleep(1)
     stays = waiters.pop(5_000)
     for waiter in waiters:
@@ -150,7 +159,7 @@ class Model:
             waiter.state = "holding"
         else:
             waiter.place = self.queue.enqueue(priority)
-            waiter.task = asyncio.ensure_future(self.queue.wait(waiter.place))
+            waiter.task = asyncio.ensure_future(wait(self.queue, waiter.place))
         self.waiters.append(waiter)
 
     def release(self, index: int, _: int) -> None:

@@ -181,9 +181,7 @@ class ApiClient:
             elif cancellation.reason is not None:
                 cancellation.raise_if_cancelled()
         except TimeoutError:
-            raise DeadlineExceededError(
-                "not submitted within its task_timeout, because submits were held back; nothing was sent"
-            ) from None
+            raise DeadlineExceededError("not sent within its task_timeout: submits were held back") from None
         return message
 
     async def _try_submit(

@@ -7,7 +7,7 @@ import anyio
 import anyio.lowlevel
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.virtual_time import VirtualTimeLoop
 
@@ -226,6 +226,7 @@ actions = st.sampled_from(["arrive", "arrive", "arrive", "release", "release", "
 steps = st.tuples(actions, st.integers(0, 20), st.integers(-2, 3), st.sampled_from([0.001, 1.0, 29.0, 60.0]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.lists(steps, max_size=40))
 def test_whatever_happens_in_whatever_order(limit: int, steps: list[tuple[str, int, int, float]]) -> None:
     """Arrivals, ends, cancellations and changes of priority, also several in one moment: as a sorted list would do."""

@@ -59,23 +59,32 @@ def entry_from_row(path: Path, row: Row, us: str | None = None) -> JournalEntry:
         raise JournalError(f"the entry of {key!r} in the journal {path} is damaged: {error!r}", key=key) from error
 
 
-def to_columns(entry: JournalEntry) -> dict[str, Any]:
-    """Return what is stored of an entry, by column, without its owner."""
+def intent_columns(entry: JournalEntry) -> dict[str, Any]:
+    """Return what is stored of an intent, by column, without its owner."""
     return {
         "key": entry.key,
         "attempt": entry.attempt,
         "content": entry.fingerprint,
+        "outlay": _to_nano_dollars(entry.committed),
+        "created": _to_epoch(entry.created_at),
+        "token": entry.webhook_token,
+        "request": to_json(dict(entry.request)),
+    }
+
+
+def record_columns(entry: JournalEntry) -> dict[str, Any]:
+    """Return what is stored of an entry once it was begun, by column, without its owner."""
+    return {
+        "key": entry.key,
+        "attempt": entry.attempt,
         "state": entry.state,
         "task_id": entry.task_id,
         "cost": None if entry.cost is None else str(entry.cost),
         "outlay": _to_nano_dollars(entry.committed),
-        "created": _to_epoch(entry.created_at),
         "submitted": _to_epoch(entry.submitted_at),
         "ended": _to_epoch(entry.ended_at),
-        "request": to_json(dict(entry.request)),
-        "result": to_json(dict(entry.result)),
-        "files": to_json([[str(file.path), file.size] for file in entry.files]),
-        "token": entry.webhook_token,
+        "result": to_json(dict(entry.result)) if entry.result else "{}",
+        "files": to_json([[str(file.path), file.size] for file in entry.files]) if entry.files else "[]",
     }
 
 

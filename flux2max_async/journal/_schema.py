@@ -159,7 +159,7 @@ def create_file(path: Path) -> None:
 def file_id(path: Path) -> tuple[int, int] | None:
     """Return the device and inode of the file that a path leads to; None if there is none."""
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - half of the time of Path.stat(), and each intent is preceded by it
     except OSError:
         return None
     return status.st_dev, status.st_ino

@@ -128,6 +128,8 @@ def snapshot_from_entry(entry: JournalEntry) -> TaskSnapshot | None:
 
 def _limit(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values of the service as they are, or, if they are too large for the journal, only that they are."""
+    if not values:
+        return {}
     size, rest = 0, list[Any]([values])
     while rest and size <= _MAX_SIZE:
         size += 1
@@ -149,20 +151,28 @@ def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _MAX_DEPTH) -> A
     """Copy JSON values: mask secrets, replace texts that may be images by their hashes, and cut what nests too deep."""
     match value:
         case str():
-            for secret in secrets:
-                value = value.replace(secret, "***")
-            if len(value) <= _MAX_TEXT_LENGTH:
-                return value
-            digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
-            return f"sha256:{digest} ({len(value)} characters)"
-        case Mapping() | list() | tuple() if depth == 0:
+            return _sanitize_text(value, secrets)
+        case None | int() | float():  # before the abstract classes, whose checks are slow
+            return value
+        case dict() | list() | tuple() | Mapping() if depth == 0:
             return "(nested too deeply)"
-        case Mapping():
-            return {sanitize(str(name), secrets): sanitize(item, secrets, depth - 1) for name, item in value.items()}
+        case dict() | Mapping():
+            return {
+                _sanitize_text(str(name), secrets): sanitize(item, secrets, depth - 1) for name, item in value.items()
+            }
         case list() | tuple():
             return [sanitize(item, secrets, depth - 1) for item in value]
         case _:
             return value
+
+
+def _sanitize_text(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    if len(text) <= _MAX_TEXT_LENGTH:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"sha256:{digest} ({len(text)} characters)"
 
 
 def to_json(value: Any) -> str:

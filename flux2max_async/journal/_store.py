@@ -23,8 +23,9 @@ from flux2max_async.journal._rows import (
     Row,
     decode_text,
     entry_from_row,
+    intent_columns,
+    record_columns,
     row_id,
-    to_columns,
 )
 from flux2max_async.journal._schema import (
     ADD_COLUMN,
@@ -255,7 +256,7 @@ class SqliteStore:
             " content = excluded.content, state = 'intent', owner = excluded.owner, outlay = excluded.outlay,"
             " created = excluded.created, ended = NULL, token = excluded.token, request = excluded.request,"
             " result = '{}' WHERE state = 'refused'",
-            {**to_columns(entry), "us": self.owner},
+            {**intent_columns(entry), "us": self.owner},
         ).rowcount
         return inserted == 1
 
@@ -276,7 +277,7 @@ class SqliteStore:
             " files = CASE :files WHEN '[]' THEN files ELSE :files END"
             f" WHERE key = :key AND attempt = :attempt AND ({_MAY_UPDATE})",
             {
-                **to_columns(entry),
+                **record_columns(entry),
                 "owner": self.owner if entry.holder is Holder.US else None,
                 "keep_owner": entry.holder is Holder.OTHER,
                 "us": self.owner,

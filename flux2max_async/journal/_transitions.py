@@ -8,6 +8,7 @@ a task id to SUBMITTED or to the end.
 
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
 import attrs
 
@@ -26,26 +27,30 @@ def end_entry(
     state, committed = state_after(outcome), committed_after(outcome, cost)
     if state is EntryState.REFUSED and entry.task_id is not None:
         state, committed = EntryState.SUBMITTED, None  # it is a task already, whatever ended this attempt to follow it
-    updated = attrs.evolve(
-        entry, state=state, holder=holder, cost=cost, committed=entry.committed if committed is None else committed
-    )
-    if state is EntryState.SUBMITTED:
-        return submitted_entry(updated, outcome.task_id)
-    if state in END_STATES:
-        updated = _with_task_id(updated, outcome.task_id)
-    return attrs.evolve(updated, ended_at=datetime.now(UTC), result=outcome_to_json(outcome, secrets=secrets))
+    changes: dict[str, Any] = {
+        "state": state,
+        "holder": holder,
+        "cost": cost,
+        "committed": entry.committed if committed is None else committed,
+        "ended_at": None,
+        "result": {},
+    }
+    if state is EntryState.SUBMITTED or state in END_STATES:
+        changes |= _task_id_changes(entry, outcome.task_id)
+    if state is not EntryState.SUBMITTED:
+        changes |= {"ended_at": datetime.now(UTC), "result": outcome_to_json(outcome, secrets=secrets)}
+    return attrs.evolve(entry, **changes)
 
 
 def submitted_entry(entry: JournalEntry, task_id: str | None) -> JournalEntry:
     """Return the entry of a request that is a task, whose end is not known yet."""
-    return attrs.evolve(_with_task_id(entry, task_id), state=EntryState.SUBMITTED, ended_at=None, result={})
+    changes = _task_id_changes(entry, task_id)
+    return attrs.evolve(entry, state=EntryState.SUBMITTED, ended_at=None, result={}, **changes)
 
 
-def _with_task_id(entry: JournalEntry, task_id: str | None) -> JournalEntry:
-    """Return an entry with a task id that only a webhook, or an error in the answer to the submit, has revealed."""
-    if entry.task_id is not None:
-        return entry
-    return attrs.evolve(entry, task_id=task_id, submitted_at=entry.created_at)
+def _task_id_changes(entry: JournalEntry, task_id: str | None) -> dict[str, Any]:
+    """Return what a task id changes that only a webhook, or an error in the answer to the submit, has revealed."""
+    return {} if entry.task_id is not None else {"task_id": task_id, "submitted_at": entry.created_at}
 
 
 def committed_after(outcome: Outcome, cost: Decimal | None) -> Decimal | None:

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._jobs import Job, Resolution, Watch, resolve_futures
 from flux2max_async.journal._leases import LeaseMonitor
 from flux2max_async.journal._schema import journal_error, may_pass
 from flux2max_async.journal._store import SqliteStore
@@ -36,38 +35,6 @@ _CHECK_INTERVAL = 0.25
 _CHECKPOINT_INTERVAL = 3.0
 """Seconds after a write until SQLite's log is copied to the file; twice that if there are jobs all the time."""
 _MAX_JOBS_PER_TRANSACTION = 500
-
-
-@attrs.frozen(eq=False)
-class Job:
-    """A function to run on the store, and the future of its result."""
-
-    function: Callable[[SqliteStore], Any]
-    future: "asyncio.Future[Any]"
-    writes: bool = True
-    durable: bool = False
-    """Whether the disk must have stored it before the future is resolved."""
-    single_statement: bool = False
-    """Whether it consists of one statement, which is atomic without a transaction."""
-    entry_id: tuple[str, int] | None = None
-    """The key and attempt of the entry that it records, if the write is to be repeated until it succeeds."""
-
-
-@attrs.frozen(eq=False)
-class _Resolution:
-    """The result or the error for a future of the event loop."""
-
-    future: "asyncio.Future[Any]"
-    result: Any = None
-    error: FluxError | None = None
-
-
-@attrs.frozen(eq=False)
-class _Watch:
-    """An entry, and the future that is resolved when it changes."""
-
-    entry: JournalEntry
-    future: "asyncio.Future[Any]"
 
 
 class JournalWorker:
@@ -98,7 +65,7 @@ class JournalWorker:
         self._watch_changes = watch_changes
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._watches: list[_Watch] = []
+        self._watches: list[Watch] = []
         self._leases = LeaseMonitor(lease)
         self._next_heartbeat_at = 0.0
         self._has_unsynced_writes = False
@@ -132,7 +99,7 @@ class JournalWorker:
 
     def wait_for_change(self, entry: JournalEntry) -> "asyncio.Future[None]":
         """Return a future that is resolved when an entry has changed or nobody holds it any more."""
-        watch = _Watch(entry, self._loop.create_future())
+        watch = Watch(entry, self._loop.create_future())
         self.run(lambda _: self._watches.append(watch), writes=False)
         return watch.future
 
@@ -147,17 +114,17 @@ class JournalWorker:
             store = SqliteStore(self._path, self._lease, self._busy_timeout)
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for it
             failure = error if isinstance(error, JournalError) else journal_error(self._path, error)
-            self._resolve(_Resolution(self.opened, error=failure), _Resolution(self.stopped))
+            self._resolve(Resolution(self.opened, error=failure), Resolution(self.stopped))
             return
         try:
-            self._resolve(_Resolution(self.opened, store.is_empty))
+            self._resolve(Resolution(self.opened, store.is_empty))
             self._run_until_stopped(store)
         finally:
             store.close()
             # Callers that wait for a change read the entry again, and get the error that the journal is not open.
-            unresolved = [_Resolution(watch.future) for watch in self._watches]
+            unresolved = [Resolution(watch.future) for watch in self._watches]
             with contextlib.suppress(RuntimeError):  # the event loop may have ended first
-                self._resolve(*unresolved, _Resolution(self.stopped))
+                self._resolve(*unresolved, Resolution(self.stopped))
 
     def _run_until_stopped(self, store: SqliteStore) -> None:
         stopping = False
@@ -199,11 +166,12 @@ class JournalWorker:
         timeout = min(self._next_heartbeat_at, self._checkpoint_at or math.inf) - time.monotonic()
         if self._watches or self._watch_changes:
             timeout = min(timeout, _CHECK_INTERVAL)
-        jobs: list[Job | None] = []
-        with contextlib.suppress(queue.Empty):
-            jobs.append(self._jobs.get(timeout=max(timeout, 0.0)))
-            while len(jobs) < _MAX_JOBS_PER_TRANSACTION:
-                jobs.append(self._jobs.get_nowait())
+        try:
+            jobs = [self._jobs.get(timeout=max(timeout, 0.0))]
+        except queue.Empty:
+            return []
+        while len(jobs) < _MAX_JOBS_PER_TRANSACTION and not self._jobs.empty():
+            jobs.append(self._jobs.get_nowait())
         return jobs
 
     def _run_jobs(self, store: SqliteStore, jobs: list[Job]) -> None:
@@ -215,14 +183,16 @@ class JournalWorker:
         if durable:
             self._check_file(store)
         try:
-            if not needs_transaction:
+            if needs_transaction:
+                with store.transaction(durable=durable):
+                    resolutions = [self._run_job(store, job) for job in jobs]
+            else:
                 store.set_synchronous(durable=durable)
-            with store.transaction(durable=durable) if needs_transaction else contextlib.nullcontext():
                 resolutions = [self._run_job(store, job) for job in jobs]
         except sqlite3.Error as error:
             failure = journal_error(self._path, error)
             failure.__cause__ = error
-            resolutions = [_Resolution(job.future, error=failure) for job in jobs]
+            resolutions = [Resolution(job.future, error=failure) for job in jobs]
             if may_pass(error):
                 self._keep_unwritten(jobs)
         else:
@@ -248,19 +218,19 @@ class JournalWorker:
         if writes and self._checkpoint_at is None:
             self._checkpoint_at = now + _CHECKPOINT_INTERVAL
 
-    def _run_job(self, store: SqliteStore, job: Job) -> _Resolution:
+    def _run_job(self, store: SqliteStore, job: Job) -> Resolution:
         if job.durable and self._is_replaced:
-            return _Resolution(job.future, error=self._replaced_error())
+            return Resolution(job.future, error=self._replaced_error())
         try:
-            return _Resolution(job.future, job.function(store))
+            return Resolution(job.future, job.function(store))
         except FluxError as error:
-            return _Resolution(job.future, error=error)
+            return Resolution(job.future, error=error)
         except sqlite3.Error:
             raise
         except Exception as error:
             log.exception("journal %s: unexpected error", self._path)
             failure = JournalError(f"the journal {self._path} can't store this: {error!r}")
-            return _Resolution(job.future, error=failure)
+            return Resolution(job.future, error=failure)
 
     # ------------------------------------------------------------------ the file
 
@@ -314,14 +284,14 @@ class JournalWorker:
     # ------------------------------------------------------------------ changes by other sessions
 
     def _check_watches(self, store: SqliteStore) -> None:
-        waiting: list[_Watch] = []
-        changed: list[_Watch] = []
+        waiting: list[Watch] = []
+        changed: list[Watch] = []
         for watch in self._watches:
             if not watch.future.done():
                 (waiting if self._is_unchanged(store, watch.entry) else changed).append(watch)
         self._watches = waiting
         if changed:
-            self._resolve(*(_Resolution(watch.future) for watch in changed))
+            self._resolve(*(Resolution(watch.future) for watch in changed))
 
     def _is_unchanged(self, store: SqliteStore, entry: JournalEntry) -> bool:
         try:
@@ -334,17 +304,5 @@ class JournalWorker:
         if entries:
             self._loop.call_soon_threadsafe(self._on_external_change, entries)
 
-    def _resolve(self, *resolutions: _Resolution) -> None:
-        self._loop.call_soon_threadsafe(_resolve_futures, resolutions)
-
-
-def _resolve_futures(resolutions: tuple[_Resolution, ...]) -> None:
-    for resolution in resolutions:
-        future = resolution.future
-        if future.done():
-            continue
-        if resolution.error is None:
-            future.set_result(resolution.result)
-        else:
-            future.set_exception(resolution.error)
-            future.exception()  # marks it as retrieved: the caller may have left already
+    def _resolve(self, *resolutions: Resolution) -> None:
+        self._loop.call_soon_threadsafe(resolve_futures, resolutions)

@@ -14,6 +14,7 @@ from typer.core import TyperOption
 
 import flux2max_async as flux
 from flux2max_async.cli import _options as options
+from flux2max_async.cli._journal import journal
 
 if TYPE_CHECKING:
     from flux2max_async.cli._config import ServiceSettings
@@ -268,17 +269,7 @@ def batch(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: flux2max journal pictures")
-def journal(folder: options.BatchFolder, *, as_json: options.AsJson = False) -> None:
-    """Show what a batch's journal contains.
-
-    Prints counts, dollars, and the requests that are running or uncertain.
-    """
-    from flux2max_async.cli._inspect import print_journal
-    from flux2max_async.cli._terminal import report_errors
-
-    with report_errors():
-        print_journal(folder, as_json=as_json)
+app.add_typer(journal, name="journal")
 
 
 @app.command(epilog="Example: flux2max gallery pictures")

@@ -183,9 +183,9 @@ def _report_lost(plan: Plan, output_dir: OutputDir) -> None:
     journal, results = output_dir.journal_path, output_dir.results_path.name
     if keys := [key for key in skipped if key not in output_dir.damaged]:
         print_error(
-            f"{journal} was lost or replaced: it lacks {format_pictures(len(keys))} that {results} has as paid for, "
-            f"so they are not submitted: {_shorten_list(keys)}; put the right {journal.name} and {journal.name}-wal "
-            "back, or pay for them again with --resubmit-uncertain"
+            f"{journal} was lost or replaced, or pruned: it lacks {format_pictures(len(keys))} that {results} has as "
+            f"paid for, so they are not submitted: {_shorten_list(keys)}; put the right {journal.name} and "
+            f"{journal.name}-wal back, or pay for them again with --resubmit-uncertain"
         )
     if keys := [key for key in skipped if key in output_dir.damaged]:
         print_error(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from collections import Counter
 from decimal import Decimal
@@ -15,27 +16,58 @@ import flux2max_async as flux
 from flux2max_async._text import printable
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir, is_uncertain
-from flux2max_async.cli._terminal import Terminal, make_table, print_error, shorten, to_single_line
+from flux2max_async.cli._terminal import Terminal, make_table, print_error, print_status, shorten, to_single_line
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._reader import read_pages
 
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_PROMPT_LENGTH = 60
 """The number of characters of a prompt that are shown."""
 
 
 def print_journal(path: Path, *, as_json: bool) -> None:
-    """Print what the journal in a folder contains.
+    """Print what a journal contains: that in a folder, or the file itself.
 
     Raises:
         FluxError: There is no journal, it can't be read, or some of its entries can't.
     """
-    journal_path = _open_output_dir(path).journal_path
+    journal_path = _journal_path(path)
     damaged = asyncio.run((_print_entries if as_json else _print_summary)(journal_path))
     for error in damaged:
         print_error(error)
     if damaged:
         number = "an entry is" if len(damaged) == 1 else f"{len(damaged)} entries are"
         raise flux.JournalError(f"{number} damaged, and left out above")
+
+
+def prune_journal(path: Path, older_than: str) -> None:
+    """Forget old entries of a journal that have ended, and print how many.
+
+    Raises:
+        FluxError: The time can't be read, or the journal can't be read or written.
+    """
+    seconds, journal_path = parse_duration(older_than), _journal_path(path)
+    forgotten = asyncio.run(_prune(flux.SqliteJournal(journal_path), seconds))
+    print_status(f"{forgotten:,} {'entry' if forgotten == 1 else 'entries'} forgotten: {to_single_line(journal_path)}")
+
+
+async def _prune(journal: "flux.SqliteJournal", older_than: float) -> int:
+    forgotten = 0
+    while number := await journal.prune(older_than=older_than):
+        forgotten += number
+    return forgotten
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as 30d, 12h, 90m or 45s.
+
+    Raises:
+        ConfigurationError: It is not one.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text.strip(), re.ASCII)
+    if match is None:
+        raise flux.ConfigurationError(f"--older-than must be a time such as 30d, 12h, 90m or 45s, not {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 async def _print_entries(journal_path: Path) -> "list[flux.JournalError]":
@@ -112,6 +144,11 @@ def rebuild_gallery(path: Path) -> None:
     if (problem := write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(problem)
     typer.echo(gallery.path)
+
+
+def _journal_path(path: Path) -> Path:
+    """Return a journal's file: the path itself, or the one in a folder."""
+    return path if path.is_file() else _open_output_dir(path).journal_path
 
 
 def _open_output_dir(path: Path) -> OutputDir:

@@ -71,6 +71,12 @@ FileFormat = Annotated[
 BatchFolder = Annotated[
     Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")
 ]
+JournalPath = Annotated[
+    Path, typer.Argument(metavar="PATH", exists=True, help="The output folder of a batch, or a journal's file.")
+]
+OlderThan = Annotated[
+    str, typer.Option("--older-than", metavar="TIME", help="How long ago they ended: 30d, 12h, 90m or 45s.")
+]
 Out = Annotated[Path | None, _setting("--out", metavar="DIR", help="Output folder. Default: flux2max-<FILE's name>.")]
 Repeat = Annotated[int, _setting("--repeat", metavar="N", min=1, help="Pictures per line, with consecutive seeds.")]
 MaxInFlight = Annotated[int, _setting("--max-in-flight", metavar="N", help="Maximum number of tasks at once.")]

@@ -75,6 +75,18 @@ class Journal(Protocol):
         """Wait until an entry that another session holds has changed, or that session has died."""
         ...
 
+    async def prune(self, *, older_than: float, limit: int = 10_000) -> int:  # noqa: ARG002 - for journals that can
+        """Forget entries that have ended, and return how many.
+
+        Requests that are forgotten are submitted, and paid for, if they are requested again. What they have cost still
+        counts against a budget. Entries that may still cost money, and those that a living session holds, are kept.
+
+        Args:
+            older_than: Seconds since the end of an entry; later ones are kept.
+            limit: The maximum number of entries.
+        """
+        return 0
+
     def entries(self) -> AsyncIterator[JournalEntry]:
         """Iterate over all entries, oldest first."""
         ...

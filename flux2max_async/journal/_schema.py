@@ -189,6 +189,12 @@ def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     )
 
 
+def connect_existing(path: Path, busy_timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode=rw", timeout=busy_timeout, uri=True, isolation_level=None
+    )
+
+
 @functools.cache
 def host_id() -> str:
     """Return a name for the scope in which process ids are unique: this machine, or this container on it."""

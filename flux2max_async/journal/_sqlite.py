@@ -1,5 +1,7 @@
 """The journal in an SQLite file."""
 
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from decimal import Decimal
@@ -9,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from flux2max_async._config import validate_seconds
-from flux2max_async._exceptions import JournalError
+from flux2max_async._exceptions import ConfigurationError, JournalError
 from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
 
@@ -184,6 +186,34 @@ class SqliteJournal:
         async with aclosing(self._read_pages()) as pages:
             await export(pages, target)
         return target
+
+    async def prune(self, *, older_than: float, limit: int = 10_000) -> int:
+        """Forget completed, failed and refused entries, and make the file smaller; return how many were forgotten.
+
+        Works at any time, also while sessions use the file. If the disk is too full for that, the file stays as large
+        as it is, with a warning, and the space is used by later entries. The first time that a file of an earlier
+        version is pruned, sessions wait while it is written anew.
+
+        Requests that are forgotten are submitted, and paid for, if they are requested again. What they have cost still
+        counts against a budget. Uncertain entries, and those that a living session holds, are kept.
+
+        Args:
+            older_than: Seconds since the end of an entry; later ones are kept.
+            limit: The maximum number of entries.
+
+        Raises:
+            ConfigurationError: An argument is not a finite number, or is negative.
+            JournalError: The file can't be read or written, or isn't a journal.
+        """
+        import anyio.to_thread  # noqa: PLC0415 - as in open()
+
+        from flux2max_async.journal._prune import prune_file  # noqa: PLC0415 - as in open()
+
+        for name, value in (("older_than", older_than), ("limit", limit)):
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(f"{name} must be 0 or more, not {value!r}")
+        before = time.time() - older_than
+        return await anyio.to_thread.run_sync(prune_file, self.path, before, limit, self._busy_timeout)
 
     # ------------------------------------------------------------------ internals
 

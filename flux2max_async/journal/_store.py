@@ -50,7 +50,6 @@ _LOG_IS_LOST = (
     "journal %s: its log %s-wal is missing, and its last process was killed: what was recorded in the last seconds "
     "before may be lost, and is then submitted and paid for again"
 )
-
 _MAX_RESULT_LENGTH = 16_384  # characters of a result that is read ahead
 
 # The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
@@ -108,6 +107,7 @@ class SqliteStore:
     def _prepare(self, busy_timeout: float, *, has_content: bool, log_size: int | None) -> None:
         execute = self._connection.execute
         # Several processes may create the file at once, and SQLite refuses to switch to WAL then without waiting.
+        execute("PRAGMA auto_vacuum = INCREMENTAL")  # before a new file has a page; prune() makes the file smaller
         retry_while_locked(lambda: execute("PRAGMA journal_mode = WAL"), busy_timeout)
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA fullfsync = 1")  # macOS: flushes the drive's own cache, too

@@ -22,6 +22,7 @@ from support.scripted import ScriptedGateway, answer, completed, running
 
 import flux2max_async as flux
 from flux2max_async._downloads import retries
+from flux2max_async.cli._inspect import parse_duration
 from flux2max_async.cli._output_dir import Row, _is_lost, is_final, state_after_failure
 from flux2max_async.emulator import Emulator, Fault
 from flux2max_async.journal._entry import EntryState, JournalEntry
@@ -410,7 +411,7 @@ def test_uncertain_submit(flux2max: Command, service: Service) -> None:
     prompts_file = write("a cat")
     run = flux2max("batch", prompts_file, *SMALL)
     again = flux2max("batch", prompts_file, *SMALL)
-    journal = flux2max("journal", "flux2max-prompts")
+    journal = flux2max("journal", "show", "flux2max-prompts")
     paid = gateway.accepted["a cat"]
     resubmitted = flux2max(*suggested_command(again))
 
@@ -474,7 +475,7 @@ def test_task_timeout(flux2max: Command, service: Service) -> None:
     run = flux2max("batch", write("a cat"), *SMALL, "--task-timeout", "2")  # enough for the submit on a busy machine
     (task_id,) = gateway.tasks
     rows = results()["a cat"]
-    journal = flux2max("journal", "flux2max-prompts")
+    journal = flux2max("journal", "show", "flux2max-prompts")
     more = flux2max("batch", write("a dog", "a cat"), *SMALL)
 
     assert run.code == 1
@@ -637,7 +638,7 @@ def test_lost_journal(flux2max: Command, service: Service, damage: str, options:
     for run in (dry, *runs, more):
         assert run.code == 0
         assert re.search(
-            r"flux2max: \S+journal\.db was lost or replaced: it lacks "
+            r"flux2max: \S+journal\.db was lost or replaced, or pruned: it lacks "
             rf"{lost} pictures that results\.jsonl has as paid for, so they are not submitted: (\S+, ){{3}}…; "
             r"put the right journal\.db and journal\.db-wal back, or pay for them again with --resubmit-uncertain\n",
             run.err,
@@ -857,22 +858,25 @@ def test_entries_damaged_during_the_run(flux2max: Command, service: Service) -> 
 # ---------------------------------------------------------------------- journal and gallery
 
 
-@pytest.mark.parametrize("command", ["journal", "gallery"])
-def test_folder_without_journal(flux2max: Command, command: str) -> None:
+@pytest.mark.parametrize(
+    "command", [("journal", "show"), ("journal", "prune", "--older-than", "30d"), ("gallery",)], ids=" ".join
+)
+def test_folder_without_journal(flux2max: Command, command: tuple[str, ...]) -> None:
     """A folder without a journal is not the output folder of a batch."""
     Path("empty").mkdir()
-    run = flux2max(command, "empty")
+    run = flux2max(*command, "empty")
 
     assert (run.code, run.out) == (2, "")
     assert run.err == "flux2max: there is no journal.db in 'empty': it is not the output folder of a batch\n"
 
 
 def test_journal(flux2max: Command, service: Service) -> None:
-    """`flux2max journal` prints counts and costs in 80 columns, or each entry as JSON."""
+    """`flux2max journal show` prints counts and costs in 80 columns, or each entry as JSON."""
     service()
     flux2max("batch", write("a cat", "a dog [fail]"), *SMALL)
-    run = flux2max("journal", "flux2max-prompts")
-    as_json = flux2max("journal", "flux2max-prompts", "--json")
+    run = flux2max("journal", "show", "flux2max-prompts")
+    assert flux2max("journal", "show", "flux2max-prompts/journal.db") == run
+    as_json = flux2max("journal", "show", "flux2max-prompts", "--json")
 
     assert run.code == 0
     assert re.match(r"│ +2 │ +1 │ +1 │ +0 │ +0 │ +\$0\.07 │ +\$0\.00 │", run.out.splitlines()[3])
@@ -881,13 +885,13 @@ def test_journal(flux2max: Command, service: Service) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_damaged_entries_are_reported(flux2max: Command, service: Service, count: int) -> None:
-    """`flux2max journal` and `gallery` go on past damaged entries, and name them; `journal` fails at its end."""
+    """`flux2max journal show` and `gallery` go on past damaged entries, and name them; `journal` fails at its end."""
     service()
     prompts = ("a cat", "a dog", "an owl")
     flux2max("batch", write(*prompts), *SMALL)
     folder = Path("flux2max-prompts")
     damage_journal(folder, *prompts[:count])
-    runs = [flux2max("journal", "flux2max-prompts", *options) for options in ((), ("--json",))]
+    runs = [flux2max("journal", "show", "flux2max-prompts", *options) for options in ((), ("--json",))]
     (folder / "results.jsonl").unlink()
     gallery = flux2max("gallery", "flux2max-prompts")
     number = "an entry is" if count == 1 else "2 entries are"
@@ -907,11 +911,55 @@ def test_damaged_entries_are_reported(flux2max: Command, service: Service, count
     assert Counter(json.loads(line)["state"] for line in lines) == {"completed": 3 - count, "uncertain": count}
 
 
+def test_old_form_of_journal(flux2max: Command) -> None:
+    """`flux2max journal DIR`, as it was once, names the command that it has become."""
+    Path("pictures").mkdir()
+    run = flux2max("journal", "pictures")
+
+    assert (run.code, run.out) == (2, "")
+    assert run.err.endswith("Error: 'pictures' is not a subcommand; to show a journal: flux2max journal show PATH\n")
+
+
+@pytest.mark.parametrize("path", ["flux2max-prompts", "flux2max-prompts/journal.db"])
+def test_journal_is_pruned(flux2max: Command, service: Service, path: str) -> None:
+    """`flux2max journal prune` forgets old requests that have ended; the batch's results still show them as paid."""
+    gateway = service()
+    batch = ("batch", write("a cat"), *SMALL)
+    flux2max(*batch)
+    kept = flux2max("journal", "prune", path, "--older-than", "1h")
+    counts = flux2max("journal", "show", path).out.splitlines()[3]
+    pruned = flux2max("journal", "prune", path, "--older-than", "0s")
+    again = flux2max(*batch)
+
+    assert (kept.code, kept.err) == (0, "0 entries forgotten: flux2max-prompts/journal.db\n")
+    assert (pruned.code, pruned.err) == (0, "1 entry forgotten: flux2max-prompts/journal.db\n")
+    assert re.match(r"│ +1 │ +1 │ +0 │", counts)
+    assert (again.code, gateway.accepted["a cat"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("45s", 45), ("90m", 5400), ("12h", 43_200), ("30d", 2_592_000), (" 1.5h ", 5400), ("0d", 0)],
+)
+def test_parse_duration(text: str, seconds: float) -> None:
+    """A duration is a number with a unit."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1w", "1 d", "1d2h", "1e5s", "infs", "nand", "٣d", "1D"])
+def test_invalid_duration(flux2max: Command, text: str) -> None:
+    """Anything else is an error that shows how durations are written."""
+    Path("pictures").mkdir()
+    run = flux2max("journal", "prune", "pictures", f"--older-than={text}")
+
+    assert run == Run(2, "", f"flux2max: --older-than must be a time such as 30d, 12h, 90m or 45s, not {text!r}\n")
+
+
 def test_refusals_are_counted(flux2max: Command, script: ScriptedGateway) -> None:
     """The journal's counts include refused requests."""
     script.submits[0] = answer(400, {"message": "no"})
     flux2max("batch", write("a cat"))
-    run = flux2max("journal", "flux2max-prompts")
+    run = flux2max("journal", "show", "flux2max-prompts")
 
     assert "refused" in run.out
     assert re.match(r"│ +1 │ +0 │ +0 │ +1 │ +0 │ +0 │ +\$0\.00 │ +\$0\.00 │", run.out.splitlines()[3])
@@ -1120,7 +1168,7 @@ def test_texts_of_the_service(flux2max: Command, script: ScriptedGateway) -> Non
     run = flux2max("batch", write("a cat"), *SMALL, "--json")
     generated = flux2max("generate", "a cat")
     status = flux2max("status", "t1")
-    journal = flux2max("journal", "flux2max-prompts", "--json")
+    journal = flux2max("journal", "show", "flux2max-prompts", "--json")
     row = results()["a cat"]
     (folder,) = (path for path in Path().iterdir() if path.is_dir())
     texts = [(folder / name).read_text(encoding="utf-8") for name in ("results.jsonl", "index.html")]
@@ -1282,7 +1330,7 @@ def test_paths_in_dotenv(
 def test_invalid_dotenv(flux2max: Command, content: bytes, message: str) -> None:
     """An unreadable `.env` is reported."""
     Path(".env").write_bytes(content)
-    run = flux2max("journal", ".")
+    run = flux2max("journal", "show", ".")
 
     assert run.code == 2
     assert message in run.err

@@ -37,7 +37,11 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 
 @pytest.mark.parametrize(
     "command",
-    [(), *((name,) for name in ("generate", "status", "download", "batch", "journal", "gallery", "demo", "emulate"))],
+    [
+        (),
+        *((name,) for name in ("generate", "status", "download", "batch", "journal", "gallery", "demo", "emulate")),
+        *(("journal", name) for name in ("show", "prune")),
+    ],
 )
 def test_help_fits_and_has_an_example(flux2max: Command, command: tuple[str, ...]) -> None:
     """The help of each command fits on 80 columns and ends with a one-line example."""

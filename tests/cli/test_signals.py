@@ -137,7 +137,7 @@ def test_second_signal_exits_at_once(batch: Callable[..., Batch], flux2max: Comm
     took = time.monotonic() - second_signal_at
     stopped = states()
     page = Path("flux2max-prompts/index.html").read_text(encoding="utf-8")
-    journal = flux2max("journal", "flux2max-prompts")
+    journal = flux2max("journal", "show", "flux2max-prompts")
     more = flux2max("batch", "prompts.txt", *SMALL)
 
     assert progress

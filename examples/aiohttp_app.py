@@ -43,6 +43,7 @@ from flux2max_async import (
     InvalidRequestError,
     WebhookInbox,
 )
+from flux2max_async.web import cancel_on_disconnect
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 PICTURES = Path("pictures")  # they stay until you delete them; the budget limits how many there are
@@ -165,15 +166,20 @@ async def get_page(_: web.Request) -> web.Response:
 
 @routes.post("/tasks")
 async def create_task(request: web.Request) -> web.Response:
-    """Submit a request and return an id for its task."""
+    """Submit a request and return an id for its task; if the visitor leaves before, nothing is submitted."""
     body = await read_submit(request)
     width, height = body.get("width"), body.get("height")
     picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
     try:
-        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+        async with (
+            asyncio.timeout(15),  # the session would repeat the submit until its task_timeout
+            cancel_on_disconnect(request) as visit,  # aiohttp would let it wait for its turn
+        ):
             task = await request.app[flux].submit(picture)
     except TimeoutError:
         raise web.HTTPServiceUnavailable(text="The picture can't be generated now. Try again later.") from None
+    if visit.disconnected:
+        return web.Response(status=499)
     # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
     task_id = secrets.token_urlsafe(16)
     tasks[task_id] = task
@@ -197,13 +203,14 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
-    async for snapshot in task.updates():
-        await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
-    outcome = await task.outcome()
-    if outcome.ok:
-        await response.write(event("done", picture=f"tasks/{task_id}/picture"))
-    else:
-        await response.write(event("failed", reason=reason(outcome.error)))
+    async with cancel_on_disconnect(request):
+        async for snapshot in task.updates():
+            await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
+        outcome = await task.outcome()
+        if outcome.ok:
+            await response.write(event("done", picture=f"tasks/{task_id}/picture"))
+        else:
+            await response.write(event("failed", reason=reason(outcome.error)))
     return response
 
 
@@ -274,6 +281,5 @@ app.router.add_post("/hooks/flux", inbox.aiohttp_handler)
 app.add_routes(routes)
 
 if __name__ == "__main__":
-    # handler_cancellation ends the event stream of a visitor who disconnects; shutdown_timeout lets the others finish.
     port = int(os.environ.get("PORT", "8000"))
-    web.run_app(app, host="127.0.0.1", port=port, handler_cancellation=True, shutdown_timeout=20)
+    web.run_app(app, host="127.0.0.1", port=port, shutdown_timeout=20)

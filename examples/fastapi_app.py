@@ -45,6 +45,7 @@ from flux2max_async import (
     InvalidRequestError,
     WebhookInbox,
 )
+from flux2max_async.web import cancel_on_disconnect
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 PICTURES = Path("pictures")  # they stay until you delete them; the budget limits how many there are
@@ -173,15 +174,22 @@ async def get_page() -> HTMLResponse:
 
 
 @app.post("/tasks", status_code=201, max_body_size=MAX_BODY)
-async def create_task(body: Annotated[dict[str, Any], Depends(read_submit)], flux: Session) -> dict[str, str]:
-    """Submit a request and return an id for its task."""
+async def create_task(
+    request: Request, body: Annotated[dict[str, Any], Depends(read_submit)], flux: Session
+) -> dict[str, str]:
+    """Submit a request and return an id for its task; if the visitor leaves before, nothing is submitted."""
     width, height = body.get("width"), body.get("height")
     picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
     try:
-        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+        async with (
+            asyncio.timeout(15),  # the session would repeat the submit until its task_timeout
+            cancel_on_disconnect(request) as visit,  # FastAPI would let it wait for its turn
+        ):
             task = await flux.submit(picture)
     except TimeoutError:
         raise HTTPException(503, "The picture can't be generated now. Try again later.") from None
+    if visit.disconnected:
+        raise HTTPException(499, "The visitor has left.")
     # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
     task_id = secrets.token_urlsafe(16)
     tasks[task_id] = task

@@ -1,14 +1,18 @@
 """Run the README's examples as a reader would."""
 
+import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,37 +135,93 @@ def test_console(environment: dict[str, str], tmp_path: Path) -> None:
     assert "$0.28" in runs[3].stdout
 
 
+@contextmanager
+def running_web_example(gateway: Emulator, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Run the FastAPI example under uvicorn; yield its URL and, for afterwards, its log."""
+    (folder / "app.py").write_text(WEB_EXAMPLE, encoding="utf-8")
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(folder), "--port", str(port)]
+    environment = {
+        **os.environ,
+        "FLUX2MAX_API_KEY": gateway.api_key,
+        "FLUX2MAX_BASE_URL": gateway.url,
+        "PUBLIC_URL": f"http://127.0.0.1:{port}",
+        "WEBHOOK_SECRET": "a secret",
+    }
+    log = folder / "log.txt"
+    with log.open("wb") as output, subprocess.Popen(command, env=environment, cwd=folder, stderr=output) as server:
+        try:
+            yield f"http://127.0.0.1:{port}/pictures", log
+        finally:
+            server.terminate()
+            server.wait(timeout=20)
+
+
 def test_web_backend(tmp_path: Path) -> None:
     """The FastAPI example generates pictures under a real server, by webhooks alone, and answers 422 to bad prompts."""
-    (tmp_path / "app.py").write_text(WEB_EXAMPLE, encoding="utf-8")
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(tmp_path), "--port", str(port)]
-    with Emulator(seconds=0.5, spread=0.0, seed=1) as gateway:
-        environment = {
-            **os.environ,
-            "FLUX2MAX_API_KEY": gateway.api_key,
-            "FLUX2MAX_BASE_URL": gateway.url,
-            "PUBLIC_URL": f"http://127.0.0.1:{port}",
-            "WEBHOOK_SECRET": "a secret",
-        }
-        with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
-            try:
-                url = f"http://127.0.0.1:{port}/pictures"
-                status, body = _post(url, b'{"prompt": "a cat"}')
-                blank_status, detail = _post(url, b'{"prompt": " "}')
-                moderated_status, _ = _post(url, b'{"prompt": "a cat [moderate]"}')
-                form_status, _ = _post(f"{url}?prompt=a%20cat", b"prompt=a+cat", "application/x-www-form-urlencoded")
-            finally:
-                server.terminate()
-                _, log = server.communicate(timeout=20)
+    with (
+        Emulator(seconds=0.5, spread=0.0, seed=1) as gateway,
+        running_web_example(gateway, tmp_path) as (url, log),
+    ):
+        status, body = _post(url, b'{"prompt": "a cat"}')
+        blank_status, detail = _post(url, b'{"prompt": " "}')
+        moderated_status, _ = _post(url, b'{"prompt": "a cat [moderate]"}')
+        form_status, _ = _post(f"{url}?prompt=a%20cat", b"prompt=a+cat", "application/x-www-form-urlencoded")
 
     assert status == 200
     assert gateway.url in body
     assert (blank_status, "prompt" in detail) == (422, True)
     assert (moderated_status, form_status) == (422, 422)
     assert [delivery.status for delivery in gateway.deliveries] == [200, 200]
-    assert "Application shutdown complete" in log
-    assert "Traceback" not in log
+    text = log.read_text(encoding="utf-8")
+    assert "Application shutdown complete" in text
+    assert "Traceback" not in text
+
+
+def test_web_backend_whose_visitors_leave(tmp_path: Path) -> None:
+    """In the FastAPI example, the requests of visitors who leave while they wait for a slot are never submitted."""
+    with (
+        Emulator(seconds=3600.0, spread=0.0, seed=1, pictures=False) as gateway,
+        running_web_example(gateway, tmp_path) as (url, log),
+        ExitStack() as stack,
+    ):
+        _post(url, b'{"prompt": " "}')  # it has started
+        for number in range(24):
+            stack.enter_context(_start_post(url, f"in flight {number}"))
+        _wait_until(lambda: gateway.accepted.total() == 24)
+        for number in range(10):
+            _start_post(url, f"leaving {number}").close()
+        staying = stack.enter_context(_start_post(url, "staying"))
+        for _ in range(5):
+            _post(url, b'{"prompt": " "}')  # the server has seen the others leave before it responds to these
+        for task in list(gateway.tasks.values()):
+            task.ends = 0.0
+        _wait_until(lambda: gateway.accepted["staying"] == 1)
+        for task in list(gateway.tasks.values()):
+            task.ends = 0.0
+        status = staying.recv(12)
+
+    assert status == b"HTTP/1.1 200"
+    assert gateway.accepted == {f"in flight {number}": 1 for number in range(24)} | {"staying": 1}
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+def _start_post(url: str, prompt: str) -> socket.socket:
+    """Send a request, and return the connection on which the response will come."""
+    body = json.dumps({"prompt": prompt}).encode()
+    head = (
+        f"POST /pictures HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection = socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port or 0), timeout=120)
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _post(url: str, body: bytes, content_type: str = "application/json") -> tuple[int, str]:

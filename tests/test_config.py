@@ -470,4 +470,4 @@ def test_a_session_validates_its_settings(settings_: dict[str, Any], message: st
 )  # fmt: skip
 def test_polls_per_second(limit: Any, slots: int, rate: float) -> None:
     """By default there may be one poll per second for each slot, and at least 20."""
-    assert make_config(max_polls_per_second=limit, max_in_flight=slots).poll_rate == rate
+    assert config(max_polls_per_second=limit, max_in_flight=slots).poll_rate == rate

@@ -23,7 +23,7 @@ _PROBE_INTERVAL = 30.0
 """Seconds after a refusal that confirms the ceiling until a probe is sent although the ceiling is reached."""
 _MIN_INCREASE = 1 / 16
 """How much one accepted submit raises the ceiling, at least."""
-_DISPROOF, _DISPROOF_ABOVE = 30, 8
+_DISPROOF, _DISPROOF_ABOVE = 60, 8
 """So many accepted submits since the last refusal, so many of them with more tasks in flight, disprove a limit."""
 _MAX_INCREASE_SHARE = 1 / 8
 """How much it raises the ceiling at most, as a share of `max_in_flight`."""

@@ -15,19 +15,20 @@ put it back, are extended; the pool itself is aiohttp's.
 """
 
 import asyncio
+import math
 import selectors
-import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from enum import Enum
-from functools import partial
-from typing import TYPE_CHECKING, NoReturn, cast
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import aiohttp
-import attrs
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 
+from flux2max_async._api.header_limit import LimitedHandler
 from flux2max_async._api.idle_limit import IdleLimit
 from flux2max_async._clock import suspended_seconds
 
@@ -48,6 +49,8 @@ _MIN_SPARE_LIMIT = 0.2
 """If the far end closes unused connections sooner, none is kept ready."""
 _PAUSE_AFTER_FAILURE = 5.0
 _OPEN_TIMEOUT = 10.0
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""The one that needs the fewest system calls to be used once."""
 
 
 class ConnectionUse(Enum):
@@ -63,40 +66,40 @@ connection_use: ContextVar[ConnectionUse] = ContextVar("connection_use", default
 """That of the next request in this context; aiohttp passes nothing of our own on to a connector."""
 
 
-@attrs.frozen
-class _Idle:
-    """An idle connection."""
-
-    key: "ConnectionKey"
-    protocol: ResponseHandler
-    entry: tuple[ResponseHandler, float]
-    """Its entry in aiohttp's pool."""
-    since: float
-    usable_from: float
-    limit: IdleLimit
-    """How long it may be idle."""
-
-
 class SpareOpened(Exception):  # noqa: N818 - no error
     """Ends the request for a spare connection before anything is sent."""
+
+
+class _Handler(LimitedHandler):
+    """The protocol of a connection, which knows since when it has been idle, and reports when it is lost."""
+
+    def __init__(self, connector: "SubmitConnector") -> None:
+        super().__init__(asyncio.get_running_loop())
+        self._on_lost = connector.on_lost
+        self.since = math.inf
+        """When its last answer was complete, or when it was opened in advance; infinity if it never was idle."""
+        self.limit = connector.unused
+        """How long it may be idle."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._on_lost(self)
 
 
 class SubmitConnector(aiohttp.TCPConnector):
     """A connector for one host, whose requests get the connections that `connection_use` allows.
 
     Args:
-        limit: Maximum number of connections in use.
+        limit: Maximum number of connections, besides a spare one.
         open_spare: Makes a request with the middleware `open_only`; returns whether that has worked.
     """
 
     def __init__(self, *, limit: int, open_spare: Callable[[], Awaitable[bool]]) -> None:
         super().__init__(limit=limit)
+        self._factory: Any = lambda: _Handler(self)
         self.suspended: Callable[[], float] = suspended_seconds
         self._open_spare = open_spare
-        self._idle: dict[ResponseHandler, _Idle] = {}
-        self._taken: dict[ResponseHandler, _Idle] = {}
-        self._watched = weakref.WeakSet[ResponseHandler]()
-        self._after_answer, self._unused = IdleLimit(), IdleLimit()
+        self._after_answer, self.unused = IdleLimit(), IdleLimit()
         self._last_use = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._last_check = self._previous_check = 0.0
@@ -112,8 +115,8 @@ class SubmitConnector(aiohttp.TCPConnector):
 
     def may_write(self, protocol: ResponseHandler) -> bool:
         """Return whether the first byte of a submit may be written to its connection now."""
-        idle = self._taken.get(protocol)
-        return _is_open(protocol) and (idle is None or self._is_fresh(idle, self._now() - _MAX_LAG))
+        now = self._now() - _MAX_LAG
+        return _is_open(protocol) and self._fresh_until(cast("_Handler", protocol), now) >= now
 
     async def open_only(self, request: aiohttp.ClientRequest, _: aiohttp.ClientHandlerType) -> NoReturn:
         """Open the connection of a request and keep it as a spare; this middleware sends nothing."""
@@ -121,7 +124,9 @@ class SubmitConnector(aiohttp.TCPConnector):
         async with asyncio.timeout(_OPEN_TIMEOUT):
             protocol = await self._create_connection(request, [], aiohttp.ClientTimeout())
         self._opening_time = self._now() - started
-        self._add(request.connection_key, protocol, is_unused=True)
+        self._make_room()
+        self._release(request.connection_key, protocol)
+        cast("_Handler", protocol).limit = self.unused
         raise SpareOpened
 
     async def close(self, *, abort_ssl: bool = False) -> None:
@@ -134,55 +139,55 @@ class SubmitConnector(aiohttp.TCPConnector):
 
     # ------------------------------------------------------------------ the pool
 
-    async def _get(self, key: "ConnectionKey", traces: "list[Trace]") -> Connection | None:
+    def _get(self, key: "ConnectionKey", traces: "list[Trace]") -> Any:  # the coroutine; one more would cost each poll
         use = connection_use.get()
+        return super()._get(key, traces) if use is ConnectionUse.ANY else self._get_sure(key, traces, use)
+
+    async def _get_sure(self, key: "ConnectionKey", traces: "list[Trace]", use: ConnectionUse) -> Connection | None:
         if use is ConnectionUse.WARM:
             self.expect_submit(_MIN_CHECK_INTERVAL)
-        if use is ConnectionUse.NEW or (use is ConnectionUse.WARM and not self._move_good_one_to_front(key)):
-            return None
-        connection = await super()._get(key, traces)
-        if connection is not None:
-            protocol = cast("ResponseHandler", connection.protocol)
-            idle = self._idle.pop(protocol, None)
-            if use is ConnectionUse.WARM and idle is not None:
-                self._taken[protocol] = idle
-        return connection
+            if self._move_good_one_to_front(key):
+                return await super()._get(key, traces)
+        self._make_room()
+        return None
 
     def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        self._taken.pop(protocol, None)
-        if should_close:
-            super()._release(key, protocol, should_close=True)
-        else:
-            self._add(key, protocol, is_unused=False)
-
-    def _add(self, key: "ConnectionKey", protocol: ResponseHandler, *, is_unused: bool) -> None:
-        super()._release(key, protocol)
-        if self._closed or not _is_open(protocol):
-            return
-        pool = self._conns[key]
-        if protocol not in self._watched:
-            self._watched.add(protocol)
-            closed = cast("asyncio.Future[None]", protocol.closed)
-            closed.add_done_callback(partial(self._on_closed, protocol))
-        now = self._now()
-        limit, rest = (self._unused, 0.0) if is_unused else (self._after_answer, _MIN_REST)
-        self._idle[protocol] = _Idle(key, protocol, pool[-1], now, now + rest, limit)
-        if len(pool) > self.limit:
-            oldest, _ = pool.popleft()
-            self._idle.pop(oldest, None)
-            oldest.close()
+        handler = cast("_Handler", protocol)
+        handler.since, handler.limit = self._now(), self._after_answer
+        super()._release(key, protocol, should_close=should_close)
 
     def _move_good_one_to_front(self, key: "ConnectionKey") -> bool:
         """Move the newest connection that a submit may use to the front of the pool, which aiohttp takes."""
-        now = self._now()
-        for idle in reversed(self._idle.values()):
-            is_usable = idle.key == key and idle.usable_from <= now and self._is_fresh(idle, now)
-            if is_usable and _is_open(idle.protocol) and not _has_unread_data(idle.protocol):
-                pool = self._conns[key]
-                pool.remove(idle.entry)
-                pool.appendleft(idle.entry)
+        now, pool = self._now(), self._conns.get(key) or deque()
+        for entry in reversed(pool):
+            handler = cast("_Handler", entry[0])
+            has_rested = handler.limit is self.unused or now - handler.since >= _MIN_REST
+            is_fresh = self._fresh_until(handler, now) >= now
+            if has_rested and is_fresh and _is_open(handler) and not _has_unread_data(handler):
+                pool.remove(entry)
+                pool.appendleft(entry)
                 return True
         return False
+
+    def _make_room(self) -> None:
+        """Close idle connections, the oldest first, if there are too many for one more."""
+        idle = self._idle_handlers()
+        excess = max(0, len(self._acquired) + len(idle) + 1 - self.limit)
+        for handler in sorted(idle, key=attrgetter("since"))[:excess]:
+            self._remove(handler)
+            handler.close()
+
+    def _remove(self, handler: _Handler) -> bool:
+        """Remove a connection from the pool; return whether it was there."""
+        for pool in self._conns.values():
+            for entry in pool:
+                if entry[0] is handler:
+                    pool.remove(entry)
+                    return True
+        return False
+
+    def _idle_handlers(self) -> "list[_Handler]":
+        return [cast("_Handler", protocol) for pool in self._conns.values() for protocol, _ in pool]
 
     # ------------------------------------------------------------------ learning, and the spare connection
 
@@ -190,13 +195,13 @@ class SubmitConnector(aiohttp.TCPConnector):
         """Look at the idle connections, and open a spare one if none will be good for the next submit."""
         now = self._now()
         self._previous_check, self._last_check = self._last_check, now
-        for idle in list(self._idle.values()):
-            if _is_open(idle.protocol):
+        for handler in self._idle_handlers():
+            if _is_open(handler):
                 # A FIN that has just come may be unread, but none that had come at the last look.
-                idle.limit.on_open(self._previous_check - idle.since)
+                handler.limit.on_open(self._previous_check - handler.since)
             else:
-                idle.protocol.close()
-                self._on_drop(idle, now)
+                self.on_lost(handler)
+                handler.close()
         if now - self._last_use > _USE_TIME:
             self._timer = None
             return
@@ -206,29 +211,24 @@ class SubmitConnector(aiohttp.TCPConnector):
         interval = min(_CHECK_INTERVAL, max(_MIN_CHECK_INTERVAL, delay))
         self._timer = self._loop.call_later(interval, self._check)
 
-    def _on_closed(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
-        closed.exception()
-        if (idle := self._idle.get(protocol)) is not None:
-            self._on_drop(idle, self._now())
-
-    def _on_drop(self, idle: _Idle, now: float) -> None:
-        """Record that the far end has closed an idle connection."""
-        del self._idle[idle.protocol]
+    def on_lost(self, handler: _Handler) -> None:
+        """Learn from a connection that was lost, if it was idle."""
+        if not self._remove(handler):
+            return
+        now = self._now()
         # If the event loop was blocked, the connection may have been closed at any time since.
         was_blocked = now - self._previous_check > 2 * _CHECK_INTERVAL + _MAX_LAG
-        seconds = (self._previous_check if was_blocked else now) - idle.since
+        seconds = (self._previous_check if was_blocked else now) - handler.since
         # Sooner, it was not closed for being idle, but because of its last answer.
         if seconds >= _MIN_REST:
-            idle.limit.on_drop(seconds, now)
+            handler.limit.on_drop(seconds, now)
 
     def _spare_delay(self, now: float) -> float:
         """Return the seconds until a spare connection should be opened."""
-        limit = self._unused.seconds(now, self._opening_time)
+        limit = self.unused.seconds(now, self._opening_time)
         if limit < _MIN_SPARE_LIMIT or now < self._no_spare_before:
             return _CHECK_INTERVAL
-        fresh_until = max(
-            (idle.since + idle.limit.seconds(now, self._opening_time) for idle in self._idle.values()), default=now
-        )
+        fresh_until = max((self._fresh_until(handler, now) for handler in self._idle_handlers()), default=now)
         # Early enough to be open when the last good one is so no longer.
         return fresh_until - min(self._opening_time + _MIN_CHECK_INTERVAL, limit / 2) - now
 
@@ -239,8 +239,8 @@ class SubmitConnector(aiohttp.TCPConnector):
         finally:
             self._opening = None
 
-    def _is_fresh(self, idle: _Idle, now: float) -> bool:
-        return now - idle.since <= idle.limit.seconds(now, self._opening_time)
+    def _fresh_until(self, handler: _Handler, now: float) -> float:
+        return handler.since + handler.limit.seconds(now, self._opening_time)
 
     def _now(self) -> float:
         return self._loop.time() + self.suspended()
@@ -253,6 +253,6 @@ def _is_open(protocol: ResponseHandler) -> bool:
 
 def _has_unread_data(protocol: ResponseHandler) -> bool:
     """Return whether something has come, perhaps a FIN, that the event loop hasn't read yet."""
-    with selectors.DefaultSelector() as selector:
+    with _Selector() as selector:
         selector.register(cast("asyncio.Transport", protocol.transport).get_extra_info("socket"), selectors.EVENT_READ)
         return bool(selector.select(0))

@@ -1,36 +1,31 @@
 """A limit for all headers of a response together: aiohttp limits each of them, and their number."""
 
 import asyncio
-import functools
-import math
 from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD
 
 _MAX_HEADERS_BYTES = 1_000_000
 
 
-class _LimitedHandler(ResponseHandler):
+class LimitedHandler(ResponseHandler):
     """Closes a connection once it has received too much without the headers of a response being complete."""
 
-    _received: float = 0
-    """Bytes since the request; minus infinity once the headers are complete."""
-
-    def set_response_params(self, **params: Any) -> None:
-        self._received = 0
-        super().set_response_params(**params)
-
-    def feed_data(self, data: tuple[RawResponseMessage, aiohttp.StreamReader], size: int = 0) -> None:
-        if data[0].code >= 200 or data[0].code == 101:  # others, like 103 Early Hints, come before the response
-            self._received = -math.inf
-        super().feed_data(data, size)
+    _counted_parser: object = None
+    """The parser of the response that is being received; each has its own."""
+    _previous_payload: object = None
+    _received = 0
+    """Bytes of this response."""
 
     def data_received(self, data: bytes) -> None:
+        if self._parser is not self._counted_parser:
+            self._counted_parser, self._previous_payload, self._received = self._parser, self._payload, 0
         self._received += len(data)
-        if self._received <= _MAX_HEADERS_BYTES:
+        # The payload is known once the headers are complete; responses like 103 Early Hints have an empty one.
+        if self._received <= _MAX_HEADERS_BYTES or self._payload not in (self._previous_payload, EMPTY_PAYLOAD):
             super().data_received(data)
             return
         self.set_exception(HttpProcessingError(code=400, message="the headers are too large"))
@@ -38,7 +33,7 @@ class _LimitedHandler(ResponseHandler):
 
 
 def limit_headers(connector: aiohttp.TCPConnector) -> aiohttp.TCPConnector:
-    """Return a connector whose connections have the limit; needs a running event loop."""
-    handler: Any = functools.partial(_LimitedHandler, loop=asyncio.get_running_loop())
+    """Return a connector whose connections have the limit."""
+    handler: Any = lambda: LimitedHandler(asyncio.get_running_loop())  # noqa: E731
     connector._factory = handler  # noqa: SLF001 - there is no public way
     return connector

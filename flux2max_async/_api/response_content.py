@@ -37,7 +37,11 @@ class ContentReader:
         Raises:
             ProtocolError: It is too large.
         """
+        first = await stream.readany()
+        if stream.at_eof() and len(first) <= _MAX_OTHER_BYTES:  # nearly every response
+            return first
         content = _Content(stream)
+        content.add(first)
         if is_submit:  # nothing may hold its answer up: its time would be over, and nobody would know the task's id
             if await content.read_up_to(_MAX_SUBMIT_RESPONSE_BYTES):
                 raise ProtocolError(_TOO_LARGE)
@@ -68,9 +72,16 @@ class _Content:
         while self.received.tell() <= limit:
             if self._stream.at_eof():
                 return False
-            chunk = await self._stream.readany()
-            self.received.write(chunk)
-            self._others += len(chunk.translate(None, _BASE64))
-            if self._others > _MAX_OTHER_BYTES:
-                raise ProtocolError(_TOO_LARGE)
+            self.add(await self._stream.readany())
         return True
+
+    def add(self, chunk: bytes) -> None:
+        """Append bytes that were read.
+
+        Raises:
+            ProtocolError: Too much of the content is not an image.
+        """
+        self.received.write(chunk)
+        self._others += len(chunk.translate(None, _BASE64))
+        if self._others > _MAX_OTHER_BYTES:
+            raise ProtocolError(_TOO_LARGE)

@@ -107,7 +107,9 @@ class Transport:
             self._api_session = _create_session(self._connector)
             # Downloads have their own pool, so that many slow ones can't delay polls.
             resolver = GuardedResolver(self._address_guard)
-            self._download_session = _create_session(aiohttp.TCPConnector(limit=DOWNLOAD_POOL_SIZE, resolver=resolver))
+            self._download_session = _create_session(
+                limit_headers(aiohttp.TCPConnector(limit=DOWNLOAD_POOL_SIZE, resolver=resolver))
+            )
 
     def expect_submit(self) -> None:
         """Open a connection for a submit that will be made soon, unless there is one."""
@@ -258,7 +260,7 @@ class DownloadResponse:
 
 
 def _create_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=limit_headers(connector), cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
 def _exact_url(text: str) -> URL:

@@ -325,12 +325,12 @@ async def test_the_loop_is_blocked_just_before_a_submit_is_written() -> None:
 
 
 async def test_the_pool_is_limited() -> None:
-    """Of more idle connections than the pool may hold, the oldest ones are closed."""
+    """Before a connection is opened that would be one too many, the oldest idle one is closed; a spare may be added."""
     async with FarGateway() as gateway, session_on(gateway) as session:
         connector_of(session)._limit = BURST // 2
         await submit_in_bursts(session, [0.0, 2.0, 2.0], BURST)
         await anyio.sleep(0.3)
-        assert len(gateway.open) <= BURST // 2
+        assert len(gateway.open) <= BURST // 2 + 1
 
 
 @pytest.mark.parametrize(("borrowed", "connections"), [(False, 2), (True, 3)], ids=["own session", "borrowed session"])

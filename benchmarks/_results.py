@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 TITLE = "# Benchmark results\n"
 DISTRIBUTIONS = (
     "flux2max_async", "aiohttp", "anyio", "attrs", "cattrs", "uvloop", "numpy", "scipy",
-    "replicate", "fal-client", "lumaai", "runwayml", "seaart-sdk", "httpx",
+    "replicate", "fal-client", "lumaai", "runwayml", "seaart-sdk", "openai", "httpx",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,8 +15,8 @@ from support.responses import jpeg
 from support.scripted import ScriptedGateway
 from support.virtual_time import hold_up
 
-from flux2max_async import FixedSchedule, FluxSession, TransportError
-from flux2max_async._api.codec import HttpRequest
+from flux2max_async import FixedSchedule, FluxSession, GenerationRequest, TransportError
+from flux2max_async._api.codec import HttpRequest, build_submit
 from flux2max_async._api.connections import ConnectionUse, SubmitConnector, connection_use
 from flux2max_async._api.idle_limit import FIRST_LIMIT, MAX_LIMIT, IdleLimit
 from flux2max_async._api.submit_payload import SubmitPayload
@@ -276,19 +277,55 @@ async def test_a_suspended_machine() -> None:
     assert third.opened > second.opened
 
 
-async def test_a_blocked_event_loop() -> None:
+@pytest.mark.parametrize("idle", [0.0, 0.3], ids=["closed at once", "closed when idle"])
+async def test_a_blocked_event_loop(idle: float) -> None:
     """A connection that is closed while the loop is blocked isn't taken for one that was idle for all that time."""
     async with FarGateway() as gateway, session_on(gateway) as session:
         await session.submit("a cat")
-        await anyio.sleep(0.3)
+        await anyio.sleep(idle)
         for connection in gateway.open:
             connection.transport.close()
         await anyio.lowlevel.checkpoint()
         hold_up(3.0)
-        await submit_in_bursts(session, [0.2, 0.4])
-    _, second, third = gateway.submits
+        await anyio.sleep(0.5)
+        connector = connector_of(session)
+        limits = [limit.seconds(anyio.current_time(), 0.0) for limit in (connector._after_answer, connector.unused)]
 
-    assert third.connection != second.connection
+    assert max(limits) <= FIRST_LIMIT
+
+
+async def test_the_loop_is_blocked_just_before_it_looks_at_connections() -> None:
+    """A connection that is closed after the loop's last read isn't taken for one that is still open."""
+
+    def close_and_hold_up() -> None:
+        for connection in gateway.open:
+            connection.transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        hold_up(3.0)
+
+    async with FarGateway() as gateway, session_on(gateway) as session:
+        await session.submit("a cat")
+        connector = connector_of(session)
+        assert connector._timer is not None
+        # Both timers are due in the same iteration of the loop, this one first.
+        asyncio.get_running_loop().call_at(connector._timer.when() - 1e-10, close_and_hold_up)
+        await anyio.sleep(3.5)
+
+    assert connector._after_answer.seconds(anyio.current_time(), 0.0) <= FIRST_LIMIT
+
+
+async def test_an_end_that_the_event_loop_has_not_read_yet() -> None:
+    """A connection that was closed while the loop was busy isn't used, although the loop still takes it for open."""
+    async with FarGateway() as gateway, session_on(gateway) as session:
+        await session.submit("a cat")
+        await anyio.sleep(0.3)
+        for connection in list(gateway.open):
+            connection.transport.close()
+        await anyio.lowlevel.checkpoint()
+        # From here until a connection is chosen, nothing yields to the loop.
+        await session._transport.exchange(build_submit(GenerationRequest("a dog")))
+    first, second = gateway.submits
+
+    assert second.opened > first.opened
 
 
 async def test_the_loop_is_blocked_just_before_a_submit_is_written() -> None:

@@ -4,9 +4,11 @@ import ipaddress
 import math
 import os
 import re
+import ssl
+from collections.abc import Awaitable, Callable
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal, TypeAlias
+from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
@@ -16,11 +18,22 @@ DEFAULT_BASE_URL = "https://cloud.vtrix.ai"
 KEY_VARIABLE = "FLUX2MAX_API_KEY"
 URL_VARIABLE = "FLUX2MAX_BASE_URL"
 
+ApiKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
+"""The API key, or a function that returns it, awaited or not.
+
+The function is called in the event loop before each call, at most once a second, and must not block.
+"""
+KEY_FORMAT = "must be printable ASCII without spaces and line ends, and without 'Bearer'"
+
 _MAX_DOLLARS = 10**9
 _MIN_AUTO_RATE = 20.0
 """Polls per second that "auto" allows at least."""
 # Most hosts match this; any other is checked by the idna codec, whose import takes 13 ms.
 _ASCII_HOST = re.compile(r"([\w:-]{1,63}\.)*[\w:-]{1,63}", re.ASCII)
+
+
+class NoKeyError(ConfigurationError):
+    """The function that returns the API key has failed, or has returned none: `__cause__` is its error."""
 
 
 def validate_seconds(name: str, seconds: float, *, maximum: float = math.inf) -> float:
@@ -74,35 +87,46 @@ def parse_dollars(name: str, amount: Decimal | float | str | None) -> Decimal | 
     return dollars
 
 
-def _read_api_key(api_key: str | None) -> str:
+def is_well_formed_key(key: object) -> bool:
+    """Return whether a key can be sent."""
+    return isinstance(key, str) and key != "" and all("!" <= character <= "~" for character in key)
+
+
+def _read_api_key(api_key: ApiKey | None) -> ApiKey:
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
+    if callable(key):
+        return key
     if not key:
         raise ConfigurationError(f"no API key: pass api_key or set {KEY_VARIABLE}")
-    if not isinstance(key, str) or not all("!" <= character <= "~" for character in key):
+    if not is_well_formed_key(key):
         # The message never shows the key.
-        raise ConfigurationError(
-            "the API key is malformed: it must be printable ASCII without spaces and line ends, and without 'Bearer'"
-        )
+        raise ConfigurationError(f"the API key is malformed: it {KEY_FORMAT}")
     return key
 
 
 def _read_base_url(base_url: str | None) -> str:
     url = (os.environ.get(URL_VARIABLE) or DEFAULT_BASE_URL) if base_url is None else base_url
+    parts = _split(url)
+    if parts is None:
+        raise ConfigurationError("base_url is not a URL")
+    if parts.username or parts.password:
+        raise ConfigurationError("base_url must not hold a user name or password")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not url.isprintable() or set(url) & set("?#\\ "):
+        # The message doesn't show the URL: a key may have been pasted into it.
+        raise ConfigurationError("base_url must look like https://host/prefix, without query, fragment and spaces")
+    return url.rstrip("/")
+
+
+def _split(url: str) -> SplitResult | None:
+    """Return the parts of a URL; None if it isn't one. It is no exception, whose frames would hold the URL."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # the port is read because urlsplit validates it only then
         if host and not _ASCII_HOST.fullmatch(host):
             host.encode("idna")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigurationError("base_url is not a URL") from error
-    if parts.username or parts.password:
-        raise ConfigurationError("base_url must not hold a user name or password")
-    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or set(url) & set("?#\\ "):
-        # The message doesn't show the URL: a key may have been pasted into it.
-        raise ConfigurationError("base_url must look like https://host/prefix, without query, fragment and spaces")
-    if parts.scheme == "http" and not _is_loopback(host):
-        raise ConfigurationError(f"base_url must be https for {host}: over http, others could read the API key")
-    return url.rstrip("/")
+    except (ValueError, AttributeError, TypeError):
+        return None
+    return parts
 
 
 def _is_loopback(host: str) -> bool:
@@ -158,6 +182,29 @@ def _validate_budget_scope(config: "SessionConfig", field: "attrs.Attribute[Any]
         raise ConfigurationError(f"{field.name} must be 'session', or 'journal' if there is a journal, not {value!r}")
 
 
+def _validate_security(config: "SessionConfig", _: Any, value: bool) -> None:  # noqa: FBT001 - attrs passes it
+    """Check that the key isn't sent over a network without TLS."""
+    _validate_flag(config, attrs.fields(SessionConfig).allow_plain_http, value)
+    url = urlsplit(config.base_url)
+    if value or url.scheme != "http":
+        return
+    remedy = "over http, others could read the API key (allow_plain_http=True permits it inside one's own network)"
+    if not _is_loopback(url.hostname or ""):
+        raise ConfigurationError(f"base_url must be https for {url.hostname}: {remedy}")
+    if config.proxy is not None and not _is_loopback(_proxy_host(config.proxy)):
+        raise ConfigurationError(f"base_url must be https with a proxy on another machine: {remedy}")
+
+
+def _proxy_host(proxy: str) -> str:
+    parts = _split(proxy if "://" in proxy else f"//{proxy}")
+    return (parts and parts.hostname) or ""
+
+
+def _validate_ssl_context(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+    if value is not None and not isinstance(value, ssl.SSLContext):
+        raise ConfigurationError(f"{field.name} must be an ssl.SSLContext, not {type(value).__name__}")
+
+
 @attrs.frozen(kw_only=True)
 class SessionConfig:
     """The settings of a session; `FluxSession` documents each of them.
@@ -166,10 +213,14 @@ class SessionConfig:
         ConfigurationError: A setting is missing or wrong.
     """
 
-    api_key: str = attrs.field(converter=_read_api_key, repr=False)
+    api_key: ApiKey = attrs.field(converter=_read_api_key, repr=False)
     """None reads the environment."""
     base_url: str = attrs.field(converter=_read_base_url)
     """None reads the environment."""
+    proxy: str | None = attrs.field(repr=False)
+    trust_env: bool = attrs.field(validator=_validate_flag)
+    ssl_context: ssl.SSLContext | None = attrs.field(validator=_validate_ssl_context)
+    allow_plain_http: bool = attrs.field(validator=_validate_security)
     max_in_flight: int = attrs.field(validator=_validate_count)
     max_polls_per_second: float | Literal["auto"] = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
     task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)

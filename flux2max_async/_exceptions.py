@@ -28,9 +28,14 @@ Errors carry facts, not policy: `_api.retry` reads the facts and decides. All of
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import attrs
+
+ConnectionFault = Literal["certificate", "tls", "unknown_host", "proxy"]
+"""Why there was no connection, if the reason is one that lasts: the certificate is not trusted or is another host's;
+the far end doesn't speak TLS, or not in a way that both support; there is no host of this name; the proxy refuses, for
+example with a 407."""
 
 
 # Exceptions have no slots: OSError and ValueError have layouts of their own, and a FluxError may be either. Classes
@@ -75,7 +80,10 @@ class TransportError(FluxError):
     """There was no response: no connection, a reset, a TLS failure or a timeout."""
 
     maybe_sent: bool = attrs.field(default=True, kw_only=True)
-    """False if it is certain that no byte of the HTTP request was written."""
+    """False if it is certain that the service got nothing of the HTTP request."""
+    fault: ConnectionFault | None = attrs.field(default=None, kw_only=True)
+    """Why there was no connection, if further attempts will probably fail in the same way: "certificate", "tls",
+    "unknown_host" or "proxy"."""
 
 
 class ProtocolError(FluxError):

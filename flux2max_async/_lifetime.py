@@ -1,10 +1,15 @@
-"""Opening and closing a session: which of its parts comes when."""
+"""The parts of a session: made from its arguments, opened, and closed."""
 
 from functools import partial
+from typing import Any
+
+import aiohttp
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.transport import Transport
+from flux2max_async._budget import Budget
 from flux2max_async._config import SessionConfig
+from flux2max_async._exceptions import ConfigurationError
 from flux2max_async._polling.poller import PollingContext
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._shutdown import Shutdown
@@ -13,7 +18,46 @@ from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
 from flux2max_async.webhooks._dispatcher import WebhookDispatcher
+from flux2max_async.webhooks._inbox import WebhookInbox
 from flux2max_async.webhooks._registry import WebhookRegistry
+
+
+def set_up(
+    http_session: aiohttp.ClientSession | None, journal: Journal | None, webhooks: WebhookInbox | None, **settings: Any
+) -> tuple[SessionConfig, Transport, RecordFactory, WebhookDispatcher | None]:
+    """Return the settings, the transport, the records, and the dispatcher of webhooks, if there are any.
+
+    Args:
+        http_session: A borrowed aiohttp session.
+        journal: The session's journal.
+        webhooks: The session's inbox.
+        **settings: The fields of SessionConfig.
+
+    Raises:
+        ConfigurationError: A setting is missing or wrong.
+    """
+    config = SessionConfig(**settings, has_journal=journal is not None)
+    if webhooks is not None and not isinstance(webhooks, WebhookInbox):
+        raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
+    dispatcher = webhooks.dispatcher if webhooks else None
+    transport = Transport(
+        config.api_key,
+        config.base_url,
+        timeout=config.http_timeout,
+        http=http_session,
+        proxy=config.proxy,
+        trust_env=config.trust_env,
+        ssl_context=config.ssl_context,
+        secrets=dispatcher.secrets if dispatcher else (),
+        allow_private_downloads=config.allow_private_downloads,
+    )
+    records = RecordFactory(
+        journal,
+        Budget(config.budget, config.price_guess),
+        limits_journal=config.budget_limits_journal,
+        secrets=transport.secrets,
+    )
+    return config, transport, records, dispatcher
 
 
 async def open_session(

@@ -3,6 +3,7 @@
 `flux2max_async` imports this module when one of them is first used.
 """
 
+from flux2max_async._config import ApiKey as ApiKey
 from flux2max_async._exceptions import (
     AuthenticationError as AuthenticationError,
 )

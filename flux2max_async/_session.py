@@ -1,5 +1,6 @@
 """The session: its lifetime, and the public methods."""
 
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Iterable
 from decimal import Decimal
@@ -12,13 +13,11 @@ import aiohttp
 import attrs
 
 from flux2max_async._api.codec import build_poll, validate_task_id
-from flux2max_async._api.transport import Transport
-from flux2max_async._budget import Budget
-from flux2max_async._config import SessionConfig, validate_count, validate_drain
+from flux2max_async._config import ApiKey, validate_count, validate_drain
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError, SessionClosedError
-from flux2max_async._lifetime import close_session, open_session
+from flux2max_async._lifetime import close_session, open_session, set_up
 from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.learned import LearnedSchedule
@@ -31,7 +30,6 @@ from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
-from flux2max_async.journal._record_factory import RecordFactory
 from flux2max_async.webhooks._inbox import WebhookInbox
 
 
@@ -51,7 +49,7 @@ class FluxSession:
     10 s; the page of a proxy or firewall never ends a task.
 
     Args:
-        api_key: The key; else the environment's FLUX2MAX_API_KEY.
+        api_key: The key, or a function that returns it, awaited or not; else the environment's FLUX2MAX_API_KEY.
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
         schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
@@ -59,8 +57,13 @@ class FluxSession:
         max_polls_per_second: For all tasks together. "auto" is one for each slot, at least 20; None sets no limit. Near
             the limit, and after frequent 429s, polls become rarer.
         http_timeout: Seconds for one HTTP exchange, the last byte of its answer included; for polls, at most.
-        http_session: A borrowed aiohttp session, for a proxy or tracing of your own; it is never closed by us. Its
+        http_session: A borrowed aiohttp session, for tracing or a connector of your own; it is never closed by us. Its
             middlewares see downloads too, but the hosts of images get none of its headers, cookies and credentials.
+        proxy: The URL of an HTTP proxy for the API and downloads; else the environment's HTTPS_PROXY, HTTP_PROXY and
+            ALL_PROXY, except for this machine, NO_PROXY, and a borrowed session with a proxy or connector of its own.
+        trust_env: False: no proxy from the environment. `.netrc` is never used.
+        ssl_context: Verifies all certificates; by default those of the system, or of SSL_CERT_FILE.
+        allow_plain_http: Accept http:// for other hosts: for gateways inside your own network.
         webhooks: Receives the service's webhooks from your server. Polls become rare, and a lost answer to a submit is
             made good by its webhook.
         drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
@@ -82,7 +85,7 @@ class FluxSession:
 
     def __init__(
         self,
-        api_key: str | None = None,
+        api_key: ApiKey | None = None,
         *,
         base_url: str | None = None,
         max_in_flight: int = 24,
@@ -91,6 +94,10 @@ class FluxSession:
         max_polls_per_second: float | Literal["auto"] | None = "auto",
         http_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
+        proxy: str | None = None,
+        trust_env: bool = True,
+        ssl_context: ssl.SSLContext | None = None,
+        allow_plain_http: bool = False,
         webhooks: WebhookInbox | None = None,
         drain: float = 0.0,
         journal: Journal | None = None,
@@ -100,42 +107,36 @@ class FluxSession:
         max_uncertain: int | None = 5,
         allow_private_downloads: bool = False,
     ) -> None:
-        self._config = config = SessionConfig(
-            api_key=api_key,
-            base_url=base_url,
-            max_in_flight=max_in_flight,
-            task_timeout=task_timeout,
-            max_polls_per_second=max_polls_per_second,
-            http_timeout=http_timeout,
-            drain=drain,
-            budget=budget,
-            price_guess=price_guess,
-            budget_scope=budget_scope,
-            max_uncertain=max_uncertain,
-            allow_private_downloads=allow_private_downloads,
-            has_journal=journal is not None,
-        )
-        if webhooks is not None and not isinstance(webhooks, WebhookInbox):
-            raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
-        self._dispatcher = webhooks.dispatcher if webhooks else None
-        self._transport = Transport(
-            config.api_key,
-            config.base_url,
-            timeout=config.http_timeout,
-            http=http_session,
-            secrets=self._dispatcher.secrets if self._dispatcher else (),
-            allow_private_downloads=config.allow_private_downloads,
-        )
+        try:
+            self._config, self._transport, self._records, self._dispatcher = set_up(
+                http_session,
+                journal,
+                webhooks,
+                api_key=api_key,
+                base_url=base_url,
+                proxy=proxy,
+                trust_env=trust_env,
+                ssl_context=ssl_context,
+                allow_plain_http=allow_plain_http,
+                max_in_flight=max_in_flight,
+                task_timeout=task_timeout,
+                max_polls_per_second=max_polls_per_second,
+                http_timeout=http_timeout,
+                drain=drain,
+                budget=budget,
+                price_guess=price_guess,
+                budget_scope=budget_scope,
+                max_uncertain=max_uncertain,
+                allow_private_downloads=allow_private_downloads,
+            )
+        except ConfigurationError as error:
+            # What is wrong may be a secret, or hold one: the frames of the traceback must not.
+            del api_key, base_url, proxy
+            raise error.with_traceback(None) from None
         self._journal = journal
-        self._records = RecordFactory(
-            journal,
-            Budget(config.budget, config.price_guess),
-            limits_journal=config.budget_limits_journal,
-            secrets=self._transport.secrets,
-        )
         self._schedule = LearnedSchedule() if schedule is None else schedule
         self._stats = SessionStats()
-        self._downloader = Downloader(self._transport, config.task_timeout, self.fetch)
+        self._downloader = Downloader(self._transport, self._config.task_timeout, self.fetch)
         self._supervisor: Supervisor | None = None
 
     # ------------------------------------------------------------------ lifetime

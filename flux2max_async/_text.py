@@ -3,6 +3,7 @@
 import json
 import logging
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from flux2max_async._exceptions import ProtocolError, ResponseError, TaskFailedError
@@ -32,7 +33,7 @@ def describe(error: BaseException) -> str:
     return printable(text, _MAX_LOCAL_LENGTH)
 
 
-def redact(text: str, secrets: tuple[str, ...]) -> str:
+def redact(text: str, secrets: Sequence[str]) -> str:
     """Return a text with the secrets replaced by asterisks, whether they are escaped in it or not."""
     for secret in secrets:
         for form in (secret, json.dumps(secret)[1:-1], secret.encode("unicode_escape").decode()):

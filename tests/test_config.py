@@ -24,6 +24,10 @@ from flux2max_async._config import (
 VALID: dict[str, Any] = {
     "api_key": "sk-7f3a9c",
     "base_url": "https://cloud.vtrix.ai",
+    "proxy": None,
+    "trust_env": True,
+    "ssl_context": None,
+    "allow_plain_http": False,
     "max_in_flight": 24,
     "max_polls_per_second": 20.0,
     "task_timeout": 600.0,
@@ -81,6 +85,15 @@ def test_the_key_is_not_in_the_repr() -> None:
 
     assert "https://cloud.vtrix.ai" in shown
     assert "7f3a9c" not in shown
+
+
+def test_a_function_is_a_key() -> None:
+    """A key may be a function, which is not called yet."""
+
+    def api_key() -> str:
+        raise AssertionError
+
+    assert config(api_key=api_key).api_key is api_key
 
 
 @pytest.mark.parametrize(("key", "variable"), [(None, None), (None, ""), ("", "sk-7f3a9c")])
@@ -214,6 +227,37 @@ def test_plain_http_is_for_loopback_addresses_only(url: str) -> None:
 
     assert "https" in str(error)
     assert "key" in str(error)
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.7:8000", "http://gateway.internal/flux", "http://0.0.0.0"])
+def test_plain_http_can_be_allowed(url: str) -> None:
+    """The error about plain http names the option that permits it."""
+    error = config_error(base_url=url)
+
+    assert "allow_plain_http=True" in str(error)
+    assert config(base_url=url, allow_plain_http=True).base_url == url
+    assert config(base_url=url, allow_plain_http=True, proxy="http://10.0.0.1").base_url == url
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1:3128", "user:pass@proxy.example", "127.0.0.1.example", "[::1"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_plain_http_to_this_machine_through_a_proxy(scheme: str, host: str) -> None:
+    """The key isn't sent without TLS to a proxy on another machine; one on this machine is fine."""
+    error = config_error(base_url="http://127.0.0.1:8765", proxy=f"{scheme}{host}")
+
+    assert "with a proxy on another machine" in str(error)
+    assert "allow_plain_http=True" in str(error)
+    for proxy in ("127.0.0.1:3128", "localhost", "user:pass@[::1]:3128"):
+        assert config(base_url="http://127.0.0.1:8765", proxy=f"{scheme}{proxy}").proxy == f"{scheme}{proxy}"
+    assert config(proxy=f"{scheme}{host}").base_url == "https://cloud.vtrix.ai"
+
+
+@pytest.mark.parametrize("context", [True, False, "certificate.pem", object()], ids=lambda value: type(value).__name__)
+def test_an_ssl_context_of_another_type_is_refused_by_name(context: object) -> None:
+    """`ssl_context` is an ssl.SSLContext; that False would turn verification off is no option."""
+    error = config_error(ssl_context=context)
+
+    assert str(error) == f"ssl_context must be an ssl.SSLContext, not {type(context).__name__}"
 
 
 @pytest.mark.parametrize(
@@ -369,12 +413,13 @@ def test_an_invalid_max_uncertain_is_refused_by_name(limit: Any) -> None:
     assert str(error) == f"max_uncertain must be an integer of at least 1, not {limit!r}"
 
 
+@pytest.mark.parametrize("name", ["allow_private_downloads", "allow_plain_http", "trust_env"])
 @pytest.mark.parametrize("flag", [None, 0, 1, "", "false", []], ids=repr)
-def test_an_invalid_flag_is_refused_by_name(flag: Any) -> None:
+def test_an_invalid_flag_is_refused_by_name(flag: Any, name: str) -> None:
     """Text such as "false", which would count as true, is refused."""
-    error = config_error(allow_private_downloads=flag)
+    error = config_error(**{name: flag})
 
-    assert str(error) == f"allow_private_downloads must be True or False, not {flag!r}"
+    assert str(error) == f"{name} must be True or False, not {flag!r}"
 
 
 # ---------------------------------------------------------------------- budget

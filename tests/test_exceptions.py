@@ -102,6 +102,7 @@ FIELDS: dict[type[FluxError], dict[str, object]] = {
 }
 
 PUBLIC = {
+    "ApiKey",
     "AuthenticationError",
     "BadRequestError",
     "BudgetExceededError",

@@ -15,8 +15,8 @@ from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, par
 from flux2max_async._api.give_up import finish_or_give_up
 from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
-from flux2max_async._api.recent_refusals import pause_after, spread_pause
-from flux2max_async._api.retry import MAX_PAUSE, backoff, is_uncertain, may_submit_again
+from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
+from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again, min_delay
 from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.submit_turns import SubmitTurns
@@ -41,8 +41,6 @@ log = get_logger("api")
 
 _MIN_SUBMIT_TIME = 5.0
 """Seconds that a submit needs before its deadline: cut off, an honest submit would be uncertain."""
-_SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD = 0.02, 0.1
-"""Refused submits are sent again so much later than the service requests, and so many seconds at most."""
 _MAX_UNKNOWN_STATUSES = 100
 
 
@@ -141,11 +139,10 @@ class ApiClient:
         """
         latest = deadline - min(_MIN_SUBMIT_TIME, (deadline - self.now()) / 4)
         message = await self._prepare(request, cancellation, latest)
-        failures = 0
+        failures, refusal = 0, None
         while True:
             started = self.now()
             attempt = self._breaker.start() if self._breaker.has_failures else Attempt()
-            refusal: FluxError
             try:
                 return AcceptedSubmit(
                     await self._try_submit(message, request, record, deadline, attempt), started, deadline
@@ -153,7 +150,7 @@ class ApiClient:
             except FluxError as error:
                 if is_uncertain(error):
                     return LostSubmit(_uncertain_error(error), started, deadline, attempt)
-                if not may_submit_again(error):
+                if not may_submit_again(error, refusal):
                     raise
                 refusal = error.with_traceback(None)
             await record.mark_refused()
@@ -247,11 +244,9 @@ class ApiClient:
         self._turns.on_capacity_changed()
 
     async def _wait_to_retry(self, refusal: FluxError, failures: int) -> None:
+        asked = min_delay(refusal)
         if isinstance(refusal, RateLimitedError):
-            asked = pause_after(refusal.retry_after)
-            asked += random.random() * min(asked * _SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD)
-        else:
-            asked = min(getattr(refusal, "retry_after", None) or 0.0, MAX_PAUSE)
+            asked = spread_submit_pause(pause_after(refusal.retry_after), random.random())
         await asyncio.sleep(max(backoff(failures, random.random()), asked))
         await self._turns.wait()
 
@@ -289,13 +284,14 @@ class ApiClient:
             if request is not None and request.webhook_secret is not None:
                 response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)
-        except RateLimitedError as error:
-            self._stats.rate_limited += 1
-            limiter.record_refusal(self.now(), error.retry_after)
-            raise
-        except FluxError:
-            limiter.record_other()
-            raise
+        except FluxError as error:
+            if isinstance(error, RateLimitedError):
+                self._stats.rate_limited += 1
+                limiter.record_refusal(self.now(), error.retry_after)
+            else:
+                limiter.record_other()
+            # Without the parser's frames, which hold what is redacted in the error.
+            raise error.with_traceback(None) from error.__cause__
         if limiter.refused:
             limiter.record_other()
         if snapshot.status is TaskStatus.IN_PROGRESS:
@@ -348,5 +344,5 @@ def _uncertain_error(cause: FluxError) -> SubmissionUncertainError:
     error = SubmissionUncertainError(
         f"the submit was sent, but its answer was lost ({describe(cause)}): a task may exist and cost money"
     )
-    error.__cause__ = cause
+    error.__cause__ = cause.with_traceback(None)
     return error

@@ -1,7 +1,7 @@
 """What happens before the request of a download is sent: addresses are checked, and foreign headers are dropped."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import aiohttp
 from aiohttp.abc import ResolveResult
@@ -9,6 +9,7 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard
+from flux2max_async._api.borrowed_session import own_middlewares
 
 DOWNLOAD_POOL_SIZE = 100
 
@@ -17,17 +18,22 @@ class GuardedResolver(aiohttp.ThreadedResolver):
     """The resolver of our own downloads, which refuses private addresses before anything connects to them.
 
     aiohttp doesn't ask it about hosts that are addresses: `AddressGuard.check_literal()` does.
+
+    Args:
+        guard: Checks the addresses.
+        proxies: The hosts and ports of the proxies, which may be anywhere.
     """
 
-    def __init__(self, guard: AddressGuard) -> None:
+    def __init__(self, guard: AddressGuard, proxies: Collection[tuple[str | None, int | None]]) -> None:
         super().__init__()
         self._guard = guard
+        self._proxies = proxies
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         results = await super().resolve(host, port, family)
-        for result in results:
+        for result in results if (host, port) not in self._proxies else ():
             await self._guard.check(host, result["host"])
         return results
 
@@ -68,8 +74,7 @@ def borrowed_middlewares(
         request.send = check_and_send  # type: ignore[method-assign]
         return await handler(request)
 
-    # The middlewares of a request replace the session's own.
-    return (drop_other_headers, *getattr(session, "_middlewares", ()), check_peer)
+    return (drop_other_headers, *own_middlewares(session), check_peer)
 
 
 def max_downloads(http: aiohttp.ClientSession | None) -> int:

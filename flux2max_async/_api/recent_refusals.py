@@ -7,6 +7,7 @@ from flux2max_async._api.retry import DEFAULT_PAUSE, MAX_PAUSE
 _WINDOW = (1 << 20) - 1
 """One bit for each of the last 20 calls."""
 _SPREAD, _MAX_SPREAD = 0.25, 2.0
+_SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD = 0.02, 0.1
 _FREQUENT = 4
 """So many 429s in the window are a limit; fewer may be chance, and each holds back only its own call."""
 
@@ -28,6 +29,11 @@ def spread_pause(pause: float, chance: float) -> float:
         chance: 0.0 to 1.0, drawn anew for each poll.
     """
     return pause + chance * min(pause * _SPREAD, _MAX_SPREAD)
+
+
+def spread_submit_pause(pause: float, chance: float) -> float:
+    """Return a pause before a submit with up to a fiftieth more, or 0.1 s: nobody sees a task that isn't submitted."""
+    return pause + chance * min(pause * _SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD)
 
 
 @attrs.define

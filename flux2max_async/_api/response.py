@@ -6,7 +6,7 @@ The letters in brackets name the sources of facts, as in `codec`.
 import http
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -53,7 +53,7 @@ class HttpResponse:
     body: bytes = attrs.field(repr=False)
     received: datetime
     """When it was received, by this machine's clock; timezone-aware."""
-    secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
+    secrets: Sequence[str] = attrs.field(default=(), repr=False)
     """Texts that the service may have echoed, and that no error may show."""
 
     def with_secret(self, secret: str | None) -> "HttpResponse":

@@ -2,6 +2,7 @@
 
 import errno
 
+from flux2max_async._config import NoKeyError
 from flux2max_async._exceptions import (
     AuthenticationError,
     BudgetExceededError,
@@ -27,6 +28,9 @@ DEFAULT_PAUSE = 1.0
 MAX_PAUSE = 120.0
 """Maximum pause in seconds, even if the service requests a longer one."""
 
+UNKNOWN_HOST_DELAY = 2.0
+"""Seconds until a host name that doesn't exist is looked up once more."""
+
 _BASE_DELAY = 0.5
 """Seconds."""
 _MAX_DELAY = 15.0
@@ -36,8 +40,15 @@ _DISK_ERRNOS = frozenset(
 )
 
 
-def may_submit_again(error: FluxError) -> bool:
-    """Return whether the failed submit has certainly created no task, so that a retry can't be paid for twice."""
+def may_submit_again(error: FluxError, previous: FluxError | None = None) -> bool:
+    """Return whether the failed submit has certainly created no task, and another attempt may succeed.
+
+    Args:
+        error: The error of the submit.
+        previous: The error of the attempt before.
+    """
+    if is_lasting(error, previous):
+        return False
     match error:
         case RateLimitedError():
             return True
@@ -47,6 +58,28 @@ def may_submit_again(error: FluxError) -> bool:
             return not maybe_sent
         case _:
             return False
+
+
+def is_lasting(error: Exception, previous: Exception | None = None) -> bool:
+    """Return whether there was no connection for a reason that lasts; a host must be unknown twice in a row.
+
+    Args:
+        error: The error of a call.
+        previous: The error of the attempt before.
+    """
+    match error:
+        case TransportError(fault="unknown_host"):
+            return isinstance(previous, TransportError) and previous.fault == "unknown_host"
+        case TransportError(fault=fault):
+            return fault is not None
+        case _:
+            return False
+
+
+def min_delay(error: Exception) -> float:
+    """Return the seconds after which the call may be repeated at the earliest."""
+    asked = min(getattr(error, "retry_after", None) or 0.0, MAX_PAUSE)
+    return max(asked, UNKNOWN_HOST_DELAY) if getattr(error, "fault", None) == "unknown_host" else asked
 
 
 def is_uncertain(error: FluxError) -> bool:
@@ -72,7 +105,7 @@ def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:
         elapsed: Seconds since the submit; None for a task that was submitted elsewhere.
     """
     match error:
-        case TransportError() | RateLimitedError() | ServerError():
+        case TransportError() | RateLimitedError() | ServerError() | NoKeyError():
             return True
         case TaskNotFoundError(from_api=True):
             return elapsed is not None and elapsed < NOT_FOUND_GRACE_PERIOD
@@ -100,9 +133,12 @@ def is_fatal_for_batch(error: FluxError) -> bool:
     """Return whether every further submit of the same session would fail in the same way.
 
     An answer that is not the API's own reveals nothing about other requests, until several in a row are alike. A poll
-    that is refused concerns other submits only if it is about the key or the balance.
+    that is refused concerns other submits only if it is about the key or the balance. A connection that fails for a
+    lasting reason does so for all of them.
     """
     match error:
+        case TransportError(fault=fault):
+            return fault is not None or error.stops_stream
         case BudgetExceededError() | JournalError(key=None) | ConfigurationError():
             return True
         case AuthenticationError(from_api=True) | InsufficientBalanceError(from_api=True):

@@ -5,7 +5,7 @@ services and the maker of the model are accepted.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -110,7 +110,7 @@ def snapshot_from_json(
     body: Mapping[str, Any],
     *,
     raw: Mapping[str, Any],
-    secrets: tuple[str, ...],
+    secrets: Sequence[str],
     received_at: datetime | None = None,
 ) -> TaskSnapshot:
     """Parse a task object.
@@ -221,7 +221,7 @@ def _errors_in_output(output: Any) -> Iterator[Any]:
             yield content.get("error")
 
 
-def _task_error(task_id: str, body: Mapping[str, Any], secrets: tuple[str, ...]) -> TaskFailedError:
+def _task_error(task_id: str, body: Mapping[str, Any], secrets: Sequence[str]) -> TaskFailedError:
     reported, word = _reported_error(body), str(body.get("status"))
     known = extract_error({"error": reported, "message": body.get("message")} if reported else body)
     code, message = known or (None, "the service gave no reason")

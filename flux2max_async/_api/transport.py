@@ -10,7 +10,8 @@ If the server has just closed a kept-alive connection, a submit on it fails exac
 import asyncio
 import math
 import platform
-from collections.abc import AsyncGenerator, Callable, Mapping
+import ssl
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -21,15 +22,20 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from flux2max_async._api.addresses import AddressGuard, PrivateAddressError
-from flux2max_async._api.aiohttp_errors import translate_error
+from flux2max_async._api.aiohttp_errors import refused_by_proxy, translate_error
+from flux2max_async._api.borrowed_session import authorizing_middlewares, has_own_connections
 from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.connections import ConnectionUse, SpareOpened, SubmitConnector, connection_use
+from flux2max_async._api.credentials import create_credentials
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
 from flux2max_async._api.header_limit import limit_headers
+from flux2max_async._api.outage import Outage
+from flux2max_async._api.proxies import Proxies, Route, Routes
 from flux2max_async._api.response import HttpResponse
 from flux2max_async._api.response_content import ContentReader
 from flux2max_async._api.submit_payload import SubmitPayload
-from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError
+from flux2max_async._config import ApiKey
+from flux2max_async._exceptions import ConfigurationError, DownloadError, FluxError, SessionClosedError, TransportError
 from flux2max_async._version import __version__
 
 _CHUNK_BYTES = 65_536
@@ -54,37 +60,52 @@ class Transport:
     """Exchanges HTTP messages with one base URL, and opens downloads from any host.
 
     Args:
-        api_key: The bearer token; sent to the base URL only.
+        api_key: The bearer token, or the function that returns it; sent to the base URL only.
         base_url: The URL of the API, including any path prefix.
         timeout: Maximum duration of one exchange in seconds, from waiting for a connection to the last byte received.
         http: A borrowed aiohttp session, which is never closed here. None: sessions of our own.
+        proxy: The URL of a proxy for everything.
+        trust_env: Whether there are proxies of the environment.
+        ssl_context: Verifies certificates.
         secrets: Texts besides the key that no error may show, even if the service echoes them.
         allow_private_downloads: Whether downloads may come from private addresses if base_url isn't at one.
+
+    Raises:
+        ConfigurationError: The proxy can't be used.
     """
 
     def __init__(
         self,
-        api_key: str,
+        api_key: ApiKey,
         base_url: str,
         *,
         timeout: float,
         http: aiohttp.ClientSession | None,
-        secrets: tuple[str, ...] = (),
+        proxy: str | None = None,
+        trust_env: bool = False,
+        ssl_context: ssl.SSLContext | None = None,
+        secrets: Sequence[str] = (),
         allow_private_downloads: bool = False,
     ) -> None:
         self.base_url = base_url
         self._host = urlsplit(base_url).hostname or ""
+        self._credentials = credentials = create_credentials(api_key, secrets, timeout=timeout)
+        self.secrets = credentials.secrets
+        trust_env = trust_env and not (http is not None and has_own_connections(http))
+        self._routes = Routes(Proxies(proxy, trust_env=trust_env), ssl_context)
+        route = self._routes.find(URL(base_url, encoded=True))
         self._address_guard = AddressGuard(self._host, allow_private=allow_private_downloads)
         self._user_agent = {"User-Agent": _USER_AGENT}
         self._api_headers = {
             **self._user_agent,
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # responses are small, and some borrowed sessions don't decompress
-            "Authorization": f"Bearer {api_key}",
+            "Authorization": credentials.header,
+            **route.headers,
         }
         no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
-        self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout}
-        self.secrets: tuple[str, ...] = (api_key, *secrets)
+        self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout, **route.options}
+        self._outage = Outage(base_url)
         self._timeout = timeout
         self._is_borrowed = http is not None
         self.max_downloads = max_downloads(http)
@@ -106,7 +127,7 @@ class Transport:
             self._may_write = self._connector.may_write
             self._api_session = _create_session(self._connector)
             # Downloads have their own pool, so that many slow ones can't delay polls.
-            resolver = GuardedResolver(self._address_guard)
+            resolver = GuardedResolver(self._address_guard, self._routes.proxies.addresses)
             self._download_session = _create_session(
                 limit_headers(aiohttp.TCPConnector(limit=DOWNLOAD_POOL_SIZE, resolver=resolver))
             )
@@ -118,6 +139,8 @@ class Transport:
 
     async def close(self) -> None:
         """Close our own connections; a borrowed session stays open."""
+        self._outage.end()
+        self._credentials.close()
         if not self._is_borrowed:
             # Sockets would leak if this were interrupted early. It normally takes milliseconds.
             with suppress(TimeoutError):
@@ -138,20 +161,30 @@ class Transport:
         Raises:
             TransportError: There was no complete response; `maybe_sent` is True if the request may have been written.
             ProtocolError: The response is not valid HTTP, or is too large.
+            NoKeyError: There is no API key.
             SessionClosedError: The aiohttp session is closed.
         """
-        session = _require_open(self._api_session)
+        session, credentials = _require_open(self._api_session), self._credentials
         payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
         failure: FluxError
         try:
-            async with (
-                asyncio.timeout(min(self._timeout, within)),
-                self._send(session, request, payload, fresh_connection=fresh_connection) as response,
-            ):
-                content = await self._content_reader.read(response.content, is_submit=payload is not None)
-            return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
+            async with asyncio.timeout(min(self._timeout, within)):
+                if not credentials.is_fixed:
+                    await credentials.refresh()
+                version = credentials.version
+                response = await self._call(session, request, payload, fresh_connection=fresh_connection)
+                if response.status == 401 and await credentials.has_changed(version):
+                    payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
+                    response = await self._call(session, request, payload, fresh_connection=fresh_connection)
+        except TransportError as error:
+            failure = error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = translate_error(error, maybe_sent=payload is None or payload.is_written)
+        else:
+            if self._outage.is_on:
+                self._outage.end()
+            return response
+        self._outage.on_failure(failure, within, is_poll=payload is None)
         try:
             # Raised outside the except block, so that aiohttp's error, which holds the headers and so the key, does not
             # become its context.
@@ -159,6 +192,20 @@ class Transport:
         finally:
             # The error's traceback refers to this frame, which would keep the input images in memory.
             del failure, payload
+
+    async def _call(
+        self,
+        session: aiohttp.ClientSession,
+        request: HttpRequest,
+        payload: SubmitPayload | None,
+        *,
+        fresh_connection: bool,
+    ) -> HttpResponse:
+        async with self._send(session, request, payload, fresh_connection=fresh_connection) as response:
+            if response.status == 407:
+                raise refused_by_proxy()
+            content = await self._content_reader.read(response.content, is_submit=payload is not None)
+        return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
 
     def _send(
         self,
@@ -168,8 +215,10 @@ class Transport:
         *,
         fresh_connection: bool,
     ) -> "aiohttp.client._RequestContextManager":
-        headers = self._api_headers
+        headers: dict[str, str] = self._api_headers
         options: dict[str, Any] = self._api_options
+        if not self._credentials.is_fixed:
+            headers = {**headers, "Authorization": self._credentials.header}
         if not self._is_borrowed:
             use = ConnectionUse.WARM if payload is not None else ConnectionUse.ANY
             connection_use.set(ConnectionUse.NEW if fresh_connection else use)
@@ -179,6 +228,9 @@ class Transport:
             headers = {**headers, "Connection": "close"}
             options = {**options, "server_hostname": self._host}
             payload = payload or SubmitPayload(b"")
+        if session.trust_env:
+            options = {**options, "middlewares": authorizing_middlewares(session, headers["Authorization"])}
+            headers = {name: value for name, value in headers.items() if name != "Authorization"}
         url = URL(self.base_url + request.path, encoded=True)
         return session.request(request.method, url, data=payload, headers=headers, **options)
 
@@ -186,12 +238,15 @@ class Transport:
         """Open a connection for the connector, in the same way as a submit would; return whether that has worked."""
         session, connector = cast("aiohttp.ClientSession", self._api_session), cast("SubmitConnector", self._connector)
         url = URL(self.base_url, encoded=True)
+        if self._outage.lasts:  # a proxy may lock an account after several wrong passwords
+            return False
         try:
             await session.get(url, **self._api_options, middlewares=(connector.open_only,))
         except SpareOpened:
             return True
-        except (aiohttp.ClientError, OSError, ValueError):
-            pass  # the next submit will meet the same error, and report it
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # The next submit will meet the same error, and report it.
+            self._outage.on_failure(translate_error(error, maybe_sent=False), math.inf, is_poll=False)
         return False
 
     @asynccontextmanager
@@ -219,12 +274,15 @@ class Transport:
         all_headers = {**self._user_agent, "Accept": "image/*", "Accept-Encoding": "identity", **headers}
         try:
             exact_url = _exact_url(url)
+            route = self._route_to_image(exact_url)
+            all_headers |= route.headers
             await guard.check_literal(exact_url.raw_host or "")
             response = await session.get(
                 exact_url,
                 headers=all_headers,
                 timeout=timeout,
                 **_REQUEST_OPTIONS,
+                **route.options,
                 middlewares=borrowed_middlewares(session, exact_url, all_headers, guard) if self._is_borrowed else None,
             )
         except PrivateAddressError as error:
@@ -234,7 +292,19 @@ class Transport:
             failure = translate_error(error, maybe_sent=True)
             raise failure from failure.__cause__
         async with response:
+            if response.status == 407:
+                raise refused_by_proxy()
             yield DownloadResponse(response)
+
+    def _route_to_image(self, url: URL) -> Route:
+        try:
+            route = self._routes.find(url)
+        except ConfigurationError as error:
+            raise DownloadError(f"can't download: {error}") from error
+        # Its addresses are not checked.
+        if (url.host, url.port) in self._routes.proxies.addresses:
+            raise DownloadError("can't download: the image's URL is the proxy's")
+        return route
 
 
 class DownloadResponse:

@@ -39,8 +39,9 @@ class Downloader:
     """Downloads the images of tasks.
 
     An attempt that fails is repeated for 60 s, whatever the timeout is, because the link of a task that has just ended
-    may not work yet. An attempt that is slower than 1 KiB/s for 30 s has failed. If an image's URL has expired, its
-    task is polled once for a fresh one. An image whose URL is a `data:` URI needs no download.
+    may not work yet; not if there is no connection for a reason that lasts. An attempt that is slower than 1 KiB/s for
+    30 s has failed. If an image's URL has expired, its task is polled once for a fresh one. An image whose URL is a
+    `data:` URI needs no download.
 
     Args:
         transport: Opens the downloads.
@@ -135,22 +136,21 @@ class Downloader:
             # Without a limit, a server that sends a byte for each request would be asked for days.
             if transfer.has_progressed and now < started + self._timeout:
                 retries = Retries()
-            is_over = retries.add(now)
+            is_over = retries.add(now, failure)
             time = datetime.now(UTC)
             if isinstance(failure, LinkRefusedError) and link.needs_renewal(now, time, is_over=is_over):
                 refused, link = link, await self._renew(link, image)
                 now = anyio.current_time()
                 if link.is_fresh and not refused.is_young(time):
                     retries = Retries()
-                    is_over = retries.add(now)
+                    is_over = retries.add(now, failure)
                 if link.url != refused.url:  # otherwise its server may have said when to come back
                     transfer = Transfer(file, pace)
                     continue
             if is_over:
                 raise _final_error(failure, link, retries.failures, image.task_id) from failure
-            retry_after = failure.retry_after if isinstance(failure, AttemptError) else None
             at_most = link.until_renewal(now)
-            await anyio.sleep(retries.next_delay(now, random.random(), retry_after, at_most=at_most))
+            await anyio.sleep(retries.next_delay(now, random.random(), at_most=at_most))
 
     async def _attempt(self, url: str, transfer: Transfer) -> str:
         if is_inline(url):
@@ -187,9 +187,9 @@ class Downloader:
                 is_answer = isinstance(error, (IndexError, TaskNotFoundError)) or not may_poll_again(
                     error, elapsed=None
                 )
-                if retries.add(now) or is_answer:
+                if retries.add(now, error) or is_answer:
                     raise _expired("", image.task_id, error) from error
-                delay = retries.next_delay(now, random.random(), getattr(error, "retry_after", None))
+                delay = retries.next_delay(now, random.random())
             else:
                 return Link(fresh.url, fresh.received_at, is_fresh=True)
             await anyio.sleep(delay)
@@ -229,6 +229,8 @@ def _flush(file: IO[bytes]) -> None:
 def _final_error(failure: Exception, link: Link, failures: int, task_id: str) -> DownloadError:
     if isinstance(failure, LinkRefusedError):
         return _expired(f" ({failure})", task_id, link.problem)
+    if getattr(failure, "fault", None) is not None:
+        return DownloadError(f"can't download: {failure}")
     return DownloadError(f"the download failed {failures} times in a row, for {RETRY_WINDOW:g} s: {failure}")
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import attrs
 
-from flux2max_async._api.retry import backoff
+from flux2max_async._api.retry import backoff, is_lasting, min_delay
 from flux2max_async._exceptions import FluxError
 
 RETRY_WINDOW = 60.0
@@ -29,28 +29,31 @@ class Retries:
     is_last: bool = False
     """Whether the next failure ends the row."""
     _end: float = 0.0
+    _last: Exception | None = None
 
-    def add(self, now: float) -> bool:
+    def add(self, now: float, failure: Exception) -> bool:
         """Count a failure, and return whether the row is over.
 
         Args:
             now: The time in seconds, by any clock.
+            failure: The failure. One that lasts ends the row.
         """
+        is_hopeless, self._last = is_lasting(failure, self._last), failure
         if self.failures == 0:
             self._end = now + RETRY_WINDOW
         self.failures += 1
-        return self.is_last
+        return self.is_last or is_hopeless
 
-    def next_delay(self, now: float, jitter: float, retry_after: float | None, *, at_most: float = math.inf) -> float:
+    def next_delay(self, now: float, jitter: float, *, at_most: float = math.inf) -> float:
         """Return the delay before the next attempt in seconds.
 
         Args:
             now: As for `add()`.
             jitter: A new random number from 0.0 to 1.0.
-            retry_after: Seconds that the server requested.
             at_most: Seconds after which an attempt would be useful, if the server requested nothing.
         """
-        delay = max(min(backoff(self.failures, jitter), at_most), retry_after or 0.0)
+        asked = 0.0 if self._last is None else min_delay(self._last)
+        delay = max(min(backoff(self.failures, jitter), at_most), asked)
         remaining = max(0.0, self._end - now)
         self.is_last = delay >= remaining
         return min(delay, remaining)

@@ -6,7 +6,7 @@ import attrs
 
 from flux2max_async._api.poll_timeout import SlowPollError
 from flux2max_async._api.recent_refusals import pause_after, spread_pause
-from flux2max_async._api.retry import MAX_PAUSE, backoff, is_unreadable, may_poll_again
+from flux2max_async._api.retry import MAX_PAUSE, backoff, is_lasting, is_unreadable, may_poll_again
 from flux2max_async._exceptions import FluxError, ProtocolError, RateLimitedError, ResponseError, TaskNotFoundError
 
 _MIN_UNREADABLE = 5
@@ -25,6 +25,9 @@ class PollFailures:
     """
 
     count: int = 0
+    is_known: bool = False
+    """Whether the newest failure has the same lasting reason as the one before: one warning is enough."""
+    _last: FluxError | None = None
     _kind: type[FluxError] | None = None
     """The kind of failure that is being confirmed."""
     _confirmations: int = 0
@@ -41,7 +44,7 @@ class PollFailures:
     def reset(self) -> None:
         """Record a poll that succeeded."""
         self.count = 0
-        self._kind = None
+        self._last = self._kind = None
         self.is_slow = False
 
     def record(self, error: FluxError, now: float, *, elapsed: float | None) -> FluxError | None:
@@ -57,6 +60,8 @@ class PollFailures:
         if not repeats and (not isinstance(error, ResponseError) or (is_not_found and elapsed is None)):
             return error
         self.count += 1
+        self.is_known = is_lasting(error, error) and getattr(self._last, "fault", None) == getattr(error, "fault", None)
+        self._last = error
         self._retry_at = now + min(getattr(error, "retry_after", None) or 0.0, MAX_PAUSE)
         self.is_slow = isinstance(error, SlowPollError)
         self._is_refused = False

@@ -1,12 +1,14 @@
 """Polls one task until it ends, and takes the webhook that may be faster."""
 
 import asyncio
+import logging
 import random
 
 import attrs
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import HttpRequest, build_poll
+from flux2max_async._api.retry import is_lasting
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
 from flux2max_async._models.request import GenerationRequest
@@ -336,4 +338,6 @@ class TaskPoller:
             final.message = f"task {task_id}: {final.message}"
             raise final from error
         self._context.client.count_retry()
-        log.warning("task %s: poll %d failed (%s)", task_id, self.polls, error)
+        level = logging.DEBUG if self._failures.is_known else logging.WARNING
+        rest = "; it is polled until its deadline" if is_lasting(error, error) else ""
+        log.log(level, "task %s: poll %d failed (%s)%s", task_id, self.polls, error, rest)

@@ -4,13 +4,10 @@
 """
 
 import logging
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer.core import TyperOption
 
 import flux2max_async as flux
 from flux2max_async.cli import _options as options
@@ -18,7 +15,6 @@ from flux2max_async.cli._journal import journal
 
 if TYPE_CHECKING:
     from flux2max_async.cli._config import ServiceSettings
-    from flux2max_async.cli._summary import Command
 
 _FORMATS: dict[str, Literal["jpeg", "png"]] = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 """The image formats by the suffixes of output files."""
@@ -67,31 +63,12 @@ def flux2max(
         }
 
 
-def _settings(context: typer.Context, key_file: Path | None, base_url: str | None) -> "ServiceSettings":
+def _settings(
+    context: typer.Context, key_file: Path | None, base_url: str | None, *, allow_plain_http: bool
+) -> "ServiceSettings":
     from flux2max_async.cli._config import ServiceSettings
 
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    from_dotenv = {name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"}
-    values = {f"--{name.replace('_', '-')}": context.params[name] for name in context.params if name in from_dotenv}
-    return ServiceSettings(context.obj or {}, base_url, key_file, values)
-
-
-def _command_line(context: typer.Context) -> "Command":
-    """Return the command line, with the options that environment variables have set written out."""
-    from flux2max_async.cli._summary import Command
-
-    params = [param for param in context.command.params if isinstance(param, TyperOption)]
-    from_environment: list[str] = []
-    for param in params:
-        source = context.get_parameter_source(str(param.name))
-        # The base URL stays a variable: it belongs with the key, which must not be written out.
-        if source is not None and source.name == "ENVIRONMENT" and param.name != "base_url":
-            from_environment += [param.opts[0], os.environ[str(param.envvar)]]
-    name, *arguments = sys.argv[1:]
-    return Command(
-        [name, *from_environment, *arguments],
-        options_with_value=[name for param in params if not param.is_flag for name in param.opts],
-    )
+    return ServiceSettings.create(context, base_url, key_file, allow_plain_http=allow_plain_http)
 
 
 # ---------------------------------------------------------------------- single tasks
@@ -112,6 +89,7 @@ def generate(
     task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
+    allow_plain_http: options.AllowPlainHttp = False,
     emulator: options.UseEmulator = False,
 ) -> None:
     """Generate one picture and save it.
@@ -135,7 +113,8 @@ def generate(
             output_format=output_format or (_FORMATS.get(output.suffix.lower()) if output else None),
             safety_tolerance=safety_tolerance,
         )
-        session = tasks.open_session(None if emulator else _settings(context, key_file, base_url), task_timeout)
+        settings = None if emulator else _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
+        session = tasks.open_session(settings, task_timeout)
         asyncio.run(tasks.generate(session, request, output))
 
 
@@ -147,6 +126,7 @@ def status(
     as_json: options.AsJson = False,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
+    allow_plain_http: options.AllowPlainHttp = False,
 ) -> None:
     """Show the status of a task."""
     import asyncio
@@ -155,7 +135,8 @@ def status(
     from flux2max_async.cli._terminal import report_errors
 
     with report_errors():
-        asyncio.run(tasks.status(_settings(context, key_file, base_url), task_id, as_json=as_json))
+        settings = _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
+        asyncio.run(tasks.status(settings, task_id, as_json=as_json))
 
 
 @app.command(epilog="Example: flux2max download 6a107b75677f6cbdcc22af58 -o moon.png")
@@ -167,6 +148,7 @@ def download(
     task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
+    allow_plain_http: options.AllowPlainHttp = False,
 ) -> None:
     """Wait until a task has ended and save its picture.
 
@@ -178,7 +160,8 @@ def download(
     from flux2max_async.cli._terminal import StderrLogHandler, attach_log_handler, report_errors
 
     with report_errors(), attach_log_handler(StderrLogHandler(logging.WARNING)):
-        session = tasks.open_session(_settings(context, key_file, base_url), task_timeout)
+        settings = _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
+        session = tasks.open_session(settings, task_timeout)
         asyncio.run(tasks.download(session, task_id, output))
 
 
@@ -214,6 +197,7 @@ def batch(
     as_json: options.AsJson = False,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
+    allow_plain_http: options.AllowPlainHttp = False,
 ) -> None:
     """Generate the pictures of a file, or continue an earlier run.
 
@@ -229,10 +213,11 @@ def batch(
     from flux2max_async._config import parse_dollars
     from flux2max_async.cli._batch import BatchOptions, run_batch
     from flux2max_async.cli._requests_file import parse_defaults
+    from flux2max_async.cli._summary import Command
     from flux2max_async.cli._terminal import report_errors
     from flux2max_async.journal._lookup import ReusePolicy
 
-    settings = _settings(context, key_file, base_url)
+    settings = _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
     with report_errors(lambda: "run the same command again to go on"):
         defaults = parse_defaults(
             extra or (),
@@ -263,7 +248,7 @@ def batch(
             dry_run=dry_run,
             yes=yes,
             as_json=as_json,
-            command=_command_line(context),
+            command=Command.create(context),
         )
         code = run_batch(batch_options)
     raise typer.Exit(code)

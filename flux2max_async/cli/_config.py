@@ -49,8 +49,19 @@ class ServiceSettings:
     """The variables in `.env`."""
     base_url: str | None = None
     key_file: Path | None = None
+    allow_plain_http: bool = False
     dotenv_options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     """The options whose values come from `.env`."""
+
+    @classmethod
+    def create(
+        cls, context: typer.Context, base_url: str | None, key_file: Path | None, *, allow_plain_http: bool
+    ) -> "ServiceSettings":
+        """Return the settings of a subcommand, whose context has the variables in `.env`."""
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        from_dotenv = {name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"}
+        values = {f"--{name.replace('_', '-')}": context.params[name] for name in context.params if name in from_dotenv}
+        return cls(context.obj or {}, base_url, key_file, allow_plain_http, values)
 
     def get_variable(self, name: str) -> str | None:
         """Return a variable of the environment, or else of `.env`."""
@@ -67,9 +78,12 @@ class ServiceSettings:
             ConfigurationError: There is no API key, or an option is invalid.
         """
         self._check_addresses()
-        if not needs_key:
-            return flux.FluxSession("none", base_url=self.base_url, **options)
-        return flux.FluxSession(self.read_key(), base_url=self.base_url, **options)
+        options |= {"base_url": self.base_url, "allow_plain_http": self.allow_plain_http}
+        try:
+            return flux.FluxSession(self.read_key() if needs_key else "none", **options)
+        except flux.ConfigurationError as error:
+            error.message = error.message.replace("allow_plain_http=True", "--allow-plain-http")
+            raise
 
     def read_key(self) -> str:
         """Return the API key from the key file, the environment, `.env` or a prompt on the terminal, in this order.
@@ -108,10 +122,12 @@ class ServiceSettings:
 
 
 def _leads_elsewhere(option: str, value: Any) -> bool:
-    """Check whether an option is an address, or the path of an output folder that is not below the working folder."""
+    """Check whether an option is an address, or what permits one, or an output folder outside of the working folder."""
     if option == "--out":
         folder = Path.cwd().resolve()
         return not (folder / str(value)).resolve().is_relative_to(folder)
+    if option == "--allow-plain-http":  # others could read a key that is sent to another address
+        return bool(value)
     return option in _ADDRESS_OPTIONS
 
 

@@ -47,6 +47,15 @@ KeyFile = Annotated[
     Path | None, typer.Option("--key-file", metavar="FILE", dir_okay=False, help="File that contains the API key.")
 ]
 BaseUrl = Annotated[str | None, _setting("--base-url", metavar="URL", help="The service's address.")]
+AllowPlainHttp = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plain-http",
+        envvar="FLUX2MAX_ALLOW_PLAIN_HTTP",
+        show_envvar=False,
+        help="Accept http:// for another host, inside your own network.",
+    ),
+]
 TaskTimeout = Annotated[float, _setting("--task-timeout", metavar="SECONDS", help="Maximum time for one task.")]
 UseEmulator = Annotated[bool, typer.Option("--emulator", help="Try it without a key: an emulator draws the picture.")]
 

@@ -268,7 +268,7 @@ class GracefulExit:
 
 
 class DisplayLogHandler(logging.Handler):
-    """Shows the newest warning on the display, and prints errors as well."""
+    """Shows the newest warning on the display, and prints errors as well, and what is waited for."""
 
     def __init__(self, display: ProgressDisplay) -> None:
         super().__init__(logging.WARNING)
@@ -276,6 +276,6 @@ class DisplayLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show the message."""
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR or getattr(record, "is_notice", False):
             print_error(record.getMessage())
         self._display.log_message = to_single_line(record.getMessage())

@@ -1,14 +1,18 @@
 """The summary at the end of a batch: a table, failures grouped by reason, and the command that goes on."""
 
 import itertools
+import os
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 
 import attrs
+import typer
 from rich.console import RenderableType
+from typer.core import TyperOption
 
 import flux2max_async as flux
 from flux2max_async.cli._output_dir import WAITING, Row
@@ -23,6 +27,8 @@ _OPTIONAL_COLUMNS = ("uncertain", "refused", "unsaved", "running", "waiting")
 """The states that the table shows only if requests are in them."""
 _CONSENT_OPTIONS = ("--retry-failed", "--resubmit-uncertain")
 """The options by which a user agrees to pay again; they hold for one run and are never carried over to the next."""
+
+_ADDRESS_PARAMETERS = frozenset(("base_url", "allow_plain_http"))
 
 
 def display_state(row: Row) -> str:
@@ -73,6 +79,22 @@ class Command:
     """The subcommand and its arguments, including the options that were set by environment variables."""
     options_with_value: Collection[str]
     """The names of the options that take a value."""
+
+    @classmethod
+    def create(cls, context: typer.Context) -> "Command":
+        """Return the command line of a subcommand, with the options that environment variables have set written out."""
+        params = [param for param in context.command.params if isinstance(param, TyperOption)]
+        from_environment: list[str] = []
+        for param in params:
+            source = context.get_parameter_source(str(param.name))
+            # What concerns the base URL stays a variable: it belongs with the key, which must not be written out.
+            if source is not None and source.name == "ENVIRONMENT" and param.name not in _ADDRESS_PARAMETERS:
+                from_environment += [param.opts[0], os.environ[str(param.envvar)]]
+        name, *arguments = sys.argv[1:]
+        return cls(
+            [name, *from_environment, *arguments],
+            options_with_value=[name for param in params if not param.is_flag for name in param.opts],
+        )
 
     def render(self, *, without: Collection[str], add: Sequence[str] = ()) -> str:
         """Return the command as shell text, with some options removed and others added."""

@@ -6,6 +6,7 @@ images calls `set_files()` before each file gets its name, and `release()` when 
 """
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -35,7 +36,7 @@ class JournalContext:
     budget: Budget
     limits_journal: bool
     """Whether the budget limits everything in the journal, or only what this session spends."""
-    secrets: tuple[str, ...] = attrs.field(repr=False)
+    secrets: Sequence[str] = attrs.field(repr=False)
     background: set["asyncio.Task[None]"] = attrs.field(factory=set["asyncio.Task[None]"], repr=False)
     """Writes that nobody waits for."""
 
@@ -270,7 +271,7 @@ class RequestRecord(BudgetRecord):
                 field="key",
             )
 
-    def _secrets(self) -> tuple[str, ...]:
+    def _secrets(self) -> Sequence[str]:
         secret = self._request and self._request.webhook_secret
         return (*self._context.secrets, secret) if secret else self._context.secrets
 

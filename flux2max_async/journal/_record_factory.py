@@ -1,5 +1,6 @@
 """Makes the record of each request of a session, and with it the request's key."""
 
+from collections.abc import Sequence
 from decimal import Decimal
 
 import anyio.to_thread
@@ -32,7 +33,7 @@ class RecordFactory:
     """
 
     def __init__(
-        self, journal: Journal | None, budget: Budget, *, limits_journal: bool, secrets: tuple[str, ...]
+        self, journal: Journal | None, budget: Budget, *, limits_journal: bool, secrets: Sequence[str]
     ) -> None:
         self._budget = budget
         self.keeps_nothing: bool = journal is None and budget.budget is None

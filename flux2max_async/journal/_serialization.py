@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -36,7 +36,7 @@ _MAX_DEPTH = 100
 """Levels of nested JSON of the service."""
 
 
-def outcome_to_json(outcome: Outcome, *, secrets: tuple[str, ...] = ()) -> dict[str, Any]:
+def outcome_to_json(outcome: Outcome, *, secrets: Sequence[str] = ()) -> dict[str, Any]:
     """Return an outcome as JSON values, in which secrets that the service has echoed are masked."""
     data: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
     if isinstance(outcome, Failed):
@@ -147,7 +147,7 @@ def _limit(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values) if size <= _MAX_SIZE else {"left_out": "too large for the journal"}
 
 
-def sanitize(value: Any, secrets: tuple[str, ...], depth: int = _MAX_DEPTH) -> Any:
+def sanitize(value: Any, secrets: Sequence[str], depth: int = _MAX_DEPTH) -> Any:
     """Copy JSON values: mask secrets, replace texts that may be images by their hashes, and cut what nests too deep."""
     match value:
         case str():

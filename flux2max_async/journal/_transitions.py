@@ -6,6 +6,7 @@ here, for whatever reason, stays SUBMITTED. A webhook with the token of a submit
 a task id to SUBMITTED or to the end.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -21,7 +22,7 @@ END_STATES = frozenset((EntryState.COMPLETED, EntryState.FAILED))
 
 
 def end_entry(
-    entry: JournalEntry, outcome: Outcome, cost: Decimal | None, *, holder: Holder | None, secrets: tuple[str, ...]
+    entry: JournalEntry, outcome: Outcome, cost: Decimal | None, *, holder: Holder | None, secrets: Sequence[str]
 ) -> JournalEntry:
     """Return the entry of a request that came to an outcome; the outcome may not be the task's end."""
     state, committed = state_after(outcome), committed_after(outcome, cost)

@@ -1,7 +1,7 @@
 """Brings each verified webhook to the poller of its task, or into the journal for another process."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ class _Session:
 
     loop: asyncio.AbstractEventLoop
     journal: Journal | None
-    secrets: tuple[str, ...] = attrs.field(repr=False)
+    secrets: Sequence[str] = attrs.field(repr=False)
     spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"] = attrs.field(repr=False)
     lookups: set[str] = attrs.field(factory=set[str])
     """The tasks whose early deliveries are looked up in the journal again."""
@@ -75,7 +75,7 @@ class WebhookDispatcher:
         shutdown: Shutdown,
         journal: Journal | None,
         *,
-        secrets: tuple[str, ...],
+        secrets: Sequence[str],
         spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
     ) -> None:
         """Accept deliveries for a session.
@@ -205,7 +205,7 @@ class WebhookDispatcher:
             lookup = session.spawn(self._record_later(journal, task_id, session.secrets))
             lookup.add_done_callback(lambda _: session.lookups.discard(task_id))
 
-    async def _record_later(self, journal: Journal, task_id: str, secrets: tuple[str, ...]) -> None:
+    async def _record_later(self, journal: Journal, task_id: str, secrets: Sequence[str]) -> None:
         """Record an end that arrived before the process that submitted the task had recorded its id."""
         for delay in _RETRY_DELAYS:
             await asyncio.sleep(delay)
@@ -236,7 +236,7 @@ async def _run_in_loop(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEvent
 
 
 async def _record(
-    journal: Journal, snapshot: TaskSnapshot, token: str | None, secrets: tuple[str, ...], *, followed: bool = False
+    journal: Journal, snapshot: TaskSnapshot, token: str | None, secrets: Sequence[str], *, followed: bool = False
 ) -> bool:
     """Record the id and the end in a delivery; return False if the journal knows neither the task nor the token.
 

@@ -5,6 +5,7 @@ posts the finished task, but not in which format: all formats of responses to po
 """
 
 import codecs
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,7 +39,7 @@ def parse(body: bytes) -> TaskSnapshot:
     return read_delivery(require_bytes(body))
 
 
-def read_delivery(body: bytes, secrets: tuple[str, ...] = ()) -> TaskSnapshot:
+def read_delivery(body: bytes, secrets: Sequence[str] = ()) -> TaskSnapshot:
     """Parse a delivery and mask the given secrets in the task's error, in case the service echoes them."""
     check_size(body)
     payload = parse_json_object(body)

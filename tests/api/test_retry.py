@@ -32,14 +32,18 @@ from flux2max_async import (
     TransportError,
 )
 from flux2max_async._api.retry import (
+    MAX_PAUSE,
     NOT_FOUND_GRACE_PERIOD,
     backoff,
     is_fatal_for_batch,
+    is_lasting,
     is_uncertain,
     is_unreadable,
     may_poll_again,
     may_submit_again,
+    min_delay,
 )
+from flux2max_async._config import NoKeyError
 
 ErrorT = TypeVar("ErrorT", bound=FluxError)
 
@@ -59,6 +63,10 @@ def last_of_several(error: ErrorT) -> ErrorT:
 CASES: dict[str, FluxError] = {
     "not sent": TransportError("no connection", maybe_sent=False),
     "response lost": TransportError("reset", maybe_sent=True),
+    "untrusted certificate": TransportError("no", maybe_sent=False, fault="certificate"),
+    "no TLS": TransportError("no", maybe_sent=False, fault="tls"),
+    "refused by the proxy": TransportError("no", maybe_sent=False, fault="proxy"),
+    "unknown host": TransportError("no", maybe_sent=False, fault="unknown_host"),
     "not HTTP": ProtocolError("SSH-2.0"),
     "200, error": ResponseError("no", status=200),
     "299, error": ResponseError("no", status=299),
@@ -109,6 +117,7 @@ CASES: dict[str, FluxError] = {
     "journal": JournalError("full"),
     "invalid request": InvalidRequestError("no", field="width"),
     "invalid settings": ConfigurationError("no"),
+    "no key": NoKeyError("the vault is sealed"),
     "closed": SessionClosedError("closed"),
     "download": DownloadError("no"),
     "expired": ResultExpiredError("no"),
@@ -123,7 +132,10 @@ def table(*true_cases: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return pytest.mark.parametrize(("error", "expected"), rows)
 
 
-@table("not sent", "429", "429, Retry-After", "503", "503, Retry-After", "200, 429 in an envelope")
+LASTING = ("untrusted certificate", "no TLS", "refused by the proxy")
+
+
+@table("not sent", "unknown host", "429", "429, Retry-After", "503", "503, Retry-After", "200, 429 in an envelope")
 def test_submit_is_retried_only_if_it_certainly_created_nothing(error: FluxError, expected: bool) -> None:
     """After no connection, a 429 or a 503 there is no task; after anything else, a retry might be paid for twice."""
     result = may_submit_again(error)
@@ -147,7 +159,26 @@ def test_uncertain_submit_is_never_retried(error: FluxError) -> None:
     assert not both
 
 
+@table(*LASTING, "unknown host")
+def test_reasons_that_last(error: FluxError, expected: bool) -> None:
+    """Some connections fail in the same way again; a host has to be unknown twice in a row."""
+    assert is_lasting(error, error) is expected
+    for other in (None, CASES["not sent"], CASES["429"], CASES["untrusted certificate"]):
+        assert is_lasting(error, other) is (expected and error is not CASES["unknown host"])
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [("not sent", 0.0), ("unknown host", 2.0), ("429", 0.0), ("503, Retry-After", 7.0), ("no TLS", 0.0)],
+)
+def test_min_delay(name: str, seconds: float) -> None:
+    """A call is not repeated before the service allows it, nor an unknown host looked up again at once."""
+    assert min_delay(CASES[name]) == seconds
+    assert min_delay(RateLimitedError("no", status=429, retry_after=1e6)) == MAX_PAUSE
+
+
 RETRIED_POLLS = (
+    *(*LASTING, "unknown host", "no key"),
     *("not sent", "response lost", "not HTTP", "200, error", "299, error", "200, no balance"),
     *("408", "429", "429, Retry-After", "500", "502", "503", "503, Retry-After", "504", "599"),
     *("200, 429 in an envelope", "200, 500 in an envelope", "408, no balance"),
@@ -194,6 +225,7 @@ def test_unreadable_response_is_retried(error: FluxError) -> None:
     *("401", "402", "403", "403, no balance", "200, no balance", "408, no balance", "429, no balance"),
     *("200, 401 in an envelope", "200, 403 in an envelope", "401 of a poll", "402 of a poll"),
     *("third 403 of a firewall", "uncertain probe", "invalid settings", "budget", "journal"),
+    *(*LASTING, "unknown host", "no key"),
 )
 def test_errors_that_are_fatal_for_a_batch(error: FluxError, expected: bool) -> None:
     """What every further submit would meet ends a stream; a single answer of a firewall and a poll's 403 do not."""

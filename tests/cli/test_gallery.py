@@ -358,7 +358,7 @@ async def test_damaged_journal_while_a_batch_is_running(tmp_path: Path) -> None:
 
 
 def test_log_messages(capsys: pytest.CaptureFixture[str]) -> None:
-    """The progress display shows the newest warning or error; errors are also printed."""
+    """The progress display shows the newest warning or error; errors are also printed, and what is waited for."""
     schedule = LearnedSchedule()
     display = ProgressDisplay(1, FluxSession("key"), schedule, 1, Terminal(sys.stderr))
     log = logging.getLogger("flux2max_async")
@@ -366,10 +366,14 @@ def test_log_messages(capsys: pytest.CaptureFixture[str]) -> None:
         log.warning("submit not accepted")
         warning = display.log_message
         log.error("the journal's disk\nis full")
+        error = display.log_message
+        log.warning("trying again until %s", "12:34:56" * 20, extra={"is_notice": True})
 
     assert warning == "submit not accepted"
-    assert display.log_message == "the journal's disk is full"
-    assert capsys.readouterr().err == "flux2max: the journal's disk is full\n"
+    assert error == "the journal's disk is full"
+    assert display.log_message == f"trying again until {'12:34:56' * 20}"
+    lines = ["the journal's disk is full", f"trying again until {'12:34:56' * 20}"]
+    assert capsys.readouterr().err == "".join(f"flux2max: {line}\n" for line in lines)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3661, "1:01:01")])

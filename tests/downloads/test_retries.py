@@ -27,6 +27,7 @@ from flux2max_async import DownloadError, GeneratedImage, ResultExpiredError, Se
 from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.retries import EXPIRY_GRACE, RETRY_WINDOW, Link, Retries
+from flux2max_async._downloads.transfer import AttemptError
 from flux2max_async._models.results import NO_URL
 
 IMAGE = jpeg(bytes(range(256)) * 12)
@@ -442,12 +443,12 @@ def test_row_of_failures(attempts: list[tuple[float, float, float | None]]) -> N
     for number, (duration, jitter, seconds) in enumerate(attempts, start=1):
         began, now = now, now + duration
         end = end or now + RETRY_WINDOW
-        is_over = retries.add(now)
+        is_over = retries.add(now, AttemptError("HTTP 503", retry_after=seconds))
         assert retries.failures == number
         assert is_over == (number > 1 and began >= end)
         if is_over:
             break
-        delay = retries.next_delay(now, jitter, seconds)
+        delay = retries.next_delay(now, jitter)
         assert 0.0 <= delay <= RETRY_WINDOW + 0.001
         assert delay >= min(seconds or 0.0, max(0.0, end - now))
         now = end if retries.is_last and now < end else now + delay

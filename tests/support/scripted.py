@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -62,11 +63,16 @@ class Connection:
 
 
 class ScriptedGateway:
-    """A server that responds to submits, polls and downloads as three scripts say; the last step of each is repeated."""
+    """A server that responds to submits, polls and downloads as three scripts say; the last step of each is repeated.
+
+    Args:
+        ssl_context: With it, the server speaks TLS.
+    """
 
     api_key = "test-key-1234567890"
 
-    def __init__(self) -> None:
+    def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
+        self._ssl_context = ssl_context
         self.submits: deque[Behaviour] = deque([answer(200, {"id": "t1", "status": "in_progress"})])
         self.polls: deque[Behaviour] = deque([answer(200, completed("t1"))])
         self.downloads: deque[Behaviour] = deque([answer(404, {})])
@@ -76,14 +82,18 @@ class ScriptedGateway:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"{'https' if self._ssl_context else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return int(self._server.sockets[0].getsockname()[1])
 
     def of(self, method: str) -> list[Received]:
         """Return the received requests with a method."""
         return [request for request in self.received if request.method == method]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._ssl_context)
         return self
 
     async def __aexit__(

@@ -91,6 +91,8 @@ class TaskPoller:
     """What the newest poll reported; progress in a webhook was measured at an unknown time."""
     _running_until: float = attrs.field(default=0.0, init=False)
     """Seconds from the submit to the newest poll that found the task running."""
+    _webhook_cost_factor: float = attrs.field(default=1.0, init=False)
+    """By which the newest poll was planned."""
     _failures: PollFailures = attrs.field(factory=PollFailures, init=False)
     """In a row."""
     _poll_now: bool = attrs.field(default=False, init=False)
@@ -161,18 +163,33 @@ class TaskPoller:
         self._context.registry.remove(self._start.task_id, self)
 
     def _ended(self, plan: ScaledPlan) -> TaskSnapshot:
-        snapshot, elapsed, start = self._feed.snapshot, self.elapsed, self._start
+        snapshot, start, registry = self._feed.snapshot, self._start, self._context.registry
         assert snapshot is not None
         if start.submitted_here:
-            # The webhook of a lost submit may have come long before it was known that the answer is lost.
-            is_prompt = self.ended_by_webhook and start.webhook is None and not self._deadline.was_held_up
-            # While the machine was suspended, the task went on, and the event loop's clock did not.
-            suspended = self._deadline.suspended_in_all()
-            not_before = elapsed if is_prompt and not suspended else self._running_until
-            plan.finish(not_before, elapsed + suspended, completed=snapshot.error is None)
-        if start.expects_webhook and (self.ended_by_webhook or self.polls):
-            self._context.registry.record_end(by_webhook=self.ended_by_webhook)
+            self._learn(plan, completed=snapshot.error is None)
+        if start.expects_webhook and not registry.closed:
+            if self.ended_by_webhook:
+                registry.reliability.record_webhook()
+            elif self.polls:
+                interval = self._last_poll_at - start.started - self._running_until
+                registry.reliability.record_poll(
+                    start.task_id, self._last_poll_at, interval=interval, cost_factor=self._webhook_cost_factor
+                )
         return snapshot
+
+    def _learn(self, plan: ScaledPlan, *, completed: bool) -> None:
+        """Have the schedule learn when the task ended."""
+        start, not_before, by = self._start, self._running_until, self.elapsed
+        # While the machine was suspended, the task went on, and the event loop's clock did not.
+        suspended = self._deadline.suspended_in_all()
+        # The webhook of a lost submit may have come long before it was known that the answer is lost.
+        if self.ended_by_webhook and start.webhook is None and not self._deadline.was_held_up:
+            if self._context.registry.reliability.is_prompt:
+                not_before = not_before if suspended else by
+            else:
+                # Learn what the next poll would have told: with less, ends would seem to come later than they do.
+                by = max(by, self._last_poll_at - start.started + self._planned_delay(plan))
+        plan.finish(not_before, by + suspended, completed=completed)
 
     # ------------------------------------------------------------------ when to poll
 
@@ -228,7 +245,7 @@ class TaskPoller:
         """
         elapsed = self._last_poll_at - self._start.started
         expected = self._start.expects_webhook and not self._feed.watchers
-        webhook_factor = self._context.registry.cost_factor if expected else 1.0
+        self._webhook_cost_factor = webhook_factor = self._context.registry.cost_factor if expected else 1.0
         if plan.cost_aware:
             return plan.next_delay(
                 elapsed, self._progress, cost_factor=self._context.client.poll_cost_factor() * webhook_factor

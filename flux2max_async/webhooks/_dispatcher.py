@@ -151,6 +151,8 @@ class WebhookDispatcher:
                 unread = TaskSnapshot(task_id=error.task_id, status=TaskStatus.IN_PROGRESS)
                 await self._dispatch_unfollowed(session, unread, len(body), token)
             raise
+        if snapshot.status.ended:
+            self.registry.reliability.record_delivery(snapshot.task_id, session.loop.time())
         listener = self.registry.listener(snapshot.task_id)
         known = listener is not None
         if reports_not_found(snapshot):  # only the service's own answer to a poll can say so

@@ -1,12 +1,6 @@
-"""Which task's poller waits for which webhook, and how reliable webhooks are. No I/O.
-
-A poll is worth its cost if it notices an end earlier than the webhook does, which happens only if the webhook is lost
-or late. So where a webhook is expected, the cost of a poll is divided by the share of ends that a poll noticed first.
-That share is learned from the most recent ends; it changes within a few of them, in both directions.
-"""
+"""Which task's poller waits for which webhook. No I/O."""
 
 import asyncio
-import math
 from collections import OrderedDict
 from typing import Protocol
 
@@ -14,12 +8,8 @@ import attrs
 
 from flux2max_async._models.results import TaskSnapshot
 from flux2max_async._shutdown import Shutdown
+from flux2max_async.webhooks._reliability import WebhookReliability
 
-_INITIAL_MISSED_SHARE = 1 / 16
-_LEARNING_RATE = 0.15
-"""How far one end moves the learned share."""
-_MIN_MISSED_SHARE = 1 / 64
-"""Polling never stops entirely, however many webhooks arrive."""
 _MAX_EARLY_DELIVERIES = 1_000
 _MAX_EARLY_BYTES = 8_192
 """Size of a delivery that may be stored; a finished task has about one thousand bytes."""
@@ -47,8 +37,7 @@ class WebhookRegistry:
 
     in_use: bool = attrs.field(default=False, init=False)
     """Whether the session has an inbox, or a journal through which other processes report ends."""
-    _missed_share: float = attrs.field(default=_INITIAL_MISSED_SHARE, init=False)
-    """The share of recent ends that a poll noticed before the webhook arrived."""
+    reliability: WebhookReliability = attrs.field(factory=WebhookReliability, init=False)
     _listeners: dict[str, Listener] = attrs.field(factory=dict[str, Listener], init=False)
     _early: OrderedDict[str, tuple[TaskSnapshot, int]] = attrs.field(
         factory=OrderedDict[str, tuple[TaskSnapshot, int]], init=False
@@ -65,6 +54,7 @@ class WebhookRegistry:
     def reset(self, shutdown: Shutdown) -> None:
         """Start a new session; what was learned about the webhooks stays."""
         self.in_use = True
+        self.reliability.reset()
         self._listeners.clear()
         self._early.clear()
         self._early_bytes = 0
@@ -78,14 +68,8 @@ class WebhookRegistry:
 
     @property
     def cost_factor(self) -> float:
-        """How many times the usual cost a poll has where a webhook is expected; a power of two."""
-        return 1.0 if self.closed else 2.0 ** round(-math.log2(self._missed_share))
-
-    def record_end(self, *, by_webhook: bool) -> None:
-        """Learn from the end of a task for which a webhook was expected."""
-        if not self.closed:
-            self._missed_share += ((not by_webhook) - self._missed_share) * _LEARNING_RATE
-            self._missed_share = max(self._missed_share, _MIN_MISSED_SHARE)
+        """How many times the usual cost a poll has if a webhook is expected."""
+        return 1.0 if self.closed else self.reliability.cost_factor
 
     def add(self, task_id: str, listener: Listener) -> TaskSnapshot | None:
         """Register the listener of a task; return what was delivered already."""

@@ -217,7 +217,7 @@ async def test_schedule_without_cost_factor(inbox_server: InboxServer) -> None:
         Emulator(seconds=40.0, spread=0.0, seed=1, pictures=False) as gateway,
         session_on(gateway, inbox_server.inbox, schedule=FixedSchedule(1.0)) as session,
     ):
-        for _ in range(10):
+        for _ in range(30):
             await session.generate("a cat")
         with_webhooks = (await session.generate("a cat")).polls
         inbox_server.open = False
@@ -243,7 +243,7 @@ async def test_unreachable_inbox(gateway: Emulator) -> None:
 async def test_watched_task_is_polled_for_progress(gateway: Emulator, inbox_server: InboxServer) -> None:
     """A task whose updates are iterated over is still polled, because only polls report progress; others aren't."""
     async with session_on(gateway, inbox_server.inbox, schedule=FixedSchedule(1.0)) as session:
-        for _ in range(10):
+        for _ in range(30):
             await session.generate("a cat")
         watched, unwatched = await session.submit("a cat"), await session.submit("a cat")
         await anyio.sleep(0.5)
@@ -615,22 +615,6 @@ async def test_poll_response_right_after_a_delivery(scripted: ScriptedGateway, i
         outcome = await task.outcome()
 
     assert outcome.ok
-
-
-def test_cost_factor_is_bounded() -> None:
-    """Whatever share of webhooks arrives, a poll costs between 1 and 64 times its usual price."""
-    registry = WebhookRegistry()
-    for _ in range(20_000):
-        registry.record_end(by_webhook=True)
-    highest = registry.cost_factor
-    for _ in range(20_000):
-        registry.record_end(by_webhook=False)
-    lowest = registry.cost_factor
-    for _ in range(40):
-        registry.record_end(by_webhook=True)
-    recovered = registry.cost_factor
-
-    assert (highest, lowest, recovered) == (64.0, 1.0, 64.0)
 
 
 def test_removing_an_unknown_listener_changes_nothing() -> None:

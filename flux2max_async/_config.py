@@ -232,6 +232,7 @@ class SessionConfig:
     budget_scope: str | None = attrs.field(validator=_validate_budget_scope)
     max_uncertain: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
     allow_private_downloads: bool = attrs.field(validator=_validate_flag)
+    content_keys: bool = attrs.field(validator=_validate_flag)
 
     @property
     def poll_rate(self) -> float:

@@ -51,12 +51,7 @@ def set_up(
         secrets=dispatcher.secrets if dispatcher else (),
         allow_private_downloads=config.allow_private_downloads,
     )
-    records = RecordFactory(
-        journal,
-        Budget(config.budget, config.price_guess),
-        limits_journal=config.budget_limits_journal,
-        secrets=transport.secrets,
-    )
+    records = RecordFactory(journal, Budget(config.budget, config.price_guess), config, secrets=transport.secrets)
     return config, transport, records, dispatcher
 
 

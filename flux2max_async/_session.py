@@ -73,6 +73,7 @@ class FluxSession:
             BudgetExceededError; nothing is sent.
         price_guess: US dollars for a request until the first real cost is known; by default 0.07 for the first
             megapixel and 0.03 for each further one; each input image counts as one.
+        content_keys: False never takes requests without a `key` for one another, even if a journal knows an equal one.
         budget_scope: "session" counts what this session spends, "journal", the default with one, everything in it.
         max_uncertain: After so many lost answers to submits in a row, submits are sent one at a time; one more, and a
             stream submits nothing more. None sets no limit.
@@ -106,6 +107,7 @@ class FluxSession:
         budget_scope: Literal["session", "journal"] | None = None,
         max_uncertain: int | None = 5,
         allow_private_downloads: bool = False,
+        content_keys: bool = True,
     ) -> None:
         try:
             self._config, self._transport, self._records, self._dispatcher = set_up(
@@ -128,6 +130,7 @@ class FluxSession:
                 budget_scope=budget_scope,
                 max_uncertain=max_uncertain,
                 allow_private_downloads=allow_private_downloads,
+                content_keys=content_keys,
             )
         except ConfigurationError as error:
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
@@ -183,7 +186,7 @@ class FluxSession:
         """Submit one request and wait for it.
 
         With a journal, what was requested before, here or in another process, is not paid for again: the same key, or
-        without a key the same content, returns the same task.
+        without a key the same content, returns the same task, with fresh links if its own have expired.
 
         Cancelling it cancels the wait. A call that is on the wire is finished in the background so that its id is not
         lost, and the task keeps its slot until it ends, since the service counts it. The id is logged as a warning,
@@ -260,7 +263,7 @@ class FluxSession:
         yielded, and then the error is raised. The same holds if the source itself raises.
 
         With a journal, the same list can be streamed again: what has ended is yielded at once, tasks are polled, and
-        only the rest is submitted. A list with repeats keeps its repeats.
+        only the rest is submitted. A list with repeats keeps its repeats. Links may have expired: `save()` renews them.
 
         Args:
             requests: From any iterable, which may be endless (with a journal, give keys then: without them, requests

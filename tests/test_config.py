@@ -39,6 +39,7 @@ VALID: dict[str, Any] = {
     "has_journal": False,
     "max_uncertain": 5,
     "allow_private_downloads": False,
+    "content_keys": True,
 }
 
 
@@ -498,6 +499,7 @@ def test_an_invalid_budget_scope_is_refused_by_name(scope: Any, has_journal: boo
         ({"budget_scope": "journal"}, "budget_scope must be 'session'"),
         ({"max_uncertain": 0}, "max_uncertain must be an integer of at least 1, not 0"),
         ({"allow_private_downloads": "no"}, "allow_private_downloads must be True or False, not 'no'"),
+        ({"content_keys": 0}, "content_keys must be True or False, not 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -131,7 +131,7 @@ class Completed:
     """Seconds from the submit (or the attach) to the poll or webhook that reported the end."""
     polls: int = 0
     replayed: bool = False
-    """Whether it was read from the journal, without a submit or poll."""
+    """Whether it was read from the journal, without a submit; at most a poll has renewed its links."""
     saved: tuple[Path, ...] = ()
     """The files that a stream with `save_to` wrote, in the order of the images."""
     save_error: FluxError | None = None

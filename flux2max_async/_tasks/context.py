@@ -7,9 +7,11 @@ import attrs
 
 from flux2max_async._models.results import Outcome
 from flux2max_async._polling.poller import PollingContext
+from flux2max_async._tasks.link_renewal import LinkRenewer
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
+from flux2max_async.journal._lookup import ReusePolicy
 
 if TYPE_CHECKING:
     from flux2max_async._tasks.runner import TaskRunner
@@ -37,3 +39,12 @@ class RunnerContext:
     single_flight: SingleFlight
     check_caller: Callable[[], None]
     """Raises if the calling process or event loop is not the session's."""
+    _links: LinkRenewer = attrs.field(factory=LinkRenewer, init=False)
+
+    async def renew_links(self, replay: Outcome, policy: ReusePolicy) -> Outcome:
+        """Return the outcome of a replay with links that work.
+
+        In a list, they stay as they are: it may have very many, and `save()` renews those that are used.
+        """
+        is_in_list = policy.occurrences is not None
+        return replay if is_in_list else await self._links.renew(replay, self.polling.client)

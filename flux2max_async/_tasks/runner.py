@@ -84,7 +84,7 @@ class TaskRunner(SharedTask):
                 existing = await self._find_existing()
                 if isinstance(existing, Replay):
                     self.task_id, self._recorded = existing.outcome.task_id, True
-                    return existing.outcome
+                    return await self._context.renew_links(existing.outcome, self.record.policy)
                 if isinstance(existing, Resume):
                     return await self._resume(existing.task_id, existing.age)
                 try:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from decimal import Decimal
+from secrets import token_hex
 
 import anyio.to_thread
 import attrs
 
 from flux2max_async._budget import Budget
+from flux2max_async._config import SessionConfig
 from flux2max_async._exceptions import InvalidRequestError, JournalError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
 from flux2max_async._models.request import GenerationRequest
@@ -28,13 +30,15 @@ class RecordFactory:
     Args:
         journal: The session's journal, if it has one.
         budget: The session's budget.
-        limits_journal: Whether the budget limits everything in the journal, or only what this session spends.
+        config: The session's settings.
         secrets: What must not be written.
     """
 
     def __init__(
-        self, journal: Journal | None, budget: Budget, *, limits_journal: bool, secrets: Sequence[str]
+        self, journal: Journal | None, budget: Budget, config: SessionConfig, *, secrets: Sequence[str]
     ) -> None:
+        self._content_keys = config.content_keys
+        limits_journal = config.budget_limits_journal
         self._budget = budget
         self.keeps_nothing: bool = journal is None and budget.budget is None
         """Whether a NullRecord will do for each request."""
@@ -52,11 +56,15 @@ class RecordFactory:
             fingerprint = fingerprint_request(request)
         if self._context is None:
             return BudgetRecord(self._budget, fingerprint, policy=policy)
+        key = _checked_key(request.key)
+        if not key:
+            unique = f"{fingerprint.fingerprint}-{token_hex(8)}"
+            key = _derived_key(fingerprint, policy) if self._content_keys else unique
         secrets = self._context.secrets
         if request.webhook_secret:
             secrets = (*secrets, request.webhook_secret)
         entry = JournalEntry(
-            key=_checked_key(request.key) or _derived_key(fingerprint, policy),
+            key=key,
             fingerprint=fingerprint.fingerprint,
             request={**sanitize(fingerprint.description, secrets), "prompt": request.prompt},
         )

@@ -166,7 +166,7 @@ def sanitize(value: Any, secrets: Sequence[str], depth: int = _MAX_DEPTH) -> Any
             return value
 
 
-def _sanitize_text(text: str, secrets: tuple[str, ...]) -> str:
+def _sanitize_text(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "***")
     if len(text) <= _MAX_TEXT_LENGTH:

@@ -10,7 +10,7 @@ from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
 from flux2max_async._config import SessionConfig
 from flux2max_async._exceptions import ConfigurationError
-from flux2max_async._polling.poller import PollingContext
+from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._shutdown import Shutdown
 from flux2max_async._stats import SessionStats

@@ -6,20 +6,17 @@ import random
 
 import attrs
 
-from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import HttpRequest, build_poll
 from flux2max_async._api.retry import is_lasting
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
-from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
+from flux2max_async._polling.context import PollingContext, PollStart
 from flux2max_async._polling.deadline import MAX_LATENESS, Deadline
 from flux2max_async._polling.failures import PollFailures
-from flux2max_async._polling.schedules import PollSchedule, ScaledPlan
+from flux2max_async._polling.schedules import ScaledPlan
 from flux2max_async._polling.updates import SnapshotFeed, Wakeup
-from flux2max_async._shutdown import Shutdown
 from flux2max_async._text import get_logger
-from flux2max_async.webhooks._registry import WebhookRegistry
 
 log = get_logger("polling")
 
@@ -29,36 +26,6 @@ _WATCH_INTERVAL = 10.0
 """A longer sleep is divided, to notice after so many seconds, or an eighth of it, that the machine was suspended."""
 _MAX_STATUS_LENGTH = 80
 """Characters of an unknown status in a message."""
-
-
-@attrs.frozen
-class PollingContext:
-    """What the pollers of a session share."""
-
-    client: ApiClient
-    schedule: PollSchedule
-    registry: WebhookRegistry
-    shutdown: Shutdown
-    task_timeout: float
-    """Seconds from a task's submit, or from its attach, to its deadline."""
-
-
-@attrs.frozen(kw_only=True)
-class PollStart:
-    """What is known of a task when its polling starts."""
-
-    task_id: str
-    request: GenerationRequest | None
-    started: float
-    """When it was submitted, or attached, on the event loop's clock."""
-    deadline: float
-    age: float | None
-    """Seconds from its submit to `started`; None if nobody here knows when it was submitted."""
-    submitted_here: bool
-    """Whether the schedule may learn from it."""
-    expects_webhook: bool
-    webhook: TaskSnapshot | None = None
-    """What a webhook reported, if the task is known by it: the answer to its submit was lost."""
 
 
 @attrs.define(eq=False, repr=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from flux2max_async._models.results import Outcome
-from flux2max_async._polling.poller import PollingContext
+from flux2max_async._polling.context import PollingContext
 from flux2max_async._tasks.link_renewal import LinkRenewer
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue

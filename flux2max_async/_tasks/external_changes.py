@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import attrs
 
-from flux2max_async._polling.poller import PollingContext
+from flux2max_async._polling.context import PollingContext
 from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async.journal._entry import EntryState, JournalEntry

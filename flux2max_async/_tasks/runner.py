@@ -9,7 +9,8 @@ import attrs
 from flux2max_async._api.client import LostSubmit
 from flux2max_async._exceptions import FluxError, JournalError, SessionClosedError
 from flux2max_async._models.results import Completed, Failed, Outcome
-from flux2max_async._polling.poller import PollStart, TaskPoller
+from flux2max_async._polling.context import PollStart
+from flux2max_async._polling.poller import TaskPoller
 from flux2max_async._tasks.context import RunnerObserver
 from flux2max_async._tasks.shared_task import SharedTask
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good

@@ -13,9 +13,9 @@ import attrs
 from flux2max_async._api.client import AcceptedSubmit, LostSubmit
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
+from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
 from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._polling.poller import PollingContext
 from flux2max_async._text import get_logger
 from flux2max_async.webhooks._tokens import new_token
 

@@ -11,8 +11,8 @@ import anyio
 from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome, Usage
+from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
-from flux2max_async._polling.poller import PollingContext
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.context import RunnerContext

@@ -202,15 +202,16 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     task = find_task(task_id)
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
-    async with cancel_on_disconnect(request):
-        async for snapshot in task.updates():
-            await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
-        outcome = await task.outcome()
-        if outcome.ok:
-            await response.write(event("done", picture=f"tasks/{task_id}/picture"))
-        else:
-            await response.write(event("failed", reason=reason(outcome.error)))
+    with suppress(ConnectionResetError):  # something was written after the visitor had left
+        await response.prepare(request)
+        async with cancel_on_disconnect(request):
+            async for snapshot in task.updates():
+                await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
+            outcome = await task.outcome()
+            if outcome.ok:
+                await response.write(event("done", picture=f"tasks/{task_id}/picture"))
+            else:
+                await response.write(event("failed", reason=reason(outcome.error)))
     return response
 
 

@@ -204,8 +204,12 @@ class _Receive:
 
     def _read_ahead(self) -> None:
         if self._watchers and self._call is None and self._size < _READ_AHEAD and not self._disconnected:
-            self._call = asyncio.ensure_future(self._receive())
+            self._call = asyncio.create_task(self._call_server())
             self._call.add_done_callback(self._on_result)
+
+    async def _call_server(self) -> _Message:
+        # Not every awaitable that servers return is a whole future: granian's have one callback only.
+        return await self._receive()
 
     def _on_result(self, call: "asyncio.Task[_Message]") -> None:
         was_cancelled, self._is_cancelled = self._is_cancelled, False

@@ -415,6 +415,32 @@ async def test_body(kind: str, when: str) -> None:
     assert not end.cancelled()
 
 
+class PoorFuture(asyncio.Future[Message]):
+    """A future for which only one can wait."""
+
+    callbacks = 0
+
+    def add_done_callback(self, callback: Any, *, context: Any = None) -> None:
+        self.callbacks += 1
+        assert self.callbacks == 1
+        super().add_done_callback(callback, context=context)
+
+
+async def test_receive_that_returns_a_future() -> None:
+    """The server's receive() may return any awaitable, even one that only one can wait for."""
+    futures = [PoorFuture() for _ in range(3)]
+    calls = iter(futures)
+    request = SimpleNamespace(scope=SCOPE, receive=lambda: next(calls))
+    for number, message in enumerate([chunk(b"a", more=True), chunk(b"b"), DISCONNECT]):
+        asyncio.get_running_loop().call_later(number + 1.0, futures[number].set_result, message)
+    async with cancel_on_disconnect(request) as visit:
+        body = await Request(SCOPE, request.receive).body()
+        await forever()
+
+    assert body == b"ab"
+    assert visit.disconnected
+
+
 @ASGI_KINDS
 async def test_visitor_leaves_within_the_body(kind: str) -> None:
     """If the visitor leaves before the body is complete, reading it ends, in the block and after it."""

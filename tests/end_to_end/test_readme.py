@@ -154,7 +154,7 @@ def running_web_example(gateway: Emulator, folder: Path) -> Iterator[tuple[str, 
             yield f"http://127.0.0.1:{port}/pictures", log
         finally:
             server.terminate()
-            server.wait(timeout=20)
+            server.wait(timeout=120)
 
 
 def test_web_backend(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 def _post(url: str, body: bytes, content_type: str = "application/json") -> tuple[int, str]:
     request = urllib.request.Request(url, body, {"Content-Type": content_type})
-    for _ in range(100):
+    for _ in range(1200):
         try:
             with urllib.request.urlopen(request) as response:
                 return response.status, response.read().decode()

@@ -320,7 +320,7 @@ async def test_a_gap_is_not_learned_as_a_duration(
         assert not_before == by == pytest.approx(30.1)
     else:
         assert not_before == pytest.approx(expected[0], abs=2.1)
-        assert by == pytest.approx(expected[1], abs=10.1)
+        assert by == pytest.approx(expected[1], abs=10.5)  # a watched sleep of 10 s, and the jitter of two delays
 
 
 async def _watch(task: Any) -> None:

@@ -29,7 +29,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 
 from flux2max_async._api.header_limit import LimitedHandler
-from flux2max_async._api.idle_limit import IdleLimit
+from flux2max_async._api.idle_limit import MAX_LIMIT, IdleLimit
 from flux2max_async._clock import suspended_seconds
 
 if TYPE_CHECKING:
@@ -189,6 +189,10 @@ class SubmitConnector(aiohttp.TCPConnector):
     def _idle_handlers(self) -> "list[_Handler]":
         return [cast("_Handler", protocol) for pool in self._conns.values() for protocol, _ in pool]
 
+    def _idle_since(self, limit: IdleLimit) -> list[float]:
+        """Return since when the connections with a limit have been idle."""
+        return [handler.since for handler in self._idle_handlers() if handler.limit is limit]
+
     # ------------------------------------------------------------------ learning, and the spare connection
 
     def _check(self) -> None:
@@ -196,12 +200,12 @@ class SubmitConnector(aiohttp.TCPConnector):
         now = self._now()
         self._previous_check, self._last_check = self._last_check, now
         for handler in self._idle_handlers():
-            if _is_open(handler):
-                # A FIN that has just come may be unread, but none that had come at the last look.
-                handler.limit.on_open(self._previous_check - handler.since)
-            else:
+            if not _is_open(handler):
                 self.on_lost(handler)
                 handler.close()
+        for limit in (self._after_answer, self.unused):
+            # A FIN that has just come may be unread, but none that had come at the last look.
+            limit.on_open(self._previous_check - min(self._idle_since(limit), default=now))
         if now - self._last_use > _USE_TIME:
             self._timer = None
             return
@@ -228,7 +232,10 @@ class SubmitConnector(aiohttp.TCPConnector):
         limit = self.unused.seconds(now, self._opening_time)
         if limit < _MIN_SPARE_LIMIT or now < self._no_spare_before:
             return _CHECK_INTERVAL
-        fresh_until = max((self._fresh_until(handler, now) for handler in self._idle_handlers()), default=now)
+        fresh_until = max(
+            max(self._idle_since(limit), default=now - MAX_LIMIT) + limit.seconds(now, self._opening_time)
+            for limit in (self._after_answer, self.unused)
+        )
         # Early enough to be open when the last good one is so no longer.
         return fresh_until - min(self._opening_time + _MIN_CHECK_INTERVAL, limit / 2) - now
 

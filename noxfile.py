@@ -158,4 +158,3 @@ def bench_short(session: nox.Session) -> None:
     session.run("python", "benchmarks/client.py", "--short")
     session.run("python", "benchmarks/journal.py", "--short")
     session.run("python", "benchmarks/webhooks.py", "--short")
-    session.run("python", "benchmarks/far.py", "--short")

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from operator import mul
 from typing import Self
 
 import attrs
@@ -17,6 +18,7 @@ MIN_DURATION = 0.02
 """Lower edge of the first bin, in seconds."""
 BIN_EDGES = tuple(MIN_DURATION * math.exp(BIN_WIDTH * k) for k in range(BINS + 1))
 """In seconds."""
+_SQUARES = tuple(k * k for k in range(BINS))
 
 _PRIOR_WEIGHT = 0.5
 """The prior counts as much as this many observations."""
@@ -176,31 +178,37 @@ class DurationHistogram:
         low = next(k for k, weight in enumerate(weights) if weight > _MIN_WEIGHT)
         high = next(k for k in range(BINS, 0, -1) if weights[k - 1] > _MIN_WEIGHT)
         used = weights[low:high]
-        mean = sum(k * weight for k, weight in enumerate(used)) / self.count
-        squares = sum((k - mean) ** 2 * weight for k, weight in enumerate(used))
+        total = sum(used)
+        mean = sum(map(mul, used, range(BINS))) / total
+        squares = sum(map(mul, used, _SQUARES)) - mean * mean * total
         squares += (_EXPECTED_DEVIATION / BIN_WIDTH) ** 2
         bandwidth = _BANDWIDTH_FACTOR * math.sqrt(squares / (self.count + 1)) / self.count ** (1 / 3)
         half, whole = int(bandwidth / 2 + 0.5), int(bandwidth + 0.5)
         low, high = max(low - half - whole, 0), min(high + half + whole, BINS)
         smoothed = _moving_sum(weights[low:high], half)
-        self._probabilities, self._probability_sums = self._mix_with_prior(smoothed, low)
-        _, self.cdf = self._mix_with_prior(_moving_sum(smoothed, whole), low)
+        prior_share = max(_PRIOR_WEIGHT / (self.count + _PRIOR_WEIGHT), _MIN_PRIOR_SHARE)
+        prior = [prior_share * probability for probability in self.prior]
+        self._probabilities = _mix(prior, smoothed, low, 1 - prior_share)
+        self._probability_sums = [0.0, *accumulate(self._probabilities)]
+        self.cdf = [0.0, *accumulate(_mix(prior, _moving_sum(smoothed, whole), low, 1 - prior_share))]
 
     def _all_weights(self) -> list[float]:
         """Return the weight of each bin, those of `_density_steps` included, scaled so that their sum is the count."""
         parts = zip(self._weights, accumulate(self._density_steps), self._probabilities, strict=True)
-        weights = [weight + max(density, 0.0) * probability for weight, density, probability in parts]
+        weights = [
+            weight + density * probability if density > 0.0 else weight for weight, density, probability in parts
+        ]
         scale = self.count / (sum(weights) or 1.0)
         return [weight * scale for weight in weights]
 
-    def _mix_with_prior(self, weights: list[float], first_bin: int) -> tuple[list[float], list[float]]:
-        """Return each bin's probability, and the CDF, of the weights and the prior together."""
-        prior_share = max(_PRIOR_WEIGHT / (self.count + _PRIOR_WEIGHT), _MIN_PRIOR_SHARE)
-        factor = (1 - prior_share) / sum(weights)
-        mixed = [prior_share * probability for probability in self.prior]
-        bins = slice(first_bin, first_bin + len(weights))
-        mixed[bins] = [probability + factor * weight for probability, weight in zip(mixed[bins], weights, strict=True)]
-        return mixed, [0.0, *accumulate(mixed)]
+
+def _mix(prior: list[float], weights: list[float], first_bin: int, share: float) -> list[float]:
+    """Return the probability of each bin: the prior's, and `share` spread over the weights from `first_bin` on."""
+    factor = share / sum(weights)
+    bins = slice(first_bin, first_bin + len(weights))
+    mixed = prior.copy()
+    mixed[bins] = [probability + factor * weight for probability, weight in zip(prior[bins], weights, strict=True)]
+    return mixed
 
 
 def _moving_sum(weights: list[float], reach: int) -> list[float]:

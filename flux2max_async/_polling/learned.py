@@ -70,7 +70,7 @@ class _State:
 _converter = cattrs.Converter(forbid_extra_keys=True)
 
 
-@attrs.define(eq=False, repr=False)
+@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.NO_OP)
 class LearnedSchedule:
     """Learns how long tasks take, and polls when they are likely to have ended.
 

@@ -39,14 +39,16 @@ class PollTimes:
         # The CDF may be above 0 at the first edge already, if large images fail as fast as small ones.
         first, last = max(bisect_right(cdf, _MIN_CDF), 1), bisect_left(cdf, 1 - _MIN_SURVIVAL) - 1
         self._last_edge = last
-        thresholds = [2.0] * first
         neighbours = survival[first - 1 : last], survival[first : last + 1], survival[first + 1 : last + 2]
-        for before, s, after, width in zip(*neighbours, _DOUBLE_WIDTHS[first - 1 :], strict=False):
-            y = price * (before - after) / (s * width)
-            # e^x = 1 + y + x, with one fixed-point step from the root for small y: within 3 % of x.
-            thresholds.append(s * (1 + y + log1p(y + sqrt(2 * y))))
+        # The price times the hazard.
+        ys = [
+            price * (before - after) / (s * width)
+            for before, s, after, width in zip(*neighbours, _DOUBLE_WIDTHS[first - 1 :], strict=False)
+        ]
+        # e^x = 1 + y + x, with one fixed-point step from the root for small y: within 3 % of x.
+        due = [s * (1 + y + log1p(y + sqrt(2 * y))) for s, y in zip(survival[first:], ys, strict=False)]
         # For each edge u, the highest survival S(t) at the last poll for which a poll at u is due: S(u) e^x.
-        self._thresholds = thresholds = [*thresholds, 0.0]
+        self._thresholds = thresholds = [2.0] * first + due + [0.0]
         # For each edge, the maximum of its threshold and of all later ones.
         self._max_thresholds = list(accumulate(reversed(thresholds), max))[::-1]
         self._cost: float | None = None

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Protocol
 
 import anyio.to_thread
@@ -276,11 +277,10 @@ class ApiClient:
             FluxError: The poll failed, or the service refused; `_retry` tells the two apart.
         """
         self._stats.polls += 1
-        limiter, sent_at = self.poll_limiter, self.now()
-        exchange = self._transport.exchange(message, within=within, fresh_connection=fresh_connection)
+        limiter = self.poll_limiter
+        exchange = partial(self._transport.exchange, message, within=within, fresh_connection=fresh_connection)
         try:
-            response = await (finish_or_give_up(exchange, self._poll_timeout) if gives_up else exchange)
-            self._poll_timeout.record_answer(self.now() - sent_at)
+            response = await (finish_or_give_up(exchange, self._poll_timeout) if gives_up else exchange())
             if request is not None and request.webhook_secret is not None:
                 response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)

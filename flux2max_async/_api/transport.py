@@ -32,7 +32,7 @@ from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.outage import Outage
 from flux2max_async._api.proxies import Proxies, Route, Routes
 from flux2max_async._api.response import HttpResponse
-from flux2max_async._api.response_content import ContentReader
+from flux2max_async._api.response_content import ContentReader, OnData
 from flux2max_async._api.submit_payload import SubmitPayload
 from flux2max_async._config import ApiKey
 from flux2max_async._exceptions import ConfigurationError, DownloadError, FluxError, SessionClosedError, TransportError
@@ -149,12 +149,18 @@ class Transport:
                         await session.close()
 
     async def exchange(
-        self, request: HttpRequest, *, within: float = math.inf, fresh_connection: bool = False
+        self,
+        request: HttpRequest,
+        on_data: OnData | None = None,
+        *,
+        within: float = math.inf,
+        fresh_connection: bool = False,
     ) -> HttpResponse:
         """Send a request and read the whole response.
 
         Args:
             request: The request.
+            on_data: Called when the headers have come, and with each part of a longer response.
             within: Maximum duration in seconds, if that is less than the HTTP timeout.
             fresh_connection: Whether to open a new connection for it.
 
@@ -164,7 +170,7 @@ class Transport:
             NoKeyError: There is no API key.
             SessionClosedError: The aiohttp session is closed.
         """
-        session, credentials = _require_open(self._api_session), self._credentials
+        credentials = self._credentials
         payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
         failure: FluxError
         try:
@@ -172,10 +178,10 @@ class Transport:
                 if not credentials.is_fixed:
                     await credentials.refresh()
                 version = credentials.version
-                response = await self._call(session, request, payload, fresh_connection=fresh_connection)
+                response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
                 if response.status == 401 and await credentials.has_changed(version):
                     payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
-                    response = await self._call(session, request, payload, fresh_connection=fresh_connection)
+                    response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
         except TransportError as error:
             failure = error
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -194,28 +200,18 @@ class Transport:
             del failure, payload
 
     async def _call(
-        self,
-        session: aiohttp.ClientSession,
-        request: HttpRequest,
-        payload: SubmitPayload | None,
-        *,
-        fresh_connection: bool,
+        self, request: HttpRequest, payload: SubmitPayload | None, on_data: OnData | None, *, fresh_connection: bool
     ) -> HttpResponse:
-        async with self._send(session, request, payload, fresh_connection=fresh_connection) as response:
+        async with self._send(request, payload, fresh_connection=fresh_connection) as response:
             if response.status == 407:
                 raise refused_by_proxy()
-            content = await self._content_reader.read(response.content, is_submit=payload is not None)
+            content = await self._content_reader.read(response.content, is_submit=payload is not None, on_data=on_data)
         return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
 
     def _send(
-        self,
-        session: aiohttp.ClientSession,
-        request: HttpRequest,
-        payload: SubmitPayload | None,
-        *,
-        fresh_connection: bool,
+        self, request: HttpRequest, payload: SubmitPayload | None, *, fresh_connection: bool
     ) -> "aiohttp.client._RequestContextManager":
-        headers: dict[str, str] = self._api_headers
+        session, headers = _require_open(self._api_session), self._api_headers
         options: dict[str, Any] = self._api_options
         if not self._credentials.is_fixed:
             headers = {**headers, "Authorization": self._credentials.header}

@@ -1,6 +1,8 @@
 """PollTimeout by itself, and polls that hang, against a scripted gateway in virtual time."""
 
 import asyncio
+import base64
+import json
 import random
 from collections import Counter, deque
 
@@ -8,7 +10,7 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.scripted import Connection, ScriptedGateway, answer, completed, hang, running, session_on
+from support.scripted import Connection, ScriptedGateway, answer, completed, half_hang, hang, running, session_on
 from support.virtual_time import hold_up
 from support.webhooks import SECRET, sign
 
@@ -225,3 +227,47 @@ async def test_a_poll_that_fails_otherwise_is_not_slow(scripted: ScriptedGateway
     async with session_on(scripted, http_timeout=3.0) as session:
         with pytest.raises(TransportError, match="timed out"):
             await session.fetch("t1")
+
+
+IMAGE = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(60_000)).decode()
+
+
+@pytest.mark.parametrize("seconds", [6.0, 25.0])
+@pytest.mark.parametrize("padding", [0, 1_200_000])
+async def test_an_answer_that_is_coming_is_not_given_up(
+    scripted: ScriptedGateway, seconds: float, padding: int
+) -> None:
+    """An image in the answer may take as long as the HTTP timeout, however quick other polls are."""
+    content = json.dumps(completed(url=f"data:image/jpeg;base64,{IMAGE}{'A' * padding}")).encode()
+
+    async def slowly(connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content))
+        for start in range(0, len(content), size := len(content) // 20):
+            await asyncio.sleep(seconds / 21)
+            await connection.send(content[start : start + size])
+
+    scripted.polls = deque([answer(200, running()), slowly, answer(200, completed("t2"))])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+        assert (outcome.polls, session.stats.retries) == (2, 0)
+
+
+async def test_a_large_answer_may_stop_for_a_while(scripted: ScriptedGateway) -> None:
+    """Only a small answer that stops in the middle is given up: a large one may have to wait for others."""
+    content = json.dumps(completed(url=f"data:image/jpeg;base64,{IMAGE}{'A' * 1_200_000}")).encode()
+    head, stop = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content), len(content) - 1000
+
+    async def stop_for_a_while(connection: Connection) -> None:
+        await connection.send(head + content[:stop])
+        await asyncio.sleep(10.0)
+        await connection.send(content[stop:])
+
+    scripted.polls = deque([answer(200, running()), half_hang, stop_for_a_while])
+    async with session_on(scripted) as session:
+        outcome = await session.generate("a cat")
+
+        assert (outcome.polls, session.stats.retries) == (3, 1)
+        assert outcome.elapsed == pytest.approx(1.0 + 2.0 + 10.0, abs=1.0)
+        assert session._supervisor is not None
+        assert session._supervisor.client._poll_timeout.seconds == 2.0, "what counts is when an answer begins"

@@ -43,7 +43,7 @@ class TaskRunner(SharedTask):
     _recorded: bool = attrs.field(default=False, init=False)
     """Whether the outcome is recorded already: it is a replay."""
     _unrecorded: Outcome | None = attrs.field(default=None, init=False)
-    """The outcome while it is being recorded."""
+    """The outcome while it is being recorded, or the links of a replay are renewed."""
 
     @property
     def polls(self) -> int:
@@ -85,6 +85,9 @@ class TaskRunner(SharedTask):
                 existing = await self._find_existing()
                 if isinstance(existing, Replay):
                     self.task_id, self._recorded = existing.outcome.task_id, True
+                    # This is given out if the session is closed before the links are renewed.
+                    self._unrecorded = existing.outcome
+                    _resolve(self.submit_done, None)
                     return await self._context.renew_links(existing.outcome, self.record.policy)
                 if isinstance(existing, Resume):
                     return await self._resume(existing.task_id, existing.age)

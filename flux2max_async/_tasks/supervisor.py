@@ -298,12 +298,12 @@ class Supervisor:
     def close_now(self) -> None:
         """End everything at once, and log the ids of what is unfinished."""
         self.shutdown.finish()
-        unfinished = list(self._runners)
+        runners = list(self._runners)
         for task in self._tasks:
             task.cancel()
-        for runner in unfinished:
+        for runner in runners:
             runner.close_now()
-        if unfinished:
+        if unfinished := [runner for runner in runners if not runner.ended.result().replayed]:
             ids = [runner.task_id or "(a submit without an answer)" for runner in unfinished]
             log.warning("session closed; unfinished tasks: %s", ids)
 

@@ -1,5 +1,6 @@
 """Replays have links that work, and a replay is never worse because its links can't be renewed."""
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -8,7 +9,7 @@ from pathlib import Path
 import anyio
 import attrs
 import pytest
-from support.scripted import Behaviour, ScriptedGateway, answer, completed, hang, reset, running, session_on
+from support.scripted import Behaviour, Connection, ScriptedGateway, answer, completed, hang, reset, running, session_on
 from support.virtual_time import VirtualJournal
 
 from flux2max_async import Completed, FluxSession, GenerationRequest
@@ -187,3 +188,26 @@ async def test_without_content_keys_each_request_is_its_own(tmp_path: Path) -> N
 
     assert len(ids) == 12
     assert len(set(ids)) == 2 * 4 + 1
+
+
+async def test_closing_gives_out_a_replay_whose_links_are_being_renewed(
+    scripted: ScriptedGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session that is closed meanwhile ends at once, and the replay is no unfinished task."""
+    await fill(scripted, tmp_path)
+    polled = anyio.Event()
+
+    async def hang_later(connection: Connection) -> None:
+        polled.set()
+        await hang(connection)
+
+    scripted.polls = deque([hang_later])
+    async with session_on(scripted, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        waiting = asyncio.ensure_future(session.generate("a cat"))
+        await polled.wait()
+        started = anyio.current_time()
+    replay = await waiting
+
+    assert (replay.images[0].url, replay.replayed) == (OLD, True)
+    assert anyio.current_time() - started < 1.0
+    assert "unfinished" not in caplog.text

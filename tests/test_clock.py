@@ -57,5 +57,6 @@ def test_the_time_of_day_decides_nothing_about_tasks() -> None:
         if (count := len(reads.findall(path.read_text(encoding="utf-8"))))
     }
 
-    # Of a response: for a Retry-After that is a date, if there is no Date header, and for the age of an image's URL.
-    assert uses == {"_api/transport.py": 2}
+    # Of a response: for a Retry-After that is a date, if there is no Date header, and for the age of an image's URL,
+    # which decides whether a replay's links are renewed. An outage is reported with the time of its end.
+    assert uses == {"_api/transport.py": 2, "_tasks/link_renewal.py": 1, "_api/outage.py": 1}

@@ -31,6 +31,11 @@ class LimitedHandler(ResponseHandler):
         self.set_exception(HttpProcessingError(code=400, message="the headers are too large"))
         self.abort()
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Release the parser, which refers to this handler, and with it what was received."""
+        self._counted_parser = self._previous_payload = None
+        super().connection_lost(exc)
+
 
 def limit_headers(connector: aiohttp.TCPConnector) -> aiohttp.TCPConnector:
     """Return a connector whose connections have the limit."""

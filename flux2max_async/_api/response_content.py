@@ -12,6 +12,7 @@ from flux2max_async._exceptions import ProtocolError
 
 _MAX_RESPONSE_BYTES = 140_000_000
 """A task object with an image of 100 MB in base64."""
+_SMALL_RESPONSE_BYTES = 65_536
 LARGE_RESPONSE_BYTES, _MAX_LARGE_RESPONSES = 1_000_000, 4
 """Beyond this size only so many responses are read at once, so that hostile ones can't fill the memory."""
 _HUGE_RESPONSE_BYTES = 8_000_000
@@ -43,10 +44,11 @@ class ContentReader:
         if on_data is not None:
             on_data(0)
         first = await stream.readany()
-        if stream.at_eof() and len(first) <= _MAX_OTHER_BYTES:  # nearly every response
+        if stream.at_eof() and len(first) <= _SMALL_RESPONSE_BYTES:  # nearly every response
             return first
         content = _Content(stream, on_data)
         content.add(first)
+        del first  # it may be large, and reading the rest may take long
         if is_submit:  # nothing may hold its answer up: its time would be over, and nobody would know the task's id
             if await content.read_up_to(_MAX_SUBMIT_RESPONSE_BYTES):
                 raise ProtocolError(_TOO_LARGE)

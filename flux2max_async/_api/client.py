@@ -17,10 +17,10 @@ from flux2max_async._api.give_up import finish_or_give_up
 from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
 from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
-from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again, min_delay
+from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again, min_delay, uncertain_error
 from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
-from flux2max_async._api.submit_turns import SubmitTurns
+from flux2max_async._api.submit_turns import Rank, SubmitTurns
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.transport import Transport
 from flux2max_async._clock import suspended_seconds
@@ -36,7 +36,7 @@ from flux2max_async._exceptions import (
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
 from flux2max_async._stats import SessionStats
-from flux2max_async._text import describe, get_logger
+from flux2max_async._text import get_logger
 
 log = get_logger("api")
 
@@ -117,7 +117,13 @@ class ApiClient:
     # ------------------------------------------------------------------ submits
 
     async def submit(
-        self, request: GenerationRequest, *, deadline: float, cancellation: Cancellation, record: SubmitRecord
+        self,
+        request: GenerationRequest,
+        *,
+        deadline: float,
+        rank: Rank,
+        cancellation: Cancellation,
+        record: SubmitRecord,
     ) -> AcceptedSubmit | LostSubmit:
         """Submit until the service accepts or refuses for good, or its answer is lost.
 
@@ -126,6 +132,7 @@ class ApiClient:
         Args:
             request: What to generate.
             deadline: When the task is given up, on the event loop's clock.
+            rank: Returns its place among submits that wait for their turn.
             cancellation: Cancels the submit between two attempts.
             record: Records each attempt.
 
@@ -139,7 +146,7 @@ class ApiClient:
             FluxError: The reason of the cancellation.
         """
         latest = deadline - min(_MIN_SUBMIT_TIME, (deadline - self.now()) / 4)
-        message = await self._prepare(request, cancellation, latest)
+        message = await self._prepare(request, rank, cancellation, latest)
         failures, refusal = 0, None
         while True:
             started = self.now()
@@ -150,7 +157,7 @@ class ApiClient:
                 )
             except FluxError as error:
                 if is_uncertain(error):
-                    return LostSubmit(_uncertain_error(error), started, deadline, attempt)
+                    return LostSubmit(uncertain_error(error), started, deadline, attempt)
                 if not may_submit_again(error, refusal):
                     raise
                 refusal = error.with_traceback(None)
@@ -158,13 +165,15 @@ class ApiClient:
             failures += 1
             try:
                 async with cancellation.guard(until=latest):
-                    await self._wait_to_retry(refusal, failures)
+                    await self._wait_to_retry(refusal, failures, rank)
             except TimeoutError:
                 raise refusal from refusal.__cause__
             self._stats.retries += 1
             log.warning("submit not accepted (%s); sending it again", refusal)
 
-    async def _prepare(self, request: GenerationRequest, cancellation: Cancellation, latest: float) -> HttpRequest:
+    async def _prepare(
+        self, request: GenerationRequest, rank: Rank, cancellation: Cancellation, latest: float
+    ) -> HttpRequest:
         """Build the message and wait for the submit's turn, which has to come before `latest`."""
         try:
             if any(not isinstance(image.source, str) for image in request.input_images):
@@ -175,7 +184,7 @@ class ApiClient:
                 message = build_submit(request)
             if self._turns.must_wait:
                 async with cancellation.guard(until=latest):
-                    await self._turns.wait()
+                    await self._turns.wait(rank)
             elif cancellation.reason is not None:
                 cancellation.raise_if_cancelled()
         except TimeoutError:
@@ -244,12 +253,12 @@ class ApiClient:
         self._breaker.release(lost.attempt)
         self._turns.on_capacity_changed()
 
-    async def _wait_to_retry(self, refusal: FluxError, failures: int) -> None:
+    async def _wait_to_retry(self, refusal: FluxError, failures: int, rank: Rank) -> None:
         asked = min_delay(refusal)
         if isinstance(refusal, RateLimitedError):
             asked = spread_submit_pause(pause_after(refusal.retry_after), random.random())
         await asyncio.sleep(max(backoff(failures, random.random()), asked))
-        await self._turns.wait()
+        await self._turns.wait(rank)
 
     # ------------------------------------------------------------------ polls
 
@@ -338,11 +347,3 @@ class ApiClient:
         if kind not in self._unknown_statuses and len(self._unknown_statuses) < _MAX_UNKNOWN_STATUSES:
             self._unknown_statuses.add(kind)
             log.warning("unknown task status %r: taken for still running", status[:80])
-
-
-def _uncertain_error(cause: FluxError) -> SubmissionUncertainError:
-    error = SubmissionUncertainError(
-        f"the submit was sent, but its answer was lost ({describe(cause)}): a task may exist and cost money"
-    )
-    error.__cause__ = cause.with_traceback(None)
-    return error

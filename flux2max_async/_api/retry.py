@@ -16,9 +16,11 @@ from flux2max_async._exceptions import (
     RateLimitedError,
     ResponseError,
     ServerError,
+    SubmissionUncertainError,
     TaskNotFoundError,
     TransportError,
 )
+from flux2max_async._text import describe
 
 NOT_FOUND_GRACE_PERIOD = 30.0
 """Seconds after a submit during which a 404 may only mean that the new task is not visible yet."""
@@ -95,6 +97,15 @@ def is_uncertain(error: FluxError) -> bool:
             return True
         case _:
             return False
+
+
+def uncertain_error(cause: FluxError) -> SubmissionUncertainError:
+    """Return the error of a submit that was sent and not answered."""
+    error = SubmissionUncertainError(
+        f"the submit was sent, but its answer was lost ({describe(cause)}): a task may exist and cost money"
+    )
+    error.__cause__ = cause.with_traceback(None)
+    return error
 
 
 def may_poll_again(error: FluxError, *, elapsed: float | None) -> bool:

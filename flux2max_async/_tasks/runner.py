@@ -13,6 +13,7 @@ from flux2max_async._polling.context import PollStart
 from flux2max_async._polling.poller import TaskPoller
 from flux2max_async._tasks.context import RunnerObserver
 from flux2max_async._tasks.shared_task import SharedTask
+from flux2max_async._tasks.slots import order_of
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good
 from flux2max_async._text import get_logger
 from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, Submit
@@ -136,6 +137,7 @@ class TaskRunner(SharedTask):
             accepted = await polling.client.submit(
                 expected.request if expected else self.request,
                 deadline=deadline,
+                rank=self._rank,
                 cancellation=self._cancellation,
                 record=self.record,
             )
@@ -169,6 +171,9 @@ class TaskRunner(SharedTask):
             raise
         finally:
             self._place = None
+
+    def _rank(self) -> float:
+        return order_of(self._created, max(self.callers, default=0))
 
     async def _resume(self, task_id: str, age: float | None) -> Outcome:
         """Follow a task that was submitted earlier; together with whoever follows it here already."""

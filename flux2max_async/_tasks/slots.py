@@ -73,7 +73,7 @@ class SlotQueue:
         """
         now = self._loop.time()
         self._arrivals += 1
-        place = Place(now, self._arrivals, self._loop.create_future(), _order(now, priority))
+        place = Place(now, self._arrivals, self._loop.create_future(), order_of(now, priority))
         self.waiting += 1
         self._push(place)
         return place
@@ -89,7 +89,7 @@ class SlotQueue:
 
     def set_priority(self, place: Place, priority: int) -> None:
         """Change the priority of a request that waits; its age still counts."""
-        order = _order(place.arrived, priority)
+        order = order_of(place.arrived, priority)
         if order != place.order and not place.granted.done():
             place.order = order
             self._push(place)
@@ -106,5 +106,6 @@ class SlotQueue:
             heapq.heapify(self._heap)
 
 
-def _order(arrived: float, priority: int) -> float:
+def order_of(arrived: float, priority: int) -> float:
+    """Return when a request would have had to arrive with priority 0 to have the same place."""
     return arrived - _SECONDS_PER_PRIORITY * max(-_MAX_PRIORITY, min(priority, _MAX_PRIORITY))

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from support.responses import picture
-from support.scripted import ScriptedGateway, answer, completed, running, session_on
+from support.scripted import Connection, ScriptedGateway, answer, completed, running, session_on
 from support.virtual_time import VirtualJournal
 
 from flux2max_async import ConfigurationError, FixedSchedule, FluxSession, InvalidRequestError
@@ -77,6 +77,30 @@ async def test_interactive_beside_a_full_batch(full_size: FluxSession, gateway: 
     assert waiting >= 24
     assert after[0] == "interactive"
     assert not is_early
+
+
+async def test_interactive_beside_a_full_batch_of_an_account_with_fewer_tasks(scripted: ScriptedGateway) -> None:
+    """If the service allows far fewer tasks than the session, an interactive request doesn't wait for all slots."""
+    now, ends = asyncio.get_running_loop().time, dict[str, float]()
+
+    async def submit(connection: Connection) -> None:
+        if sum(end > now() for end in ends.values()) >= 6:
+            await answer(429, {}, [("Retry-After", "1")])(connection)
+            return
+        ends[task_id := f"t{len(ends)}"] = now() + 8.0
+        await answer(200, {"id": task_id})(connection)
+
+    async def poll(connection: Connection) -> None:
+        task_id = connection.call.path.rpartition("/")[2]
+        await answer(200, completed(task_id) if ends[task_id] <= now() else running(task_id))(connection)
+
+    scripted.submits, scripted.polls = deque([submit]), deque([poll])
+    async with session_on(scripted, max_polls_per_second=None) as session, batch_of_calls(session):
+        await anyio.sleep(40.0)
+        before = len(ends)
+        interactive = await session.submit("interactive", priority=1)
+
+    assert int(interactive.id.removeprefix("t")) <= before + 6
 
 
 async def test_batch_that_leaves_slots_free(full_size: FluxSession, gateway: Emulator) -> None:

@@ -269,7 +269,9 @@ async def test_cancelled_submit_that_waits_for_nothing(scripted: ScriptedGateway
         supervisor = session._supervisor
         assert supervisor is not None
         with pytest.raises(SessionClosedError, match="nobody is left"):
-            await supervisor.client.submit(CAT, deadline=math.inf, cancellation=cancellation, record=NullRecord())
+            await supervisor.client.submit(
+                CAT, deadline=math.inf, rank=lambda: 0.0, cancellation=cancellation, record=NullRecord()
+            )
 
     assert scripted.received == []
 

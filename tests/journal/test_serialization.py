@@ -187,6 +187,16 @@ def test_deep_nesting_is_cut() -> None:
     assert "nested too deeply" in json.dumps(sanitize(nested, ()))
 
 
+def test_sanitize_copies_and_masks() -> None:
+    """Texts are masked at any depth, and values of any other kind stay what they are."""
+    value = {"a secret": ("a secret", 1, 1.5, None, True, Decimal("0.1")), "b": [{"c": "secret"}]}
+
+    assert sanitize(value, ("secret",)) == {
+        "a ***": ["a ***", 1, 1.5, None, True, Decimal("0.1")],
+        "b": [{"c": "***"}],
+    }
+
+
 # ---------------------------------------------------------------------- snapshots
 
 

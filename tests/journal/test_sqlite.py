@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -26,7 +26,7 @@ from flux2max_async import (
     JournalError,
 )
 from flux2max_async.journal import EntryState, Holder, SavedFile, SqliteJournal
-from flux2max_async.journal._schema import create_file
+from flux2max_async.journal._schema import create_file, retry_while_locked
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -975,3 +975,30 @@ async def test_a_full_disk_is_a_journal_error(
     assert {type(failure) for failure in failures} == {JournalError}
     assert "run.db can't be" in str(failures[0])
     assert found.key == "k"
+
+
+@pytest.mark.parametrize(
+    ("errors", "busy_timeout", "calls"),
+    [
+        ([], 5.0, 1),
+        (["database is locked"] * 2, 5.0, 3),
+        (["database is locked"], -1.0, 1),
+        (["disk I/O error"], 5.0, 1),
+        (["database is locked", "disk I/O error"], 5.0, 2),
+    ],
+)
+def test_retry_while_locked(errors: list[str], busy_timeout: float, calls: int) -> None:
+    """Only a locked database is tried again, until the time is over."""
+    made = 0
+
+    def open_file() -> None:
+        nonlocal made
+        made += 1
+        if made <= len(errors):
+            raise sqlite3.OperationalError(errors[made - 1])
+
+    succeeds = calls == len(errors) + 1
+    with nullcontext() if succeeds else pytest.raises(sqlite3.OperationalError):
+        retry_while_locked(open_file, busy_timeout)
+
+    assert made == calls

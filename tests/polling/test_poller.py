@@ -646,6 +646,27 @@ async def test_webhook_during_a_pause(scripted: ScriptedGateway) -> None:
     ]
 
 
+async def test_webhook_while_all_polls_are_held_back(scripted: ScriptedGateway) -> None:
+    """After four 429s in a row the first poll of another task waits too, and a webhook ends that task meanwhile."""
+    inbox = WebhookInbox(secret=SECRET, public_url="https://app.example/hooks")
+    scripted.submits = deque([answer(200, running("t1")), answer(200, running("t2"))])
+    scripted.polls = deque(
+        [*[answer(429, b"", [("Retry-After", "1")])] * 3, answer(429, b"", [("Retry-After", "100")])]
+    )
+    async with session_on(scripted, webhooks=inbox) as session:
+        refused = await session.submit("a cat")
+        await anyio.sleep(30.0)
+        assert session.stats.rate_limited == 4
+        held_back = await session.submit("a dog")
+        await anyio.sleep(20.0)
+        for task_id in ("t1", "t2"):
+            await inbox.deliver(*sign(completed(task_id)))
+        outcomes = [await refused.outcome(), await held_back.outcome()]
+
+    assert [(outcome.ok, outcome.polls) for outcome in outcomes] == [(True, 4), (True, 0)]
+    assert outcomes[1].elapsed == pytest.approx(20.0, abs=0.5)
+
+
 async def test_unexpected_timeout_ends_only_its_task(scripted: ScriptedGateway) -> None:
     """A TimeoutError that no webhook has caused is the outcome of its task, and not repeated for ever."""
 

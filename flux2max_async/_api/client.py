@@ -189,7 +189,7 @@ class ApiClient:
                 cancellation.raise_if_cancelled()
         except TimeoutError:
             raise DeadlineExceededError("not sent within its task_timeout: submits were held back") from None
-        return attrs.evolve(message, is_wanted=lambda: cancellation.reason is None)
+        return message
 
     async def _try_submit(
         self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float, attempt: Attempt

@@ -7,7 +7,6 @@ differ, all variants are accepted. A response that can't be parsed is a Protocol
 
 import contextlib
 import json
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -58,8 +57,6 @@ class HttpRequest:
     path: str
     """Percent-encoded, relative to the base URL."""
     body: bytes | None = attrs.field(default=None, repr=False)
-    is_wanted: Callable[[], bool] = attrs.field(default=lambda: True, repr=False, eq=False)
-    """Returns whether the body of a submit is still to be sent, when it can be."""
 
 
 # ------------------------------------------------------------------ requests

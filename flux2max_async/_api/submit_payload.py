@@ -20,21 +20,14 @@ class SubmitPayload(aiohttp.Payload):
         value: The body.
         may_write: Returns whether it may be written to a connection. None, for a borrowed session: it may be written
             to each, and the connection is closed afterwards.
-        is_wanted: Returns whether it is to be written at all: it may have waited long for a connection, or for the key.
     """
 
     _autoclose = True
 
-    def __init__(
-        self,
-        value: bytes,
-        may_write: Callable[[ResponseHandler], bool] | None = None,
-        is_wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def __init__(self, value: bytes, may_write: Callable[[ResponseHandler], bool] | None = None) -> None:
         super().__init__(value, content_type="application/json")
         self._size = len(value)
         self._may_write = may_write
-        self._is_wanted = is_wanted
         self.is_written = False
 
     async def write(self, writer: AbstractStreamWriter) -> None:
@@ -43,8 +36,6 @@ class SubmitPayload(aiohttp.Payload):
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         if self.is_written:
             raise ConnectionError("a submit is never written twice")  # a borrowed session's middleware may try to
-        if not self._is_wanted():
-            raise ConnectionError("nobody waits for the submit any more")
         protocol = cast("ResponseHandler", cast("StreamWriter", writer).protocol)
         if self._may_write is None:
             protocol.force_close()

@@ -171,7 +171,7 @@ class Transport:
             SessionClosedError: The aiohttp session is closed.
         """
         credentials = self._credentials
-        payload = None if request.body is None else SubmitPayload(request.body, self._may_write, request.is_wanted)
+        payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
         failure: FluxError
         try:
             async with asyncio.timeout(min(self._timeout, within)):
@@ -180,11 +180,7 @@ class Transport:
                 version = credentials.version
                 response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
                 if response.status == 401 and await credentials.has_changed(version):
-                    payload = (
-                        None
-                        if request.body is None
-                        else SubmitPayload(request.body, self._may_write, request.is_wanted)
-                    )
+                    payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
                     response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
         except TransportError as error:
             failure = error
@@ -194,8 +190,7 @@ class Transport:
             if self._outage.is_on:
                 self._outage.end()
             return response
-        if request.is_wanted():
-            self._outage.on_failure(failure, within, is_poll=payload is None)
+        self._outage.on_failure(failure, within, is_poll=payload is None)
         try:
             # Raised outside the except block, so that aiohttp's error, which holds the headers and so the key, does not
             # become its context.

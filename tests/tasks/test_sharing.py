@@ -9,7 +9,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import anyio
 import pytest
 from support.responses import picture
@@ -17,9 +16,7 @@ from support.scripted import Connection, ScriptedGateway, answer, completed, run
 from support.virtual_time import VirtualJournal
 
 from flux2max_async import (
-    DeadlineExceededError,
     Failed,
-    FixedSchedule,
     FluxSession,
     GenerationRequest,
     InvalidRequestError,
@@ -362,33 +359,3 @@ async def test_fourth_429_holds_back_polls_that_wait_for_the_limit(scripted: Scr
         *_, fourth, fifth = sorted(call.at for call in scripted.received)[:5]
 
     assert fifth - fourth >= 6.0
-
-
-@pytest.mark.parametrize("is_borrowed", [False, True])
-@pytest.mark.parametrize("others", [0, 1])
-async def test_a_submit_that_waits_for_the_key_is_withdrawn(
-    scripted: ScriptedGateway, caplog: pytest.LogCaptureFixture, others: int, *, is_borrowed: bool
-) -> None:
-    """Nothing is sent, and paid for, if everybody has left before the first byte could be; nor is that an outage."""
-
-    async def slow_key() -> str:
-        await anyio.sleep(1.0)
-        return scripted.api_key
-
-    async with (
-        aiohttp.ClientSession() as http,
-        FluxSession(
-            slow_key, base_url=scripted.url, schedule=FixedSchedule(1.0), http_session=http if is_borrowed else None
-        ) as session,
-    ):
-        staying = [asyncio.ensure_future(session.generate("a dog")) for _ in range(others)]
-        leaving = [session.generate("a cat", timeout=0.5) for _ in range(2)]
-        results = await asyncio.gather(*leaving, return_exceptions=True)
-        await asyncio.gather(*staying)
-        await anyio.sleep(10.0)
-        stats = session.stats
-
-    assert [type(result) for result in results] == [DeadlineExceededError] * 2
-    assert [call.params["prompt"] for call in scripted.of("POST")] == ["a dog"] * others
-    assert (stats.submitted, stats.failed, stats.retries, stats.in_flight) == (others, 2, 0, 0)
-    assert "no answer" not in caplog.text

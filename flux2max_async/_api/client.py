@@ -195,7 +195,7 @@ class ApiClient:
         self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float, attempt: Attempt
     ) -> TaskSnapshot:
         limiter = self.submit_limiter
-        probe = limiter.refused and limiter.submit_started()
+        probe = limiter.refused and limiter.submit_started(self.now())
         self._stats.submitting += 1
         try:
             await record.begin()

@@ -1,4 +1,4 @@
-"""The limit for submits after frequent 429s: a pause, and an AIMD limit for the number of tasks in flight.
+"""The limit for submits after frequent 429s: a pause, and limits for the tasks in flight and the rate of submits.
 
 A few 429s may be chance, and each holds back its own submit only. Four or more among the last 20 submits are a limit.
 They don't reveal whether the rate of submits or the number of tasks in flight is too high, so they have two effects:
@@ -6,6 +6,10 @@ all submits pause for as long as the service requests, and the current number of
 further submits, which are then sent one at a time, as probes. Each accepted submit raises the ceiling, by less where
 the same number was refused before. So the ceiling settles just below the limit of the service, with several accepted
 submits for each refused probe, and is soon gone if there is no such limit.
+
+Once more tasks are in flight than at the last refusal, their number was not the reason: the rate was too high. Then
+submits are also spread evenly, at the rate at which they were accepted from one refusal to the next, which is what a
+token bucket allows. Each accepted one raises that rate a little, and it is given up if twice the rate is accepted.
 
 All times are seconds on one clock, which the caller reads.
 """
@@ -23,6 +27,16 @@ _PROBE_INTERVAL = 30.0
 """Seconds after a refusal that confirms the ceiling until a probe is sent although the ceiling is reached."""
 _MIN_INCREASE = 1 / 16
 """How much one accepted submit raises the ceiling, at least."""
+_MARGIN = 2
+"""More tasks in flight than are suspected to be the limit, by more than this; some of them may have ended unnoticed."""
+_RATE_PROOF = 3
+"""So many submits accepted with more tasks in flight, before the next refusal, prove that the rate was too high."""
+_RATE_GROWTH = 1.01
+"""Each accepted submit multiplies the rate by this."""
+_RATE_KEPT = 0.9
+"""What a new measurement leaves of the rate at least: refusals by chance come at any rate."""
+_RATE_DISPROOF = 2.0
+"""So many times the measured rate disproves a limit for it."""
 _DISPROOF, _DISPROOF_ABOVE = 60, 8
 """So many accepted submits since the last refusal, so many of them with more tasks in flight, disprove a limit."""
 _MAX_INCREASE_SHARE = 1 / 8
@@ -37,8 +51,8 @@ _MAX_INCREASE_SHARE = 1 / 8
 #   reached the service's limit, and may have ended since.
 # - RECOVERING: the ceiling is `max_in_flight`, and fewer than `_max_on_wire` submits are on the wire when one starts.
 #
-# In each state, `_paused_until` and `_backoff_until` hold back all submits. A submit that was refused is also held back
-# on its own, by the ApiClient.
+# In each state, `_paused_until`, `_backoff_until` and `_next_at` hold back all submits. A submit that was refused is also
+# held back on its own, by the ApiClient.
 #
 # Transitions, all made by the ApiClient:
 #
@@ -46,9 +60,10 @@ _MAX_INCREASE_SHARE = 1 / 8
 #   nothing. Otherwise -> LIMITED. `_suspect` is the lowest number of tasks in flight at which the service is suspected
 #   to refuse more, `_suspicion` the number of refusals that suggest it; one at a lower number begins a new suspicion.
 #   The first leaves a ceiling that allows to try the same number once more, further ones make the current number the
-#   ceiling. Each divides the increase by four, so that the ceiling returns to a limit that is real more slowly. From
-#   the second consecutive refusal on, a backoff applies, in addition to the pause. (A session with a single slot has no
-#   lower ceiling: it only pauses.)
+#   ceiling. Each divides the increase by four, so that the ceiling returns to a limit that is real more slowly. If
+#   several submits were accepted with more tasks in flight, the suspicion moves to the current number, the increase
+#   stays, and submits get a maximum rate (see `_limit_rate`). From the second consecutive refusal on, a backoff
+#   applies, in addition to the pause. (A session with a single slot has no lower ceiling: it only pauses.)
 # - submit_accepted: raises the ceiling by the increase. Many accepted submits in a row, several of them beyond the
 #   suspected number, disprove it: the increase has its maximum again. LIMITED -> RECOVERING once the ceiling is
 #   `max_in_flight`; the window begins anew. In RECOVERING, each one raises `_max_on_wire` by one: it doubles with each
@@ -102,6 +117,14 @@ class SubmitLimiter:
     """Accepted submits since the last of them."""
     _accepted_above: int = attrs.field(default=0, init=False)
     """How many of these led to more tasks in flight."""
+    _counted_at: float = attrs.field(default=-math.inf, init=False)
+    """When the last of them was refused."""
+    _rate: float = attrs.field(default=math.inf, init=False)
+    """Maximum number of submits per second."""
+    _measured_rate: float = attrs.field(default=math.inf, init=False)
+    """What it was at the last refusal."""
+    _next_at: float = attrs.field(default=-math.inf, init=False)
+    """When the next submit may be sent at this rate."""
 
     @property
     def is_limited(self) -> bool:
@@ -122,15 +145,17 @@ class SubmitLimiter:
             in_flight: The number of tasks that the service has accepted and that are not known to have ended.
             on_wire: The number of submits that are on the wire.
         """
-        delay = max(self.pause_remaining(now), self._backoff_until - now)
+        delay = max(self.pause_remaining(now), self._backoff_until - now, self._next_at - now)
         if not self.is_limited:
             return math.inf if on_wire >= self._max_on_wire else delay
         if self._is_probing:
             return math.inf
         return delay if in_flight + 1 <= self._ceiling else max(delay, self._last_refusal + _PROBE_INTERVAL - now)
 
-    def submit_started(self) -> bool:
+    def submit_started(self, now: float) -> bool:
         """Record that a submit is sent; return whether it is a probe, which the call that records its end needs."""
+        if self._rate < math.inf:
+            self._next_at = now + min(1 / self._rate, _PROBE_INTERVAL)
         probe = self.is_limited
         self._is_probing = self._is_probing or probe
         return probe
@@ -146,7 +171,10 @@ class SubmitLimiter:
         self._end_probe(probe=probe)
         self._consecutive_refusals = 0
         self._accepted += 1
-        self._accepted_above += in_flight > self._suspect
+        self._accepted_above += in_flight > self._suspect + _MARGIN
+        self._rate *= _RATE_GROWTH
+        if self._rate > _RATE_DISPROOF * self._measured_rate:
+            self._rate = math.inf
         if self._accepted >= _DISPROOF and self._accepted_above >= _DISPROOF_ABOVE:
             self._suspicion = 0
             self._increase = self._max_increase
@@ -176,7 +204,7 @@ class SubmitLimiter:
             return
         if probe or not self._consecutive_refusals:
             self._consecutive_refusals += 1
-            self._suspect_limit(in_flight)
+            self._suspect_limit(now, in_flight)
         self._last_refusal = now
         allowed = in_flight + (self._suspicion == 1)
         self._ceiling = max(1.0, min(self._ceiling, allowed, self._max_in_flight - 1))
@@ -185,13 +213,25 @@ class SubmitLimiter:
             self._backoff_until = now + min(_BACKOFF_FACTOR**exponent, _MAX_BACKOFF)
         self._paused_until = self._asked_until
 
-    def _suspect_limit(self, in_flight: int) -> None:
-        if self._suspicion and in_flight >= self._suspect:
+    def _suspect_limit(self, now: float, in_flight: int) -> None:
+        is_rate = self._suspicion > 0 and self._accepted_above >= _RATE_PROOF
+        if is_rate or self._rate < math.inf:
+            self._limit_rate(now)
+        if is_rate:
+            self._suspect = in_flight
+        elif self._suspicion and in_flight >= self._suspect:
             self._suspicion += 1
         else:
             self._suspicion, self._suspect = 1, in_flight
         self._increase = max(self._max_increase / 4 ** min(self._suspicion - 1, 10), _MIN_INCREASE)
         self._accepted = self._accepted_above = 0
+        self._counted_at = now
+
+    def _limit_rate(self, now: float) -> None:
+        measured = self._accepted / max(now - self._counted_at, 1.0)
+        if self._rate < math.inf:
+            measured = max(measured, self._measured_rate * _RATE_KEPT)
+        self._rate = self._measured_rate = measured
 
     def _end_probe(self, *, probe: bool) -> None:
         if probe:

@@ -22,7 +22,7 @@ Event = Callable[[SubmitLimiter], object]
 
 def started() -> Event:
     """A submit is sent."""
-    return lambda limiter: limiter.submit_started()
+    return lambda limiter: limiter.submit_started(0.0)
 
 
 def accepted(in_flight: int, *, probe: bool = False) -> Event:
@@ -150,7 +150,7 @@ def test_delay_after_events(events: list[Event], now: float, in_flight: int, del
 def test_submits_after_frequent_429s_are_probes(events: list[Event], is_limited: bool) -> None:
     """Four 429s among 20 submits make every submit a probe, until the ceiling is what the session allows."""
     limiter = limiter_after(*events)
-    probe = limiter.submit_started()
+    probe = limiter.submit_started(1000)
 
     assert limiter.is_limited is is_limited
     assert probe is is_limited
@@ -162,11 +162,11 @@ def test_concurrency_doubles_while_it_recovers(refusals: int) -> None:
     """Once there is no ceiling, each accepted submit allows one more on the wire, from two on if the limit was confirmed."""
     limiter = limiter_after(limited(100, 20, 1), *[refused(110, 20, 1, probe=True)] * refusals)
     while limiter.is_limited:
-        limiter.submit_accepted(20, probe=limiter.submit_started())
+        limiter.submit_accepted(20, probe=limiter.submit_started(1000))
     allowed = []
     while (on_wire := next((n for n in range(100) if limiter.submit_delay(1000, 20, n) == INFINITE), 0)) > 0:
         allowed.append(on_wire)
-        limiter.submit_accepted(20, probe=limiter.submit_started())
+        limiter.submit_accepted(20, probe=limiter.submit_started(1000))
 
     assert allowed == list(range(2 if refusals else 3, 24))
 
@@ -179,7 +179,7 @@ def test_pause_is_what_the_service_requests(times: int, retry_after: float) -> N
     now = 1024.0
     pauses = []
     for _ in range(3 + times):
-        probe = limiter.submit_started()
+        probe = limiter.submit_started(now)
         limiter.submit_refused(now, 2, retry_after, probe=probe)
         pauses.append(limiter.pause_remaining(now))
         now += 256
@@ -203,7 +203,7 @@ def test_backoff_of_refused_probes(retry_after: float | None) -> None:
     now = 1024.0
     delays = []
     for _ in range(23):
-        probe = limiter.submit_started()
+        probe = limiter.submit_started(now)
         limiter.submit_refused(now, 0, retry_after, probe=probe)
         delays.append(limiter.submit_delay(now, 0, 0))
         now += 64
@@ -225,10 +225,10 @@ def test_accepted_submit_resets_the_backoff() -> None:
     """After an accepted submit, the next refusal has a short delay again."""
     limiter = SubmitLimiter(24)
     for now in range(100, 1000, 100):
-        probe = limiter.submit_started()
+        probe = limiter.submit_started(now)
         limiter.submit_refused(now, 0, None, probe=probe)
-    limiter.submit_accepted(1, probe=limiter.submit_started())
-    limiter.submit_refused(2000, 1, None, probe=limiter.submit_started())
+    limiter.submit_accepted(1, probe=limiter.submit_started(1900))
+    limiter.submit_refused(2000, 1, None, probe=limiter.submit_started(2000))
 
     assert limiter.submit_delay(2000, 0, 0) == 1.0
 
@@ -239,7 +239,7 @@ def test_ceiling_rises_until_there_is_no_limit() -> None:
     in_flight = 3
     for _ in range(200):
         if limiter.submit_delay(101, in_flight, 0) == 0:
-            probe = limiter.submit_started()
+            probe = limiter.submit_started(101)
             in_flight = min(in_flight + 1, 8)
             limiter.submit_accepted(in_flight, probe=probe)
         else:
@@ -255,6 +255,71 @@ def test_refusal_with_a_single_slot() -> None:
 
     assert limiter.submit_delay(100, 0, 0) == 2
     assert limiter.submit_delay(102, 0, 0) == 0
+
+
+def rate_limited() -> SubmitLimiter:
+    """Return a limiter whose refusals came at 4 and 10 tasks in flight, with six accepted in the two seconds between."""
+    limiter = limiter_after(limited(100, 4, 1), max_in_flight=100)
+    for in_flight in range(5, 11):
+        limiter.submit_accepted(in_flight, probe=limiter.submit_started(101))
+    limiter.submit_refused(102, 10, 1, probe=limiter.submit_started(102))
+    return limiter
+
+
+def test_refused_with_ever_more_tasks_in_flight() -> None:
+    """If the number in flight isn't the reason, submits are spread at the rate at which they were accepted before."""
+    limiter = rate_limited()
+    limiter.submit_started(103)
+    limiter.submit_accepted(11, probe=True)
+
+    assert limiter.submit_delay(103, 11, 0) == pytest.approx(1 / 3)
+    assert limiter.submit_delay(103 + 1 / 3, 11, 0) == pytest.approx(0)
+
+
+def test_refused_with_the_same_number_in_flight() -> None:
+    """If two more tasks were in flight at most, which may have ended unnoticed, submits are not spread."""
+    limiter = limiter_after(limited(100, 4, 1), max_in_flight=100)
+    for in_flight in (5, 6, 6, 6, 6, 6):
+        limiter.submit_accepted(in_flight, probe=limiter.submit_started(101))
+    limiter.submit_refused(102, 5, 1, probe=limiter.submit_started(102))
+    limiter.submit_started(103)
+    limiter.submit_accepted(4, probe=True)
+
+    assert limiter.submit_delay(103, 4, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("accepted", "seconds", "expected"),
+    [
+        pytest.param(8, 2.0, 4.0, id="what was accepted meanwhile"),
+        pytest.param(3, 2.0, 2.7, id="no less than nine tenths of what it was"),
+        pytest.param(5, 0.5, 5.0, id="counted as a second"),
+    ],
+)
+def test_rate_after_the_next_refusal(accepted: int, seconds: float, expected: float) -> None:
+    """Each further refusal sets the rate anew."""
+    limiter = rate_limited()
+    for _ in range(accepted):
+        limiter.submit_accepted(6, probe=limiter.submit_started(103))
+    limited(102 + seconds, 10, 0)(limiter)
+    limiter.submit_started(200)
+    limiter.submit_ended(probe=True)
+
+    assert limiter.submit_delay(200, 0, 0) == pytest.approx(1 / expected)
+
+
+def test_rate_is_given_up() -> None:
+    """Each accepted submit raises the rate; after seventy without a refusal, there is none."""
+    limiter = rate_limited()
+    delays = []
+    for now in range(200, 280):
+        probe = limiter.submit_started(now)
+        limiter.submit_accepted(6, probe=probe)
+        delays.append(limiter.submit_delay(now, 0, 0))
+
+    assert delays == sorted(delays, reverse=True)
+    assert delays[68] > 1 / 6
+    assert delays[71] == 0
 
 
 WAITS = st.none() | st.floats(0, 1e9)
@@ -282,7 +347,7 @@ def test_delay_is_bounded_after_any_events(events: list[Any], max_in_flight: int
     for event in events:
         match event:
             case "start":
-                on_wire.append(limiter.submit_started())
+                on_wire.append(limiter.submit_started(now))
             case "end" if on_wire:
                 limiter.submit_ended(probe=on_wire.pop(0))
             case ("accept", count) if on_wire:
@@ -306,7 +371,8 @@ def test_delay_is_bounded_after_any_events(events: list[Any], max_in_flight: int
     now += 1000
     for _ in range(16 * max_in_flight + max_in_flight):
         assert limiter.submit_delay(now, 0, 0) == 0
-        limiter.submit_accepted(1, probe=limiter.submit_started())
+        limiter.submit_accepted(1, probe=limiter.submit_started(now))
+        now += 30
     assert not limiter.is_limited
     assert limiter.submit_delay(now, 0, 99) == 0
 
@@ -322,6 +388,8 @@ class Simulation:
     """Returns how many tasks the service runs at a time, some seconds after the start."""
     tasks: int = 240
     clients: int = 24
+    rate: float = 1e9
+    """How many submits the service accepts in a second, and how many at once."""
     seconds: float = 8.0
     """The duration of a task."""
     retry_after: float | None = 1.0
@@ -346,6 +414,8 @@ class Simulation:
     _running: int = attrs.field(default=0, init=False)
     _on_wire: list[bool] = attrs.field(factory=list[bool], init=False)
     """For each submit on the wire, whether it is a probe."""
+    _tokens: float = attrs.field(default=1e9, init=False)
+    _tokens_at: float = attrs.field(default=0.0, init=False)
     _events: list[tuple[float, int, Event]] = attrs.field(factory=list[tuple[float, int, Event]], init=False)
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
 
@@ -357,7 +427,7 @@ class Simulation:
             delay = limiter.submit_delay(self.now, self._in_flight, on_wire) if may_submit else math.inf
             if delay <= 0:
                 self.early_submits += limiter.pause_remaining(self.now) > 0
-                self._submit(limiter.submit_started())
+                self._submit(limiter.submit_started(self.now))
             elif self._events and self._events[0][0] <= self.now + delay:
                 self.now, _, event = heapq.heappop(self._events)
                 event(limiter)
@@ -378,7 +448,10 @@ class Simulation:
         self._schedule(self.latency / 2, lambda _: self._arrive(probe))
 
     def _arrive(self, probe: bool) -> None:
-        if self._running < self.limit(self.now):
+        self._tokens = min(self._tokens + (self.now - self._tokens_at) * self.rate, self.rate)
+        self._tokens_at = self.now
+        if self._running < self.limit(self.now) and self._tokens >= 1:
+            self._tokens -= 1
             self._running += 1
             minute = int(self.now / 60)
             self.peak_running[minute] = max(self.peak_running.get(minute, 0), self._running)
@@ -471,3 +544,15 @@ def test_few_submits_while_the_service_accepts_nothing() -> None:
     assert simulation.completed == simulation.tasks
     assert simulation.submits < 24 + 24 + 60
     assert simulation.now < 600 + 120
+
+
+@pytest.mark.parametrize("clients", [24, 100])
+def test_service_with_a_limited_rate(clients: int) -> None:
+    """With five submits a second, at least nine tenths of them are used, and few are refused after the first burst."""
+    seconds = 1.5 if clients == 24 else 8.0
+    simulation = Simulation(lambda _: 1000, tasks=800, clients=clients, rate=5.0, seconds=seconds).run()
+
+    assert simulation.completed == simulation.tasks
+    assert simulation.early_submits == 0
+    assert simulation.now < 800 / 5 / 0.9 + seconds
+    assert simulation.submits - clients < 1.2 * simulation.tasks

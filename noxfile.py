@@ -147,6 +147,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/journal.py", "--write")
     session.run("python", "benchmarks/webhooks.py", "--write")
     session.run("python", "benchmarks/far.py", "--write")
+    session.run("python", "benchmarks/limits.py", "--write")
 
 
 @nox.session(python=NEWEST)

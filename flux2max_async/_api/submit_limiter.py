@@ -51,8 +51,8 @@ _MAX_INCREASE_SHARE = 1 / 8
 #   reached the service's limit, and may have ended since.
 # - RECOVERING: the ceiling is `max_in_flight`, and fewer than `_max_on_wire` submits are on the wire when one starts.
 #
-# In each state, `_paused_until`, `_backoff_until` and `_next_at` hold back all submits. A submit that was refused is also
-# held back on its own, by the ApiClient.
+# In each state, `_paused_until`, `_backoff_until` and `_next_at` hold back all submits. A submit that was refused is
+# also held back on its own, by the ApiClient.
 #
 # Transitions, all made by the ApiClient:
 #

@@ -26,7 +26,7 @@ _IDLE_RESET = 10.0
 """Seconds without a poll after which the load is reset."""
 _MAX_BACKPRESSURE = 8.0
 """The cost is raised to at most 1 + this by refusals."""
-_MIN_BACKPRESSURE = 0.25
+_MIN_BACKPRESSURE = 0.3
 """The first frequent refusals raise the cost by this; further ones soon after by more."""
 _BACKPRESSURE_HALF_LIFE = 30.0
 """Seconds."""

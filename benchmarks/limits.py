@@ -125,8 +125,9 @@ class Gateway:
     async def exchange(
         self,
         request: HttpRequest,
+        on_data: object = None,  # noqa: ARG002 - as the transport has it
         *,
-        within: float = math.inf,  # noqa: ARG002 - as the transport has it
+        within: float = math.inf,  # noqa: ARG002
         fresh_connection: bool = False,  # noqa: ARG002
     ) -> HttpResponse:
         await asyncio.sleep(_ROUND_TRIP / 2)

@@ -125,9 +125,9 @@ class Gateway:
     async def exchange(
         self,
         request: HttpRequest,
-        on_data: object = None,  # noqa: ARG002 - as the transport has it
+        on_data: Callable[[int], object] | None = None,
         *,
-        within: float = math.inf,  # noqa: ARG002
+        within: float = math.inf,  # noqa: ARG002 - as the transport has it
         fresh_connection: bool = False,  # noqa: ARG002
     ) -> HttpResponse:
         await asyncio.sleep(_ROUND_TRIP / 2)
@@ -144,6 +144,8 @@ class Gateway:
         elif method == "GET" and self._random.random() < self._scenario.hanging:
             await asyncio.sleep(_HANG)
         await asyncio.sleep(_ROUND_TRIP / 2)
+        if on_data is not None:
+            on_data(0)
         if body.get("status") == "completed":
             self.delays.append(self._now() - self._ends.pop(call))
         return HttpResponse(status, headers, json.dumps(body).encode(), cast("Any", None))

@@ -161,9 +161,9 @@ class SubmitConnector(aiohttp.TCPConnector):
         now, pool = self._now(), self._conns.get(key) or deque()
         for entry in reversed(pool):
             handler = cast("_Handler", entry[0])
-            has_rested = handler.limit is self.unused or now - handler.since >= _MIN_REST
-            is_fresh = self._fresh_until(handler, now) >= now
-            if has_rested and is_fresh and _is_open(handler) and not _has_unread_data(handler):
+            if handler.limit is not self.unused and now - handler.since < _MIN_REST:
+                continue  # in a burst of submits, that is most of them
+            if self._fresh_until(handler, now) >= now and _is_open(handler) and not _has_unread_data(handler):
                 pool.remove(entry)
                 pool.appendleft(entry)
                 return True

@@ -20,8 +20,9 @@ from flux2max_async._api.response import (
     has_clear_error,
     unwrap,
 )
+from flux2max_async._api.running_task import running_snapshot
 from flux2max_async._api.statuses import KNOWN_STATUSES, is_moderated, is_not_found, status_of
-from flux2max_async._api.values import parse_datetime, parse_decimal, parse_finite
+from flux2max_async._api.values import parse_datetime, parse_decimal, parse_object, parse_progress
 from flux2max_async._exceptions import ContentModeratedError, ProtocolError, TaskFailedError
 from flux2max_async._models.results import GeneratedImage, TaskSnapshot, TaskStatus, Usage, inline_url
 from flux2max_async._text import printable, redact
@@ -125,6 +126,8 @@ def snapshot_from_json(
     Raises:
         ProtocolError: It can't be parsed, or reports the task as completed without an output or an error.
     """
+    if (running := running_snapshot(task_id, body, raw)) is not None:
+        return running
     body, image_count = _limit_output(body)
     try:
         task = _converter.structure(_with_output(body), _Task)
@@ -276,19 +279,10 @@ def _with_url(content: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------ the converter
 
 
-def _parse_progress(value: object, _: object = None) -> float | None:
-    progress = value if type(value) is float else parse_finite(value)
-    return progress if progress is not None and 0 <= progress <= 1 else None
-
-
 def _require_string(value: object, _: object = None) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, not {type(value).__name__}")
     return value
-
-
-def _parse_object(value: object, _: object = None) -> dict[str, Any]:
-    return dict(value) if isinstance(value, dict) else {}
 
 
 def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[Any, Any], T]:
@@ -315,10 +309,10 @@ def _make_lenient_hook(cls: type[T], converter: cattrs.Converter) -> Callable[[A
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter()
     converter.register_structure_hook(str, _require_string)
-    converter.register_structure_hook(float | None, _parse_progress)
+    converter.register_structure_hook(float | None, parse_progress)
     converter.register_structure_hook(Decimal | None, parse_decimal)
     converter.register_structure_hook(datetime | None, parse_datetime)
-    converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _parse_object)
+    converter.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], parse_object)
     structure_usage = _make_lenient_hook(Usage, converter)
 
     def structure_cost(value: Any, _: Any) -> Usage | None:

@@ -108,3 +108,14 @@ def parse_decimal(value: object, _: object = None) -> Decimal | None:
     except (InvalidOperation, ValueError):
         return None
     return number if number.is_finite() and abs(number.adjusted()) < _MAX_DECIMAL_EXPONENT else None
+
+
+def parse_progress(value: object, _: object = None) -> float | None:
+    """Return a number from 0 to 1, or a text that represents one, as a float; None for anything else."""
+    progress = value if type(value) is float else parse_finite(value)
+    return progress if progress is not None and 0 <= progress <= 1 else None
+
+
+def parse_object(value: object, _: object = None) -> dict[str, Any]:
+    """Return a copy of an object; an empty one for anything else."""
+    return dict(value) if isinstance(value, dict) else {}

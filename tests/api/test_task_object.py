@@ -20,7 +20,10 @@ from flux2max_async import (
     TaskSnapshot,
     TaskStatus,
 )
+from flux2max_async._api import task_object
 from flux2max_async._api.codec import parse_poll, parse_submit
+from flux2max_async._api.running_task import running_snapshot
+from flux2max_async._api.statuses import KNOWN_STATUSES
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.values import parse_datetime
 from flux2max_async._models.results import is_inline
@@ -766,3 +769,50 @@ def test_data_beside_a_task_is_not_the_task(data: dict[str, object]) -> None:
 
     assert snapshot.task_id == "t1"
     assert snapshot.status is TaskStatus.IN_PROGRESS
+
+
+def read_running(body: dict[str, object]) -> TaskSnapshot | str:
+    try:
+        return task_object.snapshot_from_json("t1", body, raw=body, secrets=(), received_at=RECEIVED)
+    except ProtocolError as error:
+        return str(error)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3), st.just("0.5"),
+    st.just("2026-01-01T00:00:00Z"), st.sampled_from([[], {}, [None], [{}], {"sample": URL}, {"cost": "0.07"}]),
+    st.just([{"content": [{"url": URL}]}]), st.integers(10**9, 10**10), st.floats(0, 1),
+)  # fmt: skip
+
+
+@given(
+    st.one_of(st.sampled_from([*KNOWN_STATUSES, "Pending", "new", "IN-PROGRESS"]), VALUES),
+    st.dictionaries(
+        st.sampled_from(["output", "result", "usage", "error", "progress", "created_at", "metadata", "id", "x"]), VALUES
+    ),
+)
+def test_short_way_reads_the_same(word: object, fields: dict[str, object]) -> None:
+    """A running task is read as it would be without the short way."""
+    body = {"status": word, **fields}
+    short = read_running(body)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_object, "running_snapshot", lambda *_: None)
+        full = read_running(body)
+    # Errors are compared by what they say.
+    assert repr(short) == repr(full)
+    assert isinstance(short, str) or isinstance(full, str) or short.raw == full.raw
+    assert isinstance(short, str) or isinstance(full, str) or short.metadata == full.metadata
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_short"),
+    [
+        ({}, True), ({"status": "pending"}, True), ({"output": []}, True), ({"error": "late"}, True),
+        ({"usage": {}}, False), ({"output": [{}]}, False), ({"result": {"sample": URL}}, False),
+        ({"status": "In Progress"}, False), ({"status": "failed"}, False), ({"status": {"code": 1}}, False),
+    ],
+)  # fmt: skip
+def test_what_is_read_the_short_way(changes: dict[str, object], is_short: bool) -> None:
+    """Whatever could hold more than the state of a running task is read in full."""
+    body = running(**changes)
+    assert (running_snapshot("t1", body, body) is not None) is is_short

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -41,6 +42,7 @@ from flux2max_async._version import __version__
 _CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
+_MAX_URLS = 1024  # so many are kept for further polls, with what aiohttp computes from each
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
 _MAX_HEADER_BYTES = 65_536
@@ -95,6 +97,7 @@ class Transport:
         self._routes = Routes(Proxies(proxy, trust_env=trust_env), ssl_context)
         route = self._routes.find(URL(base_url, encoded=True))
         self._address_guard = AddressGuard(self._host, allow_private=allow_private_downloads)
+        self._url = lru_cache(_MAX_URLS)(lambda path: URL(base_url + path, encoded=True))
         self._user_agent = {"User-Agent": _USER_AGENT}
         self._api_headers = {
             **self._user_agent,
@@ -227,8 +230,7 @@ class Transport:
         if session.trust_env:
             options = {**options, "middlewares": authorizing_middlewares(session, headers["Authorization"])}
             headers = {name: value for name, value in headers.items() if name != "Authorization"}
-        url = URL(self.base_url + request.path, encoded=True)
-        return session.request(request.method, url, data=payload, headers=headers, **options)
+        return session.request(request.method, self._url(request.path), data=payload, headers=headers, **options)
 
     async def _open_spare(self) -> bool:
         """Open a connection for the connector, in the same way as a submit would; return whether that has worked."""

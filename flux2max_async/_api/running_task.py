@@ -5,9 +5,10 @@ from typing import Any
 
 from flux2max_async._api.statuses import KNOWN_STATUSES
 from flux2max_async._api.values import parse_datetime, parse_object, parse_progress
-from flux2max_async._models.results import TaskSnapshot, TaskStatus
+from flux2max_async._models.results import TaskSnapshot
 
-_RUNNING = frozenset((TaskStatus.PENDING, TaskStatus.IN_PROGRESS))
+_RUNNING = {word: status for word, status in KNOWN_STATUSES.items() if not status.ended}
+"""The words for it."""
 
 
 def running_snapshot(task_id: str, body: Mapping[str, Any], raw: Mapping[str, Any]) -> TaskSnapshot | None:
@@ -16,8 +17,8 @@ def running_snapshot(task_id: str, body: Mapping[str, Any], raw: Mapping[str, An
     `snapshot_from_json()` returns the same without it, in several times the time.
     """
     word = body.get("status")
-    status = KNOWN_STATUSES.get(word) if isinstance(word, str) else None
-    if status not in _RUNNING or body.get("output") or body.get("result") or body.get("usage") is not None:
+    status = _RUNNING.get(word) if isinstance(word, str) else None
+    if status is None or body.get("output") or body.get("result") or body.get("usage") is not None:
         return None
     return TaskSnapshot(
         task_id=task_id,

@@ -128,7 +128,7 @@ class Gateway:
         on_data: Callable[[int], object] | None = None,
         *,
         within: float = math.inf,  # noqa: ARG002 - as the transport has it
-        fresh_connection: bool = False,  # noqa: ARG002
+        fresh_connection: bool = False,  # noqa: ARG002 - as the transport has it
     ) -> HttpResponse:
         await asyncio.sleep(_ROUND_TRIP / 2)
         method = "GET" if request.body is None else "POST"
@@ -192,7 +192,7 @@ async def run(scenario: Scenario, seed: int) -> Figures:
     session = FluxSession(
         "key", base_url="http://127.0.0.1", max_in_flight=scenario.slots, max_polls_per_second=scenario.polls
     )
-    session._transport = cast("Any", gateway)  # noqa: SLF001
+    session._transport = cast("Any", gateway)  # noqa: SLF001 - no sockets in virtual time
     loop = asyncio.get_running_loop()
     async with session:
         start = loop.time()

@@ -1,7 +1,7 @@
 """A limit for all headers of a response together: aiohttp limits each of them, and their number."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -39,6 +39,9 @@ class LimitedHandler(ResponseHandler):
 
 def limit_headers(connector: aiohttp.TCPConnector) -> aiohttp.TCPConnector:
     """Return a connector whose connections have the limit."""
-    handler: Any = lambda: LimitedHandler(asyncio.get_running_loop())  # noqa: E731
-    connector._factory = handler  # noqa: SLF001 - there is no public way
+
+    def create_handler() -> LimitedHandler:
+        return LimitedHandler(asyncio.get_running_loop())
+
+    cast("Any", connector)._factory = create_handler  # noqa: SLF001 - there is no public way
     return connector

@@ -11,7 +11,8 @@ from flux2max_async._text import get_logger
 log = get_logger("api")
 
 _REPORT_AFTER = 5.0
-"""Seconds."""
+_MAX_LEFT = 1e9
+"""Seconds; much more is beyond what a date can hold."""
 
 
 class Outage:
@@ -68,7 +69,7 @@ class Outage:
         if self._failures < 2 or self._error is None:  # a single call, which has not been repeated
             self.end()
             return
-        left = dt.timedelta(seconds=self._ends_at - asyncio.get_running_loop().time())
+        left = dt.timedelta(seconds=min(self._ends_at - asyncio.get_running_loop().time(), _MAX_LEFT))
         log.warning(
             "no answer from %s for %g s (%s): trying again until %s",
             self._base_url,

@@ -145,7 +145,7 @@ class TaskPoller:
         return snapshot
 
     def _learn(self, plan: ScaledPlan, *, completed: bool) -> None:
-        """Have the schedule learn when the task ended."""
+        """Report to the schedule when the task ended."""
         start, not_before, by = self._start, self._running_until, self.elapsed
         # While the machine was suspended, the task went on, and the event loop's clock did not.
         suspended = self._deadline.suspended_in_all()

@@ -57,7 +57,7 @@ class SlotQueue:
         return False
 
     def release(self) -> None:
-        """Give a slot to the first in the queue; without a queue, it is free."""
+        """Pass a slot on to the first in the queue; without a queue, it is free."""
         while self._heap:
             order, _, place = heapq.heappop(self._heap)
             if order == place.order and not place.granted.done():

@@ -105,7 +105,7 @@ def _prunable_ids(cursor: sqlite3.Cursor, before: float, after_id: int, limit: i
 
 
 def _shrink(connection: sqlite3.Connection) -> None:
-    """Give the space of deleted entries back to the file system."""
+    """Return the space of deleted entries to the file system."""
     execute = connection.execute
     if execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL:
         while execute("PRAGMA freelist_count").fetchone()[0]:

@@ -295,6 +295,16 @@ async def test_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     assert notice[-8:].count(":") == 2
 
 
+async def test_a_deadline_that_no_date_can_hold(caplog: pytest.LogCaptureFixture) -> None:
+    """The line comes for a task_timeout of millions of years, too."""
+    async with FluxSession("key", base_url=f"http://127.0.0.1:{free_port()}", task_timeout=1e15) as session:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(6.0):
+                await session.generate("a cat")
+
+    assert len(notices(caplog)) == 1
+
+
 async def _expect_error(session: FluxSession) -> None:
     with pytest.raises(TransportError, match="no connection"):
         await session.generate("a cat")

@@ -71,9 +71,9 @@ def run_tests(session: nox.Session, *options: str, measured: bool) -> None:
     )  # fmt: skip
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=PYTHONS[1:] or PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The tests on each installed Python; all of them, and measured, on the newest."""
+    """The tests on each installed Python except the oldest, which `oldest` runs; all, and measured, on the newest."""
     install(session, "test")
     newest = session.python == NEWEST
     if newest:

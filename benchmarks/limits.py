@@ -192,7 +192,7 @@ async def run(scenario: Scenario, seed: int) -> Figures:
     session = FluxSession(
         "key", base_url="http://127.0.0.1", max_in_flight=scenario.slots, max_polls_per_second=scenario.polls
     )
-    session._transport = cast("Any", gateway)  # noqa: SLF001 - no sockets in virtual time
+    session._parts = attrs.evolve(session._parts, transport=cast("Any", gateway))  # noqa: SLF001 - no sockets in virtual time
     loop = asyncio.get_running_loop()
     async with session:
         start = loop.time()

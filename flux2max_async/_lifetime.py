@@ -1,18 +1,20 @@
-"""The parts of a session: made from its arguments, opened, and closed."""
+"""The lifetime of a session: its parts are made from its arguments, opened, drained and closed."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
+import attrs
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
-from flux2max_async._config import SessionConfig
-from flux2max_async._exceptions import ConfigurationError
+from flux2max_async._config import SessionConfig, validate_drain
+from flux2max_async._exceptions import ConfigurationError, SessionClosedError
 from flux2max_async._polling.context import PollingContext
+from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
-from flux2max_async._shutdown import Shutdown
+from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async.journal._protocol import Journal
@@ -22,89 +24,147 @@ from flux2max_async.webhooks._inbox import WebhookInbox
 from flux2max_async.webhooks._registry import WebhookRegistry
 
 
-def set_up(
-    http_session: aiohttp.ClientSession | None, journal: Journal | None, webhooks: WebhookInbox | None, **settings: Any
-) -> tuple[SessionConfig, Transport, RecordFactory, WebhookDispatcher | None]:
-    """Return the settings, the transport, the records, and the dispatcher of webhooks, if there are any.
+@attrs.frozen(eq=False)
+class SessionParts:
+    """What a session consists of while it isn't open, too."""
 
-    Args:
-        http_session: A borrowed aiohttp session.
-        journal: The session's journal.
-        webhooks: The session's inbox.
-        **settings: The fields of SessionConfig.
+    config: SessionConfig
+    transport: Transport
+    records: RecordFactory
+    dispatcher: WebhookDispatcher | None
+    journal: Journal | None
+    schedule: PollSchedule
+    stats: SessionStats = attrs.field(factory=SessionStats, init=False)
 
-    Raises:
-        ConfigurationError: A setting is missing or wrong.
-    """
-    config = SessionConfig(**settings, has_journal=journal is not None)
-    if webhooks is not None and not isinstance(webhooks, WebhookInbox):
-        raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
-    dispatcher = webhooks.dispatcher if webhooks else None
-    transport = Transport(
-        config.api_key,
-        config.base_url,
-        timeout=config.http_timeout,
-        http=http_session,
-        proxy=config.proxy,
-        trust_env=config.trust_env,
-        ssl_context=config.ssl_context,
-        secrets=dispatcher.secrets if dispatcher else (),
-        allow_private_downloads=config.allow_private_downloads,
-    )
-    records = RecordFactory(journal, Budget(config.budget, config.price_guess), config, secrets=transport.secrets)
-    return config, transport, records, dispatcher
+    @classmethod
+    def create(
+        cls,
+        http_session: aiohttp.ClientSession | None,
+        journal: Journal | None,
+        webhooks: WebhookInbox | None,
+        schedule: PollSchedule | None,
+        **settings: Any,
+    ) -> Self:
+        """Make the parts.
 
+        Args:
+            http_session: A borrowed aiohttp session.
+            journal: The session's journal.
+            webhooks: The session's inbox.
+            schedule: Shared with other sessions; None: one of the session's own.
+            **settings: The fields of SessionConfig.
 
-async def open_session(
-    config: SessionConfig,
-    transport: Transport,
-    stats: SessionStats,
-    schedule: PollSchedule,
-    records: RecordFactory,
-    journal: Journal | None,
-    dispatcher: WebhookDispatcher | None,
-) -> Supervisor:
-    """Open the parts of a session; return its supervisor. Nothing is left open if one of them can't be opened."""
-    shutdown = Shutdown()
-    client = ApiClient(transport, stats, config)
-    registry = dispatcher.registry if dispatcher else WebhookRegistry()
-    registry.in_use = dispatcher is not None or journal is not None
-    supervisor = Supervisor(
-        PollingContext(client, schedule, registry, shutdown, config.task_timeout),
-        stats,
-        records,
-        max_in_flight=config.max_in_flight,
-        add_webhook=dispatcher.add_webhook if dispatcher else None,
-    )
-    if dispatcher is not None:
-        spawn = partial(supervisor.spawn, until_drain=True)
-        dispatcher.open(shutdown, journal, secrets=transport.secrets, spawn=spawn)
-    transport.open(config.max_in_flight)
-    try:
-        if journal is not None:
-            await journal.open(supervisor.on_external_change, watch_changes=dispatcher is not None)
-    except BaseException:
+        Raises:
+            ConfigurationError: A setting is missing or wrong.
+        """
+        config = SessionConfig(**settings, has_journal=journal is not None)
+        if webhooks is not None and not isinstance(webhooks, WebhookInbox):
+            raise ConfigurationError(f"webhooks must be a WebhookInbox, not {type(webhooks).__name__}")
+        dispatcher = webhooks.dispatcher if webhooks else None
+        transport = Transport(
+            config.api_key,
+            config.base_url,
+            timeout=config.http_timeout,
+            http=http_session,
+            proxy=config.proxy,
+            trust_env=config.trust_env,
+            ssl_context=config.ssl_context,
+            secrets=dispatcher.secrets if dispatcher else (),
+            allow_private_downloads=config.allow_private_downloads,
+        )
+        records = RecordFactory(journal, Budget(config.budget, config.price_guess), config, secrets=transport.secrets)
+        return cls(config, transport, records, dispatcher, journal, LearnedSchedule() if schedule is None else schedule)
+
+    async def open(self) -> Supervisor:
+        """Open the parts; return their supervisor. Nothing is left open if one of them can't be opened."""
+        shutdown, config, dispatcher = Shutdown(), self.config, self.dispatcher
+        client = ApiClient(self.transport, self.stats, config)
+        registry = dispatcher.registry if dispatcher else WebhookRegistry()
+        registry.in_use = dispatcher is not None or self.journal is not None
+        supervisor = Supervisor(
+            PollingContext(client, self.schedule, registry, shutdown, config.task_timeout),
+            self.stats,
+            self.records,
+            max_in_flight=config.max_in_flight,
+            add_webhook=dispatcher.add_webhook if dispatcher else None,
+        )
         if dispatcher is not None:
-            dispatcher.close()
-        await transport.close()
-        raise
-    stats.in_flight = stats.submitting = 0
-    return supervisor
-
-
-async def close_session(
-    supervisor: Supervisor, transport: Transport, journal: Journal | None, dispatcher: WebhookDispatcher | None
-) -> None:
-    """Drain and close the parts of a session, each of them also if another one fails."""
-    try:
-        await supervisor.drain()
-        await supervisor.close()
-    finally:
-        supervisor.close_now()  # if closing is cut short, as by a second Ctrl-C, the ids are logged all the same
-        if dispatcher is not None:
-            dispatcher.close()
+            spawn = partial(supervisor.spawn, until_drain=True)
+            dispatcher.open(shutdown, self.journal, secrets=self.transport.secrets, spawn=spawn)
+        self.transport.open(config.max_in_flight)
         try:
-            if journal is not None:
-                await journal.close()
+            if self.journal is not None:
+                await self.journal.open(supervisor.on_external_change, watch_changes=dispatcher is not None)
+        except BaseException:
+            if dispatcher is not None:
+                dispatcher.close()
+            await self.transport.close()
+            raise
+        self.stats.in_flight = self.stats.submitting = 0
+        return supervisor
+
+    async def close(self, supervisor: Supervisor) -> None:
+        """Drain and close the parts, each of them also if another one fails."""
+        try:
+            await supervisor.drain()
+            await supervisor.close()
         finally:
-            await transport.close()
+            supervisor.close_now()  # if closing is cut short, as by a second Ctrl-C, the ids are logged all the same
+            if self.dispatcher is not None:
+                self.dispatcher.close()
+            try:
+                if self.journal is not None:
+                    await self.journal.close()
+            finally:
+                await self.transport.close()
+
+
+class SessionLifetime:
+    """What FluxSession inherits: entering and closing it, and its counters."""
+
+    _parts: SessionParts
+    _supervisor: Supervisor | None = None
+    """While the session is open."""
+
+    async def __aenter__(self) -> Self:
+        if self._supervisor is not None and not self._supervisor.loop_is_closed:
+            self._supervisor.check_caller()
+            raise SessionClosedError("the session is open already: enter it once, and share it")
+        self._supervisor = await self._parts.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self, *, drain: float | None = None) -> None:
+        """Close the session: whatever is still waited for ends with SessionClosedError.
+
+        For `drain` seconds, by default the session's own, submitted tasks may still end, and the images of a
+        `stream(save_to=...)` be saved, while nothing more is submitted. A second call may shorten that.
+        """
+        seconds = self._parts.config.drain if drain is None else validate_drain(drain)
+        supervisor = self._supervisor
+        if supervisor is None or supervisor.loop_is_closed:
+            self._supervisor = None
+            return
+        supervisor.check_caller()
+        await supervisor.shut_down(seconds, lambda: self._close(supervisor))
+
+    @property
+    def stats(self) -> SessionStats:
+        """A copy of the counters."""
+        stats, schedule = self._parts.stats, self._parts.schedule
+        percentile = schedule.percentile if isinstance(schedule, LearnedSchedule) else lambda _: None
+        waiting = 0 if self._supervisor is None else self._supervisor.slots.waiting
+        return attrs.evolve(stats, waiting=waiting, median_duration=percentile(50), p90_duration=percentile(90))
+
+    async def _close(self, supervisor: Supervisor) -> None:
+        try:
+            await self._parts.close(supervisor)
+        finally:
+            self._supervisor = None
+
+    def _get_supervisor(self) -> Supervisor:
+        if self._supervisor is None:
+            raise closed_error()
+        return self._supervisor

@@ -1,4 +1,4 @@
-"""The session: its lifetime, and the public methods."""
+"""The session, with its public methods; `_lifetime` has what opens and closes it."""
 
 import ssl
 from collections import Counter
@@ -7,33 +7,29 @@ from decimal import Decimal
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import aiohttp
 import attrs
 
 from flux2max_async._api.codec import build_poll, validate_task_id
-from flux2max_async._config import ApiKey, validate_count, validate_drain
+from flux2max_async._config import ApiKey, validate_count
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
-from flux2max_async._exceptions import ConfigurationError, InvalidRequestError, SessionClosedError
-from flux2max_async._lifetime import close_session, open_session, set_up
+from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
+from flux2max_async._lifetime import SessionLifetime, SessionParts
 from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
-from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
-from flux2max_async._shutdown import closed_error
-from flux2max_async._stats import SessionStats
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
-from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.webhooks._inbox import WebhookInbox
 
 
-class FluxSession:
+class FluxSession(SessionLifetime):
     """Submits FLUX.2 [max] generations, polls each task, and delivers each as it completes or fails.
 
     One session holds one connection pool, one in-flight limit and one learned poll schedule: share it, for a whole
@@ -110,10 +106,11 @@ class FluxSession:
         content_keys: bool = True,
     ) -> None:
         try:
-            self._config, self._transport, self._records, self._dispatcher = set_up(
+            self._parts = SessionParts.create(
                 http_session,
                 journal,
                 webhooks,
+                schedule,
                 api_key=api_key,
                 base_url=base_url,
                 proxy=proxy,
@@ -136,39 +133,7 @@ class FluxSession:
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
             del api_key, base_url, proxy
             raise error.with_traceback(None) from None
-        self._journal = journal
-        self._schedule = LearnedSchedule() if schedule is None else schedule
-        self._stats = SessionStats()
-        self._downloader = Downloader(self._transport, self._config.task_timeout, self.fetch)
-        self._supervisor: Supervisor | None = None
-
-    # ------------------------------------------------------------------ lifetime
-
-    async def __aenter__(self) -> Self:
-        if self._supervisor is not None and not self._supervisor.loop_is_closed:
-            self._supervisor.check_caller()
-            raise SessionClosedError("the session is open already: enter it once, and share it")
-        self._supervisor = await open_session(
-            self._config, self._transport, self._stats, self._schedule, self._records, self._journal, self._dispatcher
-        )
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-    async def aclose(self, *, drain: float | None = None) -> None:
-        """Close the session: whatever is still waited for ends with SessionClosedError.
-
-        For `drain` seconds, by default the session's own, submitted tasks may still end, and the images of a
-        `stream(save_to=...)` be saved, while nothing more is submitted. A second call may shorten that.
-        """
-        seconds = self._config.drain if drain is None else validate_drain(drain)
-        supervisor = self._supervisor
-        if supervisor is None or supervisor.loop_is_closed:
-            self._supervisor = None
-            return
-        supervisor.check_caller()
-        await supervisor.shut_down(seconds, lambda: self._close(supervisor))
+        self._downloader = Downloader(self._parts.transport, self._parts.config.task_timeout, self.fetch)
 
     # ------------------------------------------------------------------ requests
 
@@ -288,11 +253,12 @@ class FluxSession:
         supervisor = self._get_supervisor()
         supervisor.check_caller()
         policy = ReusePolicy(retry_failed, resubmit_uncertain, save_to is not None, occurrences=Counter[str]())
+        slots = self._parts.config.max_in_flight
         return OutcomeStream(
             requests,
             start=partial(supervisor.start_request, policy=policy),
             spawn=supervisor.spawn,
-            look_ahead=min(max_in_flight or self._config.max_in_flight, self._config.max_in_flight),
+            look_ahead=min(max_in_flight or slots, slots),
             priority=validate_priority(priority),
             saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
             check_caller=supervisor.check_caller,
@@ -326,21 +292,3 @@ class FluxSession:
     async def read(self, image: GeneratedImage, /) -> bytes:
         """Return the bytes of an image: retried, checked and renewed as by `save()`, with the same errors."""
         return await self._get_supervisor().run_foreground(self._downloader.read(image))
-
-    @property
-    def stats(self) -> SessionStats:
-        """A copy of the counters."""
-        percentile = self._schedule.percentile if isinstance(self._schedule, LearnedSchedule) else lambda _: None
-        waiting = 0 if self._supervisor is None else self._supervisor.slots.waiting
-        return attrs.evolve(self._stats, waiting=waiting, median_duration=percentile(50), p90_duration=percentile(90))
-
-    async def _close(self, supervisor: Supervisor) -> None:
-        try:
-            await close_session(supervisor, self._transport, self._journal, self._dispatcher)
-        finally:
-            self._supervisor = None
-
-    def _get_supervisor(self) -> Supervisor:
-        if self._supervisor is None:
-            raise closed_error()
-        return self._supervisor

@@ -372,7 +372,7 @@ def test_session_after_its_loop_ended() -> None:
 
         async def enter_only() -> None:
             await session.__aenter__()
-            await session._transport.close()
+            await session._parts.transport.close()
 
         async def main() -> Completed:
             async with session:
@@ -581,7 +581,7 @@ async def test_in_flight_is_reset_on_enter(scripted: ScriptedGateway) -> None:
     """Entering a session resets the number of tasks in flight."""
     session = session_on(scripted)
     async with session:
-        session._stats.in_flight = 7
+        session._parts.stats.in_flight = 7
     async with session:
         assert session.stats.in_flight == 0
 
@@ -591,7 +591,7 @@ def test_closing_on_another_loop() -> None:
     session = FluxSession("key", base_url="http://127.0.0.1:1")
     loop = asyncio.new_event_loop()
     loop.run_until_complete(session.__aenter__())
-    loop.run_until_complete(session._transport.close())
+    loop.run_until_complete(session._parts.transport.close())
     loop.close()
     asyncio.run(session.aclose())
 

@@ -248,7 +248,7 @@ def test_stream_dropped_after_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             stream = session.stream(f"cat {n}" for n in itertools.count())
             await anext(stream)
             streams.append(stream)
-            await session._transport.close()
+            await session._parts.transport.close()
 
         asyncio.run(main())
         unraisable: list[Any] = []
@@ -436,7 +436,7 @@ async def test_eager_tasks(gateway: Emulator) -> None:
     loop = asyncio.get_running_loop()
     loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
     async with session_with_slots(gateway, 3) as session:
-        await session._transport.close()
+        await session._parts.transport.close()
         with pytest.raises(SessionClosedError):
             outcomes = [outcome async for outcome in session.stream(["cat 1", "cat 2"])]
     async with session_with_slots(gateway, 3) as session:

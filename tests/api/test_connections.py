@@ -34,7 +34,7 @@ def session_on(gateway: FarGateway, *, polled_every: float = 3600.0) -> FluxSess
 
 
 def connector_of(session: FluxSession) -> SubmitConnector:
-    connector = session._transport._connector
+    connector = session._parts.transport._connector
     assert connector is not None
     return connector
 
@@ -187,11 +187,11 @@ async def test_a_connection_is_opened_while_an_image_is_encoded() -> None:
     async with FarGateway() as gateway:
         session = session_on(gateway)
         async with session:
-            session._transport.expect_submit()
+            session._parts.transport.expect_submit()
             await anyio.sleep(0.1)
             started = anyio.current_time()
             await session.submit("a cat", input_images=[jpeg()])
-        session._transport.expect_submit()
+        session._parts.transport.expect_submit()
 
     assert gateway.submits[0].opened < started
 
@@ -322,7 +322,7 @@ async def test_an_end_that_the_event_loop_has_not_read_yet() -> None:
             connection.transport.close()
         await anyio.lowlevel.checkpoint()
         # From here until a connection is chosen, nothing yields to the loop.
-        await session._transport.exchange(build_submit(GenerationRequest("a dog")))
+        await session._parts.transport.exchange(build_submit(GenerationRequest("a dog")))
     first, second = gateway.submits
 
     assert second.opened > first.opened

@@ -316,7 +316,7 @@ async def test_old_keys_are_forgotten(scripted: ScriptedGateway) -> None:
         for _ in range(60):
             await session.fetch("t1")
             await asyncio.sleep(1.1)
-        secrets = list(session._transport.secrets)
+        secrets = list(session._parts.transport.secrets)
 
     assert secrets == [f"key-{number}" for number in range(40, 60)]
 

@@ -221,7 +221,7 @@ async def test_connect(
         ) as session:
             outcome = await session.generate("a cat")
             assert await session.read(outcome.images[0]) == IMAGE
-            assert "hush" not in repr(vars(session._transport))
+            assert "hush" not in repr(vars(session._parts.transport))
 
     assert [request.method for request in tls_gateway.received] == ["POST", "GET", "GET"]
     assert {request.headers["Host"] for request in tls_gateway.received} == {"gateway.example", "pictures.example"}
@@ -398,7 +398,7 @@ async def test_a_wrong_password_is_not_tried_again_and_again(
         assert proxy.refused <= 2
         proxy.user = "tester:hush"
         await session.generate("a cat")
-        assert not session._transport._outage.lasts
+        assert not session._parts.transport._outage.lasts
         await asyncio.sleep(0.3)
         assert len(proxy.tunnels) >= 2
 

@@ -247,7 +247,7 @@ async def test_outcome_of_a_stream(scripted: ScriptedGateway, dns: dict[str, lis
         scripted.polls = deque([answer(200, completed(url=image_url))])
         async with session_on(scripted) as session:
             # base_url is at 127.0.0.1 in all tests, which would allow it.
-            session._transport._address_guard._allows_private = False
+            session._parts.transport._address_guard._allows_private = False
             (outcome,) = [outcome async for outcome in session.stream(["a cat"], save_to=tmp_path)]
         connections = other_host.connections
 

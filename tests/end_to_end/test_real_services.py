@@ -121,7 +121,7 @@ async def test_lost_answers_with_webhooks(has_journal: bool, tmp_path: Path) -> 
         faults = [rng.choice(LOST) if rng.random() < 0.2 else None for _ in range(TASKS)]
         gateway.script("submit", *faults)
         outcomes = [outcome async for outcome in session.stream(requests())]
-        expected = session._dispatcher.registry._expected if session._dispatcher else None
+        expected = session._parts.dispatcher.registry._expected if session._parts.dispatcher else None
         stats = session.stats
         lost = TASKS - faults.count(None)
         print(f"{lost} of {TASKS} answers lost; {stats}")

@@ -474,7 +474,7 @@ async def test_the_ids_of_running_tasks_survive_a_full_disk(tmp_path: Path, disk
     with Emulator(seconds=8.0, spread=0.0, seed=1) as gateway:
         session = FluxSession(gateway.api_key, base_url=gateway.url, journal=SqliteJournal(path, lease=1.0))
         async with session:
-            begun = session._journal
+            begun = session._parts.journal
             assert isinstance(begun, SqliteJournal)
             record, full = begun.record, asyncio.Event()
 

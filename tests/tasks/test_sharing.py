@@ -236,12 +236,12 @@ async def test_reservation_that_outlives_its_session(scripted: ScriptedGateway) 
     session = session_on(scripted, budget="0.10", price_guess="0.07")
     async with session:
         await session.submit("a cat")
-    reserved = session._records._budget.committed
+    reserved = session._parts.records._budget.committed
     scripted.polls = deque([answer(200, completed(usage={"cost": "0.05"}))])
     async with session:
         await session.attach("t1")
 
-    assert (str(reserved), str(session._records._budget.committed)) == ("0.07", "0.05")
+    assert (str(reserved), str(session._parts.records._budget.committed)) == ("0.07", "0.05")
 
 
 async def test_attached_task_that_is_unfinished_at_closing(scripted: ScriptedGateway, tmp_path: Path) -> None:
@@ -253,12 +253,12 @@ async def test_attached_task_that_is_unfinished_at_closing(scripted: ScriptedGat
         assert not (await task.outcome()).ok
         session.attach(task.id)
         await anyio.sleep(1.0)
-    suspended = session._records._budget.committed
+    suspended = session._parts.records._budget.committed
     scripted.polls = deque([answer(200, completed(usage={"cost": "0.05"}))])
     async with session:
         await session.attach(task.id)
 
-    assert (str(suspended), str(session._records._budget.committed)) == ("0.07", "0.05")
+    assert (str(suspended), str(session._parts.records._budget.committed)) == ("0.07", "0.05")
 
 
 async def test_cancelled_submit_that_waits_for_nothing(scripted: ScriptedGateway) -> None:
@@ -294,7 +294,7 @@ async def test_report_about_an_entry_that_is_held_here(scripted: ScriptedGateway
         task = await session.submit(CAT)
         supervisor = session._supervisor
         assert supervisor is not None
-        entry = await VirtualJournal.find(session._journal, "cat")  # type: ignore[arg-type]
+        entry = await VirtualJournal.find(session._parts.journal, "cat")  # type: ignore[arg-type]
         assert entry is not None
         supervisor.on_external_change([entry])
         scripted.polls = deque([answer(200, completed())])
@@ -309,7 +309,7 @@ async def test_submit_that_joins_an_adopted_task_names_its_request(scripted: Scr
     async with opened(scripted, tmp_path) as session:
         supervisor = session._supervisor
         assert supervisor is not None
-        entry = await VirtualJournal.find(session._journal, "cat")  # type: ignore[arg-type]
+        entry = await VirtualJournal.find(session._parts.journal, "cat")  # type: ignore[arg-type]
         assert entry is not None
         supervisor.on_external_change([entry])
         await anyio.sleep(0.5)

@@ -125,7 +125,7 @@ def test_an_event_loop_that_has_ended_is_a_closed_session(method: str) -> None:
     else:
         with pytest.raises(SessionClosedError):
             asyncio.run(run_method(session, method))
-    asyncio.run(session._transport.close())  # nobody else does
+    asyncio.run(session._parts.transport.close())  # nobody else does
 
 
 async def enter(session: FluxSession) -> None:
@@ -203,7 +203,7 @@ async def test_attaching_after_a_deadline_ends_the_journals_entry(scripted: Scri
             await session.generate("a cat", key="cat")
         scripted.polls = deque([answer(200, completed(usage={"cost": "0.05"}))])
         done = await session.attach(caught.value.task_id or "")  # type: ignore[attr-defined]
-        budget = session._records._budget
+        budget = session._parts.records._budget
         committed, spent = budget.committed, session.stats.spent
         again = await session.generate("a cat", key="cat")
 
@@ -222,7 +222,7 @@ async def test_attaching_settles_the_budget_without_a_journal(scripted: Scripted
     scripted.polls = deque([answer(200, running())])
     async with session_on(scripted, budget="0.14", task_timeout=10.0) as session:
         (outcome,) = [outcome async for outcome in session.stream(["a cat"])]
-        budget = session._records._budget
+        budget = session._parts.records._budget
         before = budget.committed
         scripted.polls = deque([answer(200, completed(usage={"cost": "0.05"}))])
         await session.attach(outcome.task_id or "")

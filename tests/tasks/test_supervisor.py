@@ -177,7 +177,7 @@ def test_loop_ends_without_closing(caplog: pytest.LogCaptureFixture) -> None:
             await asyncio.sleep(0.05)
             assert not closing.done()
         else:
-            await session._transport.close()
+            await session._parts.transport.close()
 
     with Emulator(seconds=5.0, pictures=False) as gateway:
         for drain in (None, 20.0):

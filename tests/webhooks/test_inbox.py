@@ -187,7 +187,7 @@ def test_inbox_outlives_its_event_loop() -> None:
 
 async def _enter(session: FluxSession) -> None:
     await session.__aenter__()
-    await session._transport.close()
+    await session._parts.transport.close()
 
 
 async def test_polls_adapt_to_webhooks(inbox_server: InboxServer) -> None:

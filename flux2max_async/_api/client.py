@@ -5,7 +5,6 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Protocol
 
 import anyio.to_thread
@@ -13,7 +12,7 @@ import attrs
 
 from flux2max_async._api.circuit_breaker import Attempt, CircuitBreaker
 from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit
-from flux2max_async._api.give_up import finish_or_give_up
+from flux2max_async._api.give_up import PollLimit
 from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
 from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
@@ -108,6 +107,7 @@ class ApiClient:
         self._transport = transport
         self._stats = stats
         self.poll_limiter = PollLimiter(config.poll_rate)
+        self._http_timeout = config.http_timeout
         self._poll_timeout = PollTimeout(config.http_timeout)
         self.submit_limiter = SubmitLimiter(config.max_in_flight)
         self._breaker = CircuitBreaker(config.max_uncertain)
@@ -262,14 +262,23 @@ class ApiClient:
 
     # ------------------------------------------------------------------ polls
 
+    def limit_poll(self, within: float, *, gives_up: bool) -> PollLimit:
+        """Return the time limit of a poll that is sent now.
+
+        Args:
+            within: Seconds that it may take, if that is less than the HTTP timeout.
+            gives_up: Whether it is given up if it takes far longer than polls usually do.
+        """
+        return PollLimit(min(self._http_timeout, within), self._poll_timeout, gives_up)
+
     async def poll(
         self,
         message: HttpRequest,
         task_id: str,
+        limit: PollLimit | None = None,
         *,
         request: GenerationRequest | None = None,
         within: float = math.inf,
-        gives_up: bool = False,
         fresh_connection: bool = False,
     ) -> TaskSnapshot:
         """Poll a task once.
@@ -277,9 +286,9 @@ class ApiClient:
         Args:
             message: The poll, as `build_poll()` makes it.
             task_id: The task's id.
+            limit: Its time limit, if it is repeated when it fails.
             request: What was requested: the service might echo its webhook secret.
-            within: Seconds that the exchange may take, if that is less than the HTTP timeout.
-            gives_up: Whether it is given up if it takes far longer than polls usually do.
+            within: Seconds for which it is repeated.
             fresh_connection: Whether it uses a new connection.
 
         Raises:
@@ -287,9 +296,10 @@ class ApiClient:
         """
         self._stats.polls += 1
         limiter = self.poll_limiter
-        exchange = partial(self._transport.exchange, message, within=within, fresh_connection=fresh_connection)
         try:
-            response = await (finish_or_give_up(exchange, self._poll_timeout) if gives_up else exchange())
+            response = await self._transport.exchange(message, limit, within=within, fresh_connection=fresh_connection)
+            if limit is not None:
+                limit.record_answer()
             if request is not None and request.webhook_secret is not None:
                 response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)

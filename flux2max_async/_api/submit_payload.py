@@ -7,6 +7,8 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 
+from flux2max_async._timeouts import Timeout
+
 if TYPE_CHECKING:
     from aiohttp.http import StreamWriter
 
@@ -20,14 +22,21 @@ class SubmitPayload(aiohttp.Payload):
         value: The body.
         may_write: Returns whether it may be written to a connection. None, for a borrowed session: it may be written
             to each, and the connection is closed afterwards.
+        limit: The time limit of the submit.
     """
 
     _autoclose = True
 
-    def __init__(self, value: bytes, may_write: Callable[[ResponseHandler], bool] | None = None) -> None:
+    def __init__(
+        self,
+        value: bytes,
+        may_write: Callable[[ResponseHandler], bool] | None = None,
+        limit: Timeout | None = None,
+    ) -> None:
         super().__init__(value, content_type="application/json")
         self._size = len(value)
         self._may_write = may_write
+        self._limit = limit
         self.is_written = False
 
     async def write(self, writer: AbstractStreamWriter) -> None:
@@ -36,6 +45,8 @@ class SubmitPayload(aiohttp.Payload):
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         if self.is_written:
             raise ConnectionError("a submit is never written twice")  # a borrowed session's middleware may try to
+        if self._limit is not None and self._limit.is_due:
+            raise ConnectionError("the time for an answer is over")
         protocol = cast("ResponseHandler", cast("StreamWriter", writer).protocol)
         if self._may_write is None:
             protocol.force_close()

@@ -7,7 +7,6 @@ If the server has just closed a kept-alive connection, a submit on it fails exac
 `SubmitConnector` provides connections on which that doesn't happen. Over a borrowed session, no submit reuses one.
 """
 
-import asyncio
 import math
 import platform
 import ssl
@@ -29,14 +28,17 @@ from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.connections import ConnectionUse, SpareOpened, SubmitConnector, connection_use
 from flux2max_async._api.credentials import create_credentials
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
+from flux2max_async._api.give_up import PollLimit
 from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.outage import Outage
+from flux2max_async._api.poll_timeout import SlowPollError
 from flux2max_async._api.proxies import Proxies, Route, Routes
 from flux2max_async._api.response import HttpResponse
-from flux2max_async._api.response_content import ContentReader, OnData
+from flux2max_async._api.response_content import ContentReader
 from flux2max_async._api.submit_payload import SubmitPayload
 from flux2max_async._config import ApiKey
 from flux2max_async._exceptions import ConfigurationError, DownloadError, FluxError, SessionClosedError, TransportError
+from flux2max_async._timeouts import Timeout
 from flux2max_async._version import __version__
 
 _CHUNK_BYTES = 65_536
@@ -45,6 +47,8 @@ _MAX_POOL_SIZE = 500
 _MAX_URLS = 1024  # so many are kept for further polls, with what aiohttp computes from each
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
+_GRACE_PERIOD = 5.0
+"""Seconds for the answer to a request that isn't repeated, if its time was over while the event loop was blocked."""
 _MAX_HEADER_BYTES = 65_536
 """Maximum size of one response header; aiohttp's own limit is 8,190 bytes."""
 _REQUEST_OPTIONS: dict[str, Any] = {
@@ -146,15 +150,14 @@ class Transport:
         self._credentials.close()
         if not self._is_borrowed:
             # Sockets would leak if this were interrupted early. It normally takes milliseconds.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_TIMEOUT):
-                    for session in filter(None, (self._api_session, self._download_session)):
-                        await session.close()
+            with suppress(TimeoutError), Timeout(_CLOSE_TIMEOUT):
+                for session in filter(None, (self._api_session, self._download_session)):
+                    await session.close()
 
     async def exchange(
         self,
         request: HttpRequest,
-        on_data: OnData | None = None,
+        limit: PollLimit | None = None,
         *,
         within: float = math.inf,
         fresh_connection: bool = False,
@@ -163,8 +166,8 @@ class Transport:
 
         Args:
             request: The request.
-            on_data: Called when the headers have come, and with each part of a longer response.
-            within: Maximum duration in seconds, if that is less than the HTTP timeout.
+            limit: The time limit of a poll that is repeated if it fails; None for that of other requests.
+            within: Seconds for which the request is repeated if it fails; infinite for one that isn't, or for ever.
             fresh_connection: Whether to open a new connection for it.
 
         Raises:
@@ -174,17 +177,20 @@ class Transport:
             SessionClosedError: The aiohttp session is closed.
         """
         credentials = self._credentials
-        payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
+        time_limit = limit or Timeout(min(self._timeout, within), grace=_GRACE_PERIOD)
+        payload = self._create_payload(request, time_limit)
         failure: FluxError
         try:
-            async with asyncio.timeout(min(self._timeout, within)):
+            with time_limit:
                 if not credentials.is_fixed:
                     await credentials.refresh()
                 version = credentials.version
-                response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
+                response = await self._call(request, payload, limit, fresh_connection=fresh_connection)
                 if response.status == 401 and await credentials.has_changed(version):
-                    payload = None if request.body is None else SubmitPayload(request.body, self._may_write)
-                    response = await self._call(request, payload, on_data, fresh_connection=fresh_connection)
+                    payload = self._create_payload(request, time_limit)
+                    response = await self._call(request, payload, limit, fresh_connection=fresh_connection)
+        except SlowPollError:
+            raise  # this says nothing about the service
         except TransportError as error:
             failure = error
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -202,12 +208,16 @@ class Transport:
             # The error's traceback refers to this frame, which would keep the input images in memory.
             del failure, payload
 
+    def _create_payload(self, request: HttpRequest, limit: Timeout) -> SubmitPayload | None:
+        return None if request.body is None else SubmitPayload(request.body, self._may_write, limit)
+
     async def _call(
-        self, request: HttpRequest, payload: SubmitPayload | None, on_data: OnData | None, *, fresh_connection: bool
+        self, request: HttpRequest, payload: SubmitPayload | None, limit: PollLimit | None, *, fresh_connection: bool
     ) -> HttpResponse:
         async with self._send(request, payload, fresh_connection=fresh_connection) as response:
             if response.status == 407:
                 raise refused_by_proxy()
+            on_data = None if limit is None else limit.on_data
             content = await self._content_reader.read(response.content, is_submit=payload is not None, on_data=on_data)
         return HttpResponse(response.status, response.headers, content, datetime.now(UTC), self.secrets)
 

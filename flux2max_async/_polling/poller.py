@@ -1,12 +1,12 @@
 """Polls one task until it ends, and takes the webhook that may be faster."""
 
-import asyncio
 import logging
 import random
 
 import attrs
 
 from flux2max_async._api.codec import HttpRequest, build_poll
+from flux2max_async._api.give_up import PollLimit
 from flux2max_async._api.retry import is_lasting
 from flux2max_async._api.task_object import reported_status
 from flux2max_async._exceptions import DeadlineExceededError, FluxError
@@ -64,8 +64,8 @@ class TaskPoller:
     """In a row."""
     _poll_now: bool = attrs.field(default=False, init=False)
     """Whether a webhook that can't be read calls for a poll."""
-    _exchange: asyncio.Timeout | None = attrs.field(default=None, init=False)
-    """Around the poll that is on the wire."""
+    _limit: PollLimit | None = attrs.field(default=None, init=False)
+    """That of the poll that is on the wire."""
 
     def __attrs_post_init__(self) -> None:
         context = self._context
@@ -96,8 +96,8 @@ class TaskPoller:
         elif snapshot.status.ended:
             self._feed.publish(snapshot)
             self.ended_by_webhook = True
-            if self._exchange is not None:
-                self._exchange.reschedule(0.0)
+            if self._limit is not None:
+                self._limit.give_up()
             self._wakeup.wake()
         elif (snapshot.progress or 0.0) > self._feed.progress:
             self._feed.publish(snapshot)
@@ -279,17 +279,17 @@ class TaskPoller:
             log.info("task %s: its deadline passed while nothing could run: one more poll", start.task_id)
         self.polls += 1
         self._poll_now = False
+        self._limit = limit = client.limit_poll(within, gives_up=not self._deadline.is_extended)
         try:
-            async with asyncio.timeout(None) as self._exchange:
-                snapshot = await client.poll(
-                    request,
-                    start.task_id,
-                    request=start.request,
-                    within=within,
-                    gives_up=not self._deadline.is_extended,
-                    fresh_connection=self._failures.is_slow,
-                )
-        except (TimeoutError, FluxError) as error:
+            snapshot = await client.poll(
+                request,
+                start.task_id,
+                limit,
+                request=start.request,
+                within=within,
+                fresh_connection=self._failures.is_slow,
+            )
+        except FluxError as error:
             if not self._feed.ended:  # otherwise a webhook was faster
                 self._on_failed_poll(error)
         else:
@@ -304,14 +304,12 @@ class TaskPoller:
                 "task %s: poll %d: %s, progress %s", start.task_id, self.polls, snapshot.status, snapshot.progress
             )
         finally:
-            self._exchange = None
+            self._limit = None
             self._last_poll_at = client.now()
             self._deadline.end_poll(sent_at, self._last_poll_at, is_answered=is_answered)
 
-    def _on_failed_poll(self, error: Exception) -> None:
+    def _on_failed_poll(self, error: FluxError) -> None:
         """Record a failed poll; raise if another one would be pointless."""
-        if not isinstance(error, FluxError):
-            raise error
         age, task_id = self._start.age, self._start.task_id
         final = self._failures.record(
             error, self._context.client.now(), elapsed=None if age is None else age + self.elapsed

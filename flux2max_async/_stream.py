@@ -20,6 +20,7 @@ from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._stream_input import LookAhead, Requests, source_of
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
+from flux2max_async._timeouts import wait
 
 Start = Callable[[GenerationRequest, int], Awaitable[TaskRunner]]
 """Starts a request and returns its runner, which the stream has joined with its priority."""
@@ -199,7 +200,7 @@ class _Pipeline:
         self._notify()
         runners = [item.runner for item in self.undelivered if not item.runner.callers]
         if unanswered := [runner.submit_done for runner in runners if not runner.submit_done.done()]:
-            await asyncio.wait(unanswered, timeout=_ANSWER_TIMEOUT)
+            await wait(unanswered, _ANSWER_TIMEOUT, grace=_ANSWER_TIMEOUT)
 
     # ------------------------------------------------------------------ the producer
 

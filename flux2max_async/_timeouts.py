@@ -15,6 +15,8 @@ from typing import Any
 
 import attrs
 
+GRACE_PERIOD = 5.0
+"""Seconds for an answer from another machine."""
 MAX_LATENESS = 0.1
 """Seconds by which a timer may be late before the grace period begins."""
 _ROUNDS = 20

@@ -31,6 +31,7 @@ from aiohttp.connector import Connection
 from flux2max_async._api.header_limit import LimitedHandler
 from flux2max_async._api.idle_limit import MAX_LIMIT, IdleLimit
 from flux2max_async._clock import suspended_seconds
+from flux2max_async._timeouts import Timeout
 
 if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
@@ -75,15 +76,27 @@ class _Handler(LimitedHandler):
 
     def __init__(self, connector: "SubmitConnector") -> None:
         super().__init__(asyncio.get_running_loop())
-        self._on_lost = connector.on_lost
+        self._now, self._on_lost = connector.now, connector.on_lost
+        self._opened = math.inf
         self.since = math.inf
         """When its last answer was complete, or when it was opened in advance; infinity if it never was idle."""
         self.limit = connector.unused
         """How long it may be idle."""
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._opened = self._now()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self._on_lost(self)
+
+    def fresh_until(self, now: float, round_trip: float) -> float:
+        """Return until when a submit may be written to it."""
+        if self.since < math.inf:
+            return self.since + self.limit.seconds(now, round_trip)
+        # It is written to at once, unless the event loop is blocked.
+        return self._opened + MAX_LIMIT
 
 
 class SubmitConnector(aiohttp.TCPConnector):
@@ -109,21 +122,21 @@ class SubmitConnector(aiohttp.TCPConnector):
 
     def expect_submit(self, delay: float = 0.0) -> None:
         """Keep a connection ready, from `delay` seconds on: a submit is made, or will be soon."""
-        self._last_use = self._now()
+        self._last_use = self.now()
         if self._timer is None and not self._closed:
             self._timer = self._loop.call_later(delay, self._check)
 
     def may_write(self, protocol: ResponseHandler) -> bool:
         """Return whether the first byte of a submit may be written to its connection now."""
-        now = self._now() - _MAX_LAG
-        return _is_open(protocol) and self._fresh_until(cast("_Handler", protocol), now) >= now
+        now = self.now() - _MAX_LAG
+        return _is_open(protocol) and cast("_Handler", protocol).fresh_until(now, self._opening_time) >= now
 
     async def open_only(self, request: aiohttp.ClientRequest, _: aiohttp.ClientHandlerType) -> NoReturn:
         """Open the connection of a request and keep it as a spare; this middleware sends nothing."""
-        started = self._now()
-        async with asyncio.timeout(_OPEN_TIMEOUT):
+        started = self.now()
+        with Timeout(_OPEN_TIMEOUT):
             protocol = await self._create_connection(request, [], aiohttp.ClientTimeout())
-        self._opening_time = self._now() - started
+        self._opening_time = self.now() - started
         self._make_room()
         self._release(request.connection_key, protocol)
         cast("_Handler", protocol).limit = self.unused
@@ -153,17 +166,21 @@ class SubmitConnector(aiohttp.TCPConnector):
 
     def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
         handler = cast("_Handler", protocol)
-        handler.since, handler.limit = self._now(), self._after_answer
+        handler.since, handler.limit = self.now(), self._after_answer
         super()._release(key, protocol, should_close=should_close)
 
     def _move_good_one_to_front(self, key: "ConnectionKey") -> bool:
         """Move the newest connection that a submit may use to the front of the pool, which aiohttp takes."""
-        now, pool = self._now(), self._conns.get(key) or deque()
+        now, pool = self.now(), self._conns.get(key) or deque()
         for entry in reversed(pool):
             handler = cast("_Handler", entry[0])
             if handler.limit is not self.unused and now - handler.since < _MIN_REST:
                 continue  # in a burst of submits, that is most of them
-            if self._fresh_until(handler, now) >= now and _is_open(handler) and not _has_unread_data(handler):
+            if (
+                handler.fresh_until(now, self._opening_time) >= now
+                and _is_open(handler)
+                and not _has_unread_data(handler)
+            ):
                 pool.remove(entry)
                 pool.appendleft(entry)
                 return True
@@ -197,7 +214,7 @@ class SubmitConnector(aiohttp.TCPConnector):
 
     def _check(self) -> None:
         """Look at the idle connections, and open a spare one if none will be good for the next submit."""
-        now = self._now()
+        now = self.now()
         self._previous_check, self._last_check = self._last_check, now
         for handler in self._idle_handlers():
             if not _is_open(handler):
@@ -219,7 +236,7 @@ class SubmitConnector(aiohttp.TCPConnector):
         """Learn from a connection that was lost, if it was idle."""
         if not self._remove(handler):
             return
-        now = self._now()
+        now = self.now()
         # If the event loop was blocked, the connection may have been closed at any time since.
         was_blocked = now - self._previous_check > 2 * _CHECK_INTERVAL + _MAX_LAG
         seconds = (self._previous_check if was_blocked else now) - handler.since
@@ -242,14 +259,12 @@ class SubmitConnector(aiohttp.TCPConnector):
     async def _open(self) -> None:
         try:
             if not await self._open_spare():
-                self._no_spare_before = self._now() + _PAUSE_AFTER_FAILURE
+                self._no_spare_before = self.now() + _PAUSE_AFTER_FAILURE
         finally:
             self._opening = None
 
-    def _fresh_until(self, handler: _Handler, now: float) -> float:
-        return handler.since + handler.limit.seconds(now, self._opening_time)
-
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Return the time, which goes on while the machine is suspended."""
         return self._loop.time() + self.suspended()
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 
 from flux2max_async._config import KEY_FORMAT, ApiKey, NoKeyError, is_well_formed_key
+from flux2max_async._timeouts import GRACE_PERIOD, Timeout
 
 _MAX_AGE = 1.0
 """Seconds for which a key is used without asking again."""
@@ -111,14 +112,14 @@ class RotatingKey(FixedKey):
 
     async def _read_key(self) -> Exception | None:
         asked_at = asyncio.get_running_loop().time()
-        limit = asyncio.timeout(self._timeout if math.isfinite(self._timeout) else None)
+        limit = Timeout(self._timeout, grace=GRACE_PERIOD)
         try:
-            async with limit:
+            with limit:
                 key = self._function()
                 if inspect.isawaitable(key):
                     key = await key
         except Exception as error:  # noqa: BLE001 - it is the caller's function
-            return TimeoutError(f"api_key() has returned no key for {self._timeout:g} s") if limit.expired() else error
+            return TimeoutError(f"api_key() has returned no key for {self._timeout:g} s") if limit.is_over else error
         if not is_well_formed_key(key):
             return ValueError(f"api_key() has returned what is no key: it {KEY_FORMAT}")
         self._asked_at = asked_at

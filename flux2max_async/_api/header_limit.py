@@ -8,6 +8,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
 
+from flux2max_async._timeouts import Timer
+
 _MAX_HEADERS_BYTES = 1_000_000
 
 
@@ -30,6 +32,10 @@ class LimitedHandler(ResponseHandler):
             return
         self.set_exception(HttpProcessingError(code=400, message="the headers are too large"))
         self.abort()
+
+    def _on_read_timeout(self) -> None:
+        """End the wait for data, after what has come until now was read."""
+        self._read_timeout_handle = cast("Any", Timer(0.0, super()._on_read_timeout))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Release the parser, which refers to this handler, and with it what was received."""

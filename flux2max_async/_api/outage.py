@@ -7,6 +7,7 @@ import os
 
 from flux2max_async._exceptions import FluxError, TransportError
 from flux2max_async._text import get_logger
+from flux2max_async._timeouts import Timer
 
 log = get_logger("api")
 
@@ -30,7 +31,7 @@ class Outage:
         self._failures = 0
         self._error: FluxError | None = None
         self._ends_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     def on_failure(self, error: FluxError, within: float, *, is_poll: bool) -> None:
         """Record a failed call.
@@ -54,7 +55,7 @@ class Outage:
         self._ends_at = loop.time() + within
         self.is_on = True
         if self._timer is None:
-            self._timer = loop.call_later(_REPORT_AFTER, self._report)
+            self._timer = Timer(_REPORT_AFTER, self._report, grace=_REPORT_AFTER)
 
     def end(self) -> None:
         """Record that a call was answered, or that the session is closed."""

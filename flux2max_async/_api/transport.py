@@ -38,7 +38,7 @@ from flux2max_async._api.response_content import ContentReader
 from flux2max_async._api.submit_payload import SubmitPayload
 from flux2max_async._config import ApiKey
 from flux2max_async._exceptions import ConfigurationError, DownloadError, FluxError, SessionClosedError, TransportError
-from flux2max_async._timeouts import Timeout
+from flux2max_async._timeouts import GRACE_PERIOD, Timeout
 from flux2max_async._version import __version__
 
 _CHUNK_BYTES = 65_536
@@ -47,8 +47,6 @@ _MAX_POOL_SIZE = 500
 _MAX_URLS = 1024  # so many are kept for further polls, with what aiohttp computes from each
 _CLOSE_TIMEOUT = 5.0
 """Seconds."""
-_GRACE_PERIOD = 5.0
-"""Seconds for the answer to a request that isn't repeated, if its time was over while the event loop was blocked."""
 _MAX_HEADER_BYTES = 65_536
 """Maximum size of one response header; aiohttp's own limit is 8,190 bytes."""
 _REQUEST_OPTIONS: dict[str, Any] = {
@@ -177,7 +175,7 @@ class Transport:
             SessionClosedError: The aiohttp session is closed.
         """
         credentials = self._credentials
-        time_limit = limit or Timeout(min(self._timeout, within), grace=_GRACE_PERIOD)
+        time_limit = limit or Timeout(min(self._timeout, within), grace=GRACE_PERIOD)
         payload = self._create_payload(request, time_limit)
         failure: FluxError
         try:

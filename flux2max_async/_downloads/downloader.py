@@ -1,9 +1,7 @@
 """Downloads images: into a part file beside the target, retried, and published only when complete."""
 
-import asyncio
 import contextlib
 import io
-import math
 import os
 import random
 import secrets
@@ -33,6 +31,7 @@ from flux2max_async._exceptions import (
     TransportError,
 )
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
+from flux2max_async._timeouts import Timeout
 
 
 class Downloader:
@@ -156,11 +155,9 @@ class Downloader:
         if is_inline(url):
             return await anyio.to_thread.run_sync(_write_inline_image, url, transfer.file)
         try:
-            async with (
-                transfer.pace.attempt(),
-                asyncio.timeout(self._timeout if math.isfinite(self._timeout) else None),
-            ):
-                return await transfer.attempt(self._transport, url)
+            async with transfer.pace.attempt():
+                with Timeout(self._timeout, grace=RETRY_WINDOW):
+                    return await transfer.attempt(self._transport, url)
         except TimeoutError as error:
             raise DownloadError(f"the download has not ended within {self._timeout:g} s") from error
         except ProtocolError as error:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from flux2max_async._exceptions import TransportError
+from flux2max_async._timeouts import MAX_LATENESS
 
 _WINDOW = 30.0
 """Seconds."""
@@ -95,13 +96,17 @@ class Pace:
     def _start_window(self) -> None:
         self._stop_window()
         self._received = 0
-        self._timer = asyncio.get_running_loop().call_later(_WINDOW, self._end_window)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(at := loop.time() + _WINDOW, self._end_window, at)
 
     def _stop_window(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _end_window(self) -> None:
+    def _end_window(self, at: float) -> None:
+        if asyncio.get_running_loop().time() > at + MAX_LATENESS:  # what came meanwhile has not been read
+            self._start_window()
+            return
         self._is_slow = True
         if self._is_receiving and self._received < _MIN_BYTES:
             self._cut(f"the download was slower than 1 KiB/s for {_WINDOW:g} s")

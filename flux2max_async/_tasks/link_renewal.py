@@ -1,6 +1,5 @@
 """Replays whose links have expired: their tasks are asked for fresh ones before the outcome is given out."""
 
-import asyncio
 from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
 
@@ -11,6 +10,7 @@ from flux2max_async._api.codec import build_poll
 from flux2max_async._exceptions import FluxError
 from flux2max_async._models.results import NO_URL, Completed, GeneratedImage, Outcome, is_inline
 from flux2max_async._text import get_logger
+from flux2max_async._timeouts import Timeout
 
 log = get_logger("tasks")
 
@@ -60,7 +60,7 @@ async def _fetch_images(task_id: str, client: ApiClient) -> tuple[GeneratedImage
     if client.pause(0.0) > 0:  # the service has asked all calls to wait
         return ()
     try:
-        async with asyncio.timeout(_MAX_WAIT):
+        with Timeout(_MAX_WAIT):
             return (await client.poll(build_poll(task_id), task_id)).images
     except (TimeoutError, FluxError) as error:
         log.warning("task %s: its links have expired and could not be renewed: %s", task_id, error or "no answer")

@@ -14,9 +14,10 @@ from flux2max_async._api.client import AcceptedSubmit, LostSubmit
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot
 from flux2max_async._polling.context import PollingContext
-from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
+from flux2max_async._polling.deadline import GRACE_PERIOD
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._text import get_logger
+from flux2max_async._timeouts import wait
 from flux2max_async.webhooks._tokens import new_token
 
 log = get_logger("tasks")
@@ -51,13 +52,9 @@ class ExpectedWebhook:
         """Wait as long as such tasks usually take; return None if nothing was delivered."""
         schedule, now = self._polling.schedule, self._polling.client.now
         usual = schedule.percentile(99) if isinstance(schedule, LearnedSchedule) else None
-        until = min(now() + max(_MIN_WAIT, _WAIT_FACTOR * (usual or 0.0)), lost.deadline)
-        seconds = max(0.0, until - now())
+        seconds = max(0.0, min(max(_MIN_WAIT, _WAIT_FACTOR * (usual or 0.0)), lost.deadline - now()))
         log.warning("%s; waiting up to %.0f s for its webhook", lost.error, seconds)
-        await asyncio.wait((self._delivered,), timeout=seconds)
-        if not self._delivered.done() and now() > until + MAX_LATENESS:
-            # Nothing could run in between: what was delivered may still have to be read.
-            await asyncio.wait((self._delivered,), timeout=GRACE_PERIOD)
+        await wait((self._delivered,), seconds, grace=GRACE_PERIOD)
         if not self._delivered.done():
             return None
         log.info("a webhook has brought the id of a lost submit: task %s", self._delivered.result().task_id)

@@ -22,6 +22,7 @@ from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
 from flux2max_async._text import get_logger
+from flux2max_async._timeouts import wait
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._record_factory import RecordFactory
@@ -290,7 +291,7 @@ class Supervisor:
         for runner in list(self._runners):
             runner.cancel_submit(closed_error())
         if unanswered := [runner.submit_done for runner in self._runners if not runner.submit_done.done()]:
-            await asyncio.wait(unanswered, timeout=ANSWER_TIMEOUT)
+            await wait(unanswered, ANSWER_TIMEOUT, grace=ANSWER_TIMEOUT)
         self.close_now()
         if tasks := list(self._tasks):
             await asyncio.wait(tasks)

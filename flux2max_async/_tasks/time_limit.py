@@ -8,8 +8,12 @@ from typing import Any, TypeVar
 import attrs
 
 from flux2max_async._exceptions import DeadlineExceededError, InvalidRequestError
+from flux2max_async._timeouts import Timeout, wait
 
 T = TypeVar("T")
+
+_GRACE_PERIOD = 0.5
+"""Seconds in which an outcome that has come while the event loop was blocked can be read and recorded."""
 
 
 @attrs.frozen
@@ -41,15 +45,18 @@ class TimeLimit:
             DeadlineExceededError: The time was over first; nothing was started.
         """
         try:
-            async with asyncio.timeout_at(self.ends_at):
+            with Timeout(self._remaining(), grace=_GRACE_PERIOD):
                 return await starting
         except TimeoutError:
             raise self.exceeded(None) from None
 
     async def wait(self, future: "asyncio.Future[Any]") -> bool:
         """Wait for a future; return False if the time was over first."""
-        await asyncio.wait((future,), timeout=max(self.ends_at - asyncio.get_running_loop().time(), 0.0))
+        await wait((future,), self._remaining(), grace=_GRACE_PERIOD)
         return future.done()
+
+    def _remaining(self) -> float:
+        return max(self.ends_at - asyncio.get_running_loop().time(), 0.0)
 
     def exceeded(self, task_id: str | None) -> DeadlineExceededError:
         """Return the error of a call that has taken too long."""

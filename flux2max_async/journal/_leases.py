@@ -4,11 +4,12 @@ Each journal that has the file open is an owner: it has a row in `owners`, and a
 
   alive          its row is there, and it increments the row's heartbeat counter every quarter of its lease
   presumed dead  its row is there, but another owner knows that the process is gone, or has seen the same counter for
-                 longer than the lease, by that other owner's own monotonic clock
+                 longer than the lease and the quarter between two heartbeats, by that other owner's own monotonic
+                 clock; so a process that is stopped for less than its lease is not
   dropped        its row was deleted: by close(), or by drop_owner() of an owner that presumes it dead
 
-An owner that was dropped although it lives, since its machine slept, inserts its row again with its next heartbeat.
-What others have adopted in the meantime stays theirs.
+An owner that was dropped although it lives, since its process was stopped or its machine slept, notices that with its
+next heartbeat, logs it, and inserts its row again. What others have adopted in the meantime stays theirs.
 
 An entry is, by its column `owner`:
 
@@ -27,6 +28,9 @@ import attrs
 
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._store import SqliteStore
+
+HEARTBEAT_INTERVAL = 0.25
+"""As a fraction of the lease."""
 
 
 @attrs.frozen
@@ -68,7 +72,7 @@ class LeaseMonitor:
             sighting = self._sightings.get(owner_id)
             if sighting is None or sighting.heartbeat != owner.heartbeat or late:
                 sighting = self._sightings[owner_id] = _Sighting(owner.heartbeat, now)
-            if owner.is_gone or now - sighting.time > owner.lease:
+            if owner.is_gone or now - sighting.time > owner.lease * (1 + HEARTBEAT_INTERVAL):
                 store.drop_owner(owner_id)
 
     def _adopt_from_dropped_owners(self, store: SqliteStore) -> list[JournalEntry]:

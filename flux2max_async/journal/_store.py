@@ -219,9 +219,8 @@ class SqliteStore:
 
     def find_task(self, task_id: str) -> JournalEntry | None:
         """Return the newest entry of a task."""
-        row = self._connection.execute(
-            f"{SELECT} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1", (task_id,)
-        ).fetchone()
+        statement = f"{SELECT} WHERE e.task_id = ? ORDER BY e.id DESC LIMIT 1"
+        row = self._connection.execute(statement, (task_id,)).fetchone()
         return row and self._entry(row)
 
     def find_token(self, token: str) -> JournalEntry | None:
@@ -299,11 +298,12 @@ class SqliteStore:
 
     # ------------------------------------------------------------------ owners
 
-    def heartbeat(self) -> None:
-        """Increment this owner's heartbeat counter, or insert its row if it has none."""
-        execute = self._connection.execute
-        if not execute("UPDATE owners SET beat = beat + 1 WHERE id = ?", (self.owner,)).rowcount:
-            execute("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", (self.owner, self._lease, host_id(), os.getpid()))
+    def heartbeat(self) -> bool:
+        """Increment this owner's heartbeat counter; insert its row and return False if it has none."""
+        owner, execute = (self.owner, self._lease, host_id(), os.getpid()), self._connection.execute
+        if not (found := execute("UPDATE owners SET beat = beat + 1 WHERE id = ?", owner[:1]).rowcount > 0):
+            execute("INSERT INTO owners VALUES (?, 0, ?, ?, ?)", owner)
+        return found
 
     def other_owners(self) -> dict[str, OtherOwner]:
         """Return all other owners by their ids."""

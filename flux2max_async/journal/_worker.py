@@ -22,7 +22,7 @@ from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._jobs import Job, Resolution, Watch, resolve_futures
-from flux2max_async.journal._leases import LeaseMonitor
+from flux2max_async.journal._leases import HEARTBEAT_INTERVAL, LeaseMonitor
 from flux2max_async.journal._schema import journal_error, may_pass
 from flux2max_async.journal._store import SqliteStore
 
@@ -35,6 +35,10 @@ _CHECK_INTERVAL = 0.25
 _CHECKPOINT_INTERVAL = 3.0
 """Seconds after a write until SQLite's log is copied to the file; twice that if there are jobs all the time."""
 _MAX_JOBS_PER_TRANSACTION = 500
+_LEASE_IS_LOST = (
+    "journal %s: this process was held up for longer than its lease of %g s: others may follow its tasks now, and what "
+    "was being submitted counts as uncertain"
+)
 
 
 class JournalWorker:
@@ -266,18 +270,20 @@ class JournalWorker:
     def _heartbeat(self, store: SqliteStore) -> None:
         """Write the heartbeat, drop owners that are presumed dead, and adopt the tasks of dropped ones."""
         now = time.monotonic()
-        self._next_heartbeat_at = now + self._lease / 4
+        self._next_heartbeat_at = now + self._lease * HEARTBEAT_INTERVAL
         self._check_file(store)
         if self._unwritten:
             self._run_jobs(store, [])
         try:
             with store.transaction(durable=self._has_unsynced_writes):
-                store.heartbeat()
+                was_dropped = not store.heartbeat()
                 adopted = self._leases.check(store, now)
             self._has_unsynced_writes = False
         except sqlite3.Error as error:
             log.warning("%s", journal_error(self._path, error))
         else:
+            if was_dropped:
+                log.warning(_LEASE_IS_LOST, self._path, self._lease)
             self._report(adopted)
             self._check_watches(store)
 

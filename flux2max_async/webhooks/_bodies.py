@@ -1,12 +1,12 @@
 """Reads the bodies of deliveries, within limits for whoever can reach the endpoint."""
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator
 
 import attrs
 
+from flux2max_async._timeouts import Timeout
 from flux2max_async.webhooks._headers import HeadersLike, header_values
 from flux2max_async.webhooks._payload import MAX_BODY
 from flux2max_async.webhooks._signature import SIGNATURE_HEADER, read_digests
@@ -49,8 +49,9 @@ class BodyReader:
         if not self.slots.acquire(blocking=False):
             raise BodyRefusedError(503, f"{MAX_BODIES} others are being received")
         try:
-            async with asyncio.timeout(BODY_TIMEOUT), contextlib.aclosing(chunks):
-                return await _join(chunks)
+            with Timeout(BODY_TIMEOUT):
+                async with contextlib.aclosing(chunks):
+                    return await _join(chunks)
         except TimeoutError:
             raise BodyRefusedError(408, f"its body did not arrive within {BODY_TIMEOUT:g} s") from None
         finally:

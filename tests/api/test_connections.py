@@ -1,6 +1,7 @@
 """Connections for submits: a submit goes over a warm one, and never over one that the far end is about to close."""
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import Sequence
@@ -326,6 +327,28 @@ async def test_an_end_that_the_event_loop_has_not_read_yet() -> None:
     first, second = gateway.submits
 
     assert second.opened > first.opened
+
+
+@pytest.mark.parametrize(("blocked", "is_written"), [(0.0, True), (3.0, True), (5.0, False), (3600.0, False)])
+async def test_the_loop_is_blocked_after_a_connection_was_opened(blocked: float, is_written: bool) -> None:
+    """A new connection gets nothing if it was never used for so long that the far end may have closed it meanwhile."""
+
+    async def hold_up_before_writing(*_: object) -> None:
+        hold_up(blocked)
+
+    async def never() -> bool:
+        return False
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_create_end.append(hold_up_before_writing)
+    connector = SubmitConnector(limit=10, open_spare=never)
+    payload = SubmitPayload(b'{"input": [{"params": {"prompt": "a cat"}}]}', connector.may_write)
+    async with FarGateway() as gateway, aiohttp.ClientSession(connector=connector, trace_configs=[tracing]) as http:
+        connection_use.set(ConnectionUse.WARM)
+        with contextlib.nullcontext() if is_written else pytest.raises(aiohttp.ClientConnectionError):
+            await http.post(gateway.url, data=payload)
+
+    assert payload.is_written is is_written
 
 
 async def test_the_loop_is_blocked_just_before_a_submit_is_written() -> None:

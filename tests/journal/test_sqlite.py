@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import sqlite3
@@ -572,8 +573,8 @@ async def test_a_locked_file_ends_no_lease(tmp_path: Path) -> None:
     assert found is None or found.holder is Holder.OTHER
 
 
-async def test_a_dropped_owner_that_is_alive_returns(tmp_path: Path) -> None:
-    """A process that was suspended for longer than its lease adds its row again with its next heartbeat."""
+async def test_a_dropped_owner_that_is_alive_returns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that was suspended for longer than its lease adds its row again with its next heartbeat, and says so."""
     async with SqliteJournal(tmp_path / "run.db", lease=0.2) as journal:
         rewrite(journal.path, "DELETE FROM owners")
         await asyncio.sleep(0.3)
@@ -581,6 +582,8 @@ async def test_a_dropped_owner_that_is_alive_returns(tmp_path: Path) -> None:
             ((owners,),) = connection.execute("SELECT count(*) FROM owners").fetchall()
 
     assert owners == 1
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "held up for longer than its lease of 0.2 s" in warning.getMessage()
 
 
 async def test_the_thread_ends_with_its_event_loop(tmp_path: Path) -> None:

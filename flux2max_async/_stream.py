@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
 import attrs
 
@@ -18,6 +18,7 @@ from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedEr
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._stream_input import LookAhead, Requests, source_of
+from flux2max_async._tasks.context import Spawn
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._timeouts import wait
@@ -27,14 +28,6 @@ Start = Callable[[GenerationRequest, int], Awaitable[TaskRunner]]
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds that closing a stream waits for the ids of submits that are on the wire."""
-
-
-class Spawn(Protocol):
-    """Runs a coroutine in the background as long as the session is open."""
-
-    def __call__(self, work: Coroutine[Any, Any, Any], *, until_drain: bool = False) -> "asyncio.Task[Any]":
-        """Return the task that runs it; `until_drain` if it might never end by itself."""
-        ...
 
 
 class OutcomeStream(AsyncIterator[Outcome]):

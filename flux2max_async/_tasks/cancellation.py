@@ -13,15 +13,14 @@ from flux2max_async._exceptions import FluxError
 class SubmitCancellation:
     """Whether a submit was cancelled, and why.
 
-    A submit waits only inside `guard()`, for the journal, its turn, or its next attempt, and in `wait_for()`, for its
-    slot. There `cancel()` ends the wait at once. Outside of them a call may be on the wire; then the cancellation takes
-    effect at the next one, so that no answer, and no task id, is lost. Where nothing has to be waited for, checking
-    `reason` is enough.
+    A submit waits only inside `guard()`: for the journal, its turn, or its next attempt. There `cancel()` ends the wait
+    at once. Outside of it a call may be on the wire; then the cancellation takes effect at the next one, so that no
+    answer, and no task id, is lost. Where nothing has to be waited for, checking `reason` is enough. What waits for a
+    slot is ended by its runner.
     """
 
     reason: FluxError | None = attrs.field(default=None, init=False)
     _guarded: asyncio.Timeout | None = attrs.field(default=None, init=False)
-    _awaited: "asyncio.Future[None] | None" = attrs.field(default=None, init=False)
     _raised: bool = attrs.field(default=False, init=False)
 
     def cancel(self, reason: FluxError) -> None:
@@ -29,12 +28,10 @@ class SubmitCancellation:
         self.reason = reason
         if self._guarded is not None and not self._guarded.expired():
             self._guarded.reschedule(0.0)
-        if self._awaited is not None:
-            self._awaited.cancel()
 
     def revoke(self) -> bool:
         """Take a cancellation back; return False if it has taken effect already."""
-        if self.reason is not None and (self._raised or self._guarded is not None or self._awaited is not None):
+        if self.reason is not None and (self._raised or self._guarded is not None):
             return False
         self.reason = None
         return True
@@ -44,26 +41,6 @@ class SubmitCancellation:
         if self.reason is not None:
             self._raised = True
             raise self.reason
-
-    async def wait_for(self, future: "asyncio.Future[None]") -> None:
-        """Wait for a future that nobody else waits for; cancelling the submit cancels it.
-
-        It needs less memory than a `guard()`, which counts when thousands wait for a slot.
-
-        Raises:
-            FluxError: The submit was cancelled; this is the reason.
-        """
-        self.raise_if_cancelled()
-        self._awaited = future
-        try:
-            await future
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.reason is None or (task is not None and task.cancelling()):
-                raise
-        finally:
-            self._awaited = None
-        self.raise_if_cancelled()
 
     @contextlib.asynccontextmanager
     async def guard(self, until: float | None = None) -> AsyncGenerator[None]:

@@ -1,7 +1,9 @@
 """What runners share with their session, and who follows them."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
@@ -15,6 +17,22 @@ from flux2max_async.journal._lookup import ReusePolicy
 
 if TYPE_CHECKING:
     from flux2max_async._tasks.runner import TaskRunner
+
+
+class Spawn(Protocol):
+    """Runs a coroutine in the background as long as the session is open."""
+
+    def __call__(
+        self, work: Coroutine[Any, Any, Any], *, until_drain: bool = False, context: Context | None = None
+    ) -> "asyncio.Task[Any]":
+        """Return the task that runs it, in a context of its own if one is given.
+
+        Args:
+            work: The coroutine.
+            until_drain: Whether it might never end by itself.
+            context: Its context variables; by default, a copy of the caller's.
+        """
+        ...
 
 
 class RunnerObserver(Protocol):
@@ -37,6 +55,7 @@ class RunnerContext:
     add_webhook: AddWebhook | None
     """None if the session has no inbox."""
     single_flight: SingleFlight
+    spawn: Spawn
     check_caller: Callable[[], None]
     """Raises if the calling process or event loop is not the session's."""
     _links: LinkRenewer = attrs.field(factory=LinkRenewer, init=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from contextvars import Context, copy_context
 from typing import Any
 
 import attrs
@@ -33,10 +34,20 @@ class TaskRunner(SharedTask):
     answer to the submit is lost and only a webhook can still reveal the id; `ended` is resolved with the outcome, on
     every path. Only `run()` moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()`
     ends any. Whoever cancels the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
+
+    `run()` runs in an asyncio task, except that nothing runs while the runner waits for a slot: `run()` returns, and
+    `on_slot()` starts it again, in the context of the first caller. So thousands that wait cost little memory, and
+    little time when they arrive or leave at once.
     """
 
     _created: float = attrs.field(kw_only=True, alias="created")
     _observers: list[RunnerObserver] = attrs.field(kw_only=True, alias="observers")
+    _group: str | None = attrs.field(default=None, kw_only=True, alias="group")
+    """Whose turns it uses."""
+    _caller_context: Context = attrs.field(factory=copy_context, init=False)
+    _is_running: bool = attrs.field(default=False, init=False)
+    """Whether there is an asyncio task of `run()`."""
+    _key_conflicts: int = attrs.field(default=0, init=False)
     submit_done: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
     _holds_slot: bool = attrs.field(default=False, init=False)
@@ -56,6 +67,12 @@ class TaskRunner(SharedTask):
         """Seconds since the submit, or before it since the request."""
         return asyncio.get_running_loop().time() - self._created if self.poller is None else self.poller.elapsed
 
+    def cancel_submit(self, reason: FluxError) -> None:
+        """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
+        super().cancel_submit(reason)
+        if self._place is not None and not self._is_running:
+            self._end(self._failed(reason))
+
     def close_now(self) -> None:
         """End at once, because the session does."""
         message = "the session was closed while a submit was unanswered: a task may exist and cost money"
@@ -66,10 +83,30 @@ class TaskRunner(SharedTask):
 
     # ------------------------------------------------------------------ the run
 
+    def start(self) -> None:
+        """Begin; do nothing if it has begun already."""
+        if self._is_running or self._place is not None or self.ended.done():
+            return
+        is_new = self.record.key is None and self.task_id is None  # then there is nothing to look up
+        if not is_new or self._take_slot():
+            self._spawn_run()
+
+    def on_slot(self) -> None:
+        """Go on with the slot."""
+        self._place, self._holds_slot = None, True
+        self._spawn_run()
+
+    def _spawn_run(self) -> None:
+        self._is_running = True
+        self._context.spawn(self.run(), context=self._caller_context)
+
     async def run(self) -> None:
-        """Run the request to its end."""
+        """Run the request to its end, or until it waits for a slot."""
         try:
             self._unrecorded = outcome = await self._run()
+            if outcome is None:
+                self._is_running = False
+                return
             if not self._recorded:
                 usage = self.feed.snapshot and self.feed.snapshot.usage
                 self._unrecorded = outcome = await self.record.finish(outcome, usage.cost if usage else None)
@@ -80,23 +117,23 @@ class TaskRunner(SharedTask):
             raise
         self._end(outcome)
 
-    async def _run(self) -> Outcome:
+    async def _run(self) -> Outcome | None:
+        """Return the outcome; None if the request waits for a slot first."""
         try:
-            for _ in range(_MAX_KEY_CONFLICTS):
-                existing = await self._find_existing()
-                if isinstance(existing, Replay):
-                    self.task_id, self._recorded = existing.outcome.task_id, True
-                    # This is given out if the session is closed before the links are renewed.
-                    self._unrecorded = existing.outcome
-                    _resolve(self.submit_done, None)
-                    return await self._context.renew_links(existing.outcome, self.record.policy)
-                if isinstance(existing, Resume):
-                    return await self._resume(existing.task_id, existing.age)
+            while self._key_conflicts < _MAX_KEY_CONFLICTS:
+                if not self._holds_slot:
+                    existing = await self._find_existing()
+                    if isinstance(existing, Replay):
+                        return await self._replay(existing.outcome)
+                    if isinstance(existing, Resume):
+                        return await self._resume(existing.task_id, existing.age)
+                    if not self._take_slot():
+                        return None
                 try:
                     start = await self._submit()
                 except KeyConflictError:
-                    self._holds_slot = False
-                    self._context.slots.release()
+                    self._key_conflicts += 1
+                    self._release_slot()
                 else:
                     return await self._poll(start)
             return self._failed(JournalError(f"the journal neither begins {self.record.key!r} nor returns its entry"))
@@ -107,6 +144,12 @@ class TaskRunner(SharedTask):
             unexpected = FluxError(f"unexpected error: {error!r}")
             unexpected.__cause__ = error
             return self._failed(unexpected)
+
+    async def _replay(self, outcome: Outcome) -> Outcome:
+        self.task_id, self._recorded = outcome.task_id, True
+        self._unrecorded = outcome  # this is given out if the session is closed before the links are renewed
+        _resolve(self.submit_done, None)
+        return await self._context.renew_links(outcome, self.record.policy)
 
     async def _find_existing(self) -> Replay | Resume | Submit:
         if self.record.key is None:  # then there is nothing to wait for
@@ -125,9 +168,6 @@ class TaskRunner(SharedTask):
 
     async def _submit(self) -> PollStart:
         assert self.request is not None
-        if not self._context.slots.try_acquire():
-            await self._wait_for_slot()
-        self._holds_slot = True
         self.task_id = None  # of an earlier attempt, which another process has followed
         polling, add_webhook = self._context.polling, self._context.add_webhook
         deadline = polling.client.now() + polling.task_timeout
@@ -160,17 +200,6 @@ class TaskRunner(SharedTask):
             expects_webhook=expected is not None,
             webhook=accepted.snapshot if accepted.by_webhook else None,
         )
-
-    async def _wait_for_slot(self) -> None:
-        slots = self._context.slots
-        self._place = place = slots.enqueue(max(self.callers, default=0))
-        try:
-            await self._cancellation.wait_for(place.granted)
-        except BaseException:
-            slots.leave(place)
-            raise
-        finally:
-            self._place = None
 
     def _rank(self) -> float:
         return order_of(self._created, max(self.callers, default=0))
@@ -259,9 +288,10 @@ class TaskRunner(SharedTask):
         self.feed.close()
         if self.poller is not None and self._context.polling.registry.in_use:
             self.poller.close()
-        if self._holds_slot:
-            self._holds_slot = False
-            self._context.slots.release()
+        if self._place is not None:
+            self._context.slots.leave(self._place)
+            self._place = None
+        self._release_slot()
         _resolve(self.submit_done, None)
         _resolve(self.answered, None)
         _resolve(self.ended, outcome)
@@ -274,6 +304,20 @@ class TaskRunner(SharedTask):
         else:
             name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
             log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
+
+    def _take_slot(self) -> bool:
+        """Take a slot; if none is free, wait for one and return False."""
+        slots = self._context.slots
+        if slots.try_acquire(self._group):
+            self._holds_slot = True
+            return True
+        self._place = slots.enqueue(self, max(self.callers, default=0), self._group)
+        return False
+
+    def _release_slot(self) -> None:
+        if self._holds_slot:
+            self._holds_slot = False
+            self._context.slots.release(self._group)
 
     def _leave_single_flight(self) -> None:
         by_key, by_task_id = self._context.single_flight.by_key, self._context.single_flight.by_task_id

@@ -46,7 +46,7 @@ class SharedTask:
     _is_id_logged: bool = attrs.field(default=False, init=False)
     _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
     _place: Place | None = attrs.field(default=None, init=False)
-    """Where it waits for a slot."""
+    """Its place in the queue; None unless it waits for a slot."""
     _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     """Whether another process follows the request."""
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -73,6 +74,7 @@ class Supervisor:
             slots=self.slots,
             add_webhook=add_webhook,
             single_flight=self.single_flight,
+            spawn=self.spawn,
             check_caller=self.check_caller,
         )
         self._closing: asyncio.Task[None] | None = None
@@ -141,17 +143,18 @@ class Supervisor:
         await asyncio.sleep(0)
         self._check_submitting()
         if self._records.keeps_nothing:
-            runner = self._start_runner(request, NullRecord(policy=policy))
+            runner = self._create_runner(request, NullRecord(policy=policy))
         else:
-            runner = await self._get_or_start_runner(request, policy)
+            runner = await self._get_or_create_runner(request, policy)
         runner.join(policy, priority)
+        runner.start()
         return runner
 
-    async def _get_or_start_runner(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
+    async def _get_or_create_runner(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
         record = await self._records.create(request, policy)
         self._check_submitting()
         if record.key is None:
-            return self._start_runner(request, record)
+            return self._create_runner(request, record)
         existing = self.single_flight.by_key.get(record.key)
         if existing is not None and policy.resubmit_uncertain:
             # If the submit that is under way turns out to be uncertain, it is to be made again.
@@ -160,7 +163,7 @@ class Supervisor:
             existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
         if existing is not None:
             existing.record.check_same(record)
-        runner = self.single_flight.get_or_create(record.key, lambda: self._start_runner(request, record))
+        runner = self.single_flight.get_or_create(record.key, lambda: self._create_runner(request, record))
         runner.request = runner.request or request
         return runner
 
@@ -177,20 +180,29 @@ class Supervisor:
     def _start_runner(
         self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
     ) -> TaskRunner:
+        runner = self._create_runner(request, record, task_id)
+        runner.start()
+        return runner
+
+    def _create_runner(
+        self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
+    ) -> TaskRunner:
         now = self._loop.time()
         runner = TaskRunner(request, record, self._context, task_id, created=now, observers=[self])
         if task_id is not None:
             self.single_flight.by_task_id[task_id] = runner
         self._runners.add(runner)
-        self.spawn(runner.run())
         return runner
 
-    def spawn(self, work: Coroutine[Any, Any, T], *, until_drain: bool = False) -> "asyncio.Task[T]":
+    def spawn(
+        self, work: Coroutine[Any, Any, T], *, until_drain: bool = False, context: Context | None = None
+    ) -> "asyncio.Task[T]":
         """Run a coroutine until it ends or the session closes.
 
         Args:
             work: The coroutine.
             until_drain: Whether draining cancels it, because it might never end by itself.
+            context: Its context variables; by default, a copy of the caller's.
 
         Raises:
             SessionClosedError: The session is closed.
@@ -198,7 +210,7 @@ class Supervisor:
         if self.shutdown.closed:
             work.close()
             raise closed_error()
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(work, context=context)
         for tasks in (self._tasks, self._producers) if until_drain else (self._tasks,):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -299,6 +311,8 @@ class Supervisor:
     def close_now(self) -> None:
         """End everything at once, and log the ids of what is unfinished."""
         self.shutdown.finish()
+        for runner in list(self._runners):
+            runner.cancel_submit(closed_error())  # what waits for a slot ends, before others give theirs back
         runners = list(self._runners)
         for task in self._tasks:
             task.cancel()

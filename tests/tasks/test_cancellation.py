@@ -10,26 +10,27 @@ from flux2max_async._tasks.cancellation import SubmitCancellation
 REASON = SessionClosedError("closed")
 
 
-def new_future() -> "asyncio.Future[None]":
-    return asyncio.get_running_loop().create_future()
-
-
 async def test_a_cancelled_submit_stops_waiting() -> None:
-    """The wait for a future ends with the reason, and the future is cancelled."""
-    cancellation, future = SubmitCancellation(), new_future()
-    asyncio.get_running_loop().call_soon(cancellation.cancel, REASON)
-    with pytest.raises(SessionClosedError):
-        await cancellation.wait_for(future)
+    """What waits inside the guard ends with the reason, and then the cancellation can't be taken back."""
+    cancellation = SubmitCancellation()
+    asyncio.get_running_loop().call_later(1.0, cancellation.cancel, REASON)
+    with pytest.raises(SessionClosedError, match="closed"):
+        async with cancellation.guard():
+            await asyncio.sleep(1_000)
 
-    assert future.cancelled()
     assert not cancellation.revoke()
 
 
 async def test_a_cancelled_task_is_not_a_cancelled_submit() -> None:
-    """Who cancels the waiting task, or the future, gets a CancelledError, whether the submit is cancelled too or not."""
+    """Whoever cancels the waiting task causes a CancelledError, whether the submit is cancelled too or not."""
+
+    async def wait(cancellation: SubmitCancellation) -> None:
+        async with cancellation.guard():
+            await asyncio.sleep(1_000)
+
     for cancel_submit in (False, True):
-        cancellation, future = SubmitCancellation(), new_future()
-        waiting = asyncio.create_task(cancellation.wait_for(future))
+        cancellation = SubmitCancellation()
+        waiting = asyncio.create_task(wait(cancellation))
         await asyncio.sleep(0)
         waiting.cancel()
         if cancel_submit:
@@ -37,7 +38,16 @@ async def test_a_cancelled_task_is_not_a_cancelled_submit() -> None:
         await asyncio.wait([waiting])
         assert waiting.cancelled()
 
-    cancellation, future = SubmitCancellation(), new_future()
-    future.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancellation.wait_for(future)
+
+async def test_a_cancellation_that_is_taken_back() -> None:
+    """A submit that doesn't wait goes on if its cancellation is taken back before it takes effect."""
+    cancellation = SubmitCancellation()
+    cancellation.cancel(REASON)
+    revoked = cancellation.revoke()
+    cancellation.raise_if_cancelled()
+    cancellation.cancel(REASON)
+    with pytest.raises(SessionClosedError, match="closed"):
+        cancellation.raise_if_cancelled()
+
+    assert revoked
+    assert not cancellation.revoke()

@@ -11,6 +11,7 @@ from flux2max_async._api.transport import Transport
 from flux2max_async._budget import Budget
 from flux2max_async._config import SessionConfig, validate_drain
 from flux2max_async._exceptions import ConfigurationError, SessionClosedError
+from flux2max_async._health import SessionHealth
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
@@ -157,6 +158,19 @@ class SessionLifetime:
         percentile = schedule.percentile if isinstance(schedule, LearnedSchedule) else lambda _: None
         waiting = 0 if self._supervisor is None else self._supervisor.slots.waiting
         return attrs.evolve(stats, waiting=waiting, median_duration=percentile(50), p90_duration=percentile(90))
+
+    def health(self) -> SessionHealth:
+        """Return whether the session can serve requests now; nothing is sent for it."""
+        supervisor = self._supervisor
+        if supervisor is None or supervisor.loop_is_closed:
+            return SessionHealth(state="closed", ok=False)
+        client, shutdown = supervisor.client, supervisor.shutdown
+        return client.health.check(
+            "closed" if shutdown.closed else "draining" if shutdown.draining else "open",
+            client.now(),
+            waiting=supervisor.slots.waiting,
+            in_flight=self._parts.stats.in_flight,
+        )
 
     async def _close(self, supervisor: Supervisor) -> None:
         try:

@@ -73,6 +73,7 @@ from flux2max_async._exceptions import (
 from flux2max_async._exceptions import (
     WebhookSignatureError as WebhookSignatureError,
 )
+from flux2max_async._health import SessionHealth as SessionHealth
 from flux2max_async._models.images import ImageSource as ImageSource
 from flux2max_async._models.images import InputImage as InputImage
 from flux2max_async._models.request import GenerationRequest as GenerationRequest

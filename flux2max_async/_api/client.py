@@ -17,11 +17,10 @@ from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
 from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
 from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again, min_delay, uncertain_error
-from flux2max_async._api.statuses import KNOWN_STATUSES, status_of
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.submit_turns import Rank, SubmitTurns
-from flux2max_async._api.task_object import reported_status
 from flux2max_async._api.transport import Transport
+from flux2max_async._api.unknown_statuses import UnknownStatuses
 from flux2max_async._clock import suspended_seconds
 from flux2max_async._config import SessionConfig
 from flux2max_async._exceptions import (
@@ -32,6 +31,7 @@ from flux2max_async._exceptions import (
     ResponseError,
     SubmissionUncertainError,
 )
+from flux2max_async._health import HealthMonitor
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
 from flux2max_async._stats import SessionStats
@@ -41,7 +41,6 @@ log = get_logger("api")
 
 _MIN_SUBMIT_TIME = 5.0
 """Seconds that a submit needs before its deadline: cut off, an honest submit would be uncertain."""
-_MAX_UNKNOWN_STATUSES = 100
 
 
 class SubmitRecord(Protocol):
@@ -112,7 +111,8 @@ class ApiClient:
         self.submit_limiter = SubmitLimiter(config.max_in_flight)
         self._breaker = CircuitBreaker(config.max_uncertain)
         self._turns = SubmitTurns(stats, self.submit_limiter, self._breaker, self.now)
-        self._unknown_statuses: set[str] = set()
+        self.health = HealthMonitor()
+        self._unknown_statuses = UnknownStatuses()
 
     # ------------------------------------------------------------------ submits
 
@@ -156,6 +156,7 @@ class ApiClient:
                     await self._try_submit(message, request, record, deadline, attempt), started, deadline
                 )
             except FluxError as error:
+                self._record_error(error, is_poll=False)
                 if is_uncertain(error):
                     return LostSubmit(uncertain_error(error), started, deadline, attempt)
                 if not may_submit_again(error, refusal):
@@ -216,6 +217,7 @@ class ApiClient:
         else:
             self._stats.submitted += 1
             self._stats.in_flight += 1
+            self.health.on_success(self.now(), is_poll=False)
             if self._breaker.has_failures:
                 self._breaker.on_answer()
             if limiter.refused:
@@ -304,6 +306,7 @@ class ApiClient:
                 response = response.with_secret(request.webhook_secret)
             snapshot = parse_poll(response, task_id)
         except FluxError as error:
+            self._record_error(error, is_poll=True)
             if isinstance(error, RateLimitedError):
                 self._stats.rate_limited += 1
                 limiter.record_refusal(self.now(), error.retry_after)
@@ -311,10 +314,11 @@ class ApiClient:
                 limiter.record_other()
             # Without the parser's frames, which hold what is redacted in the error.
             raise error.with_traceback(None) from error.__cause__
+        self.health.on_success(self.now(), is_poll=True)
         if limiter.refused:
             limiter.record_other()
         if snapshot.status is TaskStatus.IN_PROGRESS:
-            self._log_unknown_status(snapshot)
+            self._unknown_statuses.log(snapshot)
         return snapshot
 
     def pause(self, chance: float) -> float:
@@ -337,6 +341,9 @@ class ApiClient:
         """Count a poll that will be made again."""
         self._stats.retries += 1
 
+    def _record_error(self, error: FluxError, *, is_poll: bool) -> None:
+        self.health.on_error(error, self.now(), is_poll=is_poll, is_reported=self._transport.outage.is_reported)
+
     # ------------------------------------------------------------------ tasks in flight
 
     def add_in_flight(self) -> None:
@@ -347,13 +354,3 @@ class ApiClient:
         """Count a task that has ended, or is not followed any more."""
         self._stats.in_flight -= 1
         self._turns.on_capacity_changed()
-
-    def _log_unknown_status(self, snapshot: TaskSnapshot) -> None:
-        status = reported_status(snapshot)
-        if status is None or status in KNOWN_STATUSES or status_of(status) is not None:
-            return
-        # Some statuses hold a counter: by its letters alone, each kind is logged once.
-        kind = "".join(filter(str.isalpha, status))[:80]
-        if kind not in self._unknown_statuses and len(self._unknown_statuses) < _MAX_UNKNOWN_STATUSES:
-            self._unknown_statuses.add(kind)
-            log.warning("unknown task status %r: taken for still running", status[:80])

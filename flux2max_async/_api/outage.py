@@ -33,6 +33,11 @@ class Outage:
         self._ends_at = 0.0
         self._timer: Timer | None = None
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether the warning was logged, or will be unless a call is answered before."""
+        return self._failures >= 2
+
     def on_failure(self, error: FluxError, within: float, *, is_poll: bool) -> None:
         """Record a failed call.
 
@@ -67,7 +72,7 @@ class Outage:
             self._timer = None
 
     def _report(self) -> None:
-        if self._failures < 2 or self._error is None:  # a single call, which has not been repeated
+        if not self.is_reported or self._error is None:  # a single call, which has not been repeated
             self.end()
             return
         left = dt.timedelta(seconds=min(self._ends_at - asyncio.get_running_loop().time(), _MAX_LEFT))

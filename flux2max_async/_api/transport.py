@@ -110,7 +110,7 @@ class Transport:
         }
         no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
         self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout, **route.options}
-        self._outage = Outage(base_url)
+        self.outage = self._outage = Outage(base_url)
         self._timeout = timeout
         self._is_borrowed = http is not None
         self.max_downloads = max_downloads(http)

@@ -148,6 +148,8 @@ def report_errors(interrupt_hint: Callable[[], str] | None = None) -> Generator[
 def attach_log_handler(handler: logging.Handler, logger_name: str = "flux2max_async") -> Generator[None]:
     """Attach a handler to a logger; with a handler, Python doesn't print warnings to stderr itself."""
     logger = logging.getLogger(logger_name)
+    # That all requests fail is for the logs of servers: a command ends with the reason.
+    handler.addFilter(lambda record: record.name != "flux2max_async.health")
     logger.addHandler(handler)
     try:
         yield

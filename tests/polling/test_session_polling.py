@@ -128,7 +128,7 @@ async def test_unknown_statuses_are_logged_once_per_kind(
 
     assert isinstance(client, ApiClient)
     assert len([record for record in caplog.records if "unknown task status 'step" in record.message]) == 1
-    assert len(client._unknown_statuses) == 100
+    assert len(client._unknown_statuses.kinds) == 100
 
 
 class _Reporting(VirtualJournal):

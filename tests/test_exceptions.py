@@ -140,6 +140,7 @@ PUBLIC = {
     "ResultExpiredError",
     "ServerError",
     "SessionClosedError",
+    "SessionHealth",
     "SessionStats",
     "SqliteJournal",
     "SubmissionUncertainError",

@@ -4,8 +4,9 @@ import ipaddress
 import math
 import os
 import re
+import signal
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, TypeAlias
 from urllib.parse import SplitResult, urlsplit
@@ -26,6 +27,7 @@ The function is called in the event loop before each call, at most once a second
 KEY_FORMAT = "must be printable ASCII without spaces and line ends, and without 'Bearer'"
 
 _MAX_DOLLARS = 10**9
+_UNCATCHABLE = {"SIGKILL", "SIGSTOP"}
 _MIN_AUTO_RATE = 20.0
 """Polls per second that "auto" allows at least."""
 # Most hosts match this; any other is checked by the idna codec, whose import takes 13 ms.
@@ -148,6 +150,15 @@ def _parse_price_guess(amount: Decimal | float | str | None) -> Decimal | None:
     return parse_dollars("price_guess", amount)
 
 
+def _parse_signals(signals: Collection[signal.Signals]) -> tuple[signal.Signals, ...]:
+    if not isinstance(signals, Collection) or not all(isinstance(number, signal.Signals) for number in signals):
+        raise ConfigurationError(f"drain_signals must be like (signal.SIGTERM, signal.SIGINT), not {signals!r}")
+    for number in signals:
+        if number.name in _UNCATCHABLE:
+            raise ConfigurationError(f"drain_signals must be signals that a process can handle, not {number.name}")
+    return tuple(dict.fromkeys(signals))
+
+
 def _infinite_if_none(value: Any) -> Any:
     return math.inf if value is None else value
 
@@ -233,6 +244,7 @@ class SessionConfig:
     max_uncertain: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
     allow_private_downloads: bool = attrs.field(validator=_validate_flag)
     content_keys: bool = attrs.field(validator=_validate_flag)
+    drain_signals: tuple[signal.Signals, ...] = attrs.field(converter=_parse_signals)
 
     @property
     def poll_rate(self) -> float:

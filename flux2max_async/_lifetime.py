@@ -16,6 +16,7 @@ from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._shutdown import Shutdown, closed_error
+from flux2max_async._signals import DrainHandler, install_handlers
 from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async.journal._protocol import Journal
@@ -126,12 +127,15 @@ class SessionLifetime:
     _parts: SessionParts
     _supervisor: Supervisor | None = None
     """While the session is open."""
+    _drain_handlers: tuple[DrainHandler, ...] = ()
 
     async def __aenter__(self) -> Self:
         if self._supervisor is not None and not self._supervisor.loop_is_closed:
             self._supervisor.check_caller()
             raise SessionClosedError("the session is open already: enter it once, and share it")
-        self._supervisor = await self._parts.open()
+        self._forget_supervisor()
+        self._supervisor = supervisor = await self._parts.open()
+        self._drain_handlers = install_handlers(self._parts.config.drain_signals, supervisor.begin_drain)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -146,10 +150,26 @@ class SessionLifetime:
         seconds = self._parts.config.drain if drain is None else validate_drain(drain)
         supervisor = self._supervisor
         if supervisor is None or supervisor.loop_is_closed:
-            self._supervisor = None
+            self._forget_supervisor()
             return
         supervisor.check_caller()
         await supervisor.shut_down(seconds, lambda: self._close(supervisor))
+
+    def begin_drain(self) -> None:
+        """Submit nothing more from now on, for example because the server is about to stop.
+
+        What waits for a slot, and the rest of a stream's requests, ends at once with SessionClosedError ("the service
+        is shutting down"); so does a new request. What is submitted is followed, without a limit of time until
+        `aclose()` sets one. With a journal, a request whose task exists is still answered: it shares a running task, of
+        another process too, or replays an outcome. `attach()` and downloads go on. Polls don't count on webhooks any
+        more, since a server that stops has closed its port.
+
+        It returns at once, may be repeated, and may be called in a signal handler or another thread. It can't be taken
+        back, but by `aclose()` and entering the session again. `drain_signals` calls it.
+        """
+        supervisor = self._supervisor
+        if supervisor is not None:
+            supervisor.begin_drain()
 
     @property
     def stats(self) -> SessionStats:
@@ -176,7 +196,13 @@ class SessionLifetime:
         try:
             await self._parts.close(supervisor)
         finally:
-            self._supervisor = None
+            self._forget_supervisor()
+
+    def _forget_supervisor(self) -> None:
+        self._supervisor = None
+        for handler in self._drain_handlers:
+            handler.remove()
+        self._drain_handlers = ()
 
     def _get_supervisor(self) -> Supervisor:
         if self._supervisor is None:

@@ -1,8 +1,9 @@
 """The session, with its public methods; `_lifetime` has what opens and closes it."""
 
+import signal
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Collection, Iterable
 from decimal import Decimal
 from functools import partial
 from os import PathLike
@@ -63,6 +64,9 @@ class FluxSession(SessionLifetime):
         webhooks: Receives the service's webhooks from your server. Polls become rare, and a lost answer to a submit is
             made good by its webhook.
         drain: Seconds that closing gives submitted tasks to end, as servers do at their shutdown.
+        drain_signals: Signals that call `begin_drain()`, before the handlers that are installed when the session opens:
+            (signal.SIGTERM, signal.SIGINT) in a web server, which closes the session only after its open requests.
+            Without such a handler, the first signal only drains. Outside the main thread, they have no effect.
         journal: Records intents, task ids and ends, so that a repeated request isn't paid for again: a `SqliteJournal`,
             which the session opens and closes.
         budget: US dollars. A submit whose probable cost, on top of what is spent and reserved, would exceed it raises
@@ -104,6 +108,7 @@ class FluxSession(SessionLifetime):
         max_uncertain: int | None = 5,
         allow_private_downloads: bool = False,
         content_keys: bool = True,
+        drain_signals: Collection[signal.Signals] = (),
     ) -> None:
         try:
             self._parts = SessionParts.create(
@@ -128,6 +133,7 @@ class FluxSession(SessionLifetime):
                 max_uncertain=max_uncertain,
                 allow_private_downloads=allow_private_downloads,
                 content_keys=content_keys,
+                drain_signals=drain_signals,
             )
         except ConfigurationError as error:
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
@@ -262,6 +268,7 @@ class FluxSession(SessionLifetime):
             priority=validate_priority(priority),
             saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
             check_caller=supervisor.check_caller,
+            shutdown=supervisor.shutdown,
         )
 
     def attach(self, task_id: str, /, *, request: GenerationRequest | None = None) -> GenerationTask:

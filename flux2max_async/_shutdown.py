@@ -18,12 +18,13 @@ _FINAL_POLL_MARGIN = 1.0
 class Shutdown:
     """When a session stops.
 
-    States: open, draining (`begin_drain`), closed (`finish`); never back. Only the supervisor changes them. `deadline`
-    is infinite while the session is open and afterwards only moves closer, but for one `extend()`.
+    States: open, draining (`draining` is set), closed (`finish`); never back. Only the supervisor changes them.
+    `deadline` is infinite while the session is open, and while it drains without being closed (`set_deadline`);
+    afterwards it only moves closer, but for one `extend()`.
     """
 
     draining: bool = attrs.field(default=False, init=False)
-    """Whether nothing more is submitted; submitted tasks may still end."""
+    """Whether nothing more is submitted; submitted tasks may still end. A signal handler or a thread may set it."""
     closed: bool = attrs.field(default=False, init=False)
     """Whether nothing at all is started any more."""
     deadline: float = attrs.field(default=math.inf, init=False)
@@ -31,7 +32,7 @@ class Shutdown:
     final_poll_at: float = attrs.field(default=math.inf, init=False)
     """When tasks that are still running are polled for the last time."""
 
-    def begin_drain(self, now: float, seconds: float) -> None:
+    def set_deadline(self, now: float, seconds: float) -> None:
         """Stop submitting, and end the drain in `seconds`; a second call can only end it earlier."""
         self.draining = True
         if now + seconds < self.deadline:
@@ -58,6 +59,19 @@ class Shutdown:
     def finish(self) -> None:
         """Start nothing any more."""
         self.draining = self.closed = True
+
+    def error(self) -> SessionClosedError:
+        """Return the error for what is not submitted any more."""
+        return closed_error() if self.closed else SessionClosedError("the service is shutting down")
+
+    def check_submitting(self) -> None:
+        """Check that requests are submitted.
+
+        Raises:
+            SessionClosedError: The session drains, or is closed.
+        """
+        if self.draining:
+            raise self.error()
 
 
 def closed_error() -> SessionClosedError:

@@ -17,6 +17,7 @@ from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
+from flux2max_async._shutdown import Shutdown
 from flux2max_async._stream_input import LookAhead, Requests, source_of
 from flux2max_async._tasks.context import Spawn
 from flux2max_async._tasks.handle import GenerationTask
@@ -47,8 +48,9 @@ class OutcomeStream(AsyncIterator[Outcome]):
         priority: int,
         saver: ImageSaver | None,
         check_caller: Callable[[], None],
+        shutdown: Shutdown,
     ) -> None:
-        self._pipeline = _Pipeline(requests, start, spawn, look_ahead, priority, saver)
+        self._pipeline = _Pipeline(requests, start, spawn, look_ahead, priority, saver, shutdown)
         self._check_caller = check_caller
 
     @property
@@ -120,6 +122,7 @@ class _Pipeline:
         look_ahead: int,
         priority: int,
         saver: ImageSaver | None,
+        shutdown: Shutdown,
     ) -> None:
         self.undelivered: dict[_Item, None] = {}
         """In order of submission."""
@@ -128,6 +131,7 @@ class _Pipeline:
         self._spawn = spawn
         self._priority = priority
         self._saver = saver
+        self._shutdown = shutdown
         self._finder = None if saver is None else SavedImageFinder(saver, spawn)
         self._max_saving = 2 * look_ahead
         """So many items may be saving without counting as look-ahead: downloads may take as long as tasks do."""
@@ -235,7 +239,8 @@ class _Pipeline:
 
     def _stop_for_shutdown(self) -> None:
         """Stop because the session drains or closes; if the stream itself has stopped the producer, do nothing."""
-        self.stop(SessionClosedError("the session was closed before all requests were submitted"))
+        error = SessionClosedError("the session was closed before all requests were submitted")
+        self.stop(error if self._shutdown.closed else self._shutdown.error())
 
     def _on_source_failed(self, error: BaseException, cause: BaseException | None) -> None:
         """End with the source's own error, after everything that the source has yielded is delivered."""

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import signal
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -40,6 +41,7 @@ VALID: dict[str, Any] = {
     "max_uncertain": 5,
     "allow_private_downloads": False,
     "content_keys": True,
+    "drain_signals": (signal.SIGTERM,),
 }
 
 

@@ -501,6 +501,7 @@ async def test_unexpected_error_while_saving_is_delivered(session: FluxSession) 
         priority=0,
         saver=BrokenSaver(),  # type: ignore[arg-type]
         check_caller=supervisor.check_caller,
+        shutdown=supervisor.shutdown,
     )
     (outcome,) = [outcome async for outcome in stream]
 

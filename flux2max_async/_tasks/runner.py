@@ -50,7 +50,6 @@ class TaskRunner(SharedTask):
     _key_conflicts: int = attrs.field(default=0, init=False)
     submit_done: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
-    _holds_slot: bool = attrs.field(default=False, init=False)
     _lost: LostSubmit | None = attrs.field(default=None, init=False)
     _recorded: bool = attrs.field(default=False, init=False)
     """Whether the outcome is recorded already: it is a replay."""
@@ -127,6 +126,7 @@ class TaskRunner(SharedTask):
                         return await self._replay(existing.outcome)
                     if isinstance(existing, Resume):
                         return await self._resume(existing.task_id, existing.age)
+                    self._context.polling.shutdown.check_submitting()
                     if not self._take_slot():
                         return None
                 try:
@@ -168,6 +168,7 @@ class TaskRunner(SharedTask):
 
     async def _submit(self) -> PollStart:
         assert self.request is not None
+        self._context.polling.shutdown.check_submitting()
         self.task_id = None  # of an earlier attempt, which another process has followed
         polling, add_webhook = self._context.polling, self._context.add_webhook
         deadline = polling.client.now() + polling.task_timeout
@@ -267,8 +268,11 @@ class TaskRunner(SharedTask):
             observer.on_waiting_elsewhere(waiting=True)
 
     def _on_waiting_elsewhere(self, task_id: str | None) -> None:
+        shutdown = self._context.polling.shutdown
         if task_id is not None:
             self._set_task_id(task_id)
+        elif shutdown.draining:  # that process may have to wait for a slot, and this one doesn't wait so long
+            self.cancel_submit(shutdown.error())
         self._set_waiting(waiting=True)
 
     def _set_waiting(self, *, waiting: bool) -> None:

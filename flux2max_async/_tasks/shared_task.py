@@ -47,6 +47,7 @@ class SharedTask:
     _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
     _place: Place | None = attrs.field(default=None, init=False)
     """Its place in the queue; None unless it waits for a slot."""
+    _holds_slot: bool = attrs.field(default=False, init=False)
     _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     """Whether another process follows the request."""
 
@@ -72,12 +73,24 @@ class SharedTask:
             self._context.slots.set_priority(self._place, max(self.callers))
 
     def rejoin(self) -> bool:
-        """Take back a cancelled submit for a new caller; return False if it is too late."""
-        return not self.ended.done() and self._cancellation.revoke()
+        """Take back a cancelled submit for a new caller; return False if it is too late.
+
+        While the session drains, it stays cancelled; the caller shares what becomes of the call on the wire, if any.
+        """
+        return not self.ended.done() and (self._context.polling.shutdown.draining or self._cancellation.revoke())
 
     def cancel_submit(self, reason: FluxError) -> None:
         """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
         self._cancellation.cancel(reason)
+
+    def submit_nothing(self, reason: FluxError) -> None:
+        """Submit nothing more, because the session drains; follow a task that exists.
+
+        While the journal is asked, a task may turn out to exist. Otherwise `run()` ends the request.
+        """
+        is_looking_up = not self._holds_slot and self._place is None
+        if not is_looking_up or (self._waiting_elsewhere and self.task_id is None):
+            self.cancel_submit(reason)
 
     # ------------------------------------------------------------------ waiting
 

@@ -1,21 +1,21 @@
 """Starts and owns what runs in the background of a session, from its opening to its close."""
 
 import asyncio
+import contextlib
 import math
 import os
 from collections.abc import Callable, Coroutine
-from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 
-from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome, Usage
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
 from flux2max_async._stats import SessionStats
+from flux2max_async._tasks.background import BackgroundTasks
 from flux2max_async._tasks.context import RunnerContext
 from flux2max_async._tasks.external_changes import ExternalChanges
 from flux2max_async._tasks.runner import TaskRunner
@@ -30,22 +30,18 @@ from flux2max_async.journal._record_factory import RecordFactory
 
 log = get_logger("tasks")
 
-T = TypeVar("T")
 
-
-class Supervisor:
+class Supervisor(BackgroundTasks):
     """Owns the background tasks of a session.
-
-    It holds plain asyncio tasks. A task group or cancel scope would stay open in the caller's task, wrap the caller's
-    own errors and forbid closing in another task; and in a group, one task's error ends all others.
 
     One runner serves all callers that ask for the same key or the same task (see `SingleFlight`).
 
     The shutdown goes OPEN -> DRAINING -> CLOSED:
 
     - OPEN: `start_request()` and `attach()` start runners, `spawn()` other work.
-    - DRAINING (`drain()`): submits that are not on the wire and the producers of streams are cancelled; everything else
-      goes on until it ends or the deadline comes.
+    - DRAINING (`begin_drain()`, `drain()`): submits that are not on the wire and the producers of streams are
+      cancelled; everything else goes on until it ends, or until the deadline, which only `shut_down()` sets. A request
+      whose task exists already, here or in the journal, is still answered with that task.
     - CLOSED (`close()`): submits on the wire get two seconds for their answers, then every runner is ended by
       `close_now()` and every asyncio task is cancelled and awaited.
 
@@ -62,7 +58,7 @@ class Supervisor:
         max_in_flight: int,
         add_webhook: AddWebhook | None,
     ) -> None:
-        self.shutdown = polling.shutdown
+        super().__init__(polling.shutdown)
         self.client = polling.client
         self.single_flight = SingleFlight()
         self.slots = SlotQueue(max_in_flight)
@@ -79,54 +75,9 @@ class Supervisor:
         )
         self._closing: asyncio.Task[None] | None = None
         """Closes the session, once that has begun."""
-        self._loop = asyncio.get_running_loop()
-        self._process_id = os.getpid()
         self._stats = stats
         self._draining: asyncio.Timeout | None = None
         self._runners: set[TaskRunner] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._producers: set[asyncio.Task[Any]] = set()
-        """Those of the tasks that may never end by themselves; draining cancels them."""
-
-    @property
-    def loop_is_closed(self) -> bool:
-        """Whether the session's event loop has ended without closing the session."""
-        return self._loop.is_closed()
-
-    def check_caller(self) -> None:
-        """Check that the session is used in the process and event loop that opened it.
-
-        Raises:
-            ConfigurationError: It is not.
-            SessionClosedError: Its event loop has ended.
-        """
-        if os.getpid() != self._process_id:
-            raise ConfigurationError(
-                f"this session was opened in process {self._process_id} and is used in process {os.getpid()}, forked "
-                "from it: open a session of its own in each process"
-            )
-        if self._loop.is_closed():
-            raise SessionClosedError("the event loop in which this session was opened has ended")
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            loop = None
-        if loop is not self._loop:
-            raise ConfigurationError(
-                f"this session was opened in the event loop {self._loop!r} and is used in {loop or 'no event loop'!r}: "
-                "open a session of its own in each event loop"
-            )
-
-    def check_open(self) -> None:
-        """Check that the session is open, here.
-
-        Raises:
-            SessionClosedError: It is closed.
-            ConfigurationError: It was opened in another process or event loop.
-        """
-        self.check_caller()
-        if self.shutdown.closed:
-            raise closed_error()
 
     # ------------------------------------------------------------------ starting
 
@@ -138,11 +89,11 @@ class Supervisor:
             SessionClosedError: The session is closed or draining.
             ConfigurationError: It was opened in another process or event loop.
         """
-        self.check_caller()
+        self.check_open()
         # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
         await asyncio.sleep(0)
-        self._check_submitting()
         if self._records.keeps_nothing:
+            self.shutdown.check_submitting()
             runner = self._create_runner(request, NullRecord(policy=policy))
         else:
             runner = await self._get_or_create_runner(request, policy)
@@ -152,24 +103,19 @@ class Supervisor:
 
     async def _get_or_create_runner(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
         record = await self._records.create(request, policy)
-        self._check_submitting()
         if record.key is None:
+            self.shutdown.check_submitting()
             return self._create_runner(request, record)
         existing = self.single_flight.by_key.get(record.key)
         if existing is not None and policy.resubmit_uncertain:
             # If the submit that is under way turns out to be uncertain, it is to be made again.
             await asyncio.shield(existing.answered)
-            self._check_submitting()
             existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
         if existing is not None:
             existing.record.check_same(record)
         runner = self.single_flight.get_or_create(record.key, lambda: self._create_runner(request, record))
         runner.request = runner.request or request
         return runner
-
-    def _check_submitting(self) -> None:
-        if self.shutdown.draining:
-            raise closed_error()
 
     def attach(self, task_id: str, request: GenerationRequest | None) -> TaskRunner:
         """Return the runner of a task that was submitted earlier."""
@@ -187,6 +133,8 @@ class Supervisor:
     def _create_runner(
         self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
     ) -> TaskRunner:
+        if self.shutdown.closed:
+            raise closed_error()
         now = self._loop.time()
         runner = TaskRunner(request, record, self._context, task_id, created=now, observers=[self])
         if task_id is not None:
@@ -194,49 +142,26 @@ class Supervisor:
         self._runners.add(runner)
         return runner
 
-    def spawn(
-        self, work: Coroutine[Any, Any, T], *, until_drain: bool = False, context: Context | None = None
-    ) -> "asyncio.Task[T]":
-        """Run a coroutine until it ends or the session closes.
-
-        Args:
-            work: The coroutine.
-            until_drain: Whether draining cancels it, because it might never end by itself.
-            context: Its context variables; by default, a copy of the caller's.
-
-        Raises:
-            SessionClosedError: The session is closed.
-        """
-        if self.shutdown.closed:
-            work.close()
-            raise closed_error()
-        task = self._loop.create_task(work, context=context)
-        for tasks in (self._tasks, self._producers) if until_drain else (self._tasks,):
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        return task
-
-    async def run_foreground(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine for a caller that waits for it; closing the session ends it.
-
-        Raises:
-            SessionClosedError: The session was closed meanwhile.
-        """
-        try:
-            self.check_caller()
-        except FluxError:
-            work.close()
-            raise
-        task = self.spawn(work)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if caller is not None and not caller.cancelling():
-                raise closed_error() from None
-            raise
-
     # ------------------------------------------------------------------ shutdown
+
+    def begin_drain(self) -> None:
+        """Submit nothing more. It may be called in a signal handler, between any two steps of the event loop.
+
+        What waits for its submit ends in the next iteration of the event loop.
+        """
+        if self.shutdown.draining or os.getpid() != self._process_id:
+            return
+        self.shutdown.draining = True
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._end_waiting)
+
+    def _end_waiting(self) -> None:
+        """End what waits for its submit, and poll tasks as if no webhooks came: the server stops listening."""
+        for runner in list(self._runners):
+            runner.submit_nothing(self.shutdown.error())
+        for task in list(self._producers):
+            task.cancel()
+        self._replan_polls()
 
     async def shut_down(self, seconds: float, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `close()` in a task of its own, once, and wait for it; cancelling the wait doesn't cut it short.
@@ -260,7 +185,7 @@ class Supervisor:
 
     def set_deadline(self, seconds: float) -> None:
         """Submit nothing more, and end the drain in `seconds` at the latest."""
-        self.shutdown.begin_drain(self._loop.time(), seconds)
+        self.shutdown.set_deadline(self._loop.time(), seconds)
         self._replan_polls()
         if self._draining is not None and not self._draining.expired():
             self._draining.reschedule(self.shutdown.deadline)
@@ -269,10 +194,7 @@ class Supervisor:
         """Wait for submitted tasks to end, and for their images to be saved, until the deadline."""
         if self.shutdown.deadline <= self._loop.time():
             return
-        for runner in list(self._runners):
-            runner.cancel_submit(closed_error())
-        for task in list(self._producers):
-            task.cancel()
+        self._end_waiting()
         if await self._drain_until_deadline():
             return
         if self.shutdown.extend(self._loop.time(), GRACE_PERIOD, lateness=MAX_LATENESS):

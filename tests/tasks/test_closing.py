@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -13,7 +15,7 @@ from PIL import Image
 from support.scripted import Connection, ScriptedGateway, answer, completed, running, session_on
 from support.virtual_time import VirtualTimeLoop
 
-from flux2max_async import Completed, Outcome, SessionClosedError
+from flux2max_async import Completed, FluxSession, Outcome, SessionClosedError
 
 REQUESTS = 4
 
@@ -40,6 +42,8 @@ class Result:
     steps: int = 0
     pulled: int = 0
     outcomes: list[Outcome] = attrs.field(factory=list)
+    drained_at: float = math.inf
+    submitted_at: list[float] = attrs.field(factory=list)
 
 
 def image() -> bytes:
@@ -51,8 +55,20 @@ def image() -> bytes:
 IMAGE = image()
 
 
-async def stream_and_close(folder: Path, closings: dict[int, float], result: Result) -> None:
-    """Stream with saving, and call `aclose(drain=...)` at the given numbers of steps after the session was entered."""
+def close(session: FluxSession, seconds: float | None, closing: set[asyncio.Task[None]], result: Result) -> None:
+    """Begin the drain, or begin to close the session."""
+    if seconds is None:
+        session.begin_drain()
+        result.drained_at = asyncio.get_running_loop().time()
+    else:
+        closing.add(asyncio.get_running_loop().create_task(session.aclose(drain=seconds)))
+
+
+async def stream_and_close(folder: Path, closings: dict[int, float | None], result: Result) -> None:
+    """Stream with saving, and call `aclose(drain=...)` at the given numbers of steps after the session was entered.
+
+    With None, call `begin_drain()`.
+    """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, SteppedLoop)
     async with ScriptedGateway() as scripted:
@@ -78,12 +94,8 @@ async def stream_and_close(folder: Path, closings: dict[int, float], result: Res
         await session.__aenter__()
         start = loop.step
         closing: set[asyncio.Task[None]] = set()
-
-        def close(seconds: float) -> None:
-            closing.add(loop.create_task(session.aclose(drain=seconds)))
-
         for step, seconds in closings.items():
-            loop.calls[start + step] = lambda seconds=seconds: close(seconds)  # type: ignore[misc]
+            loop.calls[start + step] = partial(close, session, seconds, closing, result)
         consumer = asyncio.create_task(consume())
         done, _ = await asyncio.wait([consumer], timeout=1000.0)
         result.steps = loop.step - start
@@ -94,9 +106,10 @@ async def stream_and_close(folder: Path, closings: dict[int, float], result: Res
         if closing:
             await asyncio.wait(closing)
         await session.aclose()
+        result.submitted_at = [call.at for call in scripted.of("POST")]
 
 
-def run(folder: Path, closings: dict[int, float]) -> Result:
+def run(folder: Path, closings: dict[int, float | None]) -> Result:
     result = Result()
     anyio.run(stream_and_close, folder, closings, result, backend_options={"loop_factory": SteppedLoop})
     return result
@@ -119,10 +132,11 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> int:
         pytest.param({0: 60.0}, id="with a drain"),
         pytest.param({0: 60.0, 1: 0.0}, id="twice, the second time at once"),
         pytest.param({0: 60.0, 7: 0.0}, id="twice, the second time soon"),
+        pytest.param({0: None}, id="drained, and closed at the end"),
     ],
 )
 def test_every_outcome_is_delivered_wherever_the_session_is_closed(
-    tmp_path: Path, steps: int, how: dict[int, float]
+    tmp_path: Path, steps: int, how: dict[int, float | None]
 ) -> None:
     """At whichever step the session is closed: the stream ends, and each request that was pulled has one outcome."""
     for step in range(1, steps):
@@ -134,3 +148,6 @@ def test_every_outcome_is_delivered_wherever_the_session_is_closed(
         for outcome in result.outcomes:
             if isinstance(outcome, Completed):
                 assert bool(outcome.saved) is (outcome.save_error is None)
+        assert max(result.submitted_at, default=0.0) <= result.drained_at
+        if None in how.values():
+            assert sum(isinstance(outcome, Completed) for outcome in result.outcomes) == len(result.submitted_at)

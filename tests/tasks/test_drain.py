@@ -61,13 +61,14 @@ async def test_waiting_requests_end_and_submitted_ones_go_on(gateway: Emulator) 
         errors = [await error_of(call) for call in queued]
         refused = [await error_of(work) for work in (session.generate("new"), session.submit("new"))]
         done = await asyncio.gather(*running)
-        stats = session.stats
+        stats, health = session.stats, session.health()
 
     assert {(type(error), str(error)) for error in (*errors, *refused)} == {(SessionClosedError, MESSAGE)}
     assert len({id(error) for error in errors}) == 6
     assert [outcome.ok for outcome in done] == [True, True]
     assert gateway.accepted == {"running 0": 1, "running 1": 1}
     assert (stats.waiting, stats.in_flight, stats.completed) == (0, 0, 2)
+    assert (health.state, health.ok) == ("draining", False)
 
 
 async def test_closing_sets_the_limit(gateway: Emulator) -> None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux2max_async import journal as journal
+    from flux2max_async import limits as limits
     from flux2max_async import webhooks as webhooks
     from flux2max_async._public import *
     from flux2max_async._version import __version__ as __version__
 
-_SUBPACKAGES = ("journal", "webhooks")
+_SUBPACKAGES = ("journal", "limits", "webhooks")
 
 
 def __getattr__(name: str) -> Any:

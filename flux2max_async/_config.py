@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 import attrs
 
 from flux2max_async._exceptions import ConfigurationError
+from flux2max_async._in_flight_limit import InFlightLimit
 
 DEFAULT_BASE_URL = "https://cloud.vtrix.ai"
 KEY_VARIABLE = "FLUX2MAX_API_KEY"
@@ -170,6 +171,16 @@ def _validate_count(_: Any, field: "attrs.Attribute[Any]", value: int) -> None:
     validate_count(field.name, value)
 
 
+def _validate_in_flight(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+    if isinstance(value, InFlightLimit):
+        validate_count(f"{field.name}.limit", value.limit)
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(
+            f"{field.name} must be an integer of at least 1, or an InFlightLimit such as SqliteInFlightLimit, not "
+            f"{value!r}"
+        )
+
+
 def _validate_duration(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
     validate_seconds(field.name, value)
 
@@ -232,7 +243,7 @@ class SessionConfig:
     trust_env: bool = attrs.field(validator=_validate_flag)
     ssl_context: ssl.SSLContext | None = attrs.field(validator=_validate_ssl_context)
     allow_plain_http: bool = attrs.field(validator=_validate_security)
-    max_in_flight: int = attrs.field(validator=_validate_count)
+    max_in_flight: int | InFlightLimit = attrs.field(validator=_validate_in_flight)
     max_polls_per_second: float | Literal["auto"] = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
     task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)
     http_timeout: float = attrs.field(validator=_validate_duration)
@@ -247,10 +258,15 @@ class SessionConfig:
     drain_signals: tuple[signal.Signals, ...] = attrs.field(converter=_parse_signals)
 
     @property
+    def in_flight_limit(self) -> int:
+        """The maximum number of tasks in flight, alone or together with other sessions."""
+        return self.max_in_flight if isinstance(self.max_in_flight, int) else self.max_in_flight.limit
+
+    @property
     def poll_rate(self) -> float:
         """The maximum number of polls per second."""
         rate = self.max_polls_per_second
-        return max(_MIN_AUTO_RATE, self.max_in_flight) if rate == "auto" else rate
+        return max(_MIN_AUTO_RATE, self.in_flight_limit) if rate == "auto" else rate
 
     @property
     def budget_limits_journal(self) -> bool:

@@ -20,6 +20,7 @@
      ├── SubmissionUncertainError   the response to a submit was lost: a task may exist, and may cost money
      ├── BudgetExceededError        the budget doesn't allow another image; nothing was sent
      ├── JournalError               the journal can't be read or written
+     ├── InFlightLimitError         the limit that several processes share can't be asked; nothing was sent
      ├── WebhookSignatureError      a webhook's signature is missing or wrong, or it is too old
      └── DownloadError              an image could not be saved
           └── ResultExpiredError         its URL has expired, and the service gave no new one
@@ -179,6 +180,13 @@ class JournalError(FluxError):
 
     key: str | None = attrs.field(default=None, kw_only=True)
     """The key of the only request that the error is about, if its entry is damaged and the others are not."""
+
+
+class InFlightLimitError(FluxError):
+    """The limit that several processes share can't be opened or asked: its file is damaged, say, or locked for 30 s.
+
+    Nothing is submitted without a slot.
+    """
 
 
 class WebhookSignatureError(FluxError):

@@ -12,6 +12,7 @@ from flux2max_async._budget import Budget
 from flux2max_async._config import SessionConfig, validate_drain
 from flux2max_async._exceptions import ConfigurationError, SessionClosedError
 from flux2max_async._health import SessionHealth
+from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
@@ -77,6 +78,12 @@ class SessionParts:
         records = RecordFactory(journal, Budget(config.budget, config.price_guess), config, secrets=transport.secrets)
         return cls(config, transport, records, dispatcher, journal, LearnedSchedule() if schedule is None else schedule)
 
+    @property
+    def shared_limit(self) -> InFlightLimit | None:
+        """The limit that is shared with other sessions, if there is one."""
+        limit = self.config.max_in_flight
+        return None if isinstance(limit, int) else limit
+
     async def open(self) -> Supervisor:
         """Open the parts; return their supervisor. Nothing is left open if one of them can't be opened."""
         shutdown, config, dispatcher = Shutdown(), self.config, self.dispatcher
@@ -93,14 +100,18 @@ class SessionParts:
         if dispatcher is not None:
             spawn = partial(supervisor.spawn, until_drain=True)
             dispatcher.open(shutdown, self.journal, secrets=self.transport.secrets, spawn=spawn)
-        self.transport.open(config.max_in_flight)
+        self.transport.open(config.in_flight_limit)
         try:
+            if self.shared_limit is not None:
+                if self.journal is not None:
+                    self.shared_limit.expect_adoption()
+                await self.shared_limit.open()
             if self.journal is not None:
                 await self.journal.open(supervisor.on_external_change, watch_changes=dispatcher is not None)
         except BaseException:
             if dispatcher is not None:
                 dispatcher.close()
-            await self.transport.close()
+            await self._close_shared()
             raise
         self.stats.in_flight = self.stats.submitting = 0
         return supervisor
@@ -118,7 +129,14 @@ class SessionParts:
                 if self.journal is not None:
                     await self.journal.close()
             finally:
-                await self.transport.close()
+                await self._close_shared()
+
+    async def _close_shared(self) -> None:
+        try:
+            if self.shared_limit is not None:
+                await self.shared_limit.close()
+        finally:
+            await self.transport.close()
 
 
 class SessionLifetime:

@@ -29,6 +29,9 @@ from flux2max_async._exceptions import (
     FluxError as FluxError,
 )
 from flux2max_async._exceptions import (
+    InFlightLimitError as InFlightLimitError,
+)
+from flux2max_async._exceptions import (
     InsufficientBalanceError as InsufficientBalanceError,
 )
 from flux2max_async._exceptions import (
@@ -125,6 +128,12 @@ from flux2max_async.journal import (
 )
 from flux2max_async.journal import (
     SqliteJournal as SqliteJournal,
+)
+from flux2max_async.limits import (
+    InFlightLimit as InFlightLimit,
+)
+from flux2max_async.limits import (
+    SqliteInFlightLimit as SqliteInFlightLimit,
 )
 from flux2max_async.webhooks._headers import HeadersLike as HeadersLike
 from flux2max_async.webhooks._inbox import WebhookInbox as WebhookInbox

@@ -18,6 +18,7 @@ from flux2max_async._config import ApiKey, validate_count
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
+from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._lifetime import SessionLifetime, SessionParts
 from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
@@ -48,7 +49,8 @@ class FluxSession(SessionLifetime):
     Args:
         api_key: The key, or a function that returns it, awaited or not; else the environment's FLUX2MAX_API_KEY.
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
-        max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24.
+        max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24. A
+            `SqliteInFlightLimit` has one number of slots for several processes.
         schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
         task_timeout: Seconds for a task from the moment it holds its slot to its end; None sets no limit.
         max_polls_per_second: For all tasks together. "auto" is one for each slot, at least 20; None sets no limit. Near
@@ -89,7 +91,7 @@ class FluxSession(SessionLifetime):
         api_key: ApiKey | None = None,
         *,
         base_url: str | None = None,
-        max_in_flight: int = 24,
+        max_in_flight: int | InFlightLimit = 24,
         schedule: PollSchedule | None = None,
         task_timeout: float | None = 600.0,
         max_polls_per_second: float | Literal["auto"] | None = "auto",
@@ -259,7 +261,7 @@ class FluxSession(SessionLifetime):
         supervisor = self._get_supervisor()
         supervisor.check_caller()
         policy = ReusePolicy(retry_failed, resubmit_uncertain, save_to is not None, occurrences=Counter[str]())
-        slots = self._parts.config.max_in_flight
+        slots = self._parts.config.in_flight_limit
         return OutcomeStream(
             requests,
             start=partial(supervisor.start_request, policy=policy),

@@ -399,7 +399,8 @@ def test_an_invalid_number_of_slots_is_refused_by_name(limit: object) -> None:
     """The error about a max_in_flight that is not a positive integer names the setting and its value."""
     error = config_error(max_in_flight=limit)
 
-    assert str(error) == f"max_in_flight must be an integer of at least 1, not {limit!r}"
+    expected = "max_in_flight must be an integer of at least 1, or an InFlightLimit such as SqliteInFlightLimit"
+    assert str(error) == f"{expected}, not {limit!r}"
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 10**9])
@@ -491,7 +492,10 @@ def test_an_invalid_budget_scope_is_refused_by_name(scope: Any, has_journal: boo
     [
         ({"api_key": "sk 7f3a9c"}, "the API key is malformed"),
         ({"base_url": "cloud.vtrix.ai"}, "base_url must look like"),
-        ({"max_in_flight": 0}, "max_in_flight must be an integer of at least 1, not 0"),
+        (
+            {"max_in_flight": 0},
+            "max_in_flight must be an integer of at least 1, or an InFlightLimit such as SqliteInFlightLimit, not 0",
+        ),
         ({"max_polls_per_second": 0}, "max_polls_per_second must be more than 0"),
         ({"task_timeout": 0}, "task_timeout must be more than 0 seconds"),
         ({"http_timeout": None}, "http_timeout must be more than 0 seconds"),

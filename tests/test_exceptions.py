@@ -22,6 +22,7 @@ from flux2max_async import (
     DeadlineExceededError,
     DownloadError,
     FluxError,
+    InFlightLimitError,
     InsufficientBalanceError,
     InvalidRequestError,
     JournalError,
@@ -61,6 +62,7 @@ PARENTS: dict[type[FluxError], tuple[type[Exception], ...]] = {
     SubmissionUncertainError: (FluxError,),
     BudgetExceededError: (FluxError,),
     JournalError: (FluxError,),
+    InFlightLimitError: (FluxError,),
     WebhookSignatureError: (FluxError,),
     DownloadError: (FluxError,),
     ResultExpiredError: (DownloadError,),
@@ -96,6 +98,7 @@ FIELDS: dict[type[FluxError], dict[str, object]] = {
     SubmissionUncertainError: {},
     BudgetExceededError: {},
     JournalError: {},
+    InFlightLimitError: {},
     WebhookSignatureError: {},
     DownloadError: {},
     ResultExpiredError: {},
@@ -122,6 +125,8 @@ PUBLIC = {
     "HeadersLike",
     "ImageSource",
     "InputImage",
+    "InFlightLimit",
+    "InFlightLimitError",
     "InsufficientBalanceError",
     "InvalidRequestError",
     "Journal",
@@ -142,6 +147,7 @@ PUBLIC = {
     "SessionClosedError",
     "SessionHealth",
     "SessionStats",
+    "SqliteInFlightLimit",
     "SqliteJournal",
     "SubmissionUncertainError",
     "TaskFailedError",
@@ -322,8 +328,10 @@ print(json.dumps([before, after, sorted(set(flux2max_async.__all__) & set(global
 
 
 def test_public_modules_are_attributes_of_the_package() -> None:
-    """`flux2max_async.webhooks` and `flux2max_async.journal` need no import of their own."""
-    script = "import flux2max_async as f; print(f.webhooks.verify.__name__, f.journal.SqliteJournal.__name__)"
+    """`flux2max_async.webhooks`, `.journal` and `.limits` need no import of their own."""
+    script = (
+        "import flux2max_async as f; print(f.webhooks.verify.__name__, f.journal.Journal.__name__, f.limits.__name__)"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
-    assert result.stdout.split() == ["verify", "SqliteJournal"]
+    assert result.stdout.split() == ["verify", "Journal", "flux2max_async.limits"]

@@ -108,7 +108,7 @@ class ApiClient:
         self.poll_limiter = PollLimiter(config.poll_rate)
         self._http_timeout = config.http_timeout
         self._poll_timeout = PollTimeout(config.http_timeout)
-        self.submit_limiter = SubmitLimiter(config.max_in_flight)
+        self.submit_limiter = SubmitLimiter(config.in_flight_limit)
         self._breaker = CircuitBreaker(config.max_uncertain)
         self._turns = SubmitTurns(stats, self.submit_limiter, self._breaker, self.now)
         self.health = HealthMonitor()

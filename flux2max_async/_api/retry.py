@@ -9,6 +9,7 @@ from flux2max_async._exceptions import (
     ConfigurationError,
     DownloadError,
     FluxError,
+    InFlightLimitError,
     InsufficientBalanceError,
     JournalError,
     PermissionDeniedError,
@@ -150,7 +151,7 @@ def is_fatal_for_batch(error: FluxError) -> bool:
     match error:
         case TransportError(fault=fault):
             return fault is not None or error.stops_stream
-        case BudgetExceededError() | JournalError(key=None) | ConfigurationError():
+        case BudgetExceededError() | JournalError(key=None) | InFlightLimitError() | ConfigurationError():
             return True
         case AuthenticationError(from_api=True) | InsufficientBalanceError(from_api=True):
             return True

@@ -38,7 +38,7 @@ class ExternalChanges:
     def _adopt(self, entry: JournalEntry) -> None:
         """Follow a task that a dead process left behind, so that its end is in the journal whoever asks for it."""
         if (runner := self._single_flight.by_task_id.get(entry.task_id or "")) is not None:
-            runner.record.on_adopted(entry)
+            runner.on_adopted(entry)
         elif entry.key not in self._single_flight.by_key:
             record = self._records.adopt(entry)
             self._single_flight.get_or_create(entry.key, lambda: self._start_runner(None, record, entry.task_id))

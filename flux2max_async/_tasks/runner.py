@@ -17,6 +17,7 @@ from flux2max_async._tasks.shared_task import SharedTask
 from flux2max_async._tasks.slots import order_of
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good
 from flux2max_async._text import get_logger
+from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._lookup import KeyConflictError, Replay, Resume, Submit
 
 log = get_logger("tasks")
@@ -95,6 +96,10 @@ class TaskRunner(SharedTask):
         self._place, self._holds_slot = None, True
         self._spawn_run()
 
+    def on_no_slot(self, error: FluxError) -> None:
+        """End without a slot."""
+        self.cancel_submit(error)
+
     def _spawn_run(self) -> None:
         self._is_running = True
         self._context.spawn(self.run(), context=self._caller_context)
@@ -125,7 +130,7 @@ class TaskRunner(SharedTask):
                     if isinstance(existing, Replay):
                         return await self._replay(existing.outcome)
                     if isinstance(existing, Resume):
-                        return await self._resume(existing.task_id, existing.age)
+                        return await self._resume(existing)
                     self._context.polling.shutdown.check_submitting()
                     if not self._take_slot():
                         return None
@@ -205,8 +210,9 @@ class TaskRunner(SharedTask):
     def _rank(self) -> float:
         return order_of(self._created, max(self.callers, default=0))
 
-    async def _resume(self, task_id: str, age: float | None) -> Outcome:
+    async def _resume(self, existing: Resume) -> Outcome:
         """Follow a task that was submitted earlier; together with whoever follows it here already."""
+        task_id = existing.task_id
         leader = self._context.single_flight.by_task_id.setdefault(task_id, self)
         if leader is not self:
             self._set_task_id(task_id)
@@ -214,6 +220,8 @@ class TaskRunner(SharedTask):
                 async for snapshot in updates:
                     self.feed.publish(snapshot)
             return attrs.evolve(await asyncio.shield(leader.ended), request=self.request)
+        if existing.adopted:
+            self._occupy_slot()
         polling = self._context.polling
         polling.client.add_in_flight()
         now = polling.client.now()
@@ -223,7 +231,7 @@ class TaskRunner(SharedTask):
                 request=self.request,
                 started=now,
                 deadline=now + polling.task_timeout,
-                age=age,
+                age=existing.age,
                 submitted_here=False,
                 expects_webhook=False,
             )
@@ -266,6 +274,14 @@ class TaskRunner(SharedTask):
         self._observers.append(observer)
         if self._waiting_elsewhere:
             observer.on_waiting_elsewhere(waiting=True)
+
+    def on_adopted(self, entry: JournalEntry) -> None:
+        """Learn that the journal has given the task, which another session held, to this one."""
+        self.record.on_adopted(entry)
+        self._occupy_slot()
+
+    def _occupy_slot(self) -> None:
+        self._holds_slot = self._holds_slot or self._context.slots.occupy(self._group)
 
     def _on_waiting_elsewhere(self, task_id: str | None) -> None:
         shutdown = self._context.polling.shutdown

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import attrs
 
+from flux2max_async._exceptions import FluxError
 from flux2max_async._tasks.sorted_line import SortedLine
 
 _SECONDS_PER_PRIORITY = 60.0
@@ -22,6 +23,9 @@ class Waiter(Protocol):
 
     def on_slot(self) -> None:
         """Called with the slot, which is the waiter's from now on; must not raise."""
+
+    def on_no_slot(self, error: FluxError) -> None:
+        """Called if there is no way to get a slot; the waiter then leaves the queue."""
 
 
 @attrs.define(eq=False, weakref_slot=False)
@@ -125,6 +129,13 @@ class SlotQueue:
             self.free -= 1
             self.count_held(group)
             return True
+        return False
+
+    def occupy(self, group: str | None = None) -> bool:  # noqa: ARG002 - for a subclass
+        """Count a task that was adopted from another process; return whether it has a slot, and must release it.
+
+        Here it has none: only a limit that is shared with that process counts it.
+        """
         return False
 
     def release(self, group: str | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import Completed, Outcome, Usage
 from flux2max_async._polling.context import PollingContext
@@ -19,6 +20,7 @@ from flux2max_async._tasks.background import BackgroundTasks
 from flux2max_async._tasks.context import RunnerContext
 from flux2max_async._tasks.external_changes import ExternalChanges
 from flux2max_async._tasks.runner import TaskRunner
+from flux2max_async._tasks.shared_slots import SharedSlotQueue
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
@@ -55,13 +57,13 @@ class Supervisor(BackgroundTasks):
         stats: SessionStats,
         records: RecordFactory,
         *,
-        max_in_flight: int,
+        max_in_flight: int | InFlightLimit,
         add_webhook: AddWebhook | None,
     ) -> None:
         super().__init__(polling.shutdown)
         self.client = polling.client
         self.single_flight = SingleFlight()
-        self.slots = SlotQueue(max_in_flight)
+        self.slots = SlotQueue(max_in_flight) if isinstance(max_in_flight, int) else SharedSlotQueue(max_in_flight)
         self.on_external_change = ExternalChanges(polling, records, self.single_flight, self._start_runner)
         self._polling = polling
         self._records = records

@@ -43,6 +43,8 @@ class Resume:
     task_id: str
     age: float | None
     """Seconds since its submit; None if nobody knows."""
+    adopted: bool = False
+    """Whether this session has taken it over, and no other one counts it as in flight."""
 
 
 @attrs.frozen

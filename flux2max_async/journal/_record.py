@@ -223,7 +223,7 @@ class RequestRecord(BudgetRecord):
         assert found.task_id is not None
         self.entry = found
         self._reserved = self._reserved or self._budget.resume(found.task_id)
-        return Resume(found.task_id, age_of(found))
+        return Resume(found.task_id, age_of(found), adopted=found.holder is Holder.US)
 
     async def _decide(self, found: JournalEntry) -> Replay | Submit:
         match found.state:

@@ -15,6 +15,7 @@ from typing import Any
 
 from flux2max_async._budget import check_budget
 from flux2max_async._exceptions import JournalError
+from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked
 from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._rows import (
@@ -34,12 +35,9 @@ from flux2max_async.journal._schema import (
     OtherOwner,
     check_file,
     check_version,
-    create_file,
-    file_id,
     has_token_column,
     host_id,
     process_is_gone,
-    retry_while_locked,
     translate_sqlite_errors,
 )
 from flux2max_async.journal._serialization import outcome_from_entry

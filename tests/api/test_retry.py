@@ -16,6 +16,7 @@ from flux2max_async import (
     DeadlineExceededError,
     DownloadError,
     FluxError,
+    InFlightLimitError,
     InsufficientBalanceError,
     InvalidRequestError,
     JournalError,
@@ -115,6 +116,7 @@ CASES: dict[str, FluxError] = {
     "uncertain probe": last_of_several(SubmissionUncertainError("lost")),
     "budget": BudgetExceededError("spent"),
     "journal": JournalError("full"),
+    "shared limit": InFlightLimitError("away"),
     "invalid request": InvalidRequestError("no", field="width"),
     "invalid settings": ConfigurationError("no"),
     "no key": NoKeyError("the vault is sealed"),
@@ -224,7 +226,7 @@ def test_unreadable_response_is_retried(error: FluxError) -> None:
 @table(
     *("401", "402", "403", "403, no balance", "200, no balance", "408, no balance", "429, no balance"),
     *("200, 401 in an envelope", "200, 403 in an envelope", "401 of a poll", "402 of a poll"),
-    *("third 403 of a firewall", "uncertain probe", "invalid settings", "budget", "journal"),
+    *("third 403 of a firewall", "uncertain probe", "invalid settings", "budget", "journal", "shared limit"),
     *(*LASTING, "unknown host", "no key"),
 )
 def test_errors_that_are_fatal_for_a_batch(error: FluxError, expected: bool) -> None:

@@ -26,8 +26,8 @@ from flux2max_async import (
     JournalEntry,
     JournalError,
 )
+from flux2max_async._sqlite_files import create_file, retry_while_locked
 from flux2max_async.journal import EntryState, Holder, SavedFile, SqliteJournal
-from flux2max_async.journal._schema import create_file, retry_while_locked
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

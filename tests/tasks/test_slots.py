@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.virtual_time import VirtualTimeLoop
 
+from flux2max_async import FluxError
 from flux2max_async._tasks.slots import Place, SlotQueue
 from flux2max_async._tasks.sorted_line import SortedLine
 
@@ -24,6 +25,9 @@ class Request:
 
     def on_slot(self) -> None:
         self.got.append(self.name)
+
+    def on_no_slot(self, error: FluxError) -> None:
+        raise AssertionError
 
 
 Arrival = tuple[float, str, int, str | None]
@@ -308,6 +312,9 @@ class Slot:
 
     def on_slot(self) -> None:
         self.got.append(self.request)
+
+    def on_no_slot(self, error: FluxError) -> None:
+        raise AssertionError
 
 
 def actions(priorities: st.SearchStrategy[int]) -> st.SearchStrategy[list[Any]]:

@@ -1,0 +1,1 @@
+"""The SQLite file in which several processes count their tasks in flight."""

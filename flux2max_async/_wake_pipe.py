@@ -106,6 +106,15 @@ def owner_is_alive(path: Path) -> bool:
     return _open_for_writing(path, b"")
 
 
+def remove_if_dead(path: Path) -> bool:
+    """Delete the name of a pipe whose process has ended; return whether it has."""
+    if owner_is_alive(path):
+        return False
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+    return True
+
+
 def _open_for_writing(path: Path, data: bytes) -> bool:
     try:
         descriptor = os.open(path, os.O_WRONLY | _NONBLOCK)

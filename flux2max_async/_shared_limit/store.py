@@ -29,7 +29,7 @@ import attrs
 
 from flux2max_async._exceptions import InFlightLimitError
 from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked
-from flux2max_async._wake_pipe import owner_is_alive, pipe_path
+from flux2max_async._wake_pipe import pipe_path, remove_if_dead
 
 KEEP_TIME = 10.0
 """Seconds for which the slots of a dead holder with a journal count at most. Others adopt its tasks within the quarter
@@ -192,8 +192,7 @@ class LimitStore:
                 if not 0 <= now - died < KEEP_TIME:
                     self._delete(holder)
                     freed = True
-            elif not owner_is_alive(pipe := pipe_path(self._path, holder)):
-                pipe.unlink(missing_ok=True)
+            elif remove_if_dead(pipe_path(self._path, holder)):
                 if kept and held:
                     statement = "UPDATE holders SET died = ?, ticket = NULL, granted = 0 WHERE id = ?"
                     self._connection.execute(statement, (now, holder))

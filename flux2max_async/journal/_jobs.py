@@ -25,6 +25,8 @@ class Job:
     """Whether it consists of one statement, which is atomic without a transaction."""
     entry_id: tuple[str, int] | None = None
     """The key and attempt of the entry that it records, if the write is to be repeated until it succeeds."""
+    wakes: str | None = None
+    """The owner to be woken once it is written, because it holds the entry."""
 
 
 @attrs.define(eq=False)

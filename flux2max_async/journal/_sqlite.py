@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from flux2max_async._config import validate_seconds
 from flux2max_async._exceptions import ConfigurationError, JournalError
 from flux2max_async._text import get_logger
-from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._entry import Holder, JournalEntry
 
 if TYPE_CHECKING:
     from flux2max_async.journal._read_ahead import ReadAhead
@@ -70,7 +70,8 @@ class SqliteJournal:
         Args:
             on_external_change: Called with the tasks of a process that has died, and with ends that other processes
                 have recorded.
-            watch_changes: Whether to check for such ends all the time, four times a second.
+            watch_changes: Whether to check for such ends all the time: when another process reports one, through a
+                named pipe beside the file, and four times a second.
 
         Raises:
             JournalError: The file can't be opened, isn't a journal, is damaged, or a newer version wrote it.
@@ -88,6 +89,7 @@ class SqliteJournal:
         self._read_ahead = ReadAhead(self.path)
         try:
             self._known_keys = set() if await worker.opened else None
+            worker.listen()
         except BaseException:
             self._worker = None
             worker.stop()
@@ -153,6 +155,7 @@ class SqliteJournal:
             lambda store: self._read_ahead.record(store, entry),
             single_statement=True,
             entry_id=(entry.key, entry.attempt),
+            wakes=entry.owner if entry.holder is Holder.OTHER else None,
         )
 
     async def changed(self, entry: JournalEntry, /) -> None:
@@ -236,10 +239,16 @@ class SqliteJournal:
         durable: bool = False,
         single_statement: bool = False,
         entry_id: tuple[str, int] | None = None,
+        wakes: str | None = None,
     ) -> Any:
         worker = self._open_worker()
         return await worker.run(
-            function, writes=writes, durable=durable, single_statement=single_statement, entry_id=entry_id
+            function,
+            writes=writes,
+            durable=durable,
+            single_statement=single_statement,
+            entry_id=entry_id,
+            wakes=wakes,
         )
 
     def _open_worker(self) -> "JournalWorker":

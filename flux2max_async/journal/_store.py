@@ -17,6 +17,7 @@ from flux2max_async._budget import check_budget
 from flux2max_async._exceptions import JournalError
 from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked
 from flux2max_async._text import get_logger
+from flux2max_async._wake_pipe import pipe_path, remove_if_dead
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._rows import (
     NANO_DOLLARS_PER_DOLLAR,
@@ -314,6 +315,7 @@ class SqliteStore:
     def drop_owner(self, owner_id: str) -> None:
         """Delete an owner's row: what it holds is orphaned."""
         self._connection.execute("DELETE FROM owners WHERE id = ?", (owner_id,))
+        remove_if_dead(pipe_path(self._path.resolve(), owner_id))
 
     def adopt_from(self, owner_id: str) -> list[JournalEntry]:
         """Hold the tasks of a dropped owner, and return them; mark its intents as uncertain. Skip damaged rows."""

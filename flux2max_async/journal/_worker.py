@@ -20,6 +20,7 @@ from typing import Any
 
 from flux2max_async._exceptions import FluxError, JournalError
 from flux2max_async._text import get_logger
+from flux2max_async._wake_pipe import WakePipe, pipe_path, wake_owner
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._jobs import Job, Resolution, Watch, resolve_futures
 from flux2max_async.journal._leases import HEARTBEAT_INTERVAL, LeaseMonitor
@@ -70,6 +71,8 @@ class JournalWorker:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._watches: list[Watch] = []
+        self._pipe: WakePipe | None = None
+        """Through which other owners report that they have recorded an end, if they are expected to."""
         self._leases = LeaseMonitor(lease)
         self._next_heartbeat_at = 0.0
         self._has_unsynced_writes = False
@@ -95,11 +98,21 @@ class JournalWorker:
         durable: bool = False,
         single_statement: bool = False,
         entry_id: tuple[str, int] | None = None,
+        wakes: str | None = None,
     ) -> "asyncio.Future[Any]":
         """Queue a job and return the future of its result; `Job` describes the arguments."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._jobs.put(Job(function, future, writes, durable, single_statement, entry_id))
+        self._jobs.put(Job(function, future, writes, durable, single_statement, entry_id, wakes))
         return future
+
+    def listen(self) -> None:
+        """Check for changes as soon as another owner wakes this one; call it when the file is open."""
+        if self._pipe is not None:
+            self._loop.add_reader(self._pipe, self._on_woken, self._pipe)
+
+    def _on_woken(self, pipe: WakePipe) -> None:
+        pipe.clear()
+        self.run(lambda _: None, writes=False)  # the thread checks for changes after each job
 
     def wait_for_change(self, entry: JournalEntry) -> "asyncio.Future[None]":
         """Return a future that is resolved when an entry has changed or nobody holds it any more."""
@@ -109,6 +122,8 @@ class JournalWorker:
 
     def stop(self) -> None:
         """Stop the thread after the jobs that are queued."""
+        if self._pipe is not None:
+            self._loop.remove_reader(self._pipe)
         self._jobs.put(None)
 
     # ------------------------------------------------------------------ in the thread
@@ -121,10 +136,16 @@ class JournalWorker:
             self._resolve(Resolution(self.opened, error=failure), Resolution(self.stopped))
             return
         try:
+            if self._watch_changes:
+                # Without a pipe, as on Windows, changes are found by the checks alone.
+                with contextlib.suppress(OSError, AttributeError):
+                    self._pipe = WakePipe(pipe_path(self._path.resolve(), store.owner))
             self._resolve(Resolution(self.opened, store.is_empty))
             self._run_until_stopped(store)
         finally:
             store.close()
+            if self._pipe is not None:
+                self._pipe.close()
             # Callers that wait for a change read the entry again, and get the error that the journal is not open.
             unresolved = [Resolution(watch.future) for watch in self._watches]
             with contextlib.suppress(RuntimeError):  # the event loop may have ended first
@@ -204,6 +225,9 @@ class JournalWorker:
                 self._unwritten.clear()
                 log.info("journal %s: %d entries were written that could not be before", self._path, unwritten)
             self._on_written(writes=writes, durable=durable)
+            for job in jobs:
+                if job.wakes is not None:
+                    wake_owner(pipe_path(self._path.resolve(), job.wakes))
         self._resolve(*resolutions)
 
     def _keep_unwritten(self, jobs: list[Job]) -> None:

@@ -1,10 +1,10 @@
 """The limit for the polls of a session: a token bucket, and a poll cost that rises before the bucket is empty.
 
 A few 429s may be chance, and each holds back its own poll only. Four or more among the last 20 polls hold back all
-polls for as long as the service requests, and raise the cost.
+polls for as long as the service requests. Four among the last ten are hardly chance: they raise the cost, too.
 
-The bucket delays polls beyond the limit, in the order in which they are reserved. Before it is empty, the cost of a
-poll rises, so that schedules poll less often. A schedule polls at a rate that is inversely proportional to the square
+The bucket delays polls beyond the limit, in the order in which they are reserved. If the rate stays
+near the limit, or polls wait for more than a second, the cost of a poll rises, so that schedules poll less often. A schedule polls at a rate that is inversely proportional to the square
 root of the cost, so a rate that is f times too high needs f² times the cost.
 
 All times are seconds on one clock, which the caller reads.
@@ -20,17 +20,20 @@ _WINDOW = 1.5
 """Seconds over which the rate of polls is measured before the load is adjusted."""
 _TARGET_UTILIZATION = 0.9
 """The rate that the load aims at, as a fraction of the limit; the rest of the bucket serves bursts."""
-_MAX_RATE_RATIO = 2.0
+_BURST_WINDOWS, _BURST_BACKLOG = 2, 1.0
+"""A rate above the target is a burst, and doesn't raise the load, in so many windows, and with so many seconds of polls
+that wait: tasks that began together are polled together before it is known how long they take."""
+_MAX_RATE_RATIO = 2.5
 """Limits one adjustment of the load, as if the rate were off by at most this factor."""
 _IDLE_RESET = 10.0
 """Seconds without a poll after which the load is reset."""
-_MAX_BACKPRESSURE = 8.0
+_MAX_BACKPRESSURE = 6.0
 """The cost is raised to at most 1 + this by refusals."""
-_MIN_BACKPRESSURE = 0.3
-"""The first frequent refusals raise the cost by this; further ones soon after by more."""
+_MIN_BACKPRESSURE, _BACKPRESSURE_FACTOR = 0.8, 4
+"""The first dense refusals raise the cost by this; further ones multiply what is left of it first."""
 _BACKPRESSURE_HALF_LIFE = 30.0
 """Seconds."""
-_RELIEF = 0.97
+_RELIEF = 0.978
 """What a poll that is not refused leaves of the backpressure."""
 _COST_STEP = 1.5
 """The cost factor is a power of this, because schedules compute their polls anew for each value of it."""
@@ -49,8 +52,8 @@ class PollLimiter:
     """When the most recently reserved token becomes available."""
     _window_start: float = attrs.field(default=-math.inf, init=False)
     _window_polls: int = attrs.field(default=0, init=False)
-    _was_high: bool = attrs.field(default=False, init=False)
-    """Whether the rate was above its target in the last window."""
+    _high_windows: int = attrs.field(default=0, init=False)
+    """In how many windows in a row the rate was above its target."""
     _load: float = attrs.field(default=1.0, init=False)
     """The cost factor that keeps the rate at its target; at least 1."""
     refused: bool = attrs.field(default=False, init=False)
@@ -69,9 +72,8 @@ class PollLimiter:
         window = now - self._window_start
         if window >= _WINDOW:
             rate_ratio = self._window_polls / window / (_TARGET_UTILIZATION * self.max_per_second)
-            # The bucket is there for a burst of one window; a second one, or an empty bucket, is a load.
-            is_burst = rate_ratio > 1 and not self._was_high and self._next_token <= now
-            self._was_high = rate_ratio > 1
+            self._high_windows = self._high_windows + 1 if rate_ratio > 1 else 0
+            is_burst = 0 < self._high_windows <= _BURST_WINDOWS and self._next_token <= now + _BURST_BACKLOG
             if not is_burst:
                 rate_ratio = min(max(rate_ratio, 1 / _MAX_RATE_RATIO), _MAX_RATE_RATIO)
                 self._load = max(self._load * rate_ratio**2, 1.0)
@@ -90,7 +92,7 @@ class PollLimiter:
     def record_refusal(self, now: float, retry_after: float | None) -> None:
         """Record that a poll was refused with 429.
 
-        Frequent refusals raise the cost once for each pause: the polls that are on the wire when it begins may all be
+        Dense refusals raise the cost once for each pause: the polls that are on the wire when it begins may all be
         refused. After that, the window begins anew, so that refusals by chance don't hold back all polls for long.
 
         Args:
@@ -102,10 +104,11 @@ class PollLimiter:
         if now < self._paused_until:
             self._paused_until = self._asked_until
         elif self._recent.record_refusal():
-            self._recent.clear()
             self._paused_until = self._asked_until
-            self._backpressure = min(2 * self._backpressure_at(now) + _MIN_BACKPRESSURE, _MAX_BACKPRESSURE)
-            self._backpressure_time = now
+            if self._recent.are_dense:
+                raised = _BACKPRESSURE_FACTOR * self._backpressure_at(now) + _MIN_BACKPRESSURE
+                self._backpressure, self._backpressure_time = min(raised, _MAX_BACKPRESSURE), now
+            self._recent.clear()
 
     def pause_remaining(self, now: float) -> float:
         """Return the seconds for which all polls are held back."""

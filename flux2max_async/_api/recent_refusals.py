@@ -6,7 +6,8 @@ from flux2max_async._api.retry import DEFAULT_PAUSE, MAX_PAUSE
 
 _WINDOW = (1 << 20) - 1
 """One bit for each of the last 20 calls."""
-_SPREAD, _MAX_SPREAD = 0.25, 2.0
+_DENSE_WINDOW = (1 << 10) - 1
+_SPREAD, _MAX_SPREAD = 0.1, 2.0
 _SUBMIT_SPREAD, _MAX_SUBMIT_SPREAD = 0.02, 0.1
 _FREQUENT = 4
 """So many 429s in the window are a limit; fewer may be chance, and each holds back only its own call."""
@@ -22,7 +23,7 @@ def pause_after(retry_after: float | None) -> float:
 
 
 def spread_pause(pause: float, chance: float) -> float:
-    """Return a pause before a poll with up to a quarter more, or two seconds, so that polls spread after it.
+    """Return a pause before a poll with up to a tenth more, or two seconds, so that polls spread after it.
 
     Args:
         pause: The seconds that the service requests.
@@ -51,6 +52,15 @@ class RecentRefusals:
         """Record that a call was refused with 429; return whether 429s are frequent."""
         self._bits = (self._bits << 1 | 1) & _WINDOW
         return self._bits.bit_count() >= _FREQUENT
+
+    @property
+    def are_dense(self) -> bool:
+        """Whether four of the last ten calls were refused.
+
+        Where one call in ten is refused by chance, 13 % of the windows of 20 calls have four refusals, and 1 % of
+        those of ten.
+        """
+        return (self._bits & _DENSE_WINDOW).bit_count() >= _FREQUENT
 
     def clear(self) -> None:
         """Forget all calls."""

@@ -108,6 +108,27 @@ def test_polls_that_are_not_refused_lower_the_cost() -> None:
 
 
 @pytest.mark.parametrize(
+    ("others", "cost"),
+    [
+        pytest.param(0, 1.5, id="in a row"),
+        pytest.param(2, 1.5, id="four of ten"),
+        pytest.param(3, 1.0, id="four of 13"),
+        pytest.param(5, 1.0, id="four of 19"),
+    ],
+)
+def test_refusals_far_apart_may_be_chance(others: int, cost: float) -> None:
+    """All polls wait after four refusals of 20, but their cost rises only after four of ten."""
+    limiter = PollLimiter(20.0)
+    for number in range(4):
+        for _ in range(others if number else 0):
+            limiter.record_other()
+        limiter.record_refusal(10.0, 1.0)
+
+    assert limiter.pause_remaining(10.0) == 1.0
+    assert limiter.cost_factor(10.0) == cost
+
+
+@pytest.mark.parametrize(
     ("refusals", "others", "pause"),
     [
         pytest.param([(10.0, 2.0)] * 3, 0, 0.0, id="three"),
@@ -165,6 +186,17 @@ def test_a_burst_within_the_bucket_does_not_raise_the_cost() -> None:
         reserve_at_rate(limiter, 1.5, rate=25, start=float(start))
         reserve_at_rate(limiter, 8.5, rate=10, start=start + 1.5)
         assert limiter.cost_factor(start + 10.0) == 1.0
+
+
+def test_polls_of_tasks_that_began_together_do_not_raise_the_cost() -> None:
+    """A second of polls may wait before the cost rises; if more and more wait, it does."""
+    limiter = PollLimiter(20.0)
+    reserve_at_rate(limiter, 2.9, rate=32)
+    burst = limiter.cost_factor(2.9), limiter.reserve(2.9)
+    reserve_at_rate(limiter, 3.0, rate=32, start=2.9)
+
+    assert burst == (1.0, pytest.approx(0.75, abs=0.1))
+    assert limiter.cost_factor(5.9) > 2
 
 
 class RecordingSchedule:

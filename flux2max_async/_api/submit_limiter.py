@@ -8,8 +8,9 @@ the same number was refused before. So the ceiling settles just below the limit 
 submits for each refused probe, and is soon gone if there is no such limit.
 
 Once more tasks are in flight than at the last refusal, their number was not the reason: the rate was too high. Then
-submits are also spread evenly, at the rate at which they were accepted from one refusal to the next, which is what a
-token bucket allows. Each accepted one raises that rate a little, and it is given up if twice the rate is accepted.
+submits are also spread evenly, at the rate at which they were accepted from one refusal to the next while any waited,
+which is what a token bucket allows. Each accepted one raises that rate a little, and it is given up if twice the rate
+is accepted.
 
 All times are seconds on one clock, which the caller reads.
 """
@@ -29,8 +30,6 @@ _MIN_INCREASE = 1 / 16
 """How much one accepted submit raises the ceiling, at least."""
 _MARGIN = 2
 """More tasks in flight than are suspected to be the limit, by more than this; some of them may have ended unnoticed."""
-_RATE_PROOF = 3
-"""So many submits accepted with more tasks in flight, before the next refusal, prove that the rate was too high."""
 _RATE_GROWTH = 1.01
 """Each accepted submit multiplies the rate by this."""
 _RATE_KEPT = 0.9
@@ -61,7 +60,7 @@ _MAX_INCREASE_SHARE = 1 / 8
 #   to refuse more, `_suspicion` the number of refusals that suggest it; one at a lower number begins a new suspicion.
 #   The first leaves a ceiling that allows to try the same number once more, further ones make the current number the
 #   ceiling. Each divides the increase by four, so that the ceiling returns to a limit that is real more slowly. If
-#   several submits were accepted with more tasks in flight, the suspicion moves to the current number, the increase
+#   a submit was accepted with more tasks in flight, the suspicion moves to the current number, the increase
 #   stays, and submits get a maximum rate (see `_limit_rate`). From the second consecutive refusal on, a backoff
 #   applies, in addition to the pause. (A session with a single slot has no lower ceiling: it only pauses.)
 # - submit_accepted: raises the ceiling by the increase. Many accepted submits in a row, several of them beyond the
@@ -75,7 +74,8 @@ _MAX_INCREASE_SHARE = 1 / 8
 # - 1 <= ceiling <= max_in_flight.
 # - In LIMITED, at most one probe is on the wire. Only its own end allows the next one: a submit that started before the
 #   refusal, when there were no probes, may end at any time and doesn't count.
-# - Refusals of submits that were on the wire at the same time count as one, but in the window.
+# - Refusals of submits that were on the wire at the same time count as one, but in the window. Submits that were on the
+#   wire with a refused one may still be accepted: the suspected number includes their tasks, and they prove nothing.
 # - A pause never exceeds 120 s, and is never shortened by a later response. It is the longest that any refused submit
 #   was asked to wait, those before the fourth included.
 @attrs.define
@@ -123,6 +123,8 @@ class SubmitLimiter:
     """Maximum number of submits per second."""
     _measured_rate: float = attrs.field(default=math.inf, init=False)
     """What it was at the last refusal."""
+    _idle: float = attrs.field(default=0.0, init=False)
+    """Seconds since then in which no submit waited for the rate."""
     _next_at: float = attrs.field(default=-math.inf, init=False)
     """When the next submit may be sent at this rate."""
 
@@ -155,6 +157,7 @@ class SubmitLimiter:
     def submit_started(self, now: float) -> bool:
         """Record that a submit is sent; return whether it is a probe, which the call that records its end needs."""
         if self._rate < math.inf:
+            self._idle += max(now - max(self._next_at, self._paused_until, self._backoff_until), 0.0)
             self._next_at = now + min(1 / self._rate, _PROBE_INTERVAL)
         probe = self.is_limited
         self._is_probing = self._is_probing or probe
@@ -169,9 +172,12 @@ class SubmitLimiter:
         """Record that a submit created a task, which `in_flight` already includes."""
         self._recent.record_other()
         self._end_probe(probe=probe)
-        self._consecutive_refusals = 0
-        self._accepted += 1
-        self._accepted_above += in_flight > self._suspect + _MARGIN
+        if probe or not self.is_limited:
+            self._consecutive_refusals = 0
+            self._accepted += 1
+            self._accepted_above += in_flight > self._suspect + _MARGIN
+        else:  # it was on the wire with the refused one
+            self._suspect = max(self._suspect, in_flight)
         self._rate *= _RATE_GROWTH
         if self._rate > _RATE_DISPROOF * self._measured_rate:
             self._rate = math.inf
@@ -214,7 +220,7 @@ class SubmitLimiter:
         self._paused_until = self._asked_until
 
     def _suspect_limit(self, now: float, in_flight: int) -> None:
-        is_rate = self._suspicion > 0 and self._accepted_above >= _RATE_PROOF
+        is_rate = self._suspicion > 0 and self._accepted_above > 0
         if is_rate or self._rate < math.inf:
             self._limit_rate(now)
         if is_rate:
@@ -225,10 +231,10 @@ class SubmitLimiter:
             self._suspicion, self._suspect = 1, in_flight
         self._increase = max(self._max_increase / 4 ** min(self._suspicion - 1, 10), _MIN_INCREASE)
         self._accepted = self._accepted_above = 0
-        self._counted_at = now
+        self._counted_at, self._idle = now, 0.0
 
     def _limit_rate(self, now: float) -> None:
-        measured = self._accepted / max(now - self._counted_at, 1.0)
+        measured = self._accepted / max(now - self._counted_at - self._idle, 1.0)
         if self._rate < math.inf:
             measured = max(measured, self._measured_rate * _RATE_KEPT)
         self._rate = self._measured_rate = measured

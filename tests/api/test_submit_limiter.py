@@ -288,6 +288,34 @@ def test_refused_with_the_same_number_in_flight() -> None:
     assert limiter.submit_delay(103, 4, 0) == 0
 
 
+def test_answers_to_one_burst_in_any_order() -> None:
+    """Of a burst of twelve, in whichever order the answers come, the refused ones count as one, at what was accepted."""
+    limiter = limiter_after(limited(100, 2, 1), *[accepted(n) for n in (3, 4)], limited(100, 4, 1), accepted(5))
+    few_more = limiter.submit_delay(101, 6, 0)
+    limiter.submit_accepted(6, probe=limiter.submit_started(101))
+    limiter.submit_refused(102, 6, 1, probe=limiter.submit_started(102))
+    limiter.submit_started(104)
+    limiter.submit_ended(probe=True)
+
+    assert few_more == 0  # nothing is confirmed
+    assert limiter.submit_delay(104, 5, 0) == 0  # no rate
+    assert limiter.submit_delay(104, 6, 0) > 20  # confirmed at 6
+
+
+def test_time_without_waiting_submits_does_not_lower_the_rate() -> None:
+    """Ten seconds in which nobody wanted to submit are not part of the time in which the rate is measured."""
+    limiter, now = rate_limited(), 103.0
+    for number in range(40):
+        now += 10.0 if number == 6 else 0.0
+        limiter.submit_accepted(6, probe=limiter.submit_started(now))
+        now += limiter.submit_delay(now, 5, 0)
+    limited(now, 10, 0)(limiter)
+    limiter.submit_started(200)
+    limiter.submit_ended(probe=True)
+
+    assert 1 / limiter.submit_delay(200, 0, 0) > 3.0
+
+
 @pytest.mark.parametrize(
     ("accepted", "seconds", "expected"),
     [

@@ -1,11 +1,12 @@
-"""The limit for the polls of a session: a token bucket, and a poll cost that rises before the bucket is empty.
+"""The limit for the polls of a session: a token bucket, and a poll cost that rises under load.
 
 A few 429s may be chance, and each holds back its own poll only. Four or more among the last 20 polls hold back all
 polls for as long as the service requests. Four among the last ten are hardly chance: they raise the cost, too.
 
-The bucket delays polls beyond the limit, in the order in which they are reserved. If the rate stays
-near the limit, or polls wait for more than a second, the cost of a poll rises, so that schedules poll less often. A schedule polls at a rate that is inversely proportional to the square
-root of the cost, so a rate that is f times too high needs f² times the cost.
+The bucket delays polls beyond the limit, in the order in which they are reserved. If the rate stays near the limit, or
+polls wait for more than a second, the cost of a poll rises, so that schedules poll less often. A schedule polls at a
+rate that is inversely proportional to the square root of the cost, so a rate that is f times too high needs f² times
+the cost.
 
 All times are seconds on one clock, which the caller reads.
 """

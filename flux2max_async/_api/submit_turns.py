@@ -11,6 +11,8 @@ from flux2max_async._api.circuit_breaker import CircuitBreaker
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._stats import SessionStats
 
+_MAX_FIRST_SUBMITS = 24
+"""So many are on the wire at first, and one more for each that was accepted: a limit is known after few refusals."""
 _MAX_CONCURRENT_SUBMITS = 100
 """One that waits for a connection takes 8 KiB, and its time for the exchange is running."""
 
@@ -80,7 +82,8 @@ class SubmitTurns:
 
     def _delay(self) -> float:
         stats, breaker = self._stats, self._breaker
-        if stats.submitting >= _MAX_CONCURRENT_SUBMITS or (breaker.has_failures and breaker.blocks):
+        max_on_wire = min(_MAX_FIRST_SUBMITS + stats.submitted, _MAX_CONCURRENT_SUBMITS)
+        if stats.submitting >= max_on_wire or (breaker.has_failures and breaker.blocks):
             return math.inf
         if not self._limiter.refused:
             return 0.0

@@ -24,7 +24,7 @@ class Submits:
     """Submits that wait for their turns, and start when there is room."""
 
     def __init__(self) -> None:
-        self.stats = SessionStats(submitting=FULL)
+        self.stats = SessionStats(submitting=FULL, submitted=FULL)
         self.turns = create(self.stats)
         self.started: list[int] = []
         self.ranks: dict[int, float] = {}
@@ -67,6 +67,17 @@ async def test_the_lowest_rank_goes_first() -> None:
 
     assert submits.started == [0, 4, 1, 3, 2]
     assert not submits.turns.must_wait or submits.stats.submitting == FULL
+
+
+@pytest.mark.parametrize(("submitted", "on_wire"), [(0, 24), (1, 25), (24, 48), (75, 99), (76, 100), (1000, 100)])
+async def test_accepted_submits_allow_more_at_the_same_time(submitted: int, on_wire: int) -> None:
+    """At first 24 are on the wire, one more for each accepted one, and a hundred at most."""
+    stats = SessionStats(submitting=on_wire - 1, submitted=submitted)
+    turns = create(stats)
+    before = turns.must_wait
+    stats.submitting += 1
+
+    assert (before, turns.must_wait) == (False, True)
 
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])

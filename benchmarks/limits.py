@@ -25,6 +25,7 @@ from multidict import CIMultiDict
 
 from flux2max_async import FluxSession
 from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.outage import Outage
 from flux2max_async._api.response import HttpResponse
 
 _ROUND_TRIP = 0.05
@@ -104,6 +105,7 @@ class Gateway:
     base_url = "http://gateway"
     secrets: tuple[str, ...] = ("key",)
     max_downloads = 8
+    outage = Outage(base_url)
 
     def __init__(self, scenario: Scenario, seed: int) -> None:
         self._scenario, self._random = scenario, random.Random(seed)

@@ -6,6 +6,7 @@ depend on the machine, except for the order in which simultaneous events run.
 
 import argparse
 import asyncio
+import contextlib
 import heapq
 import json
 import logging
@@ -25,6 +26,7 @@ from multidict import CIMultiDict
 
 from flux2max_async import FluxSession
 from flux2max_async._api.codec import HttpRequest
+from flux2max_async._api.give_up import PollLimit
 from flux2max_async._api.outage import Outage
 from flux2max_async._api.response import HttpResponse
 
@@ -127,11 +129,15 @@ class Gateway:
     async def exchange(
         self,
         request: HttpRequest,
-        on_data: Callable[[int], object] | None = None,
+        limit: PollLimit | None = None,
         *,
         within: float = math.inf,  # noqa: ARG002 - as the transport has it
         fresh_connection: bool = False,  # noqa: ARG002 - as the transport has it
     ) -> HttpResponse:
+        with limit or contextlib.nullcontext():
+            return await self._exchange(request, limit)
+
+    async def _exchange(self, request: HttpRequest, limit: PollLimit | None) -> HttpResponse:
         await asyncio.sleep(_ROUND_TRIP / 2)
         method = "GET" if request.body is None else "POST"
         call = request.path if request.body is None else str(json.loads(request.body)["input"][0]["params"]["prompt"])
@@ -146,8 +152,8 @@ class Gateway:
         elif method == "GET" and self._random.random() < self._scenario.hanging:
             await asyncio.sleep(_HANG)
         await asyncio.sleep(_ROUND_TRIP / 2)
-        if on_data is not None:
-            on_data(0)
+        if limit is not None:
+            limit.on_data(0)
         if body.get("status") == "completed":
             self.delays.append(self._now() - self._ends.pop(call))
         return HttpResponse(status, headers, json.dumps(body).encode(), cast("Any", None))

@@ -181,6 +181,11 @@ def _validate_in_flight(_: Any, field: "attrs.Attribute[Any]", value: object) ->
         )
 
 
+def _validate_max_waiting(_: Any, field: "attrs.Attribute[Any]", value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigurationError(f"{field.name} must be an integer of at least 0, or None for no bound, not {value!r}")
+
+
 def _validate_duration(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
     validate_seconds(field.name, value)
 
@@ -244,6 +249,8 @@ class SessionConfig:
     ssl_context: ssl.SSLContext | None = attrs.field(validator=_validate_ssl_context)
     allow_plain_http: bool = attrs.field(validator=_validate_security)
     max_in_flight: int | InFlightLimit = attrs.field(validator=_validate_in_flight)
+    max_waiting: int | None = attrs.field(validator=_validate_max_waiting)
+    max_per_group: int | None = attrs.field(validator=attrs.validators.optional(_validate_count))
     max_polls_per_second: float | Literal["auto"] = attrs.field(converter=_infinite_if_none, validator=_validate_rate)
     task_timeout: float = attrs.field(converter=_infinite_if_none, validator=_validate_duration)
     http_timeout: float = attrs.field(validator=_validate_duration)

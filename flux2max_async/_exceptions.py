@@ -4,6 +4,7 @@
      ├── InvalidRequestError        a parameter is wrong; nothing was sent             (also a ValueError)
      ├── ConfigurationError         a setting of the session is missing or wrong
      ├── SessionClosedError         the session was not entered, or is closed
+     ├── QueueFullError             as many requests as may wait for a slot are waiting; nothing was sent
      ├── TransportError             no response: no connection, a reset, a timeout
      ├── ProtocolError              a response that doesn't follow the protocol
      ├── ResponseError              an error response
@@ -74,6 +75,17 @@ class ConfigurationError(FluxError):
 
 class SessionClosedError(FluxError):
     """The session is not open: it was not entered, or was closed before the outcome was known."""
+
+
+@attrs.define(slots=False, eq=False)
+class QueueFullError(FluxError):
+    """As many requests as `max_waiting` are waiting for a slot; nothing was sent."""
+
+    waiting: int = attrs.field(kw_only=True)
+    """Requests that wait for a slot."""
+    retry_after: float | None = attrs.field(default=None, kw_only=True)
+    """Seconds until those that wait have a slot, by the durations that the schedule has learned: for a Retry-After
+    header. None if no task has completed yet, or the schedule doesn't learn."""
 
 
 @attrs.define(slots=False, eq=False)

@@ -19,6 +19,8 @@ from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._signals import DrainHandler, install_handlers
 from flux2max_async._stats import SessionStats
+from flux2max_async._tasks.shared_slots import SharedSlotQueue
+from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.supervisor import Supervisor
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._record_factory import RecordFactory
@@ -84,6 +86,12 @@ class SessionParts:
         limit = self.config.max_in_flight
         return None if isinstance(limit, int) else limit
 
+    def _create_slots(self) -> SlotQueue:
+        limit, max_per_group = self.config.max_in_flight, self.config.max_per_group
+        if isinstance(limit, int):
+            return SlotQueue(limit, max_per_group=max_per_group)
+        return SharedSlotQueue(limit, max_per_group=max_per_group)
+
     async def open(self) -> Supervisor:
         """Open the parts; return their supervisor. Nothing is left open if one of them can't be opened."""
         shutdown, config, dispatcher = Shutdown(), self.config, self.dispatcher
@@ -94,7 +102,8 @@ class SessionParts:
             PollingContext(client, self.schedule, registry, shutdown, config.task_timeout),
             self.stats,
             self.records,
-            max_in_flight=config.max_in_flight,
+            slots=self._create_slots(),
+            max_waiting=config.max_waiting,
             add_webhook=dispatcher.add_webhook if dispatcher else None,
         )
         if dispatcher is not None:

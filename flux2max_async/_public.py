@@ -47,6 +47,9 @@ from flux2max_async._exceptions import (
     ProtocolError as ProtocolError,
 )
 from flux2max_async._exceptions import (
+    QueueFullError as QueueFullError,
+)
+from flux2max_async._exceptions import (
     RateLimitedError as RateLimitedError,
 )
 from flux2max_async._exceptions import (
@@ -119,6 +122,7 @@ from flux2max_async._session import FluxSession as FluxSession
 from flux2max_async._stats import SessionStats as SessionStats
 from flux2max_async._stream import OutcomeStream as OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask as GenerationTask
+from flux2max_async._tasks.queued import QueuedGeneration as QueuedGeneration
 from flux2max_async._version import __version__ as __version__
 from flux2max_async.journal import (
     Journal as Journal,

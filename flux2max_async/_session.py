@@ -20,11 +20,13 @@ from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._lifetime import SessionLifetime, SessionParts
-from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
+from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
+from flux2max_async._tasks.intake import CallOptions
+from flux2max_async._tasks.queued import QueuedGeneration
 from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
@@ -75,6 +77,9 @@ class FluxSession(SessionLifetime):
             BudgetExceededError; nothing is sent.
         price_guess: US dollars for a request until the first real cost is known; by default 0.07 for the first
             megapixel and 0.03 for each further one; each input image counts as one.
+        max_waiting: Requests that may wait for a slot; one more is a QueueFullError, before anything is sent or
+            written. Streams wait by themselves and don't count. None sets no bound.
+        max_per_group: Slots that the requests of one `group` may hold at once; None sets no bound.
         content_keys: False never takes requests without a `key` for one another, even if a journal knows an equal one.
         budget_scope: "session" counts what this session spends, "journal", the default with one, everything in it.
         max_uncertain: After so many lost answers to submits in a row, submits are sent one at a time; one more, and a
@@ -111,6 +116,8 @@ class FluxSession(SessionLifetime):
         allow_private_downloads: bool = False,
         content_keys: bool = True,
         drain_signals: Collection[signal.Signals] = (),
+        max_waiting: int | None = None,
+        max_per_group: int | None = None,
     ) -> None:
         try:
             self._parts = SessionParts.create(
@@ -136,6 +143,8 @@ class FluxSession(SessionLifetime):
                 allow_private_downloads=allow_private_downloads,
                 content_keys=content_keys,
                 drain_signals=drain_signals,
+                max_waiting=max_waiting,
+                max_per_group=max_per_group,
             )
         except ConfigurationError as error:
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
@@ -152,6 +161,7 @@ class FluxSession(SessionLifetime):
         *,
         timeout: float | None = None,  # noqa: ASYNC109 - more than a cancel scope: the error names the task
         priority: int = 0,
+        group: str | None = None,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
         **params: Any,
@@ -171,6 +181,8 @@ class FluxSession(SessionLifetime):
                 any more, and a task goes on.
             priority: Among requests that wait for a slot the highest goes first, equals in order. Each minute of
                 waiting counts as one more, so that none waits for ever.
+            group: A user or tenant, for example. Among equal priorities groups take turns, whoever has more requests
+                waiting; the minutes of a request count from its group's last turn. None: a group of its own.
             retry_failed: Submit again what the journal knows to have failed.
             resubmit_uncertain: Submit again what the journal has no answer for, and perhaps pay twice.
             params: Those of `GenerationRequest`; with a whole request they replace its own.
@@ -179,9 +191,11 @@ class FluxSession(SessionLifetime):
             DeadlineExceededError: The `timeout` or the session's `task_timeout` was over; it names the task's id.
             FluxError: There is no image; `flux2max_async._exceptions` draws the tree of errors.
         """
-        supervisor, limit = self._get_supervisor(), None if timeout is None else TimeLimit.start(timeout)
-        request, priority = as_request(request, **params), validate_priority(priority)
-        starting = supervisor.start_request(request, priority, ReusePolicy(retry_failed, resubmit_uncertain))
+        intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
+        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
+        await intake.arrive()
+        request = as_request(request, **params)
+        starting = intake.start_request(request, options)
         runner = await (starting if limit is None else limit.run(starting))
         outcome = await runner.wait_as_caller(runner.ended, priority, limit)
         if isinstance(outcome, Failed):
@@ -195,6 +209,7 @@ class FluxSession(SessionLifetime):
         *,
         timeout: float | None = None,  # noqa: ASYNC109 - more than a cancel scope: the error names the task
         priority: int = 0,
+        group: str | None = None,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
         **params: Any,
@@ -207,14 +222,43 @@ class FluxSession(SessionLifetime):
         Raises:
             FluxError: There is no task, or nobody knows whether there is one (SubmissionUncertainError).
         """
-        supervisor, limit = self._get_supervisor(), None if timeout is None else TimeLimit.start(timeout)
-        request, priority = as_request(request, **params), validate_priority(priority)
-        starting = supervisor.start_request(request, priority, ReusePolicy(retry_failed, resubmit_uncertain))
+        intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
+        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
+        await intake.arrive()
+        starting = intake.start_request(as_request(request, **params), options)
         runner = await (starting if limit is None else limit.run(starting))
         await runner.wait_as_caller(runner.answered, priority, limit)
         if runner.task_id is None:
             runner.ended.result().unwrap()
         return GenerationTask(runner)
+
+    def enqueue(
+        self,
+        request: str | GenerationRequest,
+        /,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        group: str | None = None,
+        retry_failed: bool = False,
+        resubmit_uncertain: bool = False,
+        **params: Any,
+    ) -> QueuedGeneration:
+        """Take a request in and return at once: for handlers that respond with 202.
+
+        The session runs it, waited for or not, unless it is withdrawn. Journals and the arguments are as in
+        `generate()`. When the `timeout` is over, what is not submitted is not submitted any more, and awaiting it
+        raises DeadlineExceededError.
+
+        Raises:
+            InvalidRequestError: A parameter is wrong. An image that can't be read is raised by awaiting.
+            QueueFullError: No slot is free, and `max_waiting` requests are waiting. If the journal knows the outcome,
+                `generate()` returns it all the same.
+            SessionClosedError: The session is closed or draining.
+        """
+        intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
+        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
+        return intake.enqueue(as_request(request, **params), options, limit)
 
     def stream(
         self,
@@ -264,10 +308,10 @@ class FluxSession(SessionLifetime):
         slots = self._parts.config.in_flight_limit
         return OutcomeStream(
             requests,
-            start=partial(supervisor.start_request, policy=policy),
+            start=partial(supervisor.intake.start_item, options=CallOptions(priority, policy)),
             spawn=supervisor.spawn,
             look_ahead=min(max_in_flight or slots, slots),
-            priority=validate_priority(priority),
+            priority=priority,
             saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
             check_caller=supervisor.check_caller,
             shutdown=supervisor.shutdown,
@@ -279,7 +323,7 @@ class FluxSession(SessionLifetime):
         Its deadline is counted from now. If this session follows the task already, nothing is polled or counted twice.
         With a journal, its end is recorded there. The outcome names the `request`, if it is given.
         """
-        return GenerationTask(self._get_supervisor().attach(validate_task_id(task_id), request))
+        return GenerationTask(self._get_supervisor().intake.attach(validate_task_id(task_id), request))
 
     async def fetch(self, task_id: str, /) -> TaskSnapshot:
         """Poll a task once, without waiting for anything; raises FluxError if there is no readable answer."""

@@ -19,7 +19,11 @@ class SessionStats:
     """Tasks followed now, attached ones included."""
     completed: int = 0
     failed: int = 0
-    """Requests that came to nothing, for whatever reason."""
+    """Requests that came to nothing, for whatever reason. What was withdrawn, or refused because the queue was full,
+    doesn't count."""
+    withdrawn: int = 0
+    """Requests that ended before they were submitted because nobody wanted them any more: their callers were cancelled
+    or their timeouts over, `withdraw()` was called, or their stream has stopped."""
     replayed: int = 0
     """How many of the completed and failed ones came from the journal."""
     webhooks: int = 0

@@ -24,7 +24,7 @@ from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._timeouts import wait
 
-Start = Callable[[GenerationRequest, int], Awaitable[TaskRunner]]
+Start = Callable[[GenerationRequest], Awaitable[TaskRunner]]
 """Starts a request and returns its runner, which the stream has joined with its priority."""
 
 _ANSWER_TIMEOUT = 5.0
@@ -196,7 +196,7 @@ class _Pipeline:
         self._error = None
         self._notify()
         runners = [item.runner for item in self.undelivered if not item.runner.callers]
-        if unanswered := [runner.submit_done for runner in runners if not runner.submit_done.done()]:
+        if unanswered := [runner.submit_done.future() for runner in runners if not runner.submit_done.done()]:
             await wait(unanswered, _ANSWER_TIMEOUT, grace=_ANSWER_TIMEOUT)
 
     # ------------------------------------------------------------------ the producer
@@ -211,7 +211,7 @@ class _Pipeline:
                 pulled = await self._next_request()
                 try:
                     request = as_request(pulled)
-                    item = _Item(self, request, await self._start(request, self._priority))
+                    item = _Item(self, request, await self._start(request))
                 except FluxError as error:
                     self._reject(request, error)
                 else:

@@ -42,6 +42,8 @@ VALID: dict[str, Any] = {
     "allow_private_downloads": False,
     "content_keys": True,
     "drain_signals": (signal.SIGTERM,),
+    "max_waiting": None,
+    "max_per_group": None,
 }
 
 
@@ -496,6 +498,10 @@ def test_an_invalid_budget_scope_is_refused_by_name(scope: Any, has_journal: boo
             {"max_in_flight": 0},
             "max_in_flight must be an integer of at least 1, or an InFlightLimit such as SqliteInFlightLimit, not 0",
         ),
+        ({"max_waiting": -1}, "max_waiting must be an integer of at least 0, or None for no bound, not -1"),
+        ({"max_waiting": True}, "max_waiting must be an integer of at least 0, or None for no bound, not True"),
+        ({"max_waiting": 1.0}, "max_waiting must be an integer of at least 0, or None for no bound, not 1.0"),
+        ({"max_per_group": 0}, "max_per_group must be an integer of at least 1, not 0"),
         ({"max_polls_per_second": 0}, "max_polls_per_second must be more than 0"),
         ({"task_timeout": 0}, "task_timeout must be more than 0 seconds"),
         ({"http_timeout": None}, "http_timeout must be more than 0 seconds"),

@@ -27,6 +27,7 @@ from flux2max_async import (
     OutcomeStream,
     SessionClosedError,
 )
+from flux2max_async._tasks.intake import CallOptions
 from flux2max_async.emulator import Emulator
 from flux2max_async.journal._lookup import ReusePolicy
 
@@ -495,7 +496,7 @@ async def test_unexpected_error_while_saving_is_delivered(session: FluxSession) 
     assert supervisor is not None
     stream = OutcomeStream(
         ["a cat"],
-        start=lambda request, priority: supervisor.start_request(request, priority, ReusePolicy()),
+        start=lambda request: supervisor.intake.start_item(request, CallOptions(0, ReusePolicy())),
         spawn=supervisor.spawn,
         look_ahead=1,
         priority=0,

@@ -21,7 +21,8 @@ class SubmitCancellation:
 
     reason: FluxError | None = attrs.field(default=None, init=False)
     _guarded: asyncio.Timeout | None = attrs.field(default=None, init=False)
-    _raised: bool = attrs.field(default=False, init=False)
+    has_taken_effect: bool = attrs.field(default=False, init=False)
+    """Whether the submit has ended with the reason."""
 
     def cancel(self, reason: FluxError) -> None:
         """Send nothing more; a call that is on the wire is the last one."""
@@ -31,7 +32,7 @@ class SubmitCancellation:
 
     def revoke(self) -> bool:
         """Take a cancellation back; return False if it has taken effect already."""
-        if self.reason is not None and (self._raised or self._guarded is not None):
+        if self.reason is not None and (self.has_taken_effect or self._guarded is not None):
             return False
         self.reason = None
         return True
@@ -39,7 +40,7 @@ class SubmitCancellation:
     def raise_if_cancelled(self) -> None:
         """Raise the reason, if the submit was cancelled."""
         if self.reason is not None:
-            self._raised = True
+            self.has_taken_effect = True
             raise self.reason
 
     @contextlib.asynccontextmanager

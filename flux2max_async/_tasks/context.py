@@ -9,7 +9,9 @@ import attrs
 
 from flux2max_async._models.results import Outcome
 from flux2max_async._polling.context import PollingContext
+from flux2max_async._tasks.bursts import BurstLimiter
 from flux2max_async._tasks.link_renewal import LinkRenewer
+from flux2max_async._tasks.queue_bound import QueueBound
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
@@ -52,12 +54,14 @@ class RunnerContext:
     polling: PollingContext
     slots: SlotQueue
     """A request gets one before its submit, and holds it until the task ends."""
+    bound: QueueBound
     add_webhook: AddWebhook | None
     """None if the session has no inbox."""
     single_flight: SingleFlight
     spawn: Spawn
     check_caller: Callable[[], None]
     """Raises if the calling process or event loop is not the session's."""
+    bursts: BurstLimiter = attrs.field(factory=BurstLimiter, init=False)
     _links: LinkRenewer = attrs.field(factory=LinkRenewer, init=False)
 
     async def renew_links(self, replay: Outcome, policy: ReusePolicy) -> Outcome:

@@ -2,8 +2,6 @@
 
 import asyncio
 from contextlib import aclosing
-from contextvars import Context, copy_context
-from typing import Any
 
 import attrs
 
@@ -12,8 +10,10 @@ from flux2max_async._exceptions import FluxError, JournalError, SessionClosedErr
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._polling.context import PollStart
 from flux2max_async._polling.poller import TaskPoller
+from flux2max_async._shutdown import closed_error
 from flux2max_async._tasks.context import RunnerObserver
-from flux2max_async._tasks.shared_task import SharedTask
+from flux2max_async._tasks.shared_result import SharedResult
+from flux2max_async._tasks.slot_holder import SlotHolder
 from flux2max_async._tasks.slots import order_of
 from flux2max_async._tasks.submission import ExpectedWebhook, make_good
 from flux2max_async._text import get_logger
@@ -27,7 +27,7 @@ _MAX_KEY_CONFLICTS = 20
 
 
 @attrs.define(eq=False, repr=False)
-class TaskRunner(SharedTask):
+class TaskRunner(SlotHolder):
     """Runs one request, and outlives whoever waits for it. Its end is an outcome, never an exception.
 
     States: looking up (`record.find_existing()`), waiting for a slot, submitting, polling, recording, ended. `answered`
@@ -35,21 +35,12 @@ class TaskRunner(SharedTask):
     answer to the submit is lost and only a webhook can still reveal the id; `ended` is resolved with the outcome, on
     every path. Only `run()` moves forward; `cancel_submit()` ends a runner that has not been submitted, `close_now()`
     ends any. Whoever cancels the asyncio task of `run()`, perhaps before its first step, calls `close_now()`.
-
-    `run()` runs in an asyncio task, except that nothing runs while the runner waits for a slot: `run()` returns, and
-    `on_slot()` starts it again, in the context of the first caller. So thousands that wait cost little memory, and
-    little time when they arrive or leave at once.
     """
 
     _created: float = attrs.field(kw_only=True, alias="created")
     _observers: list[RunnerObserver] = attrs.field(kw_only=True, alias="observers")
-    _group: str | None = attrs.field(default=None, kw_only=True, alias="group")
-    """Whose turns it uses."""
-    _caller_context: Context = attrs.field(factory=copy_context, init=False)
-    _is_running: bool = attrs.field(default=False, init=False)
-    """Whether there is an asyncio task of `run()`."""
     _key_conflicts: int = attrs.field(default=0, init=False)
-    submit_done: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
+    submit_done: SharedResult[None] = attrs.field(factory=SharedResult[None], init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
     _lost: LostSubmit | None = attrs.field(default=None, init=False)
     _recorded: bool = attrs.field(default=False, init=False)
@@ -67,42 +58,23 @@ class TaskRunner(SharedTask):
         """Seconds since the submit, or before it since the request."""
         return asyncio.get_running_loop().time() - self._created if self.poller is None else self.poller.elapsed
 
-    def cancel_submit(self, reason: FluxError) -> None:
-        """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
-        super().cancel_submit(reason)
-        if self._place is not None and not self._is_running:
-            self._end(self._failed(reason))
+    def _end_unsubmitted(self) -> None:
+        self._end(self._failed(self._cancellation.reason or closed_error()))
 
     def close_now(self) -> None:
         """End at once, because the session does."""
-        message = "the session was closed while a submit was unanswered: a task may exist and cost money"
+        error: FluxError = self._cancellation.reason or closed_error()
         if self.task_id is not None:
-            message = f"the session was closed before task {self.task_id} had ended; attach() it later"
+            error = SessionClosedError(
+                f"the session was closed before task {self.task_id} had ended; attach() it later"
+            )
             self.record.suspend(self.task_id)
-        self._end(self._unrecorded or self._failed(SessionClosedError(message)))
+        elif self.may_be_submitted:
+            message = "the session was closed while a submit was unanswered: a task may exist and cost money"
+            error = SessionClosedError(message)
+        self._end(self._unrecorded or self._failed(error))
 
     # ------------------------------------------------------------------ the run
-
-    def start(self) -> None:
-        """Begin; do nothing if it has begun already."""
-        if self._is_running or self._place is not None or self.ended.done():
-            return
-        is_new = self.record.key is None and self.task_id is None  # then there is nothing to look up
-        if not is_new or self._take_slot():
-            self._spawn_run()
-
-    def on_slot(self) -> None:
-        """Go on with the slot."""
-        self._place, self._holds_slot = None, True
-        self._spawn_run()
-
-    def on_no_slot(self, error: FluxError) -> None:
-        """End without a slot."""
-        self.cancel_submit(error)
-
-    def _spawn_run(self) -> None:
-        self._is_running = True
-        self._context.spawn(self.run(), context=self._caller_context)
 
     async def run(self) -> None:
         """Run the request to its end, or until it waits for a slot."""
@@ -125,20 +97,22 @@ class TaskRunner(SharedTask):
         """Return the outcome; None if the request waits for a slot first."""
         try:
             while self._key_conflicts < _MAX_KEY_CONFLICTS:
-                if not self._holds_slot:
+                if not self._is_new:
                     existing = await self._find_existing()
                     if isinstance(existing, Replay):
                         return await self._replay(existing.outcome)
                     if isinstance(existing, Resume):
                         return await self._resume(existing)
+                    self._is_new = True
                     self._context.polling.shutdown.check_submitting()
-                    if not self._take_slot():
-                        return None
+                if not self._take_slot():
+                    return None
                 try:
                     start = await self._submit()
                 except KeyConflictError:
                     self._key_conflicts += 1
-                    self._release_slot()
+                    self._is_new = False
+                    self._give_up_slot()
                 else:
                     return await self._poll(start)
             return self._failed(JournalError(f"the journal neither begins {self.record.key!r} nor returns its entry"))
@@ -151,9 +125,10 @@ class TaskRunner(SharedTask):
             return self._failed(unexpected)
 
     async def _replay(self, outcome: Outcome) -> Outcome:
+        self._give_up_slot()
         self.task_id, self._recorded = outcome.task_id, True
         self._unrecorded = outcome  # this is given out if the session is closed before the links are renewed
-        _resolve(self.submit_done, None)
+        self.submit_done.set_result(None)
         return await self._context.renew_links(outcome, self.record.policy)
 
     async def _find_existing(self) -> Replay | Resume | Submit:
@@ -187,7 +162,7 @@ class TaskRunner(SharedTask):
                 cancellation=self._cancellation,
                 record=self.record,
             )
-            _resolve(self.submit_done, None)
+            self.submit_done.set_result(None)
             if isinstance(accepted, LostSubmit):
                 self._lost = accepted
                 accepted = await make_good(accepted, expected, polling)
@@ -213,13 +188,14 @@ class TaskRunner(SharedTask):
     async def _resume(self, existing: Resume) -> Outcome:
         """Follow a task that was submitted earlier; together with whoever follows it here already."""
         task_id = existing.task_id
+        self._give_up_slot()
         leader = self._context.single_flight.by_task_id.setdefault(task_id, self)
         if leader is not self:
             self._set_task_id(task_id)
             async with aclosing(leader.feed.updates()) as updates:
                 async for snapshot in updates:
                     self.feed.publish(snapshot)
-            return attrs.evolve(await asyncio.shield(leader.ended), request=self.request)
+            return attrs.evolve(await leader.ended.wait(), request=self.request)
         if existing.adopted:
             self._occupy_slot()
         polling = self._context.polling
@@ -284,6 +260,7 @@ class TaskRunner(SharedTask):
         self._holds_slot = self._holds_slot or self._context.slots.occupy(self._group)
 
     def _on_waiting_elsewhere(self, task_id: str | None) -> None:
+        self._give_up_slot()
         shutdown = self._context.polling.shutdown
         if task_id is not None:
             self._set_task_id(task_id)
@@ -298,8 +275,8 @@ class TaskRunner(SharedTask):
 
     def _set_task_id(self, task_id: str) -> None:
         self.task_id = task_id
-        _resolve(self.submit_done, None)
-        _resolve(self.answered, None)
+        self.submit_done.set_result(None)
+        self.answered.set_result(None)
 
     def _end(self, outcome: Outcome) -> None:
         if self.ended.done():
@@ -308,13 +285,10 @@ class TaskRunner(SharedTask):
         self.feed.close()
         if self.poller is not None and self._context.polling.registry.in_use:
             self.poller.close()
-        if self._place is not None:
-            self._context.slots.leave(self._place)
-            self._place = None
-        self._release_slot()
-        _resolve(self.submit_done, None)
-        _resolve(self.answered, None)
-        _resolve(self.ended, outcome)
+        self._give_up_slot()
+        self.submit_done.set_result(None)
+        self.answered.set_result(None)
+        self.ended.set_result(outcome)
         for observer in self._observers:
             observer.on_ended(self, outcome)
         if self._lost is not None:
@@ -324,20 +298,6 @@ class TaskRunner(SharedTask):
         else:
             name = "a request without a task" if self.task_id is None else f"task {self.task_id}"
             log.info("%s failed after %.1f s, %d polls: %s", name, outcome.elapsed, outcome.polls, outcome.error)
-
-    def _take_slot(self) -> bool:
-        """Take a slot; if none is free, wait for one and return False."""
-        slots = self._context.slots
-        if slots.try_acquire(self._group):
-            self._holds_slot = True
-            return True
-        self._place = slots.enqueue(self, max(self.callers, default=0), self._group)
-        return False
-
-    def _release_slot(self) -> None:
-        if self._holds_slot:
-            self._holds_slot = False
-            self._context.slots.release(self._group)
 
     def _leave_single_flight(self) -> None:
         by_key, by_task_id = self._context.single_flight.by_key, self._context.single_flight.by_task_id
@@ -355,8 +315,3 @@ class TaskRunner(SharedTask):
             link.__traceback__ = None
             link = link.__cause__ or link.__context__
         return Failed(task_id=error.task_id, request=self.request, error=error, elapsed=self.elapsed, polls=self.polls)
-
-
-def _resolve(future: "asyncio.Future[Any]", value: object) -> None:
-    if not future.done():
-        future.set_result(value)

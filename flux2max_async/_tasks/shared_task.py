@@ -11,7 +11,7 @@ from flux2max_async._models.results import Failed, Outcome
 from flux2max_async._polling.updates import SnapshotFeed
 from flux2max_async._tasks.cancellation import SubmitCancellation
 from flux2max_async._tasks.context import RunnerContext
-from flux2max_async._tasks.slots import Place
+from flux2max_async._tasks.shared_result import SharedResult
 from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async._text import get_logger
 from flux2max_async.journal._budget_record import NullRecord
@@ -36,18 +36,17 @@ class SharedTask:
     _context: RunnerContext
     task_id: str | None = None
     feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
-    answered: "asyncio.Future[None]" = attrs.field(factory=asyncio.Future, init=False)
-    """Resolved once there is a task id, or never will be one."""
-    ended: "asyncio.Future[Outcome]" = attrs.field(factory=asyncio.Future, init=False)
+    answered: SharedResult[None] = attrs.field(factory=SharedResult[None], init=False)
+    """Set once there is a task id, or never will be one."""
+    ended: SharedResult[Outcome] = attrs.field(factory=SharedResult[Outcome], init=False)
     callers: tuple[int, ...] = attrs.field(default=(), init=False)
     """The priorities of those who have joined and not left."""
     _waits: int = attrs.field(default=0, init=False)
     """How many wait for the answer or the end. Whoever got the id from submit() has not left, but waits no longer."""
     _is_id_logged: bool = attrs.field(default=False, init=False)
+    _withdrawal: FluxError | None = attrs.field(default=None, init=False)
+    """Why the last caller has left, if that cancelled the submit."""
     _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
-    _place: Place | None = attrs.field(default=None, init=False)
-    """Its place in the queue; None unless it waits for a slot."""
-    _holds_slot: bool = attrs.field(default=False, init=False)
     _waiting_elsewhere: bool = attrs.field(default=False, init=False)
     """Whether another process follows the request."""
 
@@ -59,8 +58,6 @@ class SharedTask:
         self._waits += 1
         if policy is not self.record.policy:
             self.record.policy = self.record.policy.merge(policy)
-        if self._place is not None:
-            self._context.slots.set_priority(self._place, max(self.callers))
 
     def leave(self, priority: int, reason: FluxError) -> None:
         """Count a caller out that has joined with this priority; the last one to leave cancels the submit."""
@@ -68,39 +65,44 @@ class SharedTask:
         self.callers = self.callers[:index] + self.callers[index + 1 :]
         self._waits -= 1
         if not self.callers:
+            if self._cancellation.reason is None:
+                self._withdrawal = reason
             self.cancel_submit(reason)
-        elif self._place is not None:
-            self._context.slots.set_priority(self._place, max(self.callers))
 
     def rejoin(self) -> bool:
         """Take back a cancelled submit for a new caller; return False if it is too late.
 
         While the session drains, it stays cancelled; the caller shares what becomes of the call on the wire, if any.
         """
-        return not self.ended.done() and (self._context.polling.shutdown.draining or self._cancellation.revoke())
+        if self.ended.done():
+            return False
+        if self._context.polling.shutdown.draining:
+            return True
+        if self._cancellation.revoke():
+            self._withdrawal = None
+            return True
+        return False
+
+    @property
+    def was_withdrawn(self) -> bool:
+        """Whether all callers have left in time, and nobody has joined since."""
+        return self._withdrawal is not None and not (self.ended.done() and not self.is_withdrawn(self.ended.result()))
+
+    def is_withdrawn(self, outcome: Outcome) -> bool:
+        """Check whether an outcome is that nobody wanted the request any more before it was submitted."""
+        return isinstance(outcome, Failed) and outcome.error is self._withdrawal
 
     def cancel_submit(self, reason: FluxError) -> None:
         """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
         self._cancellation.cancel(reason)
 
-    def submit_nothing(self, reason: FluxError) -> None:
-        """Submit nothing more, because the session drains; follow a task that exists.
-
-        While the journal is asked, a task may turn out to exist. Otherwise `run()` ends the request.
-        """
-        is_looking_up = not self._holds_slot and self._place is None
-        if not is_looking_up or (self._waiting_elsewhere and self.task_id is None):
-            self.cancel_submit(reason)
-
     # ------------------------------------------------------------------ waiting
 
-    async def wait_as_caller(
-        self, future: "asyncio.Future[T]", priority: int, time_limit: TimeLimit | None = None
-    ) -> T:
+    async def wait_as_caller(self, shared: SharedResult[T], priority: int, time_limit: TimeLimit | None = None) -> T:
         """Wait for `answered` or `ended`; a caller that is cancelled leaves.
 
         Args:
-            future: One of the two.
+            shared: One of the two.
             priority: That with which the caller has joined.
             time_limit: When it leaves by itself.
 
@@ -109,8 +111,8 @@ class SharedTask:
         """
         try:
             if time_limit is None:
-                await asyncio.shield(future)
-            elif not await time_limit.wait(future):
+                await shared.wait()
+            elif not await time_limit.wait(shared):
                 self.leave(priority, SessionClosedError("the timeout was over before the request was submitted"))
                 if self.task_id is None:  # otherwise the error names it
                     self._log_if_abandoned()
@@ -120,14 +122,14 @@ class SharedTask:
             self._log_if_abandoned()
             raise
         self._waits -= 1
-        return future.result()
+        return shared.result()
 
     async def wait(self) -> Outcome:
         """Wait for the outcome; cancelling the wait cancels nothing else."""
         self.check_caller()
         self._waits += 1
         try:
-            outcome = await asyncio.shield(self.ended)
+            outcome = await self.ended.wait()
         except asyncio.CancelledError:
             self._waits -= 1
             self._log_if_abandoned()
@@ -142,8 +144,10 @@ class SharedTask:
 
     def _log_if_abandoned(self) -> None:
         """Log the id, once, if nobody waits for the task: now, or when the submit that is on the wire is answered."""
+        if self._cancellation.has_taken_effect:
+            return
         if not self.answered.done():
-            self.answered.add_done_callback(self._on_answered)
+            self.answered.future().add_done_callback(self._on_answered)
         elif not self.ended.done() and self._is_abandoned():
             self._is_id_logged = True
             log.warning("task %s goes on, although nobody waits for it any more; attach() it later", self.task_id)

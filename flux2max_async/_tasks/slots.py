@@ -123,9 +123,13 @@ class SlotQueue:
         """Whether somebody waits who may have a slot."""
         return bool(self._lines)
 
+    def has_free(self, group: str | None = None) -> bool:
+        """Check whether a slot is free, and the group may have it."""
+        return self.free > 0 and not self.is_at_bound(group)
+
     def try_acquire(self, group: str | None = None) -> bool:
         """Take a slot, if one is free and the group may have it."""
-        if self.free and not self.is_at_bound(group):
+        if self.has_free(group):
             self.free -= 1
             self.count_held(group)
             return True

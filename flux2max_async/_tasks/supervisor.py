@@ -9,8 +9,7 @@ from typing import Any
 
 import anyio
 
-from flux2max_async._in_flight_limit import InFlightLimit
-from flux2max_async._models.request import GenerationRequest
+from flux2max_async._exceptions import QueueFullError
 from flux2max_async._models.results import Completed, Outcome, Usage
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
@@ -19,15 +18,14 @@ from flux2max_async._stats import SessionStats
 from flux2max_async._tasks.background import BackgroundTasks
 from flux2max_async._tasks.context import RunnerContext
 from flux2max_async._tasks.external_changes import ExternalChanges
+from flux2max_async._tasks.intake import Intake
+from flux2max_async._tasks.queue_bound import QueueBound
 from flux2max_async._tasks.runner import TaskRunner
-from flux2max_async._tasks.shared_slots import SharedSlotQueue
 from flux2max_async._tasks.single_flight import SingleFlight
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.submission import AddWebhook
 from flux2max_async._text import get_logger
 from flux2max_async._timeouts import wait
-from flux2max_async.journal._budget_record import NullRecord
-from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._record_factory import RecordFactory
 
 log = get_logger("tasks")
@@ -36,11 +34,12 @@ log = get_logger("tasks")
 class Supervisor(BackgroundTasks):
     """Owns the background tasks of a session.
 
-    One runner serves all callers that ask for the same key or the same task (see `SingleFlight`).
+    Its `intake` starts runners. One runner serves all callers that ask for the same key or the same task (see
+    `SingleFlight`).
 
     The shutdown goes OPEN -> DRAINING -> CLOSED:
 
-    - OPEN: `start_request()` and `attach()` start runners, `spawn()` other work.
+    - OPEN: the intake starts runners, `spawn()` other work.
     - DRAINING (`begin_drain()`, `drain()`): submits that are not on the wire and the producers of streams are
       cancelled; everything else goes on until it ends, or until the deadline, which only `shut_down()` sets. A request
       whose task exists already, here or in the journal, is still answered with that task.
@@ -57,92 +56,30 @@ class Supervisor(BackgroundTasks):
         stats: SessionStats,
         records: RecordFactory,
         *,
-        max_in_flight: int | InFlightLimit,
+        slots: SlotQueue,
+        max_waiting: int | None,
         add_webhook: AddWebhook | None,
     ) -> None:
         super().__init__(polling.shutdown)
         self.client = polling.client
+        self.slots = slots
+        self._runners: set[TaskRunner] = set()
         self.single_flight = SingleFlight()
-        self.slots = SlotQueue(max_in_flight) if isinstance(max_in_flight, int) else SharedSlotQueue(max_in_flight)
-        self.on_external_change = ExternalChanges(polling, records, self.single_flight, self._start_runner)
-        self._polling = polling
-        self._records = records
         self._context = RunnerContext(
             polling,
-            slots=self.slots,
+            slots=slots,
+            bound=QueueBound(slots, max_waiting, polling, stats),
             add_webhook=add_webhook,
             single_flight=self.single_flight,
             spawn=self.spawn,
             check_caller=self.check_caller,
         )
+        self.intake = Intake(self._context, records, self._runners, self)
+        self.on_external_change = ExternalChanges(polling, records, self.single_flight, self.intake.start_runner)
         self._closing: asyncio.Task[None] | None = None
         """Closes the session, once that has begun."""
         self._stats = stats
         self._draining: asyncio.Timeout | None = None
-        self._runners: set[TaskRunner] = set()
-
-    # ------------------------------------------------------------------ starting
-
-    async def start_request(self, request: GenerationRequest, priority: int, policy: ReusePolicy) -> TaskRunner:
-        """Return the runner of a request, which the caller has joined with its priority.
-
-        Raises:
-            InvalidRequestError: A local image can't be read, or the key belongs to another request.
-            SessionClosedError: The session is closed or draining.
-            ConfigurationError: It was opened in another process or event loop.
-        """
-        self.check_open()
-        # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
-        await asyncio.sleep(0)
-        if self._records.keeps_nothing:
-            self.shutdown.check_submitting()
-            runner = self._create_runner(request, NullRecord(policy=policy))
-        else:
-            runner = await self._get_or_create_runner(request, policy)
-        runner.join(policy, priority)
-        runner.start()
-        return runner
-
-    async def _get_or_create_runner(self, request: GenerationRequest, policy: ReusePolicy) -> TaskRunner:
-        record = await self._records.create(request, policy)
-        if record.key is None:
-            self.shutdown.check_submitting()
-            return self._create_runner(request, record)
-        existing = self.single_flight.by_key.get(record.key)
-        if existing is not None and policy.resubmit_uncertain:
-            # If the submit that is under way turns out to be uncertain, it is to be made again.
-            await asyncio.shield(existing.answered)
-            existing = self.single_flight.by_key.get(record.key)  # others may have asked in the meantime
-        if existing is not None:
-            existing.record.check_same(record)
-        runner = self.single_flight.get_or_create(record.key, lambda: self._create_runner(request, record))
-        runner.request = runner.request or request
-        return runner
-
-    def attach(self, task_id: str, request: GenerationRequest | None) -> TaskRunner:
-        """Return the runner of a task that was submitted earlier."""
-        self.check_open()
-        runner = self.single_flight.by_task_id.get(task_id)
-        return runner or self._start_runner(request, self._records.attach(task_id, request), task_id)
-
-    def _start_runner(
-        self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
-    ) -> TaskRunner:
-        runner = self._create_runner(request, record, task_id)
-        runner.start()
-        return runner
-
-    def _create_runner(
-        self, request: GenerationRequest | None, record: NullRecord, task_id: str | None = None
-    ) -> TaskRunner:
-        if self.shutdown.closed:
-            raise closed_error()
-        now = self._loop.time()
-        runner = TaskRunner(request, record, self._context, task_id, created=now, observers=[self])
-        if task_id is not None:
-            self.single_flight.by_task_id[task_id] = runner
-        self._runners.add(runner)
-        return runner
 
     # ------------------------------------------------------------------ shutdown
 
@@ -226,7 +163,7 @@ class Supervisor(BackgroundTasks):
         self.shutdown.finish()
         for runner in list(self._runners):
             runner.cancel_submit(closed_error())
-        if unanswered := [runner.submit_done for runner in self._runners if not runner.submit_done.done()]:
+        if unanswered := [runner.submit_done.future() for runner in self._runners if not runner.submit_done.done()]:
             await wait(unanswered, ANSWER_TIMEOUT, grace=ANSWER_TIMEOUT)
         self.close_now()
         if tasks := list(self._tasks):
@@ -238,11 +175,12 @@ class Supervisor(BackgroundTasks):
         for runner in list(self._runners):
             runner.cancel_submit(closed_error())  # what waits for a slot ends, before others give theirs back
         runners = list(self._runners)
+        submitted = [runner for runner in runners if runner.may_be_submitted]
         for task in self._tasks:
             task.cancel()
         for runner in runners:
             runner.close_now()
-        if unfinished := [runner for runner in runners if not runner.ended.result().replayed]:
+        if unfinished := [runner for runner in submitted if not runner.ended.result().replayed]:
             ids = [runner.task_id or "(a submit without an answer)" for runner in unfinished]
             log.warning("session closed; unfinished tasks: %s", ids)
 
@@ -256,7 +194,9 @@ class Supervisor(BackgroundTasks):
         self._runners.discard(runner)
         if isinstance(outcome, Completed):
             self._stats.completed += 1
-        else:
+        elif runner.is_withdrawn(outcome):
+            self._stats.withdrawn += 1
+        elif not isinstance(outcome.error, QueueFullError):
             self._stats.failed += 1
         self._stats.replayed += outcome.replayed
         if runner.poller is not None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import attrs
 
 from flux2max_async._exceptions import DeadlineExceededError, InvalidRequestError
+from flux2max_async._tasks.shared_result import SharedResult
 from flux2max_async._timeouts import Timeout, wait
 
 T = TypeVar("T")
@@ -50,10 +51,15 @@ class TimeLimit:
         except TimeoutError:
             raise self.exceeded(None) from None
 
-    async def wait(self, future: "asyncio.Future[Any]") -> bool:
-        """Wait for a future; return False if the time was over first."""
-        await wait((future,), self._remaining(), grace=_GRACE_PERIOD)
-        return future.done()
+    async def wait(self, shared: SharedResult[Any]) -> bool:
+        """Wait for a result; return False if the time was over first."""
+        if not shared.done():
+            future = shared.future()
+            try:
+                await wait((future,), self._remaining(), grace=_GRACE_PERIOD)
+            finally:
+                shared.discard(future)
+        return shared.done()
 
     def _remaining(self) -> float:
         return max(self.ends_at - asyncio.get_running_loop().time(), 0.0)

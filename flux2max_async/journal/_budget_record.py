@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from decimal import Decimal
+from functools import cached_property
 
 from flux2max_async._budget import Budget
 from flux2max_async._exceptions import JournalError
@@ -39,8 +40,11 @@ class NullRecord:
     def __init__(self, task_id: str | None = None, policy: ReusePolicy | None = None) -> None:
         self.task_id: str | None = task_id
         self.policy: ReusePolicy = policy or ReusePolicy()
-        self.saving: asyncio.Lock = asyncio.Lock()
+
+    @cached_property
+    def saving(self) -> asyncio.Lock:
         """Held while images are saved: several items of streams may share this record."""
+        return asyncio.Lock()
 
     def check_same(self, other: "NullRecord") -> None:
         """Check that another request with the same key asks for the same.

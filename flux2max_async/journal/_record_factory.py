@@ -45,15 +45,22 @@ class RecordFactory:
         self._context = None if journal is None else JournalContext(journal, budget, limits_journal, secrets)
 
     async def create(self, request: GenerationRequest, policy: ReusePolicy) -> NullRecord:
-        """Return the record of a request; reads its local images in a thread, if their content counts.
+        """Return the record of a request; reads its local images in a thread, because their content counts.
 
         Raises:
             InvalidRequestError: A local image can't be read, or the key can't be written as UTF-8.
         """
-        if is_local(request):
-            fingerprint = await anyio.to_thread.run_sync(fingerprint_request, request)
-        else:
-            fingerprint = fingerprint_request(request)
+        return self._create(request, await anyio.to_thread.run_sync(fingerprint_request, request), policy)
+
+    def create_now(self, request: GenerationRequest, policy: ReusePolicy) -> NullRecord | None:
+        """Return the record of a request without local images; None if it has any.
+
+        Raises:
+            InvalidRequestError: The key can't be written as UTF-8.
+        """
+        return None if is_local(request) else self._create(request, fingerprint_request(request), policy)
+
+    def _create(self, request: GenerationRequest, fingerprint: RequestFingerprint, policy: ReusePolicy) -> NullRecord:
         if self._context is None:
             return BudgetRecord(self._budget, fingerprint, policy=policy)
         key = _checked_key(request.key)

@@ -452,7 +452,7 @@ async def test_changes_reported_while_closing_start_nothing(scripted: ScriptedGa
         await closing
         supervisor.on_external_change([entry])
         with pytest.raises(SessionClosedError):
-            supervisor.attach("t9", None)
+            supervisor.intake.attach("t9", None)
 
     assert not any("t9" in call.path for call in scripted.of("GET"))
 

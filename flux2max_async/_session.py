@@ -192,11 +192,10 @@ class FluxSession(SessionLifetime):
             FluxError: There is no image; `flux2max_async._exceptions` draws the tree of errors.
         """
         intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
-        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
-        await intake.arrive()
-        request = as_request(request, **params)
-        starting = intake.start_request(request, options)
-        runner = await (starting if limit is None else limit.run(starting))
+        # The frame of a call that waits holds nothing that it doesn't need: thousands may wait.
+        request, runner = await intake.start_call(
+            request, params, CallOptions.create(priority, group, retry_failed, resubmit_uncertain), limit
+        )
         outcome = await runner.wait_as_caller(runner.ended, priority, limit)
         if isinstance(outcome, Failed):
             raise outcome.error.with_traceback(None)
@@ -223,10 +222,9 @@ class FluxSession(SessionLifetime):
             FluxError: There is no task, or nobody knows whether there is one (SubmissionUncertainError).
         """
         intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
-        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
-        await intake.arrive()
-        starting = intake.start_request(as_request(request, **params), options)
-        runner = await (starting if limit is None else limit.run(starting))
+        request, runner = await intake.start_call(
+            request, params, CallOptions.create(priority, group, retry_failed, resubmit_uncertain), limit
+        )
         await runner.wait_as_caller(runner.answered, priority, limit)
         if runner.task_id is None:
             runner.ended.result().unwrap()
@@ -257,7 +255,7 @@ class FluxSession(SessionLifetime):
             SessionClosedError: The session is closed or draining.
         """
         intake, limit = self._get_supervisor().intake, None if timeout is None else TimeLimit.start(timeout)
-        options = CallOptions(priority, ReusePolicy(retry_failed, resubmit_uncertain), group, is_counted=True)
+        options = CallOptions.create(priority, group, retry_failed, resubmit_uncertain)
         return intake.enqueue(as_request(request, **params), options, limit)
 
     def stream(

@@ -1,11 +1,12 @@
 """Takes requests in: finds or creates the runner of each, and starts it."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
-from flux2max_async._models.request import GenerationRequest, validate_priority
+from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
 from flux2max_async._shutdown import closed_error
 from flux2max_async._tasks.context import RunnerContext, RunnerObserver
 from flux2max_async._tasks.queued import QueuedGeneration
@@ -22,6 +23,9 @@ def _validate_group(_: Any, __: "attrs.Attribute[Any]", value: object) -> None:
         raise InvalidRequestError(f"group must be a text or None, not {value!r}", field="group")
 
 
+_DEFAULT_POLICY = ReusePolicy()
+
+
 @attrs.frozen
 class CallOptions:
     """How one call wants its request to be treated.
@@ -35,6 +39,14 @@ class CallOptions:
     group: str | None = attrs.field(default=None, validator=_validate_group)
     is_counted: bool = attrs.field(default=False, kw_only=True)
     """Whether the request counts as one of `max_waiting`, and is refused if there is no room."""
+
+    @classmethod
+    def create(cls, priority: int, group: str | None, retry_failed: bool, resubmit_uncertain: bool) -> Self:  # noqa: FBT001 - passed on
+        """Return the options of a call of generate(), submit() or enqueue()."""
+        policy = (
+            ReusePolicy(retry_failed, resubmit_uncertain) if retry_failed or resubmit_uncertain else _DEFAULT_POLICY
+        )
+        return cls(priority, policy, group, is_counted=True)
 
 
 @attrs.define(eq=False)
@@ -59,6 +71,28 @@ class Intake:
         await self._context.bursts.wait()
         self._check_submitting()
 
+    async def start_call(
+        self,
+        request: str | GenerationRequest,
+        params: Mapping[str, Any],
+        options: CallOptions,
+        limit: TimeLimit | None,
+    ) -> tuple[GenerationRequest, TaskRunner]:
+        """Return the request of a call, and its runner, which the caller has joined with its priority.
+
+        Raises:
+            InvalidRequestError: A parameter is wrong, a local image can't be read, or the key belongs to another
+                request.
+            QueueFullError: No slot is free, and as many requests as may wait are waiting.
+            DeadlineExceededError: The time limit was over first.
+            SessionClosedError: The session is closed or draining.
+            ConfigurationError: It was opened in another process or event loop.
+        """
+        await self.arrive()
+        request = as_request(request, **params)
+        starting = self.start_request(request, options)
+        return request, await (starting if limit is None else limit.run(starting))
+
     async def start_item(self, request: GenerationRequest, options: CallOptions) -> TaskRunner:
         """Do `arrive()` and `start_request()` for an item of a stream."""
         await self.arrive()
@@ -72,7 +106,10 @@ class Intake:
             QueueFullError: No slot is free, and as many requests as may wait are waiting.
             SessionClosedError: The session is closed or draining.
         """
-        record = await self._create_record(request, options.policy)
+        if self._records.keeps_nothing:
+            record = NullRecord(policy=options.policy)
+        else:
+            record = await self._create_record(request, options.policy)
         if options.is_counted and record.key is None:  # any other is looked up first
             self._context.bound.check_room(options.group)
         runner = self._get_or_create(request, record, options)
@@ -141,8 +178,6 @@ class Intake:
         queued.follow(runner)
 
     async def _create_record(self, request: GenerationRequest, policy: ReusePolicy) -> NullRecord:
-        if self._records.keeps_nothing:
-            return NullRecord(policy=policy)
         record = self._records.create_now(request, policy)
         if record is None:
             record = await self._records.create(request, policy)

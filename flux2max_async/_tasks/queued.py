@@ -32,7 +32,7 @@ class QueuedGeneration(Awaitable[Completed]):
         self._request = request
         self._priority = priority
         self._limit = limit
-        self._started = SharedResult[TaskRunner | Failed]()
+        self._started: SharedResult[TaskRunner | Failed] = SharedResult()
         """The runner, or why there is none."""
         self._starting: asyncio.Task[None] | None = None
         self._has_left = False

@@ -40,7 +40,7 @@ class TaskRunner(SlotHolder):
     _created: float = attrs.field(kw_only=True, alias="created")
     _observers: list[RunnerObserver] = attrs.field(kw_only=True, alias="observers")
     _key_conflicts: int = attrs.field(default=0, init=False)
-    submit_done: SharedResult[None] = attrs.field(factory=SharedResult[None], init=False)
+    submit_done: SharedResult[None] = attrs.field(factory=SharedResult, init=False)
     poller: TaskPoller | None = attrs.field(default=None, init=False)
     _lost: LostSubmit | None = attrs.field(default=None, init=False)
     _recorded: bool = attrs.field(default=False, init=False)

@@ -36,9 +36,9 @@ class SharedTask:
     _context: RunnerContext
     task_id: str | None = None
     feed: SnapshotFeed = attrs.field(factory=SnapshotFeed, init=False)
-    answered: SharedResult[None] = attrs.field(factory=SharedResult[None], init=False)
+    answered: SharedResult[None] = attrs.field(factory=SharedResult, init=False)
     """Set once there is a task id, or never will be one."""
-    ended: SharedResult[Outcome] = attrs.field(factory=SharedResult[Outcome], init=False)
+    ended: SharedResult[Outcome] = attrs.field(factory=SharedResult, init=False)
     callers: tuple[int, ...] = attrs.field(default=(), init=False)
     """The priorities of those who have joined and not left."""
     _waits: int = attrs.field(default=0, init=False)
@@ -111,7 +111,7 @@ class SharedTask:
         """
         try:
             if time_limit is None:
-                await shared.wait()
+                await shared.future()  # one frame less than wait(): thousands may wait here
             elif not await time_limit.wait(shared):
                 self.leave(priority, SessionClosedError("the timeout was over before the request was submitted"))
                 if self.task_id is None:  # otherwise the error names it

@@ -35,13 +35,13 @@ async def test_calls_that_end_at_once() -> None:
     bursts, called = BurstLimiter(), list[int]()
     for number in range(250):
         bursts.call_later(lambda number=number: called.append(number))  # type: ignore[misc]
-    at_once, sizes = len(called), list[int]()
+    at_once, sizes, begun = len(called), list[int](), list[asyncio.Task[None]]()
     while len(called) < 250:
         before = len(called)
-        waiting = asyncio.ensure_future(bursts.wait())
+        begun.append(asyncio.create_task(bursts.wait()))
         await asyncio.sleep(0)
         sizes.append(len(called) - before)
-    await waiting
+    await asyncio.gather(*begun)
 
     assert at_once == 0
     assert called == list(range(250))

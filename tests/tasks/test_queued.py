@@ -411,6 +411,27 @@ async def test_expected_wait_of_a_request_that_is_being_started(gateway: Emulato
     assert at_the_end == 0.0
 
 
+async def test_expected_wait_where_the_service_allows_fewer_tasks(scripted: ScriptedGateway) -> None:
+    """If the service allows fewer tasks than there are slots, its number counts, and those before one with a slot."""
+    refused = answer(429, {"error": "too many"}, [("Retry-After", "1")])
+    scripted.submits = deque([answer(200, {"id": "t0"}), answer(200, {"id": "t1"}), refused])
+    scripted.polls = deque([answer(200, completed("t0")), answer(200, running("t1"))])
+    options: dict[str, Any] = {"base_url": scripted.url, "max_in_flight": 6, "schedule": LearnedSchedule()}
+    async with FluxSession(scripted.api_key, **options) as session:
+        await session.generate("0")
+        queued = [session.enqueue(f"{number}") for number in range(1, 9)]
+        before = queued[-1].expected_wait
+        await anyio.sleep(20)
+        after = queued[-1].expected_wait
+        for task in queued:
+            task.withdraw()
+
+    assert before is not None
+    assert after is not None
+    # One of six slots has a task; the second in the queue waits for the five others, too.
+    assert after == pytest.approx((before / (2 / 6 + 1)) * (2 + 5 + 1), rel=0.1)
+
+
 # ---------------------------------------------------------------------- the bound of the queue
 
 

@@ -63,13 +63,12 @@ class Intake:
         """Wait until a call may begin.
 
         Raises:
-            SessionClosedError: The session is closed or draining.
+            SessionClosedError: The session is closed.
             ConfigurationError: It was opened in another process or event loop.
         """
-        self._context.check_caller()
+        self._check_open()
         # Callers that are cancelled already stop here, and a source that never waits lets the event loop run.
         await self._context.bursts.wait()
-        self._check_submitting()
 
     async def start_call(
         self,
@@ -110,8 +109,10 @@ class Intake:
             record = NullRecord(policy=options.policy)
         else:
             record = await self._create_record(request, options.policy)
-        if options.is_counted and record.key is None:  # any other is looked up first
-            self._context.bound.check_room(options.group)
+        if record.key is None:  # any other is looked up first
+            self._context.polling.shutdown.check_submitting()
+            if options.is_counted:
+                self._context.bound.check_room(options.group)
         runner = self._get_or_create(request, record, options)
         runner.join(options.policy, options.priority)
         runner.start()
@@ -127,7 +128,7 @@ class Intake:
             ConfigurationError: It was opened in another process or event loop.
         """
         self._context.check_caller()
-        self._check_submitting()
+        self._context.polling.shutdown.check_submitting()
         queued = QueuedGeneration(self._context, request, options.priority, limit)
         if self._records.keeps_nothing:
             record: NullRecord | None = NullRecord(policy=options.policy)
@@ -148,9 +149,7 @@ class Intake:
             SessionClosedError: The session is closed.
             ConfigurationError: It was opened in another process or event loop.
         """
-        self._context.check_caller()
-        if self._context.polling.shutdown.closed:
-            raise closed_error()
+        self._check_open()
         runner = self._context.single_flight.by_task_id.get(task_id)
         return runner or self.start_runner(request, self._records.attach(task_id, request), task_id)
 
@@ -167,6 +166,7 @@ class Intake:
     async def _start_later(self, queued: QueuedGeneration, request: GenerationRequest, options: CallOptions) -> None:
         """Start a request of which something has to be read or answered first."""
         record = await self._create_record(request, options.policy)
+        self._context.polling.shutdown.check_submitting()
         self._start_queued(queued, request, record, options)
 
     def _start_queued(
@@ -181,11 +181,9 @@ class Intake:
         record = self._records.create_now(request, policy)
         if record is None:
             record = await self._records.create(request, policy)
-            self._check_submitting()
         if (unanswered := self._unanswered(record)) is not None:
             # If the submit that is under way turns out to be uncertain, it is to be made again.
             await unanswered.wait()
-            self._check_submitting()
         return record
 
     def _unanswered(self, record: NullRecord) -> SharedResult[None] | None:
@@ -211,6 +209,7 @@ class Intake:
         *,
         task_id: str | None = None,
     ) -> TaskRunner:
+        self._check_not_closed()
         runner = TaskRunner(
             request,
             record,
@@ -226,6 +225,10 @@ class Intake:
         self._runners.add(runner)
         return runner
 
-    def _check_submitting(self) -> None:
-        if self._context.polling.shutdown.draining:
+    def _check_open(self) -> None:
+        self._context.check_caller()
+        self._check_not_closed()
+
+    def _check_not_closed(self) -> None:
+        if self._context.polling.shutdown.closed:
             raise closed_error()

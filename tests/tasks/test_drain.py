@@ -17,7 +17,9 @@ from support.webhooks import session_on as session_with_inbox
 
 from flux2max_async import Completed, Failed, FixedSchedule, FluxSession, GenerationRequest, SessionClosedError
 from flux2max_async._models.results import Outcome
+from flux2max_async._tasks.intake import CallOptions
 from flux2max_async.emulator import Emulator
+from flux2max_async.journal._lookup import ReusePolicy
 
 MESSAGE = "the service is shutting down"
 
@@ -113,7 +115,7 @@ async def test_a_closed_session_is_closed(scripted: ScriptedGateway, seconds: fl
         await session.aclose(drain=seconds)
         errors = [
             await error_of(session.generate("a cat")),
-            await error_of(supervisor.start_request(GenerationRequest("a cat"), 0, None)),  # type: ignore[arg-type]
+            await error_of(supervisor.intake.start_item(GenerationRequest("a cat"), CallOptions(0, ReusePolicy()))),
         ]
 
     assert [str(error).partition(":")[0] for error in errors] == ["the session is closed"] * 2

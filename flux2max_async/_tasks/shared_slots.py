@@ -6,6 +6,9 @@ from flux2max_async._exceptions import InFlightLimitError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._tasks.slots import Place, SlotQueue, Waiter
 
+_SHORT_WAIT = 0.1
+"""Seconds. If the limit has not given a slot after this time, none is free."""
+
 
 # The session has a slot only for a task: it asks the limit for one while somebody waits, one at a time, gives it to the
 # next in the queue, and gives back each slot as soon as it is free.
@@ -23,6 +26,17 @@ class SharedSlotQueue(SlotQueue):
         super().__init__(0, max_per_group=max_per_group)
         self._limit = limit
         self._acquiring: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        """When the limit was asked for the slot that it has not given yet."""
+
+    def has_free(self, group: str | None = None) -> bool:
+        """Check whether the limit probably has a slot, and the group may have it: other processes hold some, too."""
+        is_slow = self._acquiring is not None and self._loop.time() > self._asked_at + _SHORT_WAIT
+        return not is_slow and self.held + self.waiting < self._limit.limit and not self.is_at_bound(group)
+
+    def try_acquire(self, group: str | None = None) -> bool:  # noqa: ARG002 - the limit can only be asked
+        """Take no slot: the limit is asked for one in the background."""
+        return False
 
     def occupy(self, group: str | None = None) -> bool:
         """Count a task that was adopted from another process: it has a slot from now on."""
@@ -51,12 +65,14 @@ class SharedSlotQueue(SlotQueue):
 
     def _ask(self) -> None:
         if self.is_wanted and self._acquiring is None:
+            self._asked_at = self._loop.time()
             self._acquiring = self._loop.create_task(self._acquire())
 
     async def _acquire(self) -> None:
         try:
             while self.is_wanted:
                 await self._limit.acquire()
+                self._asked_at = self._loop.time()  # for the next slot
                 if not self.grant_next():
                     self._limit.release()
         except InFlightLimitError as error:

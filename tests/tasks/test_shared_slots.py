@@ -17,6 +17,7 @@ from flux2max_async import (
     GenerationRequest,
     InFlightLimit,
     InFlightLimitError,
+    QueueFullError,
     SessionClosedError,
 )
 from flux2max_async._tasks.shared_slots import SharedSlotQueue
@@ -228,6 +229,28 @@ async def test_two_sessions_share(service: Emulator) -> None:
     assert (limit.max_held, limit.held) == (3, 0)
     assert sum(service.accepted.values()) == 18
     assert service.calls["submit"] == 18
+
+
+async def test_a_bound_of_the_queue(service: Emulator) -> None:
+    """Requests that come at once aren't refused while the limit has slots; once it gives none, they are."""
+    limit = Limit(4)
+    await limit.acquire()  # by another process
+    async with session_on(service, limit, max_waiting=0) as session:
+        first = [asyncio.ensure_future(session.generate(f"first {number}")) for number in range(3)]
+        await anyio.sleep(1)
+        fourth = asyncio.ensure_future(session.generate("fourth"))  # nobody knows yet that no slot is left
+        await anyio.sleep(1)
+        with pytest.raises(QueueFullError, match="the queue is full: 1 requests"):
+            await session.generate("fifth")
+        limit.release()
+        await asyncio.gather(*first, fourth)
+        group = [asyncio.ensure_future(session.generate(f"group {number}")) for number in range(5)]
+        await anyio.sleep(1)
+        refused = [request.done() and isinstance(request.exception(), QueueFullError) for request in group]
+        await asyncio.gather(*group, return_exceptions=True)
+
+    assert refused == [False] * 4 + [True]
+    assert sum(service.accepted.values()) == 8
 
 
 async def test_visitors_who_leave(service: Emulator) -> None:

@@ -31,7 +31,7 @@ class _Limit(ABC):
     `cancel()` stops it in any state.
     """
 
-    _grace: float = attrs.field(default=0.0, kw_only=True)
+    _grace: float = attrs.field(default=0.0, kw_only=True, alias="grace")
     """Seconds."""
     is_due: bool = attrs.field(default=False, init=False)
     """Whether the time has come, and nothing but what is there already may still be done."""

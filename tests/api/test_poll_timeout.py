@@ -15,7 +15,8 @@ from support.virtual_time import hold_up
 from support.webhooks import SECRET, sign
 
 from flux2max_async import FixedSchedule, FluxSession, TransportError, WebhookInbox
-from flux2max_async._api.poll_timeout import PollTimeout
+from flux2max_async._api.give_up import PollLimit
+from flux2max_async._api.poll_timeout import PollTimeout, SlowPollError
 
 MAX = 30.0
 
@@ -206,6 +207,24 @@ async def test_a_webhook_ends_a_task_whose_poll_hangs(scripted: ScriptedGateway)
         outcome = await task
 
         assert (outcome.polls, session.stats.retries) == (2, 0)
+
+
+async def test_a_poll_that_is_given_up_twice() -> None:
+    """A webhook that comes in the moment in which a poll is given up changes nothing, and nothing stays cancelled."""
+    limit = PollLimit(30.0, learned(0.05), gives_up=True)
+
+    async def hang_and_give_up() -> None:
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            limit.give_up()
+
+    with pytest.raises(SlowPollError, match=r"no answer within 2\.0 s"), limit:
+        await hang_and_give_up()
+    task = asyncio.current_task()
+
+    assert task is not None
+    assert not task.cancelling()
 
 
 async def test_a_gateway_whose_polls_all_take_five_seconds(scripted: ScriptedGateway) -> None:

@@ -17,10 +17,12 @@ put it back, are extended; the pool itself is aiohttp's.
 import asyncio
 import math
 import selectors
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from enum import Enum
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -116,6 +118,8 @@ class SubmitConnector(aiohttp.TCPConnector):
         self._last_use = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._last_check = self._previous_check = 0.0
+        self._spare: _Handler | None = None
+        """The newest one that was opened in advance, until it has been used."""
         self._opening: asyncio.Task[None] | None = None
         self._opening_time = 0.0
         self._no_spare_before = 0.0
@@ -139,7 +143,8 @@ class SubmitConnector(aiohttp.TCPConnector):
         self._opening_time = self.now() - started
         self._make_room()
         self._release(request.connection_key, protocol)
-        cast("_Handler", protocol).limit = self.unused
+        self._spare = cast("_Handler", protocol)
+        self._spare.limit = self.unused
         raise SpareOpened
 
     async def close(self, *, abort_ssl: bool = False) -> None:
@@ -167,32 +172,39 @@ class SubmitConnector(aiohttp.TCPConnector):
     def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
         handler = cast("_Handler", protocol)
         handler.since, handler.limit = self.now(), self._after_answer
+        if handler is self._spare:
+            self._spare = None
         super()._release(key, protocol, should_close=should_close)
 
     def _move_good_one_to_front(self, key: "ConnectionKey") -> bool:
         """Move the newest connection that a submit may use to the front of the pool, which aiohttp takes."""
-        now, pool = self.now(), self._conns.get(key) or deque()
-        for entry in reversed(pool):
-            handler = cast("_Handler", entry[0])
-            if handler.limit is not self.unused and now - handler.since < _MIN_REST:
-                continue  # in a burst of submits, that is most of them
-            if (
-                handler.fresh_until(now, self._opening_time) >= now
-                and _is_open(handler)
-                and not _has_unread_data(handler)
-            ):
-                pool.remove(entry)
+        pool: deque[Any] = self._conns.get(key) or deque()
+        now = self.now()
+        # They are in the order in which they became idle. In a burst of submits, most have just answered.
+        rested = bisect_right(pool, now - _MIN_REST, key=_since)
+        candidates: Iterable[int] = range(rested - 1, -1, -1)
+        if self._spare is not None and self._spare.since > now - _MIN_REST:
+            spares = [index for index in range(rested, len(pool)) if pool[index][0] is self._spare]
+            candidates = chain(candidates, spares)
+        for index in candidates:
+            entry = pool[index]
+            if self._is_good(entry[0], now):
+                del pool[index]
                 pool.appendleft(entry)
                 return True
         return False
 
+    def _is_good(self, handler: _Handler, now: float) -> bool:
+        is_fresh = handler.fresh_until(now, self._opening_time) >= now
+        return is_fresh and _is_open(handler) and not _has_unread_data(handler)
+
     def _make_room(self) -> None:
         """Close idle connections, the oldest first, if there are too many for one more."""
-        idle = self._idle_handlers()
-        excess = max(0, len(self._acquired) + len(idle) + 1 - self.limit)
-        for handler in sorted(idle, key=attrgetter("since"))[:excess]:
-            self._remove(handler)
-            handler.close()
+        excess = len(self._acquired) + sum(map(len, self._conns.values())) + 1 - self.limit
+        if excess > 0:
+            for handler in sorted(self._idle_handlers(), key=attrgetter("since"))[:excess]:
+                self._remove(handler)
+                handler.close()
 
     def _remove(self, handler: _Handler) -> bool:
         """Remove a connection from the pool; return whether it was there."""
@@ -203,12 +215,8 @@ class SubmitConnector(aiohttp.TCPConnector):
                     return True
         return False
 
-    def _idle_handlers(self) -> "list[_Handler]":
-        return [cast("_Handler", protocol) for pool in self._conns.values() for protocol, _ in pool]
-
-    def _idle_since(self, limit: IdleLimit) -> list[float]:
-        """Return since when the connections with a limit have been idle."""
-        return [handler.since for handler in self._idle_handlers() if handler.limit is limit]
+    def _idle_handlers(self) -> list[_Handler]:
+        return [entry[0] for pool in cast("Iterable[Iterable[Any]]", self._conns.values()) for entry in pool]
 
     # ------------------------------------------------------------------ learning, and the spare connection
 
@@ -220,13 +228,18 @@ class SubmitConnector(aiohttp.TCPConnector):
             if not _is_open(handler):
                 self.on_lost(handler)
                 handler.close()
-        for limit in (self._after_answer, self.unused):
+        idle = {limit: [now] for limit in (self._after_answer, self.unused)}
+        for handler in self._idle_handlers():
+            idle[handler.limit].append(handler.since)
+        for limit, since in idle.items():
             # A FIN that has just come may be unread, but none that had come at the last look.
-            limit.on_open(self._previous_check - min(self._idle_since(limit), default=now))
+            limit.on_open(self._previous_check - min(since))
         if now - self._last_use > _USE_TIME:
             self._timer = None
             return
-        delay = self._spare_delay(now)
+        delay = self._spare_delay(
+            now, [(limit, max(since[1:], default=now - MAX_LIMIT)) for limit, since in idle.items()]
+        )
         if delay <= 0.0 and self._opening is None:
             self._opening = self._loop.create_task(self._open())
         interval = min(_CHECK_INTERVAL, max(_MIN_CHECK_INTERVAL, delay))
@@ -244,15 +257,17 @@ class SubmitConnector(aiohttp.TCPConnector):
         if seconds >= _MIN_REST:
             handler.limit.on_drop(seconds, now)
 
-    def _spare_delay(self, now: float) -> float:
-        """Return the seconds until a spare connection should be opened."""
+    def _spare_delay(self, now: float, newest: Iterable[tuple[IdleLimit, float]]) -> float:
+        """Return the seconds until a spare connection should be opened.
+
+        Args:
+            now: The time.
+            newest: Since when the newest connection of each kind has been idle.
+        """
         limit = self.unused.seconds(now, self._opening_time)
         if limit < _MIN_SPARE_LIMIT or now < self._no_spare_before:
             return _CHECK_INTERVAL
-        fresh_until = max(
-            max(self._idle_since(limit), default=now - MAX_LIMIT) + limit.seconds(now, self._opening_time)
-            for limit in (self._after_answer, self.unused)
-        )
+        fresh_until = max(since + limit.seconds(now, self._opening_time) for limit, since in newest)
         # Early enough to be open when the last good one is so no longer.
         return fresh_until - min(self._opening_time + _MIN_CHECK_INTERVAL, limit / 2) - now
 
@@ -266,6 +281,11 @@ class SubmitConnector(aiohttp.TCPConnector):
     def now(self) -> float:
         """Return the time, which goes on while the machine is suspended."""
         return self._loop.time() + self.suspended()
+
+
+def _since(entry: tuple[_Handler, float]) -> float:
+    """Return since when a connection in the pool has been idle."""
+    return entry[0].since
 
 
 def _is_open(protocol: ResponseHandler) -> bool:

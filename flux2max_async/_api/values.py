@@ -1,6 +1,5 @@
 """Values in JSON that a service or a stranger has sent: parsed if they are what is expected, within limits."""
 
-import contextlib
 import json
 import math
 from datetime import UTC, datetime
@@ -23,13 +22,12 @@ _MAX_DIGITS = 50
 
 def load_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object that the body of a response is, or begins with; an empty one if there is none."""
-    body: object = None
-    with contextlib.suppress(ProtocolError):
-        try:
-            body = parse_json(data)
-        except ValueError:
-            if len(data) <= MAX_PREFIX_BYTES:
-                body = _parse_prefix(data)
+    try:
+        body = parse_json(data)
+    except ProtocolError:
+        return {}
+    except ValueError:
+        body = _parse_prefix(data) if len(data) <= MAX_PREFIX_BYTES else None
     return body if isinstance(body, dict) else {}
 
 

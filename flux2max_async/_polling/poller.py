@@ -174,10 +174,12 @@ class TaskPoller:
 
     async def _wait_for_reservation(self) -> bool:
         """Wait for the session's poll limit, but not beyond the final poll; return False if the task has ended."""
-        now, reserved_for = self._context.client.now, self._context.client.reserve_poll() + self._context.client.now()
-        # Waking up doesn't lose the reservation.
-        while not self._feed.ended and (wait := min(reserved_for - now(), self._until_final_poll())) > 0:
-            await self._sleep(wait)
+        client = self._context.client
+        if (wait := client.reserve_poll()) > 0:
+            reserved_for = client.now() + wait
+            # Waking up doesn't lose the reservation.
+            while not self._feed.ended and (wait := min(reserved_for - client.now(), self._until_final_poll())) > 0:
+                await self._sleep(wait)
         return not self._feed.ended
 
     async def _wait_out_pause(self) -> bool:

@@ -4,8 +4,6 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
 
 import anyio.to_thread
 import attrs
@@ -17,6 +15,7 @@ from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
 from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
 from flux2max_async._api.retry import backoff, is_uncertain, may_submit_again, min_delay, uncertain_error
+from flux2max_async._api.submit_caller import Cancellation, SubmitRecord
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.submit_turns import Rank, SubmitTurns
 from flux2max_async._api.transport import Transport
@@ -41,29 +40,6 @@ log = get_logger("api")
 
 _MIN_SUBMIT_TIME = 5.0
 """Seconds that a submit needs before its deadline: cut off, an honest submit would be uncertain."""
-
-
-class SubmitRecord(Protocol):
-    """What has to be recorded around each attempt of a submit."""
-
-    async def begin(self) -> None:
-        """Called before a byte is sent; an error keeps the attempt from being sent."""
-
-    async def mark_refused(self) -> None:
-        """Called when an attempt has certainly created nothing and will be repeated."""
-
-
-class Cancellation(Protocol):
-    """Cancels a submit between its attempts."""
-
-    reason: FluxError | None
-
-    def raise_if_cancelled(self) -> None:
-        """Raise the reason, if the submit was cancelled."""
-
-    def guard(self, until: float | None = None) -> AbstractAsyncContextManager[None]:
-        """Return a context in which waiting can be cancelled; it raises the reason, or TimeoutError at `until`."""
-        ...
 
 
 @attrs.frozen

@@ -28,6 +28,7 @@ from flux2max_async._api.codec import HttpRequest
 from flux2max_async._api.connections import ConnectionUse, SpareOpened, SubmitConnector, connection_use
 from flux2max_async._api.credentials import create_credentials
 from flux2max_async._api.download_guards import DOWNLOAD_POOL_SIZE, GuardedResolver, borrowed_middlewares, max_downloads
+from flux2max_async._api.download_response import DownloadResponse
 from flux2max_async._api.give_up import PollLimit
 from flux2max_async._api.header_limit import limit_headers
 from flux2max_async._api.outage import Outage
@@ -41,7 +42,6 @@ from flux2max_async._exceptions import ConfigurationError, DownloadError, FluxEr
 from flux2max_async._timeouts import GRACE_PERIOD, Timeout
 from flux2max_async._version import __version__
 
-_CHUNK_BYTES = 65_536
 _MIN_POOL_SIZE = 100
 _MAX_POOL_SIZE = 500
 _MAX_URLS = 1024  # so many are kept for further polls, with what aiohttp computes from each
@@ -256,7 +256,7 @@ class Transport:
         return False
 
     @asynccontextmanager
-    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator["DownloadResponse"]:
+    async def download(self, url: str, headers: Mapping[str, str]) -> AsyncGenerator[DownloadResponse]:
         """Open a download, without the key and whatever else a borrowed session sends, and without following redirects.
 
         A private address is refused. Our own sessions check what they connect to, borrowed ones what they have
@@ -311,28 +311,6 @@ class Transport:
         if (url.host, url.port) in self._routes.proxies.addresses:
             raise DownloadError("can't download: the image's URL is the proxy's")
         return route
-
-
-class DownloadResponse:
-    """The response to a download: status and headers, and then its content."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
-        self.received = datetime.now(UTC)
-        self._content = response.content
-
-    async def read(self) -> bytes:
-        """Read the next bytes; empty at the end.
-
-        Raises:
-            TransportError: The connection was lost.
-        """
-        try:
-            return await self._content.read(_CHUNK_BYTES)
-        except (aiohttp.ClientError, OSError) as error:
-            failure = translate_error(error, maybe_sent=True)
-            raise failure from failure.__cause__
 
 
 def _create_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:

@@ -3,7 +3,8 @@
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
-from flux2max_async._api.transport import DownloadResponse, Transport
+from flux2max_async._api.download_response import DownloadResponse
+from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.urls import encode_url, resolve_redirect
 from flux2max_async._exceptions import DownloadError
 

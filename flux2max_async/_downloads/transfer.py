@@ -9,8 +9,9 @@ import anyio
 import anyio.to_thread
 import attrs
 
+from flux2max_async._api.download_response import DownloadResponse
 from flux2max_async._api.response import parse_retry_after
-from flux2max_async._api.transport import DownloadResponse, Transport
+from flux2max_async._api.transport import Transport
 from flux2max_async._downloads.image_format import HEAD_BYTES, detect_format, is_whole
 from flux2max_async._downloads.pace import Pace
 from flux2max_async._downloads.redirects import open_download

@@ -74,14 +74,12 @@ class SharedTask:
 
         While the session drains, it stays cancelled; the caller shares what becomes of the call on the wire, if any.
         """
-        if self.ended.done():
-            return False
         if self._context.polling.shutdown.draining:
-            return True
-        if self._cancellation.revoke():
-            self._withdrawal = None
-            return True
-        return False
+            return not self.ended.done()
+        if self.ended.done() or not self._cancellation.revoke():
+            return False
+        self._withdrawal = None
+        return True
 
     @property
     def was_withdrawn(self) -> bool:

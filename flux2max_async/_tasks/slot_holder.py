@@ -83,7 +83,7 @@ class SlotHolder(SharedTask, ABC):
 
     def cancel_submit(self, reason: FluxError) -> None:
         """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""
-        self._cancellation.cancel(reason)
+        super().cancel_submit(reason)
         if self._place is not None and not self._is_running:
             self._give_up_slot()
             self._cancellation.has_taken_effect = True

@@ -26,7 +26,8 @@ _TLS_REASONS = frozenset(
     )
 )
 """Other reasons may be those of a moment: a connection that was cut, or a server that is restarted."""
-_CONTEXT = re.compile(" ssl:<[^>]*>")
+_TLS_SETTING = re.compile(r" ssl:(<[^>]*>|\w+)")
+"""How aiohttp shows the argument `ssl` of a request, which no reader has passed: a context, `default` or a bool."""
 _REFUSALS_OF_PROXIES = frozenset((401, 403, 405, 407))
 
 
@@ -38,7 +39,7 @@ def translate_error(error: Exception, *, maybe_sent: bool) -> FluxError:
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
             fault = _fault(error)
             hint = " (does the port speak TLS?)" if fault == "tls" else ""
-            text = _CONTEXT.sub("", str(error))
+            text = _TLS_SETTING.sub("", str(error))
             result: FluxError = TransportError(f"no connection: {text}{hint}", maybe_sent=maybe_sent, fault=fault)
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
             result = TransportError("the connection was closed before the response was complete", maybe_sent=maybe_sent)

@@ -4,7 +4,7 @@ import sys
 
 from flux2max_async.cli._streams import prepare_standard_streams, redirect_to_devnull
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "dotenv": "cli", "jinja2": "cli", "PIL": "emulator"}
+_EXTRAS = {"typer": "cli", "rich": "cli", "dotenv": "cli", "jinja2": "cli", "PIL": "emulator", "openpyxl": "excel"}
 """The extra that installs each optional package."""
 
 

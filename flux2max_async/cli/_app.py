@@ -86,6 +86,7 @@ def generate(
     output_format: options.ImageFormat = None,
     safety_tolerance: options.SafetyTolerance = None,
     output: options.Output = None,
+    force: options.Force = False,
     task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
@@ -115,7 +116,7 @@ def generate(
         )
         settings = None if emulator else _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
         session = tasks.open_session(settings, task_timeout)
-        asyncio.run(tasks.generate(session, request, output))
+        asyncio.run(tasks.generate(session, request, output, force=force))
 
 
 @app.command(epilog="Example: flux2max status 6a107b75677f6cbdcc22af58")
@@ -145,6 +146,7 @@ def download(
     task_id: options.TaskId,
     *,
     output: options.Output = None,
+    force: options.Force = False,
     task_timeout: options.TaskTimeout = 600.0,
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
@@ -162,7 +164,7 @@ def download(
     with report_errors(), attach_log_handler(StderrLogHandler(logging.WARNING)):
         settings = _settings(context, key_file, base_url, allow_plain_http=allow_plain_http)
         session = tasks.open_session(settings, task_timeout)
-        asyncio.run(tasks.download(session, task_id, output))
+        asyncio.run(tasks.download(session, task_id, output, force=force))
 
 
 # ---------------------------------------------------------------------- batches
@@ -198,13 +200,14 @@ def batch(
     key_file: options.KeyFile = None,
     base_url: options.BaseUrl = None,
     allow_plain_http: options.AllowPlainHttp = False,
+    emulator: options.UseEmulator = False,
 ) -> None:
     """Generate the pictures of a file, or continue an earlier run.
 
-    FILE has one prompt per line (.txt), one JSON object per line (.jsonl), or is a table (.csv). The columns are named
-    like the fields of the objects: prompt, input_images, seed, width, height, safety_tolerance, output_format,
-    webhook_url, webhook_secret, extra, key. Options apply to all lines that don't set the field. All lines are checked
-    before anything is sent.
+    FILE has one prompt per line (.txt), one JSON object per line (.jsonl), an array of objects or prompts (.json), or
+    is a table (.csv, .xlsx). The columns are named like the fields of the objects: prompt, input_images, seed, width,
+    height, safety_tolerance, output_format, webhook_url, webhook_secret, extra, key. Options apply to all lines that
+    don't set the field. All lines are checked before anything is sent.
 
     DIR contains the pictures, index.html to view them, results.jsonl, and journal.db: with it, running the same command
     again pays for nothing twice. Ctrl-C stops submitting and waits for the running tasks; a second Ctrl-C exits at
@@ -240,6 +243,7 @@ def batch(
             skip_bad=skip_bad,
             out=out,
             settings=settings,
+            emulated=emulator,
             max_in_flight=max_in_flight,
             task_timeout=task_timeout,
             budget=parse_dollars("budget", budget),
@@ -310,7 +314,7 @@ def emulate(
     from flux2max_async.cli._emulate import parse_faults
     from flux2max_async.cli._terminal import report_errors
     from flux2max_async.emulator import Emulator
-    from flux2max_async.emulator.__main__ import serve
+    from flux2max_async.emulator.__main__ import PortUnavailableError, serve
 
     with report_errors():
         gateway = Emulator(
@@ -323,4 +327,7 @@ def emulate(
             seed=seed,
             api_key="emulated",  # always the same, so that a .env file stays valid
         )
-        serve(gateway)
+        try:
+            serve(gateway)
+        except PortUnavailableError as error:
+            raise flux.ConfigurationError(str(error)) from error

@@ -1,6 +1,7 @@
 """The command `batch`: read and check the file, show the plan and ask for consent, run it, and print the summary."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -14,9 +15,10 @@ import typer
 
 import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
-from flux2max_async.cli._file_formats import PARSERS, guess_format
+from flux2max_async.cli._file_formats import FORMATS, guess_format
 from flux2max_async.cli._gallery import Gallery, write_outputs
 from flux2max_async.cli._output_dir import OutputDir
+from flux2max_async.cli._own_files import reject_foreign_files
 from flux2max_async.cli._plan import Action, Plan, find_orphans, make_plan, reject_key_conflicts, round_up
 from flux2max_async.cli._requests_file import Line, RequestsFile, read_requests_file
 from flux2max_async.cli._runner import Batch, Report, run
@@ -24,6 +26,7 @@ from flux2max_async.cli._summary import Command, display_state, suggest_command,
 from flux2max_async.cli._terminal import (
     Terminal,
     can_prompt,
+    describe_error,
     format_pictures,
     print_error,
     print_status,
@@ -46,13 +49,15 @@ class BatchOptions:
 
     file: str
     file_format: str | None
-    """One of `PARSERS`; None infers it from the suffix, or from the content of standard input."""
+    """One of `FORMATS`; None infers it from the suffix, or from the content of standard input."""
     defaults: Mapping[str, Any] = attrs.field(repr=False)
     """The fields of lines that don't set them."""
     repeat: int
     skip_bad: bool
     out: Path | None
     settings: ServiceSettings
+    emulated: bool
+    """Whether an emulator takes the place of the service."""
     max_in_flight: int
     task_timeout: float
     budget: Decimal | None
@@ -71,8 +76,15 @@ def run_batch(options: BatchOptions) -> int:
     Raises:
         FluxError: The batch couldn't be started.
     """
+    with contextlib.ExitStack() as stack:
+        return _run_batch(options, stack)
+
+
+def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     requests_file = _read_requests(options)
-    output_dir = OutputDir(options.out or _default_folder(options.file))
+    output_dir = OutputDir(options.out or _default_folder(options), emulated=options.emulated)
+    reject_foreign_files(output_dir.path)
+    output_dir.reject_mixture()
     entries = asyncio.run(output_dir.open_journal())
     requests_file = reject_key_conflicts(requests_file, entries)
     if not _check_lines(options, requests_file):
@@ -81,7 +93,8 @@ def run_batch(options: BatchOptions) -> int:
     lines = [*requests_file.lines, *orphans]
     plan = make_plan(lines, entries, options.reuse_policy, options.price_guess, lost=output_dir.lost)
     schedule = flux.LearnedSchedule()
-    session = options.settings.create_session(
+    settings = _start_emulator(options, entries, stack) if options.emulated else options.settings
+    session = settings.create_session(
         needs_key=not options.dry_run,
         max_in_flight=options.max_in_flight,
         task_timeout=options.task_timeout,
@@ -115,17 +128,28 @@ def run_batch(options: BatchOptions) -> int:
     return code
 
 
-def _default_folder(file: str) -> Path:
+def _start_emulator(
+    options: BatchOptions, entries: Sequence[JournalEntry], stack: contextlib.ExitStack
+) -> ServiceSettings:
+    """Run an emulator until the stack is closed, and return the settings to use it."""
+    from flux2max_async.cli._emulated import run_emulator  # noqa: PLC0415 - it needs the extra `emulator`
+
+    gateway = stack.enter_context(run_emulator(entries, options.max_in_flight))
+    return options.settings.with_emulator(gateway.url, gateway.api_key)
+
+
+def _default_folder(options: BatchOptions) -> Path:
     """Return an output folder named after the file.
 
     Raises:
         ConfigurationError: The name would be another one in the next run, which then would pay for everything again.
     """
-    if file == _STANDARD_INPUT:
-        return Path("flux2max-batch")
-    if not Path(file).is_file():
-        raise flux.ConfigurationError(f"{file!r} is not a regular file: specify the output folder with --out")
-    return Path(f"flux2max-{Path(file).stem}")
+    suffix = "-emulator" if options.emulated else ""
+    if options.file == _STANDARD_INPUT:
+        return Path(f"flux2max-batch{suffix}")
+    if not Path(options.file).is_file():
+        raise flux.ConfigurationError(f"{options.file!r} is not a regular file: specify the output folder with --out")
+    return Path(f"flux2max-{Path(options.file).stem}{suffix}")
 
 
 def _read_requests(options: BatchOptions) -> RequestsFile:
@@ -145,29 +169,34 @@ def _read_requests(options: BatchOptions) -> RequestsFile:
         if file_format is None:
             raise flux.ConfigurationError("standard input may be prompts or a table: specify the format with --as")
     file_format = file_format or path.suffix.lower().removeprefix(".")
-    if file_format not in PARSERS:
-        raise flux.ConfigurationError(f"{options.file!r} is not .txt, .jsonl or .csv: specify the format with --as")
+    if file_format not in FORMATS:
+        listed = f"{', '.join(f'.{name}' for name in FORMATS[:-1])} or .{FORMATS[-1]}"
+        raise flux.ConfigurationError(f"{options.file!r} is not {listed}: specify the format with --as")
     folder = Path() if is_stdin else path.parent
     return read_requests_file(data, file_format, folder=folder, defaults=options.defaults, repeat=options.repeat)
 
 
 def _check_lines(options: BatchOptions, requests_file: RequestsFile) -> bool:
     """Report bad lines, and check whether the batch can go on."""
+    for note in requests_file.notes:
+        print_status(f"{options.file}: {note}")
     for bad in requests_file.bad_lines:
         print_status(f"{options.file}:{bad.number}: {bad.field}: {bad.reason}")
     if requests_file.bad_lines and not options.skip_bad:
         count = len({bad.number for bad in requests_file.bad_lines})
         problem = "1 line is bad" if count == 1 else f"{count} lines are bad"
-        print_error(f"{problem}, so nothing was sent; --skip-bad skips bad lines")
+        advice = "; --skip-bad skips bad lines" if requests_file.lines else ""
+        print_error(f"{problem}, so nothing was sent{advice}")
         return False
     if not requests_file.lines:
-        print_error(f"{options.file} has no prompts")
+        print_error(f"{options.file} has no {'other lines' if requests_file.bad_lines else 'prompts'}")
         return False
     return True
 
 
 def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost: Sequence[JournalEntry]) -> None:
-    print_status(plan.describe(options.budget))
+    note = " (by the emulator: nothing is paid)" if options.emulated else ""
+    print_status(f"{plan.describe(options.budget)}{note}")
     if orphans:
         print_status(f"{len(orphans)} of them: no longer in {options.file}, but already paid for")
     for entry in lost:
@@ -226,7 +255,7 @@ def _ask_for_consent(options: BatchOptions, plan: Plan) -> int | None:
 
     Without a terminal, no consent is needed.
     """
-    if options.yes or not plan.prices:
+    if options.yes or options.emulated or not plan.prices:
         return None
     if can_prompt():
         if typer.confirm("Go on?", err=True):
@@ -258,11 +287,13 @@ def _finish(
     write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
     rows = [output_dir.rows[item.key] for item in lines]
     next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess, lost=output_dir.lost)
-    Terminal(sys.stderr if options.as_json else sys.stdout).show(*summary(rows, report, next_plan.spent))
+    Terminal(sys.stderr if options.as_json else sys.stdout).show(
+        *summary(rows, report, next_plan.spent, emulated=options.emulated)
+    )
     if write_error is not None:
         print_error(write_error)
     if report.error is not None:
-        print_error(f"stopped: {report.error}")
+        print_error(f"stopped: {describe_error(report.error)}")
     done = sum(display_state(row) == "done" for row in rows)
     hint = "" if write_error else f"; to view them: {gallery.path}"
     print_status(f"{done} of {format_pictures(len(rows))} in {output_dir.path}{hint}")
@@ -270,6 +301,9 @@ def _finish(
         purpose, command = suggestion
         condition = " (with the same standard input)" if options.file == _STANDARD_INPUT else ""
         print_verbatim(f"{purpose}{condition}: {command}")
+    elif options.emulated:
+        # In a folder of its own: the emulator's pictures are no part of it.
+        print_verbatim(f"for pictures of the service: {options.command.render(without=('--emulator', '--out'))}")
     if done == len(rows) and write_error is None and not report.stdout_failed and not report.output_blocked:
         return 0
     return 128 + report.signals[0] if report.signals else 1

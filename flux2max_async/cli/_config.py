@@ -52,6 +52,8 @@ class ServiceSettings:
     allow_plain_http: bool = False
     dotenv_options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     """The options whose values come from `.env`."""
+    emulator_key: str | None = attrs.field(default=None, repr=False)
+    """The key of the emulator at `base_url`, if it is one."""
 
     @classmethod
     def create(
@@ -62,6 +64,12 @@ class ServiceSettings:
         from_dotenv = {name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"}
         values = {f"--{name.replace('_', '-')}": context.params[name] for name in context.params if name in from_dotenv}
         return cls(context.obj or {}, base_url, key_file, allow_plain_http, values)
+
+    def with_emulator(self, base_url: str, key: str) -> "ServiceSettings":
+        """Return settings with an emulator in the place of the service."""
+        # Its address is trusted, and nothing is posted to others.
+        options = {name: value for name, value in self.dotenv_options.items() if name == "--out"}
+        return attrs.evolve(self, base_url=base_url, emulator_key=key, dotenv_options=options)
 
     def get_variable(self, name: str) -> str | None:
         """Return a variable of the environment, or else of `.env`."""
@@ -86,11 +94,15 @@ class ServiceSettings:
             raise
 
     def read_key(self) -> str:
-        """Return the API key from the key file, the environment, `.env` or a prompt on the terminal, in this order.
+        """Return the emulator's API key, if it is one, or else that of the user.
+
+        It is read from the key file, the environment, `.env` or a prompt on the terminal, in this order.
 
         Raises:
             ConfigurationError: There is none, or the key file can't be read.
         """
+        if self.emulator_key is not None:
+            return self.emulator_key
         if self.key_file is not None:
             return _read_key_file(self.key_file)
         if key := self.get_variable(KEY_VARIABLE):

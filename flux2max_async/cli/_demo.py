@@ -1,8 +1,12 @@
-"""The command `demo`: generate many pictures at once with the emulator, with a live display on a terminal."""
+"""The command `demo`: generate many pictures at once with the emulator, with a live display on a terminal.
+
+The pictures get a page like those of a batch; with them comes a file of prompts, to try a batch with.
+"""
 
 import asyncio
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +17,18 @@ import typer
 from rich.text import Text
 
 import flux2max_async as flux
+from flux2max_async.cli._gallery import Gallery
+from flux2max_async.cli._own_files import reject_foreign_files
 from flux2max_async.cli._progress import ProgressDisplay, polls_per_task
+from flux2max_async.cli._rows import Row
 from flux2max_async.cli._terminal import (
+    Counts,
     Terminal,
     attach_log_handler,
+    describe_error,
     format_polls,
-    make_table,
     print_error,
     report_errors,
-    to_single_line,
 )
 
 if TYPE_CHECKING:
@@ -40,16 +47,23 @@ class Demo:
     failed: int = 0
     task_seconds: float = 0.0
     """The total duration of the tasks whose pictures were saved."""
+    rows: dict[str, Row] = attrs.field(factory=dict[str, Row])
+    """What the page shows, by the names of the requests."""
 
     def run(self) -> int:
         """Generate all pictures and return the exit code."""
         with report_errors(self._result), attach_log_handler(logging.NullHandler()):
-            asyncio.run(self._run())
+            reject_foreign_files(self.folder)
+            display = asyncio.run(self._run())
+            self._print_summary(display)
+            if self.saved:
+                self._write_page()
+                self._suggest_batch()
         if self.failed:
             print_error(f"{self.failed} of {self.count} pictures failed")
         return 1 if self.failed else 0
 
-    async def _run(self) -> None:
+    async def _run(self) -> ProgressDisplay:
         saves: set[asyncio.Task[None]] = set()
         schedule = flux.LearnedSchedule()
         async with (
@@ -67,19 +81,23 @@ class Demo:
                     await _wait_for_saves(saves)
         for save in saves:
             save.result()  # raises if standard output is closed
-        self._print_summary(display)
+        return display
 
     async def _save(self, outcome: "flux.Outcome", session: "flux.FluxSession", display: ProgressDisplay) -> None:
         """Save the picture of an outcome, or print why there is none."""
         assert outcome.request is not None
         name = str(outcome.request.key)
+        row = self.rows[name] = Row(name, outcome.request.prompt)
+        row.update(outcome)
         try:
             completed = outcome.unwrap()
-            await session.save(completed.images[0], self.folder / f"{name}.jpeg")
+            path = await session.save(completed.images[0], self.folder / f"{name}.jpeg")
+            row.files = [path.name]
         except flux.FluxError as error:
+            row.set_error(describe_error(error))
             self.failed += 1
             display.failed += 1
-            self._print(Text.assemble(("failed", "red"), f" {name}: {to_single_line(error)}"))
+            self._print(Text.assemble(("failed", "red"), f" {name}: {describe_error(error)}"))
         else:
             self.saved += 1
             self.task_seconds += completed.elapsed
@@ -100,7 +118,22 @@ class Demo:
             "polls per task": f"{polls_per_task(stats):.1f}",
             "spent": f"${stats.spent:.2f}",
         }
-        self.terminal.show(make_table(cells), self._result())
+        self.terminal.show(Counts(cells), self._result())
+
+    def _write_page(self) -> None:
+        gallery = Gallery(self.folder)
+        gallery.write([row for _, row in sorted(self.rows.items())], running=False)
+        self.terminal.show(f"to view them: {gallery.path.resolve().as_uri()}")
+
+    def _suggest_batch(self) -> None:
+        """Print a command to try next, with a file of prompts that is written unless there is one already."""
+        prompts_file = self.folder / "prompts.txt"
+        try:
+            with prompts_file.open("x", encoding="utf-8") as file:
+                file.writelines(f"{prompt}\n" for prompt in _PROMPTS[:_BATCH_SIZE])
+        except FileExistsError:
+            pass  # that of an earlier run, which the user may have changed
+        self.terminal.show(f"next: flux2max batch {shlex.quote(str(prompts_file))} --emulator")
 
     def _print(self, text: Text) -> None:
         if self.terminal.is_interactive:
@@ -130,6 +163,8 @@ def _requests(count: int) -> "Iterator[flux.GenerationRequest]":
         yield flux.GenerationRequest(prompt, key="-".join([f"{index + 1:0{digits}}", *words]))
 
 
+_BATCH_SIZE = 6
+"""The number of prompts in the file for a first batch."""
 _PROMPTS = (
     "a lighthouse at dawn",
     "a caravan of camels in the dunes",

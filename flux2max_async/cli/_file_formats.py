@@ -1,4 +1,4 @@
-"""The formats of requests files: text, JSON Lines and CSV are parsed into fields, which are not validated here."""
+"""The formats of requests files: text, JSON and tables are parsed into fields, which are not validated here."""
 
 import csv
 import difflib
@@ -12,11 +12,16 @@ import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.request import GenerationRequest
+from flux2max_async.cli._text_encoding import decode_text
+from flux2max_async.cli._workbooks import Record, read_workbook
 
 FIELDS = tuple(field.name for field in attrs.fields(GenerationRequest))
 _INTEGER_FIELDS = ("seed", "width", "height", "safety_tolerance")
 _MAX_CELL_LENGTH = 300_000_000
 """Characters: enough for eight images of 20 MB as data: URIs."""
+_SPACES = re.compile(r"\s*")
+_MAX_EXACT_FLOAT = 2**53
+"""Floating-point numbers up to here have all their digits."""
 
 Fields = dict[str, Any]
 ParsedLines = Iterator[tuple[int, Fields | InvalidRequestError]]
@@ -27,12 +32,17 @@ def guess_format(data: bytes) -> str | None:
     """Guess the format of standard input.
 
     Returns:
-        "jsonl" for text that begins with an object, "csv" for a table whose first line consists of field names,
-        "txt" for prompts, or None if it may be a table as well as prompts.
+        "xlsx" for a workbook, "jsonl" for text that begins with an object, "json" for an array of objects or texts,
+        "csv" for a table whose first line consists of field names, "txt" for prompts, or None if it may be a table as
+        well as prompts.
     """
-    text = data.decode("utf-8-sig", errors="replace").lstrip()
+    if data.startswith(b"PK\3\4"):
+        return "xlsx"
+    text = decode_text(data, may_be_cp1252=True)[0].lstrip()
     if text.startswith("{"):
         return "jsonl"
+    if re.match(r'\[\s*[{"]', text):
+        return "json"
     _, cells = next(_csv_records(text), (1, list[str]()))
     if isinstance(cells, InvalidRequestError):
         return "txt"
@@ -65,10 +75,57 @@ def parse_jsonl(text: str) -> ParsedLines:
             except (ValueError, RecursionError) as error:
                 yield number, InvalidRequestError(f"not valid JSON: {error}", field="line")
                 continue
-            if isinstance(fields, dict):
-                yield number, {name: value for name, value in fields.items() if value is not None}
-            else:
-                yield number, InvalidRequestError('not an object such as {"prompt": "a cat"}', field="line")
+            yield number, _fields_of_object(fields)
+
+
+def parse_json(text: str) -> ParsedLines:
+    """Parse an array of JSON objects or prompts; each has the number of the line that it begins on."""
+    decoder = json.JSONDecoder(object_pairs_hook=_reject_duplicate_names)
+    position, number = 0, 1
+
+    def skip_spaces(start: int) -> str:
+        """Move to the next character that is no space, and return it."""
+        nonlocal position, number
+        spaces = _SPACES.match(text, start)
+        assert spaces is not None
+        end = spaces.end()
+        number += text.count("\n", position, end)
+        position = end
+        return text[position : position + 1]
+
+    if skip_spaces(0) != "[":
+        reason = 'not an array such as [{"prompt": "a cat"}]; a file with an object on each line is .jsonl'
+        yield number, InvalidRequestError(reason, field="line")
+        return
+    following = skip_spaces(position + 1)
+    while following != "]":
+        try:
+            item, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield number, InvalidRequestError(f"not valid JSON: {error}; the rest is not read", field="line")
+            return
+        yield number, {"prompt": item} if isinstance(item, str) else _fields_of_object(item)
+        following = skip_spaces(end)
+        if following == ",":
+            following = skip_spaces(position + 1)
+        elif following != "]":
+            yield number, InvalidRequestError("not valid JSON: a comma is missing; the rest is not read", field="line")
+            return
+    if skip_spaces(position + 1):
+        yield number, InvalidRequestError("not valid JSON: more follows after the array", field="line")
+
+
+def _fields_of_object(item: Any) -> Fields | InvalidRequestError:
+    """Return the values that an object sets; null sets none."""
+    if not isinstance(item, dict):
+        return InvalidRequestError('not an object such as {"prompt": "a cat"}', field="line")
+    fields: Fields = {name: value for name, value in item.items() if value is not None}
+    for name in _INTEGER_FIELDS:
+        value = fields.get(name)
+        # Pandas writes the integers of a column with gaps as 1.0.
+        if isinstance(value, float) and value.is_integer() and abs(value) <= _MAX_EXACT_FLOAT:
+            fields[name] = int(value)
+    return fields
 
 
 def _reject_duplicate_names(pairs: list[tuple[str, Any]]) -> Fields:
@@ -80,8 +137,13 @@ def _reject_duplicate_names(pairs: list[tuple[str, Any]]) -> Fields:
 
 def parse_csv(text: str) -> ParsedLines:
     """Parse a CSV file whose first line consists of field names."""
+    return parse_records(_csv_records(text))
+
+
+def parse_records(records: Iterable[Record]) -> ParsedLines:
+    """Parse the records of a table, of which the first consists of field names."""
     columns: list[str] | None = None
-    for number, cells in _csv_records(text):
+    for number, cells in records:
         if isinstance(cells, InvalidRequestError):
             yield number, cells
         elif columns is None:
@@ -96,7 +158,7 @@ def parse_csv(text: str) -> ParsedLines:
             yield number, _parse_cells(zip(columns, cells, strict=False))
 
 
-def _csv_records(text: str) -> Iterator[tuple[int, list[str] | InvalidRequestError]]:
+def _csv_records(text: str) -> Iterator[Record]:
     """Yield the cells of each record that is not empty, with the number of the record's first line."""
     skipped, delimiter, lines = _find_table(text)
     csv.field_size_limit(_MAX_CELL_LENGTH)
@@ -142,9 +204,9 @@ def _validate_columns(columns: list[str]) -> list[InvalidRequestError]:
 
 def _parse_cells(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestError:
     fields: Fields = {}
-    for name, cell in cells:
+    for position, (name, cell) in enumerate(cells):
         text = cell.strip()
-        if not text:
+        if not text or (position == 0 and not name and text.isdecimal()):  # the row numbers that pandas writes
             continue
         try:
             if not name:
@@ -165,9 +227,10 @@ def _parse_cells(cells: Iterable[tuple[str, str]]) -> Fields | InvalidRequestErr
 
 
 def _parse_integer(text: str) -> int:
-    if not re.fullmatch("[+-]?[0-9]+", text):  # int() also takes 1_000
+    # int() also takes 1_000, and pandas writes the integers of a column with gaps as 1.0.
+    if (match := re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", text)) is None:
         raise ValueError
-    return int(text)
+    return int(match[1])
 
 
 def unknown_field_error(name: str) -> InvalidRequestError:
@@ -177,5 +240,21 @@ def unknown_field_error(name: str) -> InvalidRequestError:
     return InvalidRequestError(f"there is no field {name[:80]!r}: {hint}", field=name[:80])
 
 
-PARSERS: dict[str, Callable[[str], ParsedLines]] = {"txt": parse_text, "jsonl": parse_jsonl, "csv": parse_csv}
-"""By file suffix, without the dot."""
+PARSERS: dict[str, Callable[[str], ParsedLines]] = {
+    "txt": parse_text,
+    "jsonl": parse_jsonl,
+    "json": parse_json,
+    "csv": parse_csv,
+}
+"""Of text, by file suffix, without the dot."""
+FORMATS = (*PARSERS, "xlsx")
+"""All formats, by file suffix, without the dot."""
+
+
+def parse_file(data: bytes, file_format: str) -> tuple[ParsedLines, list[str]]:
+    """Parse a file of one of `FORMATS`; return its lines, and notes for the user."""
+    if file_format == "xlsx":
+        records, notes = read_workbook(data)
+        return parse_records(records), notes
+    text, note = decode_text(data, may_be_cp1252=file_format in {"txt", "csv"})
+    return PARSERS[file_format](text), [] if note is None else [note]

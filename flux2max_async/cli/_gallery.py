@@ -15,7 +15,8 @@ from urllib.parse import quote
 import attrs
 from jinja2 import Environment, FileSystemLoader
 
-from flux2max_async.cli._output_dir import WAITING, OutputDir, Row, write_atomically
+from flux2max_async.cli._output_dir import OutputDir, write_atomically
+from flux2max_async.cli._rows import WAITING, Row
 from flux2max_async.cli._terminal import print_error
 from flux2max_async.cli._thumbnails import Thumbnails, file_version
 from flux2max_async.journal._entry import EntryState

@@ -15,8 +15,10 @@ import typer
 import flux2max_async as flux
 from flux2max_async._text import printable
 from flux2max_async.cli._gallery import Gallery, write_outputs
-from flux2max_async.cli._output_dir import OutputDir, is_uncertain
-from flux2max_async.cli._terminal import Terminal, make_table, print_error, print_status, shorten, to_single_line
+from flux2max_async.cli._output_dir import OutputDir
+from flux2max_async.cli._own_files import reject_foreign_files
+from flux2max_async.cli._rows import is_uncertain
+from flux2max_async.cli._terminal import Counts, Terminal, print_error, print_status, shorten, to_single_line
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._reader import read_pages
 
@@ -111,7 +113,7 @@ async def _print_summary(journal_path: Path) -> "list[flux.JournalError]":
         "spent": f"${spent:.2f}",
         "reserved": f"${max(committed - spent, Decimal(0)):.2f}",
     }
-    Terminal(sys.stdout).show(make_table(cells))
+    Terminal(sys.stdout).show(Counts(cells))
     for entry in running:
         task = shorten(entry.task_id) if entry.task_id else "being submitted"
         typer.echo(to_single_line(f"running: {task}  {entry.key}  ({entry.prompt})"))
@@ -137,6 +139,7 @@ def rebuild_gallery(path: Path) -> None:
         FluxError: There is no journal, it can't be read, or a file can't be written.
     """
     output_dir = _open_output_dir(path)
+    reject_foreign_files(path, way_out="move them away")
     output_dir.update_rows((), asyncio.run(output_dir.open_journal()))
     for error in output_dir.damaged.values():
         print_error(error)
@@ -153,8 +156,11 @@ def _journal_path(path: Path) -> Path:
 
 def _open_output_dir(path: Path) -> OutputDir:
     output_dir = OutputDir(path)
-    if not output_dir.journal_path.is_file():
+    if output_dir.journal_path.is_file():
+        return output_dir
+    emulated = OutputDir(path, emulated=True)
+    if not emulated.journal_path.is_file():
         raise flux.ConfigurationError(
             f"there is no {output_dir.journal_path.name} in {str(path)!r}: it is not the output folder of a batch"
         )
-    return output_dir
+    return emulated

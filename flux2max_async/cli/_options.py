@@ -57,7 +57,7 @@ AllowPlainHttp = Annotated[
     ),
 ]
 TaskTimeout = Annotated[float, _setting("--task-timeout", metavar="SECONDS", help="Maximum time for one task.")]
-UseEmulator = Annotated[bool, typer.Option("--emulator", help="Try it without a key: an emulator draws the picture.")]
+UseEmulator = Annotated[bool, typer.Option("--emulator", help="Try it without a key: an emulator draws pictures.")]
 
 # Single tasks
 
@@ -66,16 +66,17 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Default: flux2max-<task id>.<format>."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 # Batches
 
 RequestsFile = Annotated[
-    str, typer.Argument(metavar="FILE", help="A .txt, .jsonl or .csv file, or - for standard input.")
+    str, typer.Argument(metavar="FILE", help="A .txt, .jsonl, .json, .csv or .xlsx file, or - for stdin.")
 ]
 FileFormat = Annotated[
-    Literal["txt", "jsonl", "csv"] | None,
-    typer.Option("--as", metavar="txt|jsonl|csv", help="The format of FILE, if its suffix doesn't show it."),
+    Literal["txt", "jsonl", "json", "csv", "xlsx"] | None,
+    typer.Option("--as", metavar="FORMAT", help="txt, jsonl, json, csv or xlsx, if FILE's suffix doesn't show it."),
 ]
 BatchFolder = Annotated[
     Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")

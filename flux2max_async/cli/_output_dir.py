@@ -1,181 +1,30 @@
 """The output folder of a batch: images, the journal, and `results.jsonl` with a row for each request."""
 
 import contextlib
-import json
-import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Mapping
-from decimal import Decimal
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import attrs
 
 import flux2max_async as flux
-from flux2max_async._config import parse_dollars
-from flux2max_async._text import MAX_LENGTH, printable
 from flux2max_async.cli._requests_file import Line
+from flux2max_async.cli._rows import FINAL_STATES, UNPAID_STATES, WAITING, Row, is_lost, parse_rows
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._reader import read_pages
 from flux2max_async.journal._serialization import to_json
 
-WAITING = "waiting"
-"""The state of a request that was never submitted. All other states are those of journal entries."""
+_JOURNAL, _EMULATOR_JOURNAL = "journal.db", "journal-emulator.db"
+JOURNAL_NAMES = (_JOURNAL, _EMULATOR_JOURNAL)
+"""The names of a batch's journal. With the emulator, it is another: whoever finds the usual one may rely on its tasks
+and pictures being those that were paid for."""
 _TEMP_FILE_PATTERN = f".flux2max-{'[0-9a-f]' * 16}.part"
 """Matches the names of files that are being written."""
 _MAX_TEMP_FILE_AGE = 86_400.0
 """Seconds after which a temporary file is left over from a killed process, even if somebody has set the clock."""
-_UNPAID_STATES = (WAITING, EntryState.REFUSED.value)
-_FINAL_STATES = (EntryState.COMPLETED.value, EntryState.FAILED.value)
 _LOST_MESSAGE = "it is in results.jsonl, and not in the journal: flux2max download {} may still save its picture"
-_ROW_PARAMS = ("seed", "width", "height", "safety_tolerance", "output_format", "input_images")
-"""The parameters that a row has, besides the prompt."""
-_BATCH_ERRORS = (
-    *(flux.SessionClosedError, flux.AuthenticationError, flux.PermissionDeniedError, flux.InsufficientBalanceError),
-    *(flux.BudgetExceededError, flux.JournalError),
-)
-"""Errors that keep a request from being submitted although nothing is wrong with the request itself."""
-_BATCH_ERROR_NAMES = {error_type.__name__ for error_type in _BATCH_ERRORS}
-_UNREADABLE = (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, flux.ConfigurationError)
-"""What reading a line of `results.jsonl` raises if another program has written it."""
-_UNCERTAIN_MESSAGE = "the submit was interrupted before the service responded: a task may exist and cost money"
-
-
-def _limit(text: str | None) -> str | None:
-    return text and text[: MAX_LENGTH + 1]  # the last character shows that there is more
-
-
-@attrs.define
-class Row:
-    """The state of one request."""
-
-    key: str
-    prompt: str
-    params: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    """The other parameters, as JSON values."""
-    state: str = WAITING
-    task_id: str | None = attrs.field(default=None, converter=_limit)
-    cost: Decimal | None = None
-    """US dollars; None until the service has reported the cost."""
-    seconds: float | None = None
-    """From the submit to the end of the task."""
-    polls: int | None = None
-    files: list[str] = attrs.field(factory=list[str])
-    """The file names of the images in the folder."""
-    error: str | None = attrs.field(default=None, converter=_limit)
-    """Why the request failed, or why not all of its images are saved."""
-
-    @classmethod
-    def from_line(cls, line: Line) -> "Row":
-        """Return the row of a request that was not submitted."""
-        return cls(line.key, line.request.prompt, _select_params(line.content.description))
-
-    @classmethod
-    def from_entry(cls, entry: JournalEntry, folder: Path) -> "Row":
-        """Return the row of a journal entry."""
-        row = cls(entry.key, entry.prompt, _select_params(entry.request), entry.state.value, entry.task_id, entry.cost)
-        if is_uncertain(entry):
-            row.state, row.error = EntryState.UNCERTAIN.value, _UNCERTAIN_MESSAGE
-            return row
-        error_name = entry.result.get("error", {}).get("kind")
-        if entry.state is EntryState.REFUSED and (error_name is None or error_name in _BATCH_ERROR_NAMES):
-            row.state = WAITING
-            return row
-        row.seconds, row.polls, row.error = entry.result.get("elapsed"), entry.result.get("polls"), entry.error
-        # By name, since the folder may have been moved.
-        row.files = [path.name for path in entry.paths if (folder / path.name).is_file()]
-        return row
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
-        """Return the row of a line of `results.jsonl`; raise one of `_UNREADABLE` if another program has written it."""
-        return cls(
-            key=str(data["key"]),
-            prompt=str(data["prompt"]),
-            params=dict(data["params"]),
-            state=str(data["state"]),
-            task_id=None if data["task_id"] is None else str(data["task_id"]),
-            cost=None if data["cost"] is None else parse_dollars("cost", data["cost"]),
-            seconds=None if data["seconds"] is None else float(data["seconds"]),
-            polls=None if data["polls"] is None else int(data["polls"]),
-            files=[str(name) for name in data["files"]],
-            error=None if data["error"] is None else str(data["error"]),
-        )
-
-    def update(self, outcome: "flux.Outcome") -> None:
-        """Update the row with an outcome, which may have left the request unfinished."""
-        self.task_id = outcome.task_id
-        error: flux.FluxError | None
-        if isinstance(outcome, flux.Completed):
-            self.state = EntryState.COMPLETED.value
-            self.cost = outcome.usage.cost if outcome.usage else None
-            self.files = [path.name for path in outcome.saved]
-            error = outcome.save_error or outcome.journal_error
-        else:
-            self.state = state_after_failure(outcome)
-            error = None if isinstance(outcome.error, flux.SessionClosedError) else outcome.error
-        # Advice about the Python API doesn't help a user of the command line.
-        self.error = None if error is None else re.sub(r"; (attach\(\)|resubmit_uncertain=True).*", "", str(error))
-        if is_final(outcome):
-            self.seconds, self.polls = outcome.elapsed, outcome.polls
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
-        return {
-            "key": self.key,
-            "prompt": self.prompt,
-            "task_id": None if self.task_id is None else printable(self.task_id),
-            "state": self.state,
-            "cost": None if self.cost is None else str(self.cost),
-            "seconds": None if self.seconds is None else round(self.seconds, 3),
-            "polls": self.polls,
-            "files": self.files,
-            "error": None if self.error is None else printable(self.error),
-            "params": dict(self.params),
-        }
-
-
-def _is_lost(row: Row, entry: JournalEntry | None) -> bool:
-    """Check whether a request is paid for according to its row of `results.jsonl`, and the journal doesn't know."""
-    match None if entry is None else entry.state:
-        case None:
-            return row.state not in _UNPAID_STATES
-        # Rows can be older than entries: what failed and was refused when it was tried again is not paid for.
-        case EntryState.REFUSED:
-            return row.task_id is not None and row.state not in (*_UNPAID_STATES, EntryState.FAILED)
-        case EntryState.FAILED:
-            return row.task_id is not None and row.state in {EntryState.COMPLETED, EntryState.UNCERTAIN}
-        case _:
-            return False
-
-
-def is_uncertain(entry: JournalEntry) -> bool:
-    """Check whether nothing can determine any more if the submit created a task."""
-    return entry.state is EntryState.UNCERTAIN or (entry.state is EntryState.INTENT and entry.holder is None)
-
-
-def state_after_failure(outcome: "flux.Failed") -> str:
-    """Return the state of a request that failed or is unfinished."""
-    match outcome.error:
-        case flux.TaskFailedError() | flux.TaskNotFoundError():
-            return EntryState.FAILED.value
-        case flux.SubmissionUncertainError() | flux.JournalError(key=str()):  # the entry of this key is damaged
-            return EntryState.UNCERTAIN.value
-        case _ if outcome.task_id is not None:
-            return EntryState.SUBMITTED.value
-        case error if isinstance(error, _BATCH_ERRORS):
-            return WAITING
-        case _:
-            return EntryState.REFUSED.value
-
-
-def is_final(outcome: "flux.Outcome") -> bool:
-    """Check whether an outcome is the request's own result; if not, the batch stopped before there was one."""
-    return isinstance(outcome, flux.Completed) or not (
-        isinstance(outcome.error, flux.SessionClosedError) or state_after_failure(outcome) == WAITING
-    )
 
 
 @attrs.define
@@ -183,6 +32,8 @@ class OutputDir:
     """The output folder of a batch."""
 
     path: Path
+    emulated: bool = False
+    """Whether its tasks are those of an emulator."""
     rows: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
     """By key; the requests of the file come first, in its order."""
     _recorded: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
@@ -195,12 +46,28 @@ class OutputDir:
     @property
     def journal_path(self) -> Path:
         """The journal's SQLite file."""
-        return self.path / "journal.db"
+        return self.path / (_EMULATOR_JOURNAL if self.emulated else _JOURNAL)
 
     @property
     def results_path(self) -> Path:
         """The file with a line for each request."""
         return self.path / "results.jsonl"
+
+    def reject_mixture(self) -> None:
+        """Check that the folder has no pictures that were paid for if this run is the emulator's, and the reverse.
+
+        Raises:
+            ConfigurationError: It has.
+        """
+        if not self.emulated and (self.path / _EMULATOR_JOURNAL).exists():
+            raise flux.ConfigurationError(
+                f"{str(self.path)!r} has the emulator's pictures: choose another folder with --out, or delete it"
+            )
+        paid = (self.path / _JOURNAL).exists() or (self.results_path.exists() and not self.journal_path.exists())
+        if self.emulated and paid:
+            raise flux.ConfigurationError(
+                f"{str(self.path)!r} is the folder of a batch without the emulator: choose another one with --out"
+            )
 
     def create(self) -> None:
         """Create the folder, and delete temporary files that killed processes have left in it.
@@ -231,12 +98,13 @@ class OutputDir:
         entries = await self.read_journal()
         newest = {entry.key: entry for entry in entries}
         self.lost = {key: Row(key, "") for key in self.damaged} | {
-            row.key: row for row in previous if row.key in self.damaged or _is_lost(row, newest.get(row.key))
+            row.key: row for row in previous if row.key in self.damaged or is_lost(row, newest.get(row.key))
         }
         for key, row in self.lost.items():
             if row.state != EntryState.COMPLETED or not all((self.path / name).is_file() for name in row.files or [""]):
                 message = self.damaged.get(key) or _LOST_MESSAGE.format(row.task_id or "TASK_ID")
-                row.state, row.error = EntryState.UNCERTAIN.value, str(message)
+                row.state = EntryState.UNCERTAIN.value
+                row.set_error(str(message))
         return entries
 
     async def read_journal(self) -> "list[JournalEntry]":
@@ -290,26 +158,27 @@ class OutputDir:
             if self._stays_lost(key, newest.get(key)):
                 row = attrs.evolve(self.lost[key], prompt=self.lost[key].prompt or row.prompt, params=row.params)
             # An unpaid request that is no longer in the file was probably corrected there.
-            if key in requested or not requested or row.state not in _UNPAID_STATES:
+            if key in requested or not requested or row.state not in UNPAID_STATES:
                 self.rows[key] = row
 
     def _stays_lost(self, key: str, entry: JournalEntry | None) -> bool:
         """Check whether a request is lost from the journal, and was not submitted again in this run."""
         recorded = self._recorded.get(key)
-        if key not in self.lost or (recorded is not None and recorded.state in _FINAL_STATES):
+        if key not in self.lost or (recorded is not None and recorded.state in FINAL_STATES):
             return False
-        return key in self.damaged or _is_lost(self.lost[key], entry)
+        return key in self.damaged or is_lost(self.lost[key], entry)
 
     def _merge_recorded(self, row: Row) -> Row:
         """Return this run's own row if it knows more than the journal does."""
         recorded = self._recorded.get(row.key)
         if recorded is None:
             return row
-        if row.state not in _FINAL_STATES and (
-            row.state == WAITING or recorded.state in _FINAL_STATES or (recorded.task_id and not row.task_id)
+        if row.state not in FINAL_STATES and (
+            row.state == WAITING or recorded.state in FINAL_STATES or (recorded.task_id and not row.task_id)
         ):
             return recorded
-        row.error = row.error or recorded.error
+        if row.error is None:
+            row.error, row.max_error_length = recorded.error, recorded.max_error_length
         return row
 
     def write_results(self, rows: Iterable[Row]) -> None:
@@ -325,11 +194,7 @@ class OutputDir:
             text = self.results_path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
-        rows: list[Row] = []
-        for line in text.split("\n"):
-            with contextlib.suppress(*_UNREADABLE):
-                rows.append(Row.from_dict(json.loads(line)))
-        return rows
+        return parse_rows(text)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -344,7 +209,3 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temp_file.replace(path)
     finally:
         temp_file.unlink(missing_ok=True)
-
-
-def _select_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[name] for name in _ROW_PARAMS if name in params}

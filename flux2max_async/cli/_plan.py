@@ -13,8 +13,8 @@ from flux2max_async._budget import Budget
 from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.fingerprint import fingerprint_request
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.cli._output_dir import is_uncertain
 from flux2max_async.cli._requests_file import BadLine, Line, RequestsFile, resolve_image_source
+from flux2max_async.cli._rows import is_uncertain
 from flux2max_async.cli._terminal import format_pictures
 from flux2max_async.journal._entry import EntryState, JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
@@ -193,7 +193,7 @@ def reject_key_conflicts(requests_file: RequestsFile, entries: Iterable[JournalE
         else:
             reason = f"key {item.key!r} belongs to another request in the journal, for {entry.prompt[:80]!r}"
             bad.append(BadLine(item.number, "key", reason))
-    return RequestsFile(lines, sorted(bad, key=lambda bad_line: bad_line.number))
+    return attrs.evolve(requests_file, lines=lines, bad_lines=sorted(bad, key=lambda bad_line: bad_line.number))
 
 
 def find_orphans(lines: Iterable[Line], entries: Iterable[JournalEntry]) -> tuple[list[Line], list[JournalEntry]]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flux2max_async as flux
-from flux2max_async.cli._terminal import shorten
+from flux2max_async.cli._terminal import describe_error
 
 _MAX_FAILURES = 3
 """The number of failures that are shown: the newest ones."""
@@ -72,7 +72,7 @@ class ProgressDisplay:
             self.failed += 1
             if not outcome.replayed:
                 short_name = name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
-                self._failures.append(f"{short_name}: {shorten(str(error))}")
+                self._failures.append(f"{short_name}: {describe_error(error)}")
 
     @property
     def elapsed(self) -> float:
@@ -149,4 +149,4 @@ def format_duration(seconds: float) -> str:
 
 
 def _row(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+    return Text(text, style=style, overflow="fold")

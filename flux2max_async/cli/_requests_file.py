@@ -1,6 +1,5 @@
-"""Requests files: text, JSON Lines or CSV is read into requests, and each bad line is reported with its reason."""
+"""Requests files: text, JSON or a table is read into requests, and each bad line is reported with its reason."""
 
-import codecs
 import json
 import re
 from collections import Counter
@@ -10,10 +9,10 @@ from typing import Any
 
 import attrs
 
-from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
+from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async.cli._file_formats import FIELDS, PARSERS, Fields, unknown_field_error
+from flux2max_async.cli._file_formats import FIELDS, Fields, parse_file, unknown_field_error
 
 _MAX_KEY_PROMPT_BYTES = 60
 """The maximum length of the part of a derived key that is made from the prompt."""
@@ -52,6 +51,8 @@ class RequestsFile:
 
     lines: list[Line]
     bad_lines: list[BadLine]
+    notes: list[str] = attrs.field(factory=list[str])
+    """What the user should know about how the file was read."""
 
 
 def read_requests_file(
@@ -61,20 +62,16 @@ def read_requests_file(
 
     Args:
         data: The file's bytes.
-        file_format: "txt", "jsonl" or "csv".
+        file_format: One of `FORMATS`.
         folder: The folder that the paths of images are relative to.
         defaults: The values of fields for lines that don't set them.
         repeat: The number of requests for each line. Their seeds are consecutive, from the line's own seed or from 0.
-
-    Raises:
-        ConfigurationError: The file is in UTF-16.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigurationError("the file is in UTF-16: save it as UTF-8")
     keys = _KeyAllocator()
     lines: list[Line] = []
     bad_lines: list[BadLine] = []
-    for number, fields in PARSERS[file_format](data.decode("utf-8-sig", errors="surrogateescape")):
+    parsed, notes = parse_file(data, file_format)
+    for number, fields in parsed:
         try:
             if isinstance(fields, InvalidRequestError):
                 raise fields
@@ -84,7 +81,7 @@ def read_requests_file(
             bad_lines.append(BadLine(number, error.field, error.message))
         except RecursionError:
             bad_lines.append(BadLine(number, "line", "the line is nested too deeply"))
-    return RequestsFile(lines, bad_lines)
+    return RequestsFile(lines, bad_lines, notes)
 
 
 def _add_defaults(fields: Fields, defaults: Mapping[str, Any]) -> Fields:

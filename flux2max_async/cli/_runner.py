@@ -16,9 +16,10 @@ import attrs
 
 import flux2max_async as flux
 from flux2max_async.cli._gallery import Gallery, write_outputs
-from flux2max_async.cli._output_dir import OutputDir, is_final
+from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._progress import ProgressDisplay
+from flux2max_async.cli._rows import is_final
 from flux2max_async.cli._streams import redirect_to_devnull
 from flux2max_async.cli._terminal import (
     LineWriter,
@@ -69,6 +70,8 @@ class Report:
     """The durations of the tasks that were completed in this run."""
     task_polls: int = 0
     """The number of polls of all these tasks together."""
+    spent: Decimal = Decimal(0)
+    """US dollars that this run has cost."""
     error: "flux.FluxError | None" = None
     """The error that stopped the run."""
     signals: list[int] = attrs.field(factory=list[int])
@@ -119,6 +122,7 @@ async def run(batch: Batch) -> Report:
                 finished.set()
                 await refreshing
                 await graceful_exit.wait_closed()
+    report.spent = session.stats.spent
     return report
 
 

@@ -15,11 +15,11 @@ from rich.console import RenderableType
 from typer.core import TyperOption
 
 import flux2max_async as flux
-from flux2max_async.cli._output_dir import WAITING, Row
 from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._progress import format_duration
+from flux2max_async.cli._rows import WAITING, Row
 from flux2max_async.cli._runner import Report
-from flux2max_async.cli._terminal import make_table, to_single_line
+from flux2max_async.cli._terminal import Counts, to_single_line
 from flux2max_async.journal._entry import EntryState
 
 _PROBLEM_STATES = ("unsaved", EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED)
@@ -42,15 +42,27 @@ def display_state(row: Row) -> str:
             return state
 
 
-def summary(rows: Sequence[Row], report: Report, spent: Decimal) -> list[RenderableType]:
-    """Return the table of states, a line with time and cost, and a line for each reason of failure."""
+def summary(rows: Sequence[Row], report: Report, spent: Decimal, *, emulated: bool) -> list[RenderableType]:
+    """Return the table of states, a line with time and cost, and a line for each reason of failure.
+
+    Args:
+        rows: The states of all requests.
+        report: The result of the run.
+        spent: US dollars that all runs so far have cost.
+        emulated: Whether they are those of an emulator.
+    """
     states = Counter(map(display_state, rows))
     columns = ["done", "failed", *(state for state in _OPTIONAL_COLUMNS if states[state])]
-    facts = [format_duration(report.seconds), f"${spent:.2f} spent"]
+    cost = (
+        f"${report.spent:.2f} spent"
+        if report.spent == spent
+        else f"${report.spent:.2f} spent, ${spent:.2f} in all runs"
+    )
+    facts = [format_duration(report.seconds), "nothing spent" if emulated else cost]
     if report.task_seconds:
         mean = sum(report.task_seconds) / len(report.task_seconds)
         facts.insert(1, f"{mean:.1f} s and {report.polls_per_task:.1f} polls a task")
-    return [make_table({state: str(states[state]) for state in columns}), ", ".join(facts), *_failure_reasons(rows)]
+    return [Counts({state: str(states[state]) for state in columns}), ", ".join(facts), *_failure_reasons(rows)]
 
 
 def _failure_reasons(rows: Iterable[Row]) -> list[str]:
@@ -64,8 +76,7 @@ def _failure_reasons(rows: Iterable[Row]) -> list[str]:
             examples.setdefault((state, reason), row)
             counts[state, reason] += 1
     return [
-        f"{count} {state}: {to_single_line(row.error)}, "
-        f"e.g. {to_single_line(row.key)} ({to_single_line(row.prompt)[:60].rstrip()})"
+        f"{count} {state}: {row.reason}, e.g. {to_single_line(row.key)} ({to_single_line(row.prompt)[:60].rstrip()})"
         for (state, reason), count in counts.most_common()
         for row in (examples[state, reason],)
     ]

@@ -1,15 +1,10 @@
 """The commands `generate`, `status` and `download`, each for a single task."""
 
-import errno
 import json
-import os
-import re
-import stat
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,36 +12,17 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import flux2max_async as flux
 from flux2max_async._models.results import is_inline
 from flux2max_async.cli._config import ServiceSettings
-from flux2max_async.cli._terminal import Terminal, format_polls, print_status, shorten, to_single_line
+from flux2max_async.cli._picture_files import (
+    GENERATED_SUFFIXES,
+    PICTURE_SUFFIXES,
+    check_output,
+    default_output,
+    numbered_paths,
+    suffix_of_url,
+)
+from flux2max_async.cli._terminal import Terminal, describe_error, format_polls, print_status, shorten, to_single_line
 
 SessionContext = AbstractAsyncContextManager["flux.FluxSession"]
-
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif")
-"""The suffixes of an image's URL that are kept in its file name."""
-
-_MAX_NAME_BYTES = 120
-"""The maximum length of the part of a default file name that is made from the task's id."""
-
-
-def _check_output(path: Path | None) -> None:
-    """Check that a picture can be saved as a file, before it is paid for.
-
-    Raises:
-        ConfigurationError: It is there already, and is not a regular file that can be written to.
-    """
-    if path is None:
-        return
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return  # a new file
-        raise flux.ConfigurationError(f"can't write to {str(path)!r}: {error.strerror}") from error
-    # Root may write to files that nobody may write to.
-    if not stat.S_ISREG(mode):
-        raise flux.ConfigurationError(f"can't write to {str(path)!r}: it is not a regular file")
-    if not mode & 0o222 or not os.access(path, os.W_OK):
-        raise flux.ConfigurationError(f"can't write to {str(path)!r}: it is read-only")
 
 
 def open_session(settings: ServiceSettings | None, task_timeout: float) -> SessionContext:
@@ -77,38 +53,50 @@ def _interactive_schedule() -> "flux.PollSchedule":
     return flux.ExponentialSchedule(0.25, factor=1.5, maximum=1.0)
 
 
-async def generate(context: SessionContext, request: "flux.GenerationRequest", output: Path | None) -> None:
+async def generate(
+    context: SessionContext, request: "flux.GenerationRequest", output: Path | None, *, force: bool
+) -> None:
     """Generate and save a picture.
 
     Args:
         context: Opens the session.
         request: The request to submit.
         output: The file to write; None names it after the task.
+        force: Whether files that are there already are replaced.
+
+    Raises:
+        ConfigurationError: The file can't be written; nothing was sent.
     """
-    _check_output(output)
+    check_output(output, GENERATED_SUFFIXES, force=force)
     async with context as session:
         with _status_line("submitting") as show_status:
             task = await session.submit(request)
             print_status(f"task {shorten(task.id)} submitted")
             completed = await _wait_for(task, show_status)
-            paths = await _save(session, completed, output, f".{request.output_format or 'jpeg'}")
-    _print_result(completed, paths)
+            first = output or default_output(completed.task_id, f".{request.output_format or 'jpeg'}")
+            paths = await _save(session, completed, first, force=force)
+    _print_result(completed, paths, "{}")
 
 
-async def download(context: SessionContext, task_id: str, output: Path | None) -> None:
+async def download(context: SessionContext, task_id: str, output: Path | None, *, force: bool) -> None:
     """Wait until a task has ended and save its pictures.
 
     Args:
         context: Opens the session.
         task_id: The task's id.
         output: The file to write; None names it after the task.
+        force: Whether files that are there already are replaced.
+
+    Raises:
+        ConfigurationError: The file can't be written; nothing was sent.
     """
-    _check_output(output)
+    check_output(output, PICTURE_SUFFIXES, force=force)
     async with context as session:
         with _status_line("connecting") as show_status:
             completed = await _wait_for(session.attach(task_id), show_status)
-            paths = await _save(session, completed, output, _suffix(completed.images[0].url))
-    _print_result(completed, paths)
+            first = output or default_output(completed.task_id, suffix_of_url(completed.images[0].url))
+            paths = await _save(session, completed, first, force=force)
+    _print_result(completed, paths, "already paid: {}")
 
 
 async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> None:
@@ -132,13 +120,6 @@ async def status(settings: ServiceSettings, task_id: str, *, as_json: bool) -> N
         typer.echo(f"{name:<8} {to_single_line(value)}")
 
 
-def _suffix(url: str) -> str:
-    """Return the suffix of a picture's file, by its URL."""
-    path = url.partition(";")[0].replace("data:image/", "picture.") if is_inline(url) else urlsplit(url).path
-    suffix = Path(path).suffix.lower()
-    return suffix if suffix in _SUFFIXES else ".jpeg"
-
-
 def _describe_url(url: str) -> str:
     return f"(inline, {len(url)} characters)" if is_inline(url) else url
 
@@ -154,28 +135,24 @@ def _describe_status(snapshot: "flux.TaskSnapshot") -> str:
     return snapshot.status.replace("_", " ") + progress
 
 
-async def _save(
-    session: "flux.FluxSession", completed: "flux.Completed", output: Path | None, suffix: str
-) -> list[Path]:
+async def _save(session: "flux.FluxSession", completed: "flux.Completed", first: Path, *, force: bool) -> list[Path]:
     """Save each image of a task to its own file; number the files from the second on."""
-    # A task id is arbitrary text of the service: only characters that are safe in a file name are kept.
-    name = re.sub(r"[^\w.-]+", "-", completed.task_id).encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
-    first = output or Path(f"flux2max-{name}{suffix}")
-    paths = [first, *(first.with_stem(f"{first.stem}-{number}") for number in range(2, len(completed.images) + 1))]
+    paths = numbered_paths(first, force=force)
     try:
-        return [await session.save(image, path) for image, path in zip(completed.images, paths, strict=True)]
+        return [await session.save(image, next(paths)) for image in completed.images]
     except flux.DownloadError as error:
         raise flux.DownloadError(f"task {shorten(completed.task_id)} is completed, but not saved: {error}") from error
 
 
-def _print_result(completed: "flux.Completed", paths: list[Path]) -> None:
+def _print_result(completed: "flux.Completed", paths: list[Path], cost_text: str) -> None:
+    """Print the paths of the pictures, and what it took; the text for the cost has braces where the amount belongs."""
     for path in paths:
         typer.echo(path)
     cost = completed.usage and completed.usage.cost
-    charge = "" if cost is None else f", ${cost:f}"
+    charge = "" if cost is None else f", {cost_text.format(f'${cost:f}')}"
     print_status(f"{completed.elapsed:.1f} s, {format_polls(completed)}{charge}")
     if completed.partial_error is not None:
-        print_status(f"further pictures are missing: {completed.partial_error}")
+        print_status(f"further pictures are missing: {describe_error(completed.partial_error)}")
 
 
 @contextmanager

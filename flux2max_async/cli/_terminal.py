@@ -7,16 +7,22 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TextIO
 
+import attrs
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 import flux2max_async as flux
 from flux2max_async._text import MAX_LENGTH, printable
 
+SERVICE_ERRORS = (flux.ProtocolError, flux.ResponseError, flux.TaskFailedError)
+"""Errors whose messages may be the service's own texts."""
+MAX_REASON_LENGTH = 2000
+"""Characters of other errors' messages, which may hold paths and several reasons."""
 _DRAIN_INTERVAL = 0.05
 """Seconds."""
 
@@ -93,6 +99,14 @@ def shorten(text: str) -> str:
     return printable(to_single_line(text[: 10 * MAX_LENGTH]))
 
 
+def describe_error(error: flux.FluxError) -> str:
+    """Return the text of an error on one line; only what the service says in it is shortened."""
+    text = str(error)
+    if isinstance(error, SERVICE_ERRORS):
+        return f"{shorten(error.message)} {shorten(text.removeprefix(error.message))}".rstrip()
+    return printable(to_single_line(text), MAX_REASON_LENGTH)
+
+
 def print_status(message: object) -> None:
     """Print a message on stderr, on a single line."""
     print_verbatim(to_single_line(message))
@@ -128,11 +142,8 @@ def report_errors(interrupt_hint: Callable[[], str] | None = None) -> Generator[
     except (flux.InvalidRequestError, flux.ConfigurationError) as error:
         print_error(error)
         raise typer.Exit(2) from error
-    except (flux.TaskFailedError, flux.ResponseError) as error:
-        print_error(shorten(str(error)))
-        raise typer.Exit(1) from error
     except flux.FluxError as error:
-        print_error(error)
+        print_error(describe_error(error))
         raise typer.Exit(1) from error
     except BrokenPipeError as error:  # as in `flux2max demo | head`: no reason for a message
         raise typer.Exit(1) from error
@@ -165,13 +176,24 @@ class StderrLogHandler(logging.Handler):
         print_error(record.getMessage())
 
 
-def make_table(cells: Mapping[str, str]) -> Table:
-    """Return a table with a header and one row; no cell is truncated."""
-    table = Table()
-    for name in cells:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row(*cells.values())
-    return table
+@attrs.frozen
+class Counts:
+    """A table with a header and one row; where it is too wide for the terminal, a line for each cell."""
+
+    cells: Mapping[str, str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        # Each cell has a border and a space on both sides.
+        if sum(max(len(name), len(value)) + 3 for name, value in self.cells.items()) + 1 <= options.max_width:
+            table = Table()
+            for name in self.cells:
+                table.add_column(name, justify="right", no_wrap=True)
+            table.add_row(*self.cells.values())
+            yield table
+            return
+        widths = (max(map(len, self.cells)), max(map(len, self.cells.values())))
+        for name, value in self.cells.items():
+            yield Text(f"{name:<{widths[0]}}  {value:>{widths[1]}}")
 
 
 def format_polls(completed: "flux.Completed") -> str:

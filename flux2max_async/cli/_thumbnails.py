@@ -94,7 +94,7 @@ class Thumbnails:
         if file_version(thumbnail) is None:
             source = None
         elif source is None:
-            source = _read_source(thumbnail)
+            source = read_source(thumbnail)
         # The thumbnail of an image that has just been deleted is kept.
         if source is None or version not in {None, source.version}:
             return version is not None and self._failed.get(name) != version
@@ -204,7 +204,7 @@ def _read_reply(stream: IO[bytes]) -> bytes | None:
     return data if len(header) == 4 and len(data) == length else None
 
 
-def _read_source(thumbnail: Path) -> Source | None:
+def read_source(thumbnail: Path) -> Source | None:
     header = b""
     with contextlib.suppress(OSError), thumbnail.open("rb") as file:
         header = file.read(_HEADER_LENGTH)

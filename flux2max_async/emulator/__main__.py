@@ -22,7 +22,7 @@ def main() -> None:
     try:
         serve(Emulator(api_key=API_KEY, **vars(options)))
     except PortUnavailableError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import anyio
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 from support.certificates import Certificate
 from support.ports import free_port
 from support.responses import jpeg
@@ -379,3 +380,28 @@ asyncio.run(main())
 
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "0.jpeg").read_bytes() == IMAGE
+
+
+@pytest.mark.parametrize("setting", [True, False, ssl.create_default_context()])
+@pytest.mark.parametrize(
+    ("error_type", "cause", "text"),
+    [
+        (aiohttp.ClientConnectorError, OSError(111, "refused"), "host gateway.example:443 [refused]"),
+        (aiohttp.ClientConnectorDNSError, OSError(-2, "unknown"), "host gateway.example:443 [unknown]"),
+        (aiohttp.ClientConnectorSSLError, OSError(1, "TLS"), "host gateway.example:443 [TLS]"),
+        (aiohttp.ClientProxyConnectionError, OSError(111, "refused"), "host gateway.example:443 [refused]"),
+        (
+            aiohttp.ClientConnectorCertificateError,
+            ssl.CertificateError("expired"),
+            "host gateway.example:443 [SSLCertVerificationError: ('expired',)]",
+        ),
+    ],
+)
+def test_tls_settings_are_not_shown(
+    error_type: type[aiohttp.ClientConnectorError], cause: OSError, text: str, setting: bool | ssl.SSLContext
+) -> None:
+    """The text of an error has the host and the reason, and not what aiohttp was told about certificates."""
+    key = ConnectionKey("gateway.example", 443, setting is not False, setting, None, None, None)
+    error = translate_error(error_type(key, cause), maybe_sent=False)
+
+    assert str(error) == f"no connection: Cannot connect to {text}"

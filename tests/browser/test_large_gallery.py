@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from support.browser import running_browser, take_screenshots
 
 from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._output_dir import Row
+from flux2max_async.cli._rows import Row
 
 COUNT = 20_000
 COLOURS = ["crimson", "teal", "goldenrod", "slateblue", "olive"]

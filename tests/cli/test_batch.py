@@ -23,7 +23,7 @@ from support.scripted import ScriptedGateway, answer, completed, running
 import flux2max_async as flux
 from flux2max_async._downloads import retries
 from flux2max_async.cli._inspect import parse_duration
-from flux2max_async.cli._output_dir import Row, _is_lost, is_final, state_after_failure
+from flux2max_async.cli._rows import Row, is_final, is_lost, state_after_failure
 from flux2max_async.emulator import Emulator, Fault
 from flux2max_async.journal._entry import EntryState, JournalEntry
 
@@ -117,6 +117,8 @@ def test_same_command_again(flux2max: Command, service: Service) -> None:
 
     assert (again.code, more.code) == (0, 0)
     assert again.err.startswith("2 pictures: 2 done already\n")
+    assert ", $0.00 spent, $0.14 in all runs\n" in again.out
+    assert ", $0.07 spent, $0.21 in all runs\n" in more.out
     assert more.err.startswith("3 pictures: 2 done already, 1 to be submitted, for about $0.07\n")
     assert (calls["submit"], calls["download"]) == (2, 2)
     assert set(gateway.accepted.values()) == {1}
@@ -227,6 +229,45 @@ def test_bad_lines(flux2max: Command, service: Service) -> None:
     assert set(gateway.accepted) == {"a cat"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "promt,seed\na cat,1\na dog,2\n", "1 line is bad, so nothing was sent"),
+        ("p.jsonl", '{"seed": 1}\n[]\n', "2 lines are bad, so nothing was sent"),
+        ("p.json", "{}", "1 line is bad, so nothing was sent"),
+        (
+            "p.jsonl",
+            '{"seed": 1}\n{"prompt": "a cat"}\n',
+            "1 line is bad, so nothing was sent; --skip-bad skips bad lines",
+        ),
+    ],
+)
+def test_advice_to_skip_bad_lines(flux2max: Command, service: Service, name: str, text: str, message: str) -> None:
+    """--skip-bad is advised only if lines are left then."""
+    gateway = service()
+    Path(name).write_text(text, encoding="utf-8")
+    run = flux2max("batch", name)
+    skipping = flux2max("batch", name, "--skip-bad", "--dry-run")
+
+    assert (run.code, run.err.splitlines()[-1]) == (2, f"flux2max: {message}")
+    if "--skip-bad" in message:
+        assert skipping.code == 0
+    else:
+        assert skipping.err.splitlines()[-1] == f"flux2max: {name} has no other lines"
+    assert not gateway.calls
+
+
+def test_notes_about_the_file(flux2max: Command, service: Service) -> None:
+    """How a file was read is printed before anything is sent."""
+    gateway = service()
+    Path("prompts.csv").write_bytes("prompt;seed\r\nein Café;7.0\r\n".encode("cp1252"))
+    run = flux2max("batch", "prompts.csv", *SMALL)
+
+    assert run.code == 0
+    assert run.err.startswith("prompts.csv: not UTF-8; read as Windows-1252: Café\n1 picture: 1 to be submitted")
+    assert [(task.prompt, task.seed) for task in gateway.tasks.values()] == [("ein Café", 7)]
+
+
 def test_key_of_another_request(flux2max: Command, service: Service) -> None:
     """A key that belongs to another request in the journal is reported before anything is sent."""
     gateway = service()
@@ -247,7 +288,7 @@ def test_key_of_another_request(flux2max: Command, service: Service) -> None:
     [
         (["nothing.txt"], "can't read 'nothing.txt': No such file"),
         (["."], "can't read '.'"),
-        (["prompts.doc"], "'prompts.doc' is not .txt, .jsonl or .csv: specify the format with --as"),
+        (["prompts.doc"], "'prompts.doc' is not .txt, .jsonl, .json, .csv or .xlsx: specify the format with --as"),
         (["empty.txt"], "empty.txt has no prompts"),
         (["prompts.txt", "--width", "10"], "width must be at least 64"),
         (["prompts.txt", "--budget", "much"], "budget must be an amount of US dollars"),
@@ -683,7 +724,7 @@ def test_what_is_lost_from_the_journal(
     """A request is lost if its row shows a task, and the journal's entry would have it submitted again."""
     state, task_id = row
 
-    assert _is_lost(Row("k", "a cat", state=state, task_id=task_id), entry and journal_entry(*entry)) is lost
+    assert is_lost(Row("k", "a cat", state=state, task_id=task_id), entry and journal_entry(*entry)) is lost
 
 
 @pytest.mark.parametrize(

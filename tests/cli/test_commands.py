@@ -100,10 +100,12 @@ def test_help_imports_little() -> None:
         ("rich", ["generate", "a cat"], "cli"),
         ("jinja2", ["batch", "prompts.txt"], "cli"),
         ("PIL", ["demo"], "emulator"),
+        ("openpyxl", ["batch", "prompts.xlsx", "--emulator"], "excel"),
     ],
 )
 def test_missing_extra(module: str, arguments: list[str], extra: str) -> None:
     """If an optional package is missing, one line names the extra to install."""
+    Path("prompts.xlsx").touch()
     run = python(
         f"import sys\nsys.argv = ['flux2max', *{arguments}]\nsys.modules[{module!r}] = None\n"
         "from flux2max_async.cli import main\nmain()"
@@ -149,7 +151,7 @@ def test_generate(flux2max: Command, service: Callable[..., Emulator]) -> None:
         (["--format", "png"], "flux2max-{id}.png", "PNG"),
         (["-o", "cat.PNG"], "cat.PNG", "PNG"),
         (["-o", "cat.jpg"], "cat.jpg", "JPEG"),
-        (["-o", "cat.picture"], "cat.picture", "JPEG"),
+        (["-o", "cat"], "cat", "JPEG"),
         (["-o", "cat.png", "--format", "jpeg"], "cat.png", "JPEG"),
     ],
 )
@@ -441,10 +443,11 @@ def test_unsuitable_output(
 
 @pytest.mark.parametrize("kind", ["file", "link to file", "link to nothing"])
 def test_suitable_output(flux2max: Command, service: Callable[..., Emulator], kind: str) -> None:
-    """An existing file is replaced, and a link to a file is accepted."""
+    """An existing file is replaced with --force, and a link to a file is accepted."""
     service()
     path = make_output(kind)
-    run = flux2max("generate", "a cat", "--width", "64", "--height", "64", "-o", path)
+    force = [] if kind == "link to nothing" else ["--force"]
+    run = flux2max("generate", "a cat", "--width", "64", "--height", "64", "-o", path, *force)
 
     assert (run.code, run.out) == (0, f"{path}\n")
     with Image.open(path) as picture:
@@ -474,7 +477,7 @@ def test_status_and_download(flux2max: Command, service: Callable[..., Emulator]
 
     assert re.fullmatch(r"status   in progress, \d+%\ncreated  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\n", running.out)
     assert (downloaded.code, downloaded.out) == (0, "cat.jpeg\n")
-    assert re.fullmatch(r"\d\.\d s, \d+ polls?, \$0\.07\n", downloaded.err)
+    assert re.fullmatch(r"\d\.\d s, \d+ polls?, already paid: \$0\.07\n", downloaded.err)
     with Image.open("cat.jpeg") as picture:
         assert picture.format == "JPEG"
     assert [line.split()[0] for line in ended.out.splitlines()] == ["status", "created", "cost", "url"]
@@ -621,8 +624,12 @@ def test_demo_on_a_terminal(on_terminal: Command) -> None:
     assert any(line == "0 done, 0 failed, 3 in flight, 0 waiting" for line in lines)
     assert sum(line.startswith("failed 02-a-caravan-of-camels-in-the-dunes: can't write") for line in lines) == 1
     assert not any(line.startswith("saved ") for line in lines)
-    assert lines[-2:] == ["2 of 3 pictures are saved in pictures", "flux2max: 1 of 3 pictures failed"]
-    assert all(len(line) <= 80 for line in lines if not line.startswith("failed "))
+    assert lines[-4] == "2 of 3 pictures are saved in pictures"
+    assert lines[-3].startswith("to view them: file:///")
+    assert lines[-2:] == [
+        "next: flux2max batch pictures/prompts.txt --emulator", "flux2max: 1 of 3 pictures failed"
+    ]  # fmt: skip
+    assert all(len(line) <= 80 for line in lines if not line.startswith(("failed ", "to view them: ")))
     assert run.out.count("\x1b[?25l") == run.out.count("\x1b[?25h") == 1
 
 
@@ -633,7 +640,8 @@ def test_demo_through_a_pipe(flux2max: Command) -> None:
     """Through a pipe, the demo prints a plain line for each saved picture and the summary, and saves the pictures."""
     run = flux2max("demo", "--count", "2", "--seconds", "0.1")
     lines = run.out.splitlines()
-    files = sorted(Path("flux2max-demo").iterdir())
+    files = sorted(Path("flux2max-demo").glob("*.jpeg"))
+    page = Path("flux2max-demo/index.html")
 
     assert (run.code, run.err) == (0, "")
     assert "\x1b" not in run.out
@@ -644,7 +652,12 @@ def test_demo_through_a_pipe(flux2max: Command) -> None:
         *("done", "failed", "wall seconds", "seconds per task", "polls per task", "spent")
     ]
     assert re.fullmatch(r"│ +2 │ +0 │ +\d\.\d │ +\d\.\d │ +\d\.\d │ +\$0\.14 │", lines[5])
-    assert lines[-1] == "2 of 2 pictures are saved in flux2max-demo"
+    assert lines[7:] == [
+        "2 of 2 pictures are saved in flux2max-demo",
+        f"to view them: {page.resolve().as_uri()}",
+        "next: flux2max batch flux2max-demo/prompts.txt --emulator",
+    ]
+    assert all(f'"url":"{file.name}"' in page.read_text(encoding="utf-8") for file in files)
     for file in files:
         with Image.open(file) as picture:
             picture.load()

@@ -18,9 +18,10 @@ from PIL import Image
 
 from flux2max_async import ConfigurationError, FluxSession, LearnedSchedule
 from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._output_dir import OutputDir, Row
+from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._plan import make_plan
 from flux2max_async.cli._progress import ProgressDisplay, format_duration
+from flux2max_async.cli._rows import Row
 from flux2max_async.cli._runner import Batch, DisplayLogHandler, _write_outputs
 from flux2max_async.cli._terminal import Terminal, attach_log_handler
 from flux2max_async.journal._lookup import ReusePolicy

@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from flux2max_async.cli import _thumbnail_worker
 from flux2max_async.cli._gallery import Gallery
-from flux2max_async.cli._output_dir import Row
+from flux2max_async.cli._rows import Row
 from flux2max_async.cli._thumbnail_worker import create_thumbnail, serve
 from flux2max_async.cli._thumbnails import Source, Thumbnails, _Worker
 

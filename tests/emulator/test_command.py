@@ -64,7 +64,7 @@ def test_a_port_in_use_is_a_one_line_error(module: list[str]) -> None:
         port = listener.getsockname()[1]
         result = run(*module, "--port", str(port))
 
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.endswith(f": port {port} is already in use: choose another with --port\n")

@@ -1,0 +1,106 @@
+"""Whose the files are that a batch would replace: an `index.html`, for example, may be the home page of a website.
+
+Each file is judged by its own content: a journal may have been deleted, and a journal may belong to a program that has
+written the other files itself. What has no content is nobody's.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flux2max_async._exceptions import ConfigurationError
+from flux2max_async.cli._output_dir import JOURNAL_NAMES
+from flux2max_async.cli._thumbnails import read_source
+
+CHOOSE_ANOTHER_FOLDER = "choose another folder with --out, or move them away"
+_PAGE_MARKS = (
+    b'<meta name="generator" content="flux2max">',
+    # Earlier versions wrote no such element.
+    b'<link rel="icon" href="data:,">\n<style>\n:root {\n  color-scheme: light dark;\n  --',
+)
+_PAGE_HEAD_LENGTH = 4096
+"""The bytes of a page that contain its mark."""
+_ROW_FIELDS = frozenset(("key", "prompt", "state", "task_id"))
+"""The fields that the rows of all versions have."""
+_FOLDER_SETTINGS = ("thumbs.db", "desktop.ini")
+"""What Windows itself puts into folders with pictures; on other systems, such files have a dot in front."""
+
+
+def reject_foreign_files(folder: Path, *, way_out: str = CHOOSE_ANOTHER_FOLDER) -> None:
+    """Check that the page, the results and the thumbnails in a folder, if there are any, are those of a batch.
+
+    Args:
+        folder: The output folder, which may not exist yet.
+        way_out: What the user can do instead.
+
+    Raises:
+        ConfigurationError: Some are not, or the folder can't be read.
+    """
+    try:
+        foreign = [name for name, is_own in _CHECKS.items() if not is_own(folder / name)]
+    except OSError as error:
+        raise ConfigurationError(f"can't read the folder {str(folder)!r}: {error.strerror}") from error
+    if foreign:
+        names = " and ".join(filter(None, (", ".join(foreign[:-1]), foreign[-1])))
+        raise ConfigurationError(
+            f"{str(folder)!r} has {names} that flux2max has not written, and does not replace: {way_out}"
+        )
+
+
+def _is_own_page(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if not path.exists() or path.is_dir():  # a folder isn't replaced: that fails, and is reported
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_PAGE_HEAD_LENGTH)
+    return not head or any(mark in head for mark in _PAGE_MARKS)
+
+
+def _is_own_results_file(path: Path) -> bool:
+    # What is no regular file is refused when it is read.
+    if path.is_symlink() or not path.is_file():
+        return True
+    if path.stat().st_size == 0:
+        return True
+    damaged = False
+    with path.open("rb") as file:
+        for line in file:
+            record = _parse_record(line)
+            if record is not None and record.keys() >= _ROW_FIELDS:
+                return True
+            damaged = damaged or record is None
+    # Whole records are those of another program; anything else beside a journal is a damaged file of a batch.
+    return damaged and any(path.with_name(name).exists() for name in JOURNAL_NAMES)
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_own_thumbnail_folder(path: Path) -> bool:
+    # Nothing is written through a link, nor into what is no folder.
+    if path.is_symlink() or not path.exists():
+        return True
+    if not path.is_dir():
+        return False
+    others = False
+    for file in path.iterdir():
+        if file.suffix == ".jpeg" and file.is_file() and read_source(file) is not None:
+            return True
+        others = others or not (file.name.startswith(".") or file.name.lower() in _FOLDER_SETTINGS)
+    return not others
+
+
+_CHECKS: dict[str, Callable[[Path], bool]] = {
+    "index.html": _is_own_page,
+    "results.jsonl": _is_own_results_file,
+    "thumbs": _is_own_thumbnail_folder,
+}

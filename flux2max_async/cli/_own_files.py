@@ -13,7 +13,7 @@ from flux2max_async._exceptions import ConfigurationError
 from flux2max_async.cli._output_dir import JOURNAL_NAMES
 from flux2max_async.cli._thumbnails import read_source
 
-CHOOSE_ANOTHER_FOLDER = "choose another folder with --out, or move them away"
+_CHOOSE_ANOTHER_FOLDER = "choose another folder with --out, or move them away"
 _PAGE_MARKS = (
     b'<meta name="generator" content="flux2max">',
     # Earlier versions wrote no such element.
@@ -27,7 +27,7 @@ _FOLDER_SETTINGS = ("thumbs.db", "desktop.ini")
 """What Windows itself puts into folders with pictures; on other systems, such files have a dot in front."""
 
 
-def reject_foreign_files(folder: Path, *, way_out: str = CHOOSE_ANOTHER_FOLDER) -> None:
+def reject_foreign_files(folder: Path, *, way_out: str = _CHOOSE_ANOTHER_FOLDER) -> None:
     """Check that the page, the results and the thumbnails in a folder, if there are any, are those of a batch.
 
     Args:
@@ -68,7 +68,7 @@ def _is_own_results_file(path: Path) -> bool:
         return True
     damaged = False
     with path.open("rb") as file:
-        for line in file:
+        for line in filter(bytes.strip, file):
             record = _parse_record(line)
             if record is not None and record.keys() >= _ROW_FIELDS:
                 return True

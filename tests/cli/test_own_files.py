@@ -101,6 +101,27 @@ def test_whose_files_they_are(tmp_path: Path, name: str, content: str, is_own: b
             reject_foreign_files(folder)
 
 
+@pytest.mark.parametrize("journal", ["journal.db", "journal-emulator.db"])
+@pytest.mark.parametrize(
+    ("name", "content", "is_own"),
+    [
+        ("index.html", HOME_PAGE, False),
+        ("results.jsonl", f"{RECORD}\n\n{RECORD}\n", False),
+        ("results.jsonl", f"{RECORD}\nnot JSON\n", True),
+        ("thumbs/cat.jpeg", "a picture", False),
+    ],
+)
+def test_files_beside_a_journal(tmp_path: Path, journal: str, name: str, content: str, is_own: bool) -> None:
+    """A journal, which a program may have in a folder of its own, makes only damaged results those of a batch."""
+    make_file(tmp_path / name, content)
+    make_file(tmp_path / journal, "x")
+    if is_own:
+        reject_foreign_files(tmp_path)
+    else:
+        with pytest.raises(ConfigurationError, match="that flux2max has not written"):
+            reject_foreign_files(tmp_path)
+
+
 def test_own_folder(own_folder: Path) -> None:
     """What this version writes is its own, also beside other thumbnails; a folder that is not there is free."""
     reject_foreign_files(own_folder)

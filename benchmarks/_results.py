@@ -11,6 +11,7 @@ TITLE = "# Benchmark results\n"
 DISTRIBUTIONS = (
     "flux2max_async", "aiohttp", "anyio", "attrs", "cattrs", "uvloop", "numpy", "scipy",
     "replicate", "fal-client", "lumaai", "runwayml", "seaart-sdk", "openai", "httpx",
+    "fastapi", "starlette", "uvicorn", "granian", "gunicorn", "uvicorn-worker",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The three measurements of `backends.py`. Each returns a row of its table for one server, event loop and service."""
 
+import json
 import math
 import statistics
 import subprocess
@@ -180,7 +181,7 @@ def measure_queue(backend: Backend, loop: str, variant: Variant, size: Size) -> 
         str(len(accepted)),
         f"{statistics.median(seconds) * 1e3:.0f}",
         f"{_percentile(seconds, 0.99) * 1e3:.0f}",
-        str(sum('"position":' in visitor["body"].replace(" ", "") for visitor in accepted)),
+        str(sum(json.loads(visitor["body"]).get("position") is not None for visitor in accepted)),
         str(len(refused)),
         f"{max(task.ends for task in gateway.tasks.values()) - came:.1f}",
         _counts(others),

@@ -77,7 +77,9 @@ async def test_two_share(open_limit: Callable[..., "asyncio.Future[SqliteInFligh
 
 async def test_several_waits_of_one(open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"]) -> None:
     """Waits of the same session end in their order."""
-    limit, order = await open_limit(3), []
+    other, limit, order = await open_limit(3), await open_limit(3), []
+    for _ in range(3):
+        await acquire(other)
 
     async def wait(number: int) -> None:
         await acquire(limit)
@@ -86,6 +88,9 @@ async def test_several_waits_of_one(open_limit: Callable[..., "asyncio.Future[Sq
     async with asyncio.TaskGroup() as group:
         for number in range(3):
             group.create_task(wait(number))
+        await anyio.sleep(A_WHILE)
+        for _ in range(3):
+            other.release()
 
     assert order == [0, 1, 2]
 

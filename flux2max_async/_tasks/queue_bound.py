@@ -36,7 +36,9 @@ class QueueBound:
             QueueFullError: As many as may wait are waiting.
         """
         slots = self._slots
-        if self._max_waiting is None or slots.counted + self.reserved < self._max_waiting or slots.has_free(group):
+        if self._max_waiting is None or slots.has_free(group):
+            return
+        if slots.counted + self.reserved < self._max_waiting + slots.soon_free:
             return
         raise QueueFullError(
             f"the queue is full: {slots.counted + self.reserved} requests wait for a slot",

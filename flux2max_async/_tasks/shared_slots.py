@@ -6,8 +6,8 @@ from flux2max_async._exceptions import InFlightLimitError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._tasks.slots import Place, SlotQueue, Waiter
 
-_SHORT_WAIT = 0.1
-"""Seconds. If the limit has not given a slot after this time, none is free."""
+_ANSWER_TIME = 0.1
+"""Seconds in which a limit that has free slots grants them. After that, it has none."""
 
 
 # The session has a slot only for a task: it asks the limit for one while somebody waits, one at a time, gives it to the
@@ -26,16 +26,17 @@ class SharedSlotQueue(SlotQueue):
         super().__init__(0, max_per_group=max_per_group)
         self._limit = limit
         self._acquiring: asyncio.Task[None] | None = None
-        self._asked_at = 0.0
-        """When the limit was asked for the slot that it has not given yet."""
+        self._asking_since: float | None = None
+        """Since when somebody waits all the time."""
 
-    def has_free(self, group: str | None = None) -> bool:
-        """Check whether the limit probably has a slot, and the group may have it: other processes hold some, too."""
-        is_slow = self._acquiring is not None and self._loop.time() > self._asked_at + _SHORT_WAIT
-        return not is_slow and self.held + self.waiting < self._limit.limit and not self.is_at_bound(group)
+    @property
+    def soon_free(self) -> int:
+        """How many of those who wait may get a slot in a moment: all that there may be, until some have waited."""
+        is_full = self._asking_since is not None and self._loop.time() - self._asking_since >= _ANSWER_TIME
+        return 0 if is_full else max(0, self._limit.limit - self.held)
 
-    def try_acquire(self, group: str | None = None) -> bool:  # noqa: ARG002 - the limit can only be asked
-        """Take no slot: the limit is asked for one in the background."""
+    def try_acquire(self, group: str | None = None) -> bool:  # noqa: ARG002 - the limit has to be asked
+        """Return False: a slot takes at least a moment."""
         return False
 
     def occupy(self, group: str | None = None) -> bool:
@@ -61,25 +62,24 @@ class SharedSlotQueue(SlotQueue):
         super().leave(place)
         if not self.is_wanted and self._acquiring is not None:
             self._acquiring.cancel()
-            self._acquiring = None
+            self._acquiring = self._asking_since = None
 
     def _ask(self) -> None:
         if self.is_wanted and self._acquiring is None:
-            self._asked_at = self._loop.time()
+            self._asking_since = self._loop.time()
             self._acquiring = self._loop.create_task(self._acquire())
 
     async def _acquire(self) -> None:
         try:
             while self.is_wanted:
                 await self._limit.acquire()
-                self._asked_at = self._loop.time()  # for the next slot
                 if not self.grant_next():
                     self._limit.release()
         except InFlightLimitError as error:
             self._refuse_all(error)
         finally:
             if self._acquiring is asyncio.current_task():
-                self._acquiring = None
+                self._acquiring = self._asking_since = None
 
     def _refuse_all(self, error: InFlightLimitError) -> None:
         while self._lines:

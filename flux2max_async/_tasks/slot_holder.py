@@ -78,8 +78,11 @@ class SlotHolder(SharedTask, ABC):
             self._spawn_run()
 
     def on_no_slot(self, error: FluxError) -> None:
-        """End without a slot."""
-        self.cancel_submit(error)
+        """End without a slot, or ask again after the lookup, which may reveal that none is needed."""
+        if self._is_running:
+            self._give_up_slot()
+        else:
+            self.cancel_submit(error)
 
     def cancel_submit(self, reason: FluxError) -> None:
         """Submit nothing more. A call on the wire is finished, and the task it creates is polled."""

@@ -123,6 +123,11 @@ class SlotQueue:
         """Whether somebody waits who may have a slot."""
         return bool(self._lines)
 
+    @property
+    def soon_free(self) -> int:
+        """How many of those who wait may get a slot in a moment: none, because free ones are taken at once."""
+        return 0
+
     def has_free(self, group: str | None = None) -> bool:
         """Check whether a slot is free, and the group may have it."""
         return self.free > 0 and not self.is_at_bound(group)

@@ -11,6 +11,7 @@ from support.virtual_time import VirtualJournal
 
 from flux2max_async import (
     ConfigurationError,
+    Failed,
     FixedSchedule,
     FluxError,
     FluxSession,
@@ -251,6 +252,33 @@ async def test_a_bound_of_the_queue(service: Emulator) -> None:
 
     assert refused == [False] * 4 + [True]
     assert sum(service.accepted.values()) == 8
+
+
+async def test_a_burst_fills_slots_and_the_queue(service: Emulator) -> None:
+    """Of requests that come at once, as many wait as there are free slots, and as many more as may wait."""
+    limit = Limit(3)
+    async with session_on(service, limit, max_waiting=2) as session:
+        burst = [session.enqueue(f"burst {number}") for number in range(5)]
+        with pytest.raises(QueueFullError):
+            session.enqueue("one more")
+        assert all([(await queued.outcome()).ok for queued in burst])
+
+    assert limit.held == 0
+
+
+async def test_a_limit_that_fails_while_a_request_is_looked_up(service: Emulator, tmp_path: Path) -> None:
+    """A request that joined the queue before its lookup is replayed, if it can be, whatever the limit says."""
+    limit = Limit(1)
+    async with session_on(service, limit, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        first = await session.generate("a cat")
+        limit.error = InFlightLimitError("the database is away")
+        replayed, new = session.enqueue("a cat"), session.enqueue("a dog")
+        outcomes = [await queued.outcome() for queued in (replayed, new)]
+
+    assert (outcomes[0].ok, outcomes[0].task_id, outcomes[0].replayed) == (True, first.task_id, True)
+    assert isinstance(outcomes[1], Failed)
+    assert isinstance(outcomes[1].error, InFlightLimitError)
+    assert limit.held == 0
 
 
 async def test_visitors_who_leave(service: Emulator) -> None:

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux2max_async import JournalEntry
@@ -11,6 +11,7 @@ from flux2max_async.journal._schema import OtherOwner
 from flux2max_async.journal._store import SqliteStore
 
 
+@settings(deadline=None)
 @given(
     stopped=st.floats(0.0, 0.99),
     at=st.floats(1.0, 3.0),

@@ -15,13 +15,15 @@ entry is `journal.find(task_id)`, and `session.attach(entry.task_id)` follows it
 
 import asyncio
 import json
+import math
 import os
 import secrets
+import signal
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -35,12 +37,15 @@ from flux2max_async import (
     BadRequestError,
     BudgetExceededError,
     ContentModeratedError,
-    FixedSchedule,
     FluxError,
     FluxSession,
     GenerationRequest,
-    GenerationTask,
     InvalidRequestError,
+    LearnedSchedule,
+    PollPlan,
+    QueuedGeneration,
+    QueueFullError,
+    SessionClosedError,
     WebhookInbox,
 )
 from flux2max_async.web import cancel_on_disconnect
@@ -52,6 +57,8 @@ ORIGIN = str(URL(PUBLIC_URL).origin())
 
 BUDGET = os.environ.get("BUDGET", "10.00")  # US dollars
 MAX_TASKS = 1_000
+MAX_WAITING = int(os.environ.get("MAX_WAITING", "200"))  # requests that wait for their turn; one more is refused
+GRACE = 10  # seconds in which a visitor whose connection was lost may come back
 MAX_BODY = 16 * 1024  # bytes
 MAX_SUBMITS = 10  # of one visitor, in a minute
 MAX_REQUESTS = 10  # of one visitor, at once, event streams included
@@ -59,17 +66,48 @@ MAX_REQUESTS_OF_ALL = 500  # at once
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{PUBLIC_URL}/hooks/flux")
 flux = web.AppKey("flux", FluxSession)
-tasks: dict[str, GenerationTask] = {}
+tasks: dict[str, QueuedGeneration] = {}
+followers = Counter[str]()  # visitors who wait for a picture, by its id
 serving = Counter[str]()  # requests, by visitor
 submits: dict[float, Counter[str]] = {}  # by minute (there is only one) and visitor
 routes = web.RouteTableDef()
 
 
+class ProgressPlan(PollPlan):
+    """Polls a task every half second."""
+
+    def __init__(self, learned: PollPlan) -> None:
+        self.learned = learned
+
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it is always the same
+        """Return the seconds until the next poll."""
+        return 0.5
+
+    def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
+        """Learn how long the task has taken."""
+        self.learned.finish(not_before, by, completed=completed)
+
+
+class ProgressSchedule(LearnedSchedule):
+    """Polls often, to show the progress, and learns how long pictures take, to know the expected wait."""
+
+    def begin(self, request: GenerationRequest | None) -> Any:
+        """Return the plan for a task."""
+        return ProgressPlan(super().begin(request))
+
+
 async def open_session(app: web.Application) -> AsyncIterator[None]:
-    """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
-    # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
-    schedule = FixedSchedule(0.5)
-    async with FluxSession(webhooks=inbox, schedule=schedule, budget=BUDGET, drain=20) as app[flux]:
+    """Open one session for all visitors."""
+    async with FluxSession(
+        # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
+        webhooks=inbox,
+        schedule=ProgressSchedule(),
+        budget=BUDGET,
+        max_waiting=MAX_WAITING,
+        # At once when the signal arrives, visitors who wait are told to come back, and running tasks have 20 seconds.
+        drain_signals=[signal.SIGTERM, signal.SIGINT],
+        drain=20,
+    ) as app[flux]:
         yield
 
 
@@ -141,6 +179,51 @@ async def read_submit(request: web.Request) -> dict[str, Any]:
     return body
 
 
+# ------------------------------------------------------------------ who waits for a picture
+
+
+@contextmanager
+def following(task_id: str) -> Iterator[None]:
+    """Count a visitor who waits for a picture."""
+    followers[task_id] += 1
+    try:
+        yield
+    finally:
+        followers[task_id] -= 1
+        if not followers[task_id]:
+            del followers[task_id]
+            withdraw_unless_followed(task_id)
+
+
+def withdraw_unless_followed(task_id: str) -> None:
+    """Withdraw a request for which nobody waits, after some seconds: browsers reconnect after a lost connection."""
+
+    def withdraw() -> None:
+        if not followers[task_id] and (task := tasks.get(task_id)):
+            task.withdraw()  # has no effect if it is submitted: then it is paid for, and goes on
+
+    asyncio.get_running_loop().call_later(GRACE, withdraw)
+
+
+async def follow(task_id: str, task: QueuedGeneration) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yield what a visitor is told: each second the place in the queue, then the progress, and at last the end."""
+    try:
+        while (position := task.position) is not None:
+            yield "waiting", {"position": position, "expected_wait": task.expected_wait}
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await task.submitted()
+        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+            submitted = await task.submitted()
+        async for snapshot in submitted.updates():
+            yield "progress", {"status": snapshot.status, "progress": snapshot.progress}
+        await task
+        yield "done", {"picture": f"tasks/{task_id}/picture"}
+    except (FluxError, TimeoutError) as error:
+        task.withdraw()  # the visitor is told to try again
+        yield "failed", {"reason": reason(error)}
+
+
 # ------------------------------------------------------------------ the application
 
 
@@ -166,29 +249,23 @@ async def get_page(_: web.Request) -> web.Response:
 
 @routes.post("/tasks")
 async def create_task(request: web.Request) -> web.Response:
-    """Submit a request and return an id for its task; if the visitor leaves before, nothing is submitted."""
+    """Take a request in, and return at once with its id and its place in the queue."""
     body = await read_submit(request)
     width, height = body.get("width"), body.get("height")
     picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
-    try:
-        async with (
-            asyncio.timeout(15),  # the session would repeat the submit until its task_timeout
-            cancel_on_disconnect(request) as visit,  # aiohttp would let it wait for its turn
-        ):
-            task = await request.app[flux].submit(picture)
-    except TimeoutError:
-        raise web.HTTPServiceUnavailable(text="The picture can't be generated now. Try again later.") from None
-    if visit.disconnected:
-        return web.Response(status=499)
+    # Visitors take turns, so that one with many requests doesn't hold up the others.
+    task = request.app[flux].enqueue(picture, group=get_visitor(request))
     # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
     task_id = secrets.token_urlsafe(16)
     tasks[task_id] = task
     if len(tasks) > MAX_TASKS:
-        del tasks[next(iter(tasks))]  # the oldest
-    return web.json_response({"id": task_id}, status=201)
+        tasks.pop(next(iter(tasks))).withdraw()  # the oldest
+    withdraw_unless_followed(task_id)
+    answer = {"id": task_id, "position": task.position, "expected_wait": task.expected_wait}
+    return web.json_response(answer, status=202)
 
 
-def find_task(task_id: str) -> GenerationTask:
+def find_task(task_id: str) -> QueuedGeneration:
     """Return a task of this server; don't attach other ids, or anybody could have any task polled."""
     if task_id not in tasks:
         raise web.HTTPNotFound(text="There is no such picture.")
@@ -205,29 +282,26 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     with suppress(ConnectionResetError):  # something was written after the visitor had left
         await response.prepare(request)
         async with cancel_on_disconnect(request):
-            async for snapshot in task.updates():
-                await response.write(event("progress", status=snapshot.status, progress=snapshot.progress))
-            outcome = await task.outcome()
-            if outcome.ok:
-                await response.write(event("done", picture=f"tasks/{task_id}/picture"))
-            else:
-                await response.write(event("failed", reason=reason(outcome.error)))
+            with following(task_id):
+                async for name, data in follow(task_id, task):
+                    # JSON contains no line breaks, which would end the event early.
+                    await response.write(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
     return response
 
 
-def event(name: str, **data: Any) -> bytes:
-    """Format a server-sent event; JSON contains no line breaks, which would end the event early."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-
-
 @routes.get("/tasks/{task_id}/picture")
-async def get_picture(request: web.Request) -> web.FileResponse:
+async def get_picture(request: web.Request) -> web.StreamResponse:
     """Return the picture from this server: the service's URL expires after minutes."""
     task_id = request.match_info["task_id"]
     task = find_task(task_id)
     path = PICTURES / task_id
     if not path.exists():  # concurrent requests may both save it, which is harmless
-        await request.app[flux].save((await task).images[0], path)
+        # aiohttp would let the request of a visitor who has left wait for its turn.
+        async with cancel_on_disconnect(request) as visit:
+            with following(task_id):
+                await request.app[flux].save((await task).images[0], path)
+        if visit.disconnected:
+            return web.Response(status=499)
     return web.FileResponse(path, headers={**HEADERS, "Content-Type": media_type(path)})
 
 
@@ -241,10 +315,11 @@ def media_type(path: Path) -> str:
 
 @routes.get("/ready")
 async def get_status(request: web.Request) -> web.Response:
-    """Return statistics; responds only while the session is open."""
-    stats = request.app[flux].stats
-    names = ("in_flight", "completed", "failed", "webhooks", "polls")
-    return web.json_response({name: getattr(stats, name) for name in names})
+    """Respond with 200 if requests can be served, and with statistics: for load balancers."""
+    health, stats = request.app[flux].health(), request.app[flux].stats
+    status = health.to_dict() | {name: getattr(stats, name) for name in ("completed", "failed", "webhooks", "polls")}
+    del status["last_error"]  # it may quote the service: that is for the log only
+    return web.json_response(status, status=200 if health.ok else 503)
 
 
 @web.middleware
@@ -258,10 +333,12 @@ async def handle_errors(request: web.Request, handler: Handler) -> web.StreamRes
         raise
     except FluxError as error:
         status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError | BadRequestError) else 503
-        return web.json_response({"detail": reason(error)}, status=status)
+        retry_after = math.ceil(getattr(error, "retry_after", None) or 10)
+        headers = {"Retry-After": str(retry_after)} if status == 503 else None
+        return web.json_response({"detail": reason(error)}, status=status, headers=headers)
 
 
-def reason(error: FluxError) -> str:
+def reason(error: Exception) -> str:
     """Return the reason of a failure, as shown to visitors: other messages are for the log only."""
     match error:
         case InvalidRequestError():
@@ -272,6 +349,10 @@ def reason(error: FluxError) -> str:
             return "The service refused this prompt. Try another one."
         case BudgetExceededError():
             return "The budget for pictures is used up."
+        case QueueFullError():
+            return "Too many pictures are waiting. Try again later."
+        case SessionClosedError():
+            return "The service is shutting down. Try again in a minute."
         case _:
             return "The picture can't be generated now. Try again later."
 

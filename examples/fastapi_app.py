@@ -15,13 +15,15 @@ entry is `journal.find(task_id)`, and `session.attach(entry.task_id)` follows it
 
 import asyncio
 import json
+import math
 import os
 import secrets
+import signal
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from hashlib import sha256
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -37,12 +39,15 @@ from flux2max_async import (
     BadRequestError,
     BudgetExceededError,
     ContentModeratedError,
-    FixedSchedule,
     FluxError,
     FluxSession,
     GenerationRequest,
-    GenerationTask,
     InvalidRequestError,
+    LearnedSchedule,
+    PollPlan,
+    QueuedGeneration,
+    QueueFullError,
+    SessionClosedError,
     WebhookInbox,
 )
 from flux2max_async.web import cancel_on_disconnect
@@ -54,23 +59,56 @@ ORIGIN = str(URL(PUBLIC_URL).origin())
 
 BUDGET = os.environ.get("BUDGET", "10.00")  # US dollars
 MAX_TASKS = 1_000
+MAX_WAITING = int(os.environ.get("MAX_WAITING", "200"))  # requests that wait for their turn; one more is refused
+GRACE = 10  # seconds in which a visitor whose connection was lost may come back
 MAX_BODY = 16 * 1024  # bytes
 MAX_SUBMITS = 10  # of one visitor, in a minute
 MAX_REQUESTS = 10  # of one visitor, at once, event streams included
 MAX_REQUESTS_OF_ALL = 500  # at once
 
 inbox = WebhookInbox(secret=os.environ["WEBHOOK_SECRET"], public_url=f"{PUBLIC_URL}/hooks/flux")
-tasks: dict[str, GenerationTask] = {}
+tasks: dict[str, QueuedGeneration] = {}
+followers = Counter[str]()  # visitors who wait for a picture, by its id
 serving = Counter[str]()  # requests, by visitor
 submits: dict[float, Counter[str]] = {}  # by minute (there is only one) and visitor
 
 
+class ProgressPlan(PollPlan):
+    """Polls a task every half second."""
+
+    def __init__(self, learned: PollPlan) -> None:
+        self.learned = learned
+
+    def next_delay(self, elapsed: float, progress: float | None) -> float:  # noqa: ARG002 - it is always the same
+        """Return the seconds until the next poll."""
+        return 0.5
+
+    def finish(self, not_before: float, by: float, *, completed: bool = True) -> None:
+        """Learn how long the task has taken."""
+        self.learned.finish(not_before, by, completed=completed)
+
+
+class ProgressSchedule(LearnedSchedule):
+    """Polls often, to show the progress, and learns how long pictures take, to know the expected wait."""
+
+    def begin(self, request: GenerationRequest | None) -> Any:
+        """Return the plan for a task."""
+        return ProgressPlan(super().begin(request))
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open one session for all visitors; at shutdown, running tasks have 20 seconds to end."""
-    # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
-    schedule = FixedSchedule(0.5)
-    async with FluxSession(webhooks=inbox, schedule=schedule, budget=BUDGET, drain=20) as app.state.flux:
+    """Open one session for all visitors."""
+    async with FluxSession(
+        # Webhooks report the ends. Polls report the progress: often while a visitor follows a task, otherwise rarely.
+        webhooks=inbox,
+        schedule=ProgressSchedule(),
+        budget=BUDGET,
+        max_waiting=MAX_WAITING,
+        # At once when the signal arrives, visitors who wait are told to come back, and running tasks have 20 seconds.
+        drain_signals=[signal.SIGTERM, signal.SIGINT],
+        drain=20,
+    ) as app.state.flux:
         yield
 
 
@@ -136,6 +174,51 @@ async def read_submit(request: Request) -> dict[str, Any]:
     return body
 
 
+# ------------------------------------------------------------------ who waits for a picture
+
+
+@contextmanager
+def following(task_id: str) -> Iterator[None]:
+    """Count a visitor who waits for a picture."""
+    followers[task_id] += 1
+    try:
+        yield
+    finally:
+        followers[task_id] -= 1
+        if not followers[task_id]:
+            del followers[task_id]
+            withdraw_unless_followed(task_id)
+
+
+def withdraw_unless_followed(task_id: str) -> None:
+    """Withdraw a request for which nobody waits, after some seconds: browsers reconnect after a lost connection."""
+
+    def withdraw() -> None:
+        if not followers[task_id] and (task := tasks.get(task_id)):
+            task.withdraw()  # has no effect if it is submitted: then it is paid for, and goes on
+
+    asyncio.get_running_loop().call_later(GRACE, withdraw)
+
+
+async def follow(task_id: str, task: QueuedGeneration) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yield what a visitor is told: each second the place in the queue, then the progress, and at last the end."""
+    try:
+        while (position := task.position) is not None:
+            yield "waiting", {"position": position, "expected_wait": task.expected_wait}
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await task.submitted()
+        async with asyncio.timeout(15):  # the session would repeat the submit until its task_timeout
+            submitted = await task.submitted()
+        async for snapshot in submitted.updates():
+            yield "progress", {"status": snapshot.status, "progress": snapshot.progress}
+        await task
+        yield "done", {"picture": f"tasks/{task_id}/picture"}
+    except (FluxError, TimeoutError) as error:
+        task.withdraw()  # the visitor is told to try again
+        yield "failed", {"reason": reason(error)}
+
+
 # ------------------------------------------------------------------ the application
 
 # The documentation at /docs would need another policy than the page's: it loads scripts from other servers.
@@ -173,59 +256,53 @@ async def get_page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-@app.post("/tasks", status_code=201, max_body_size=MAX_BODY)
+@app.post("/tasks", status_code=202, max_body_size=MAX_BODY)
 async def create_task(
     request: Request, body: Annotated[dict[str, Any], Depends(read_submit)], flux: Session
-) -> dict[str, str]:
-    """Submit a request and return an id for its task; if the visitor leaves before, nothing is submitted."""
+) -> dict[str, Any]:
+    """Take a request in, and return at once with its id and its place in the queue."""
     width, height = body.get("width"), body.get("height")
     picture = GenerationRequest(body.get("prompt", ""), width=width, height=height, output_format="jpeg")
-    try:
-        async with (
-            asyncio.timeout(15),  # the session would repeat the submit until its task_timeout
-            cancel_on_disconnect(request) as visit,  # FastAPI would let it wait for its turn
-        ):
-            task = await flux.submit(picture)
-    except TimeoutError:
-        raise HTTPException(503, "The picture can't be generated now. Try again later.") from None
-    if visit.disconnected:
-        raise HTTPException(499, "The visitor has left.")
+    # Visitors take turns, so that one with many requests doesn't hold up the others.
+    task = flux.enqueue(picture, group=get_visitor(request))
     # Not the service's id: this one nobody can guess, and it may stand in URLs and file names.
     task_id = secrets.token_urlsafe(16)
     tasks[task_id] = task
     if len(tasks) > MAX_TASKS:
-        del tasks[next(iter(tasks))]  # the oldest
-    return {"id": task_id}
+        tasks.pop(next(iter(tasks))).withdraw()  # the oldest
+    withdraw_unless_followed(task_id)
+    return {"id": task_id, "position": task.position, "expected_wait": task.expected_wait}
 
 
-def find_task(task_id: str) -> GenerationTask:
+def find_task(task_id: str) -> QueuedGeneration:
     """Return a task of this server; don't attach other ids, or anybody could have any task polled."""
     if task_id not in tasks:
         raise HTTPException(404, "There is no such picture.")
     return tasks[task_id]
 
 
-Task = Annotated[GenerationTask, Depends(find_task)]
+Task = Annotated[QueuedGeneration, Depends(find_task)]
 
 
 @app.get("/tasks/{task_id}/events", response_class=EventSourceResponse)
 async def stream_events(task_id: str, task: Task) -> AsyncIterator[ServerSentEvent]:
     """Stream the progress and end of a task; a visitor who reconnects begins with the newest progress."""
-    async for snapshot in task.updates():
-        yield ServerSentEvent(event="progress", data={"status": snapshot.status, "progress": snapshot.progress})
-    outcome = await task.outcome()
-    if outcome.ok:
-        yield ServerSentEvent(event="done", data={"picture": f"tasks/{task_id}/picture"})
-    else:
-        yield ServerSentEvent(event="failed", data={"reason": reason(outcome.error)})
+    with following(task_id):
+        async for name, data in follow(task_id, task):
+            yield ServerSentEvent(event=name, data=data)
 
 
 @app.get("/tasks/{task_id}/picture")
-async def get_picture(task_id: str, task: Task, flux: Session) -> FileResponse:
+async def get_picture(request: Request, task_id: str, task: Task, flux: Session) -> FileResponse:
     """Return the picture from this server: the service's URL expires after minutes."""
     path = PICTURES / task_id
     if not path.exists():  # concurrent requests may both save it, which is harmless
-        await flux.save((await task).images[0], path)
+        # FastAPI would let the request of a visitor who has left wait for its turn.
+        async with cancel_on_disconnect(request) as visit:
+            with following(task_id):
+                await flux.save((await task).images[0], path)
+        if visit.disconnected:
+            raise HTTPException(499, "The visitor has left.")
     return FileResponse(path, headers=HEADERS, media_type=media_type(path))
 
 
@@ -238,20 +315,24 @@ def media_type(path: Path) -> str:
 
 
 @app.get("/ready")
-async def get_status(flux: Session) -> dict[str, int]:
-    """Return statistics; responds only while the session is open."""
-    stats = flux.stats
-    return {name: getattr(stats, name) for name in ("in_flight", "completed", "failed", "webhooks", "polls")}
+async def get_status(flux: Session) -> JSONResponse:
+    """Respond with 200 if requests can be served, and with statistics: for load balancers."""
+    health, stats = flux.health(), flux.stats
+    status = health.to_dict() | {name: getattr(stats, name) for name in ("completed", "failed", "webhooks", "polls")}
+    del status["last_error"]  # it may quote the service: that is for the log only
+    return JSONResponse(status, 200 if health.ok else 503)
 
 
 @app.exception_handler(FluxError)
 async def handle_flux_error(_: Request, error: FluxError) -> JSONResponse:
     """Respond with 422 if the request is at fault, otherwise with 503."""
     status = 422 if isinstance(error, InvalidRequestError | ContentModeratedError | BadRequestError) else 503
-    return JSONResponse({"detail": reason(error)}, status)
+    retry_after = math.ceil(getattr(error, "retry_after", None) or 10)
+    headers = {"Retry-After": str(retry_after)} if status == 503 else None
+    return JSONResponse({"detail": reason(error)}, status, headers)
 
 
-def reason(error: FluxError) -> str:
+def reason(error: Exception) -> str:
     """Return the reason of a failure, as shown to visitors: other messages are for the log only."""
     match error:
         case InvalidRequestError():
@@ -262,5 +343,9 @@ def reason(error: FluxError) -> str:
             return "The service refused this prompt. Try another one."
         case BudgetExceededError():
             return "The budget for pictures is used up."
+        case QueueFullError():
+            return "Too many pictures are waiting. Try again later."
+        case SessionClosedError():
+            return "The service is shutting down. Try again in a minute."
         case _:
             return "The picture can't be generated now. Try again later."

@@ -4,12 +4,13 @@ Run these tests with `nox -s browser`. Set FLUX2MAX_SCREENSHOTS to a folder to k
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from support.apps import NAMES, App, running_app
+from support.apps import NAMES, App, new_address, running_app
 from support.browser import running_browser, take_screenshots
 
 from flux2max_async.emulator import Emulator
@@ -88,12 +89,26 @@ def test_prompt_to_picture(page: Page, app: App, shots: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_place_in_the_queue(page: Page, app: App, shots: Path) -> None:
+    """A visitor who has to wait sees the place in the queue and how long it takes, and then the picture."""
+    app.get(f"tasks/{app.submit('how long it takes', width=64, height=64)}/picture")
+    for number in range(40):
+        app.submit_as(new_address(), {"prompt": f"before {number}", "width": 64, "height": 64})
+    page.get_by_label("Prompt").fill("a heron")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.get_by_role("status")).to_have_text(re.compile(r"Number \d+ in the queue, about \d+ s …"))
+    take_screenshots(page, shots, "4-waiting")
+    page.get_by_role("img", name="a heron").wait_for(state="visible")
+
+    assert app.gateway.accepted["a heron"] == 1
+
+
 def test_moderated_prompt(page: Page, shots: Path) -> None:
     """A visitor whose prompt is refused sees the reason, and can submit another one."""
     page.get_by_label("Prompt").fill("something indecent [moderate]")
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_role("status")).to_have_text("Moderation refused this prompt. Try another one.")
-    take_screenshots(page, shots, "4-refused")
+    take_screenshots(page, shots, "5-refused")
     picture_hidden = page.get_by_role("figure").is_hidden()
     page.get_by_label("Prompt").fill("something decent")
     page.get_by_role("button", name="Draw").click()

@@ -164,7 +164,7 @@ def test_too_many_submits(app: App) -> None:
         "Too many pictures. Try again in a minute.",
         "Too many requests at once. Try again later.",
     }
-    assert served.status == 201
+    assert served.status == 202
 
 
 def test_submits_of_other_sites_do_not_count(app: App) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from anyio.from_thread import start_blocking_portal
@@ -50,48 +51,80 @@ def test_refusal_by_the_service(gateway: Emulator, app: App, fault: str, status:
     """A refusal by the service is a clear error that shows neither the service's message nor a secret."""
     gateway.script("submit", fault)
     response = app.submit_as(new_address(), {"prompt": f"{app.url} {fault}"})
+    task_id = json.loads(response.body)["id"]
+    picture = app.request("GET", f"/tasks/{task_id}/picture")
+    *_, last_event = app.events(task_id)
 
-    assert (response.status, response.detail) == (status, detail)
+    assert response.status == 202
+    assert (picture.status, picture.detail) == (status, detail)
+    assert last_event == ("failed", {"reason": detail})
     app.check_log()
 
 
 def test_budget(tmp_path: Path) -> None:
-    """When the budget is used up, further submits are refused with 503, and nothing is sent."""
+    """When the budget is used up, visitors are told so, and nothing is sent."""
 
-    def spend(name: str) -> tuple[list[Answer], int]:
+    def spend(name: str) -> tuple[list[tuple[str, Any]], int]:
         folder = tmp_path / name
         folder.mkdir()
         with (
             Emulator(seconds=0.1, spread=0.0, seed=1, pictures=False) as gateway,
             running_app(name, gateway, folder, BUDGET="0.15") as app,
         ):
-            answers = [app.submit_as(new_address(), {"prompt": f"a cat {number}"}) for number in range(4)]
-            return answers, gateway.accepted.total()
+            ids = [app.submit(f"a cat {number}") for number in range(4)]
+            ends = [list(app.events(task_id))[-1] for task_id in ids]
+            assert app.request("GET", f"/tasks/{ids[-1]}/picture").status == 503
+            return ends, gateway.accepted.total()
 
     with ThreadPoolExecutor(2) as pool:
-        for answers, accepted in pool.map(spend, NAMES):
-            assert [response.status for response in answers] == [201, 201, 503, 503]
-            assert {response.detail for response in answers[2:]} == {"The budget for pictures is used up."}
+        for ends, accepted in pool.map(spend, NAMES):
+            assert [event for event, _ in ends] == ["done", "done", "failed", "failed"]
+            assert [data for _, data in ends[2:]] == [{"reason": "The budget for pictures is used up."}] * 2
             assert accepted == 2
+
+
+def test_wrong_key(gateway: Emulator, tmp_path: Path) -> None:
+    """With a wrong key the server is not ready; one line in the log says what to check, and visitors don't see it."""
+
+    def serve(name: str) -> tuple[list[Answer], Answer, App]:
+        folder = tmp_path / name
+        folder.mkdir()
+        with running_app(name, gateway, folder, FLUX2MAX_API_KEY="wrong-key") as app:
+            ids = [app.submit(f"a cat {number}") for number in range(3)]
+            pictures = [app.request("GET", f"/tasks/{task_id}/picture") for task_id in ids]
+            return pictures, app.request("GET", "/ready"), app
+
+    with ThreadPoolExecutor(2) as pool:
+        for pictures, ready, app in pool.map(serve, NAMES):
+            status = json.loads(ready.body)
+            log = app.log.read_text(encoding="utf-8")
+            assert {picture.status for picture in pictures} == {503}
+            assert (ready.status, status["ok"], status["state"]) == (503, False, "open")
+            assert "last_error" not in status
+            assert (log.count("check the API key"), log.count("wrong-key")) == (1, 0)
+            app.check_log()
 
 
 def test_waits_end(tmp_path: Path) -> None:
     """If the service is down, or a body does not arrive, the visitor is told so after some seconds; other visitors are served."""
 
-    def wait(name: str) -> tuple[Answer, bytes, Answer, App]:
+    def wait(name: str) -> tuple[Answer, bytes, Answer, Answer, App]:
         folder = tmp_path / name
         folder.mkdir()
         with Emulator() as gateway:
             pass  # now nothing listens at its address
         with running_app(name, gateway, folder) as app, ThreadPoolExecutor(2) as pool:
-            down = pool.submit(app.submit_as, new_address(), {"prompt": "a cat"})
+            down = pool.submit(app.request, "GET", f"/tasks/{app.submit('a cat')}/events")
             slow = pool.submit(send_slowly, app)
             other = app.request("GET", "/")
-            return down.result(), slow.result(), other, app
+            return down.result(), slow.result(), other, app.request("GET", "/ready"), app
 
     with ThreadPoolExecutor(2) as pool:
-        for down, slow, other, app in pool.map(wait, NAMES):
-            assert (down.status, "Try again later." in down.detail) == (503, True)
+        for down, slow, other, ready, app in pool.map(wait, NAMES):
+            assert [line for line in down.body.splitlines() if line.startswith(b"event")] == [b"event: failed"]
+            assert b"Try again later." in down.body
+            assert ready.status == 503
+            assert app.log.read_text(encoding="utf-8").count("no answer from http") == 1
             assert slow.startswith(b"HTTP/1.1 408 ")
             assert other.status == 200
             app.check_log()

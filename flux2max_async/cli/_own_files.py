@@ -5,6 +5,7 @@ written the other files itself. What has no content is nobody's.
 """
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,26 +36,28 @@ def reject_foreign_files(folder: Path, *, way_out: str = _CHOOSE_ANOTHER_FOLDER)
         way_out: What the user can do instead.
 
     Raises:
-        ConfigurationError: Some are not, or the folder can't be read.
+        ConfigurationError: Some are not.
+        OSError: They can't be read.
     """
-    try:
-        foreign = [name for name, is_own in _CHECKS.items() if not is_own(folder / name)]
-    except OSError as error:
-        raise ConfigurationError(f"can't read the folder {str(folder)!r}: {error.strerror}") from error
-    if foreign:
+    if foreign := [name for name, is_own in _CHECKS.items() if not is_own(folder / name)]:
         names = " and ".join(filter(None, (", ".join(foreign[:-1]), foreign[-1])))
         raise ConfigurationError(
             f"{str(folder)!r} has {names} that flux2max has not written, and does not replace: {way_out}"
         )
 
 
+def _file_mode(path: Path) -> int:
+    """Return the mode of a file, or 0 if there is none."""
+    try:
+        return path.lstat().st_mode
+    except OSError:  # if the folder can't be read, that is reported when it is
+        return 0
+
+
 def _is_own_page(path: Path) -> bool:
-    if path.is_symlink():
-        return False
-    if not path.exists() or path.is_dir():  # a folder isn't replaced: that fails, and is reported
-        return True
-    if not path.is_file():
-        return False
+    mode = _file_mode(path)
+    if not stat.S_ISREG(mode):
+        return not mode or stat.S_ISDIR(mode)  # a folder isn't replaced: that fails, and is reported
     with path.open("rb") as file:
         head = file.read(_PAGE_HEAD_LENGTH)
     return not head or any(mark in head for mark in _PAGE_MARKS)
@@ -62,9 +65,7 @@ def _is_own_page(path: Path) -> bool:
 
 def _is_own_results_file(path: Path) -> bool:
     # What is no regular file is refused when it is read.
-    if path.is_symlink() or not path.is_file():
-        return True
-    if path.stat().st_size == 0:
+    if not stat.S_ISREG(_file_mode(path)) or path.stat().st_size == 0:
         return True
     damaged = False
     with path.open("rb") as file:
@@ -86,11 +87,9 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_own_thumbnail_folder(path: Path) -> bool:
-    # Nothing is written through a link, nor into what is no folder.
-    if path.is_symlink() or not path.exists():
-        return True
-    if not path.is_dir():
-        return False
+    mode = _file_mode(path)
+    if not stat.S_ISDIR(mode):
+        return not mode or stat.S_ISLNK(mode)  # nothing is written through a link
     others = False
     for file in path.iterdir():
         if file.suffix == ".jpeg" and file.is_file() and read_source(file) is not None:

@@ -34,10 +34,13 @@ def states(folder: str = FOLDER) -> dict[str, str]:
     return {row["prompt"]: row["state"] for row in map(json.loads, lines)}
 
 
-def test_from_the_first_run_to_the_last(on_terminal: Command, flux2max: Command, prompts: str) -> None:
+def test_from_the_first_run_to_the_last(
+    on_terminal: Command, flux2max: Command, monkeypatch: pytest.MonkeyPatch, prompts: str
+) -> None:
     """It needs no key and asks nothing; later runs go on with its tasks, although their emulator has ended."""
-    started = on_terminal("batch", prompts, *SMALL, "--task-timeout", "0.2")
-    first = flux2max("batch", prompts, *SMALL, "--emulator", "--task-timeout", "0.2", "--max-in-flight", "9")
+    monkeypatch.setattr(_emulated, "_SECONDS", 60.0)  # the tasks of the first run are still running at its end
+    started = on_terminal("batch", prompts, *SMALL, "--task-timeout", "2")
+    first = flux2max("batch", prompts, *SMALL, "--emulator", "--task-timeout", "2", "--max-in-flight", "9")
     running = states()
     second = flux2max("batch", prompts, *SMALL, "--emulator")
     ended = states()
@@ -54,7 +57,7 @@ def test_from_the_first_run_to_the_last(on_terminal: Command, flux2max: Command,
         "2 pictures: 2 to be submitted, for about $0.14 (by the emulator: nothing is paid)"
     )
     assert first.err.splitlines()[-1] == (
-        "to go on: flux2max batch prompts.txt --width 64 --height 64 --emulator --task-timeout 0.2 --max-in-flight 9"
+        "to go on: flux2max batch prompts.txt --width 64 --height 64 --emulator --task-timeout 2 --max-in-flight 9"
     )
     assert (second.code, ended) == (1, {"a cat": "completed", "a dog [fail]": "failed"})
     assert ", nothing spent\n" in second.out

@@ -39,13 +39,16 @@ def test_counts(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
 def test_summary_of_a_demo_on_a_narrow_terminal(
     flux2max: Command, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    """At 40 columns, the summary has a line for each number."""
+    """At 40 columns, the summary has a line for each number; a file of prompts that is there is left as it is."""
     monkeypatch.setenv("COLUMNS", columns)
+    Path("flux2max-demo").mkdir()
+    Path("flux2max-demo/prompts.txt").write_text("a cat\n", encoding="utf-8")
     run = flux2max("demo", "--count", "1", "--seconds", "0.05")
 
     assert run.code == 0
     assert ("spent             $0.07\n" in run.out) is (columns == "40")
     assert ("┃ spent ┃" in run.out) is (columns == "80")
+    assert Path("flux2max-demo/prompts.txt").read_text(encoding="utf-8") == "a cat\n"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python=NEWEST)
 def bench(session: nox.Session) -> None:
-    """The cost of polling and of the client, compared with the optimum and with other clients; most of an hour."""
+    """The cost of polling and of the client, compared with the optimum and with other clients; more than an hour."""
     install(session, "bench", extras="")
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
@@ -148,14 +148,16 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/webhooks.py", "--write")
     session.run("python", "benchmarks/far.py", "--write")
     session.run("python", "benchmarks/limits.py", "--write")
+    session.run("python", "benchmarks/backends.py", "--write")
 
 
 @nox.session(python=NEWEST)
 def bench_short(session: nox.Session) -> None:
-    """That the benchmarks run, in half a minute, with one small client to compare."""
+    """That the benchmarks run, in a minute, with one small client to compare."""
     install(session, extras="")
     session.install("numpy>=2", "scipy>=1.15", "seaart-sdk==0.1.4")
     session.run("python", "benchmarks/polling.py", "--short")
     session.run("python", "benchmarks/client.py", "--short")
     session.run("python", "benchmarks/journal.py", "--short")
     session.run("python", "benchmarks/webhooks.py", "--short")
+    session.run("python", "benchmarks/backends.py", "--short", "--only", "load,stop")

@@ -84,8 +84,8 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     requests_file = _read_requests(options)
     output_dir = OutputDir(options.out or _default_folder(options), emulated=options.emulated)
     reject_foreign_files(output_dir.path)
+    entries = asyncio.run(output_dir.open_journal())  # reports a folder that can't be read
     output_dir.reject_mixture()
-    entries = asyncio.run(output_dir.open_journal())
     requests_file = reject_key_conflicts(requests_file, entries)
     if not _check_lines(options, requests_file):
         return 2

@@ -103,8 +103,12 @@ def test_interrupted_program(loop_factory: Any) -> None:
                 seen.append(is_draining(session))
                 raise
 
-    with pytest.raises(KeyboardInterrupt):
-        run(main(), loop_factory)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(main(), loop_factory)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     assert seen == [True]
 

@@ -59,17 +59,6 @@ class BackgroundTasks:
                 "open a session of its own in each event loop"
             )
 
-    def check_open(self) -> None:
-        """Check that the session is open, here.
-
-        Raises:
-            SessionClosedError: It is closed.
-            ConfigurationError: It was opened in another process or event loop.
-        """
-        self.check_caller()
-        if self.shutdown.closed:
-            raise closed_error()
-
     def spawn(
         self, work: Coroutine[Any, Any, T], *, until_drain: bool = False, context: Context | None = None
     ) -> "asyncio.Task[T]":

@@ -320,7 +320,11 @@ async def test_early_delivery_to_another_process(scripted: ScriptedGateway, tmp_
         wait = asyncio.ensure_future(owner.generate("a cat"))
         await asyncio.sleep(0.1)
         await deliver(other_inbox, completed("t1"))
+        assert other_inbox.dispatcher.registry.early("t1")
         done = await wait
+        with anyio.fail_after(30):
+            while other_inbox.dispatcher.registry.early("t1"):  # noqa: ASYNC110 - what is waited for has no event
+                await anyio.sleep(0.01)
 
     assert done.elapsed < 3.0
     assert done.polls == 0

@@ -61,7 +61,8 @@ class WakePipe:
         """Close the pipe, and delete its name. Closing it twice does no harm."""
         _pipes.discard(self)
         if self._descriptors:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others delete it once they find that nobody reads it
+                self.path.unlink()
             self.close_descriptors()
 
     def close_descriptors(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -343,6 +344,22 @@ async def test_files_that_are_deleted_while_they_are_open(
     await wait
 
     assert not await is_free(first)
+
+
+async def test_a_folder_that_is_replaced_by_a_file(tmp_path: Path) -> None:
+    """The limit can be closed, although its pipe can't be deleted, and those who wait are told."""
+    limit = SqliteInFlightLimit(tmp_path / "folder" / "limit.db", 1)
+    await limit.open()
+    await acquire(limit)
+    wait = asyncio.ensure_future(limit.acquire())
+    await asyncio.sleep(0)
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").write_text("a file")
+    with anyio.fail_after(PATIENCE):
+        await limit.close()
+
+        with pytest.raises(InFlightLimitError, match="was closed"):
+            await wait
 
 
 async def test_a_file_that_is_away_for_a_while(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -138,11 +138,13 @@ class LimitWorker:
                 if failure is None:
                     self._run_until_stopped()
         finally:
-            self._close()
-            with contextlib.suppress(RuntimeError):
-                for future in self._waiting:
-                    self._call(_resolve, future, InFlightLimitError(f"the limit {self._path} was closed"))
-                self._call(_resolve, self.stopped, None)
+            try:
+                self._close()
+            finally:
+                with contextlib.suppress(RuntimeError):
+                    for future in self._waiting:
+                        self._call(_resolve, future, InFlightLimitError(f"the limit {self._path} was closed"))
+                    self._call(_resolve, self.stopped, None)
 
     def _run_until_stopped(self) -> None:
         while not self._stopping:

@@ -67,7 +67,8 @@ class SharedSlotQueue(SlotQueue):
     def _ask(self) -> None:
         if self.is_wanted and self._acquiring is None:
             self._asking_since = self._loop.time()
-            self._acquiring = self._loop.create_task(self._acquire())
+            # Never an eager task: it could give a slot to a request that has no place yet.
+            self._acquiring = asyncio.Task(self._acquire(), loop=self._loop)
 
     async def _acquire(self) -> None:
         try:

@@ -1,6 +1,7 @@
 """SharedSlotQueue: a session asks its shared limit for slots while somebody waits, and gives each back."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -399,3 +400,15 @@ async def test_attached_tasks_do_not_count(scripted: ScriptedGateway) -> None:
         assert (await session.attach("t1").outcome()).ok
 
     assert limit.calls == ["open", "close"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks require Python 3.12")
+async def test_eager_tasks() -> None:
+    """With eager asyncio tasks, a limit that grants a slot at once is asked for the next one, too."""
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    limit = Limit(1)
+    queue = SharedSlotQueue(limit)
+    for _ in range(3):
+        await Request(queue).got
+        queue.release()
+    assert (limit.held, queue.held, queue.waiting) == (0, 0, 0)

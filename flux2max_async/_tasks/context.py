@@ -61,6 +61,7 @@ class RunnerContext:
     spawn: Spawn
     check_caller: Callable[[], None]
     """Raises if the calling process or event loop is not the session's."""
+    begin_drain: Callable[[], None]
     bursts: BurstLimiter = attrs.field(factory=BurstLimiter, init=False)
     _links: LinkRenewer = attrs.field(factory=LinkRenewer, init=False)
 

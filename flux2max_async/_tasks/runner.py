@@ -87,8 +87,10 @@ class TaskRunner(SlotHolder):
                 usage = self.feed.snapshot and self.feed.snapshot.usage
                 self._unrecorded = outcome = await self.record.finish(outcome, usage.cost if usage else None)
         except BaseException:
-            if not self.ended.done() and self._unrecorded is None:  # ended by the event loop, not the session
-                log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
+            if not self.ended.done():  # ended by the event loop, not the session
+                self._context.begin_drain()  # the loop won't follow what gets this slot, but could still submit it
+                if self._unrecorded is None:
+                    log.warning("unfinished task: %s", self.task_id or "(a submit without an answer)")
             self.close_now()
             raise
         self._end(outcome)

@@ -73,6 +73,7 @@ class Supervisor(BackgroundTasks):
             single_flight=self.single_flight,
             spawn=self.spawn,
             check_caller=self.check_caller,
+            begin_drain=self.begin_drain,
         )
         self.intake = Intake(self._context, records, self._runners, self)
         self.on_external_change = ExternalChanges(polling, records, self.single_flight, self.intake.start_runner)

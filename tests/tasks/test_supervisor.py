@@ -189,6 +189,24 @@ def test_loop_ends_without_closing(caplog: pytest.LogCaptureFixture) -> None:
     assert all(task_id in caplog.text for task_id in ids)
 
 
+@pytest.mark.parametrize("journal", [False, True])
+async def test_loop_ends_while_requests_wait(gateway: Emulator, tmp_path: Path, journal: bool) -> None:
+    """If the event loop ends before the session is closed, the slots of its tasks go to nobody: nothing is submitted."""
+    options: dict[str, Any] = {"journal": VirtualJournal(tmp_path / "run.db")} if journal else {}
+    async with FluxSession(gateway.api_key, base_url=gateway.url, max_in_flight=2, **options) as session:
+        assert session._supervisor is not None
+        for number in range(2):
+            await session.submit(f"{number}")
+        queued = [session.enqueue(f"{number}", group=f"{number % 3}") for number in range(2, 9)]
+        await anyio.sleep(1)
+        for task in list(session._supervisor._tasks):  # what asyncio.run() does
+            task.cancel()
+        outcomes = [await task.outcome() for task in queued]
+
+    assert {str(outcome.error) for outcome in outcomes if not outcome.ok} == {"the service is shutting down"}
+    assert list(gateway.accepted) == ["0", "1"]
+
+
 async def test_drain_ends_with_a_final_poll(gateway: Emulator, inbox_server: InboxServer) -> None:
     """A task whose next poll would come after the drain is polled before the session closes."""
     async with session_on(gateway, inbox_server.inbox) as session:

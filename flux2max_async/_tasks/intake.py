@@ -115,6 +115,7 @@ class Intake:
                 self._context.bound.check_room(options.group)
         runner = self._get_or_create(request, record, options)
         runner.join(options.policy, options.priority)
+        runner.is_admitted |= not options.is_counted
         runner.start()
         return runner
 
@@ -134,9 +135,10 @@ class Intake:
             record: NullRecord | None = NullRecord(policy=options.policy)
         else:
             record = self._records.create_now(request, options.policy)
-        if record is None or record.key not in self._context.single_flight.by_key:
+        unanswered = None if record is None else self._unanswered(record)
+        if record is None or unanswered is not None or self._needs_room(record):
             self._context.bound.check_room(options.group)
-        if record is not None and self._unanswered(record) is None:
+        if record is not None and unanswered is None:
             self._start_queued(queued, request, record, options)
         else:
             queued.start_later(self._start_later(queued, request, options))
@@ -174,6 +176,7 @@ class Intake:
     ) -> None:
         runner = self._get_or_create(request, record, options)
         runner.join(options.policy, options.priority)
+        runner.is_admitted = True
         runner.start(joins_queue=True)
         queued.follow(runner)
 
@@ -189,7 +192,14 @@ class Intake:
     def _unanswered(self, record: NullRecord) -> SharedResult[None] | None:
         """Return what has to be waited for before a request may be submitted again, if its submit may be uncertain."""
         runner = self._context.single_flight.by_key.get(record.key or "")
-        return None if runner is None or not record.policy.resubmit_uncertain else runner.answered
+        if runner is None or runner.answered.done() or not record.policy.resubmit_uncertain:
+            return None
+        return runner.answered
+
+    def _needs_room(self, record: NullRecord) -> bool:
+        """Check whether nobody has asked for the same who may wait for a slot, or got it already."""
+        existing = self._context.single_flight.by_key.get(record.key or "")
+        return existing is None or existing.was_withdrawn or not existing.is_admitted
 
     def _get_or_create(self, request: GenerationRequest, record: NullRecord, options: CallOptions) -> TaskRunner:
         if record.key is None:

@@ -81,11 +81,6 @@ class SharedTask:
         self._withdrawal = None
         return True
 
-    @property
-    def was_withdrawn(self) -> bool:
-        """Whether all callers have left in time, and nobody has joined since."""
-        return self._withdrawal is not None and not (self.ended.done() and not self.is_withdrawn(self.ended.result()))
-
     def is_withdrawn(self, outcome: Outcome) -> bool:
         """Check whether an outcome is that nobody wanted the request any more before it was submitted."""
         return isinstance(outcome, Failed) and outcome.error is self._withdrawal

@@ -34,7 +34,7 @@ class SlotHolder(SharedTask, ABC):
     _place: Place | None = attrs.field(default=None, init=False)
     """Its place in the queue; None unless it waits for a slot."""
     _is_started: bool = attrs.field(default=False, init=False)
-    _is_admitted: bool = attrs.field(default=False, init=False)
+    is_admitted: bool = attrs.field(default=False, init=False)
     """Whether it may wait for a slot, however many do."""
     _is_new: bool = attrs.field(default=False, init=False)
     """Whether it was looked up, or need not be: it is to be submitted."""
@@ -43,6 +43,13 @@ class SlotHolder(SharedTask, ABC):
     def is_waiting(self) -> bool:
         """Whether it is certain that nothing was submitted, and that nothing will be if all callers leave."""
         return not (self.ended.done() or (self._is_new and self._holds_slot) or self.task_id is not None)
+
+    @property
+    def was_withdrawn(self) -> bool:
+        """Whether all callers have left before the submit, and nobody has joined since."""
+        if self.ended.done():
+            return self.is_withdrawn(self.ended.result())
+        return self._withdrawal is not None and self.is_waiting
 
     @property
     def may_be_submitted(self) -> bool:
@@ -66,8 +73,8 @@ class SlotHolder(SharedTask, ABC):
             return
         self._is_started = True
         self._is_new = self.record.key is None and self.task_id is None
-        self._is_admitted = self._is_new or joins_queue
-        has_slot = self._is_admitted and self._take_slot()
+        self.is_admitted = self._is_new or joins_queue
+        has_slot = self.is_admitted and self._take_slot()
         if has_slot or not self._is_new:
             self._spawn_run()
 
@@ -124,11 +131,11 @@ class SlotHolder(SharedTask, ABC):
         if not self._holds_slot and self._place is None:
             self._holds_slot = slots.try_acquire(self._group)
             if not self._holds_slot:
-                if self._is_counted and not self._is_admitted:
+                if self._is_counted and not self.is_admitted:
                     self._context.bound.check_room(self._group)
                 priority = max(self.callers, default=0)
                 self._place = slots.enqueue(self, priority, self._group, counted=self._is_counted)
-            self._is_admitted = True
+            self.is_admitted = True
         return self._holds_slot
 
     def _give_up_slot(self) -> None:

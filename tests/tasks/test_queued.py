@@ -21,13 +21,16 @@ from flux2max_async import (
     Failed,
     FixedSchedule,
     FluxSession,
+    GenerationRequest,
     InvalidRequestError,
     LearnedSchedule,
     QueuedGeneration,
     QueueFullError,
     SessionClosedError,
 )
+from flux2max_async._tasks.intake import CallOptions
 from flux2max_async.emulator import Emulator
+from flux2max_async.journal._lookup import ReusePolicy
 
 
 def opened(gateway: Emulator, **options: Any) -> FluxSession:
@@ -342,6 +345,19 @@ async def test_timeout_of_a_task(gateway: Emulator) -> None:
     assert (session.stats.withdrawn, session.stats.completed) == (0, 1)
 
 
+@pytest.mark.parametrize("seconds", [4, 30])
+async def test_withdrawn_after_the_timeout(gateway: Emulator, seconds: float) -> None:
+    """After its timeout, a request that was submitted can't be withdrawn; one that was not has been."""
+    async with opened(gateway) as session:
+        submitted_in_time, too_late = session.enqueue("1", timeout=3), session.enqueue("2", timeout=3)
+        await anyio.sleep(seconds)
+        withdrawn = [submitted_in_time.withdraw(), too_late.withdraw(), submitted_in_time.withdraw()]
+        await submitted_in_time.outcome()
+
+    assert withdrawn == [False, True, False]
+    assert submitted(gateway) == ["1"]
+
+
 async def test_timeout_while_a_submit_is_unanswered(scripted: ScriptedGateway) -> None:
     """submitted() ends with the timeout, too."""
     scripted.submits = deque([hang])
@@ -623,6 +639,76 @@ async def test_slots_of_a_group(gateway: Emulator) -> None:
 
     assert before == ["a0", "a1", "b0", "c0"]
     assert submitted(gateway)[4:] == ["a2", "a3", "a4"]
+
+
+# ---------------------------------------------------------------------- the same request, asked for again
+
+
+async def test_the_bound_counts_those_that_wait_for_an_answer(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Requests that may be submitted again if the submit on the wire is uncertain count as waiting until it is not."""
+    scripted.submits = deque([hang])
+    journal = VirtualJournal(tmp_path / "run.db")
+    async with session_on(scripted, max_in_flight=1, max_waiting=1, journal=journal) as session:
+        queued = [session.enqueue("1")]
+        await anyio.sleep(1)
+        queued.append(session.enqueue("1", resubmit_uncertain=True))
+        with pytest.raises(QueueFullError):
+            session.enqueue("1", resubmit_uncertain=True)
+        queued.append(session.enqueue("1"))
+        await session.aclose()
+        outcomes = [await task.outcome() for task in queued]
+
+    assert not any(outcome.ok for outcome in outcomes)
+
+
+async def test_asked_for_again_while_it_runs(gateway: Emulator, tmp_path: Path) -> None:
+    """A request whose task is known joins it at once, also if it may be submitted again, and takes no room."""
+    async with opened(gateway, journal=VirtualJournal(tmp_path / "run.db"), max_waiting=1) as session:
+        task = await session.submit("1")
+        full = session.enqueue("2")
+        again = [session.enqueue("1", resubmit_uncertain=True) for _ in range(3)]
+        ids = [(await one.submitted()).id for one in again]
+        await anyio.sleep(1)
+        full.withdraw()
+        room = session.enqueue("3")
+        room.withdraw()
+        await task
+
+    assert ids == [task.id] * 3
+
+
+async def test_asked_for_again_after_it_was_withdrawn(gateway: Emulator, tmp_path: Path) -> None:
+    """A request that was withdrawn needs room like any other."""
+    async with opened(gateway, journal=VirtualJournal(tmp_path / "run.db"), max_waiting=1) as session:
+        await session.submit("1")
+        withdrawn = session.enqueue("2")
+        await anyio.sleep(1)
+        withdrawn.withdraw()
+        session.enqueue("3")
+        with pytest.raises(QueueFullError):
+            session.enqueue("2")
+
+
+@pytest.mark.parametrize("joins", ["stream", "enqueue"])
+async def test_joining_a_request_that_is_looked_up(gateway: Emulator, tmp_path: Path, joins: str) -> None:
+    """Streams make it wait although the queue is full; enqueue() is refused, as if it were the first."""
+    async with opened(gateway, journal=VirtualJournal(tmp_path / "run.db"), max_waiting=1) as session:
+        assert session._supervisor is not None
+        intake = session._supervisor.intake
+        await session.submit("1")
+        session.enqueue("2")
+        call = asyncio.ensure_future(session.generate("3"))
+        if joins == "stream":
+            runner = await intake.start_item(GenerationRequest("3"), CallOptions(0, ReusePolicy()))
+            outcomes = await asyncio.gather(call, runner.wait())
+            assert outcomes[0] == outcomes[1]
+        else:
+            while len(session._supervisor.single_flight.by_key) < 3:  # noqa: ASYNC110 - between two steps of the call
+                await asyncio.sleep(0)
+            with pytest.raises(QueueFullError):
+                session.enqueue("3")
+            with pytest.raises(QueueFullError):
+                await call
 
 
 # ---------------------------------------------------------------------- thousands

@@ -23,7 +23,17 @@ class QueuedGeneration(Awaitable[Completed]):
     Awaiting it returns `Completed`, or raises. Many can await it; cancelling a wait cancels only that wait.
     """
 
-    __slots__ = ("_context", "_has_left", "_limit", "_priority", "_request", "_started", "_starting", "_timer")
+    __slots__ = (
+        "_context",
+        "_has_left",
+        "_is_withdrawn",
+        "_limit",
+        "_priority",
+        "_request",
+        "_started",
+        "_starting",
+        "_timer",
+    )
 
     def __init__(
         self, context: RunnerContext, request: GenerationRequest, priority: int, limit: TimeLimit | None
@@ -37,6 +47,8 @@ class QueuedGeneration(Awaitable[Completed]):
         self._starting: asyncio.Task[None] | None = None
         self._has_left = False
         """Whether it no longer counts as one of the runner's callers."""
+        self._is_withdrawn = False
+        """Whether it has left by `withdraw()` in time. Its runner may still go on: for a later, equal request."""
         self._timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------ for callers
@@ -49,7 +61,7 @@ class QueuedGeneration(Awaitable[Completed]):
         """
         runner = self._runner
         if runner is not None:
-            return runner.position
+            return None if self._is_withdrawn else runner.position
         return None if self._started.done() else self._context.slots.waiting + 1
 
     @property
@@ -80,6 +92,8 @@ class QueuedGeneration(Awaitable[Completed]):
             raise started.error.with_traceback(None)
         if not await self._wait(started, started.answered):
             raise self._exceeded(None)
+        if self._is_withdrawn:
+            raise SessionClosedError("withdrawn")
         if started.task_id is None:
             started.ended.result().unwrap()
         return GenerationTask(started)
@@ -96,6 +110,8 @@ class QueuedGeneration(Awaitable[Completed]):
         if not await self._wait(started, started.ended):
             error = self._exceeded(started.task_id)
             return Failed(task_id=started.task_id, request=self._request, error=error, elapsed=started.elapsed)
+        if self._is_withdrawn:
+            return Failed(request=self._request, error=SessionClosedError("withdrawn"))
         outcome = started.ended.result()
         return outcome if outcome.request is self._request else attrs.evolve(outcome, request=self._request)
 
@@ -116,9 +132,10 @@ class QueuedGeneration(Awaitable[Completed]):
         if runner is None:
             self._end_early(reason)
             return isinstance(self._started.result(), Failed) and self._has_left
-        if runner.is_waiting:
+        if runner.is_waiting and not self._has_left:
             self._leave(runner, reason)
-        return self._has_left and runner.was_withdrawn
+            self._is_withdrawn = runner.was_withdrawn
+        return self._is_withdrawn or (self._has_left and runner.was_withdrawn)
 
     def __repr__(self) -> str:
         runner = self._runner

@@ -280,6 +280,27 @@ async def test_what_is_withdrawn_can_be_asked_for_again(gateway: Emulator, tmp_p
     assert (session.stats.withdrawn, session.stats.failed) == (1, 0)
 
 
+async def test_what_is_withdrawn_stays_so(gateway: Emulator, tmp_path: Path) -> None:
+    """If the same request is asked for again before the withdrawn one has ended, only the new one gets the image."""
+    async with opened(gateway, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        withdrawn = session.enqueue("1")
+        answers = [withdrawn.withdraw()]
+        again = session.enqueue("1")
+        answers.append(withdrawn.withdraw())
+        position = withdrawn.position
+        with pytest.raises(SessionClosedError, match="withdrawn"):
+            await withdrawn.submitted()
+        completed = await again
+        with pytest.raises(SessionClosedError, match="withdrawn"):
+            await withdrawn
+
+    assert answers == [True, True]
+    assert position is None
+    assert completed.ok
+    assert submitted(gateway) == ["1"]
+    assert (session.stats.completed, session.stats.failed) == (1, 0)
+
+
 async def test_what_counts_as_withdrawn(gateway: Emulator) -> None:
     """Callers that are cancelled, timeouts that are over, and streams that are left, before the submit."""
     async with opened(gateway) as session:

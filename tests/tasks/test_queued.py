@@ -720,7 +720,8 @@ async def test_joining_a_request_that_is_looked_up(gateway: Emulator, tmp_path: 
         session.enqueue("2")
         call = asyncio.ensure_future(session.generate("3"))
         if joins == "stream":
-            runner = await intake.start_item(GenerationRequest("3"), CallOptions(0, ReusePolicy()))
+            item = intake.start_item(GenerationRequest("3"), CallOptions(0, ReusePolicy()))
+            runner = await asyncio.ensure_future(item)  # begins after the call
             outcomes = await asyncio.gather(call, runner.wait())
             assert outcomes[0] == outcomes[1]
         else:

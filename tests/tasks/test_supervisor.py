@@ -203,7 +203,8 @@ async def test_loop_ends_while_requests_wait(gateway: Emulator, tmp_path: Path, 
             task.cancel()
         outcomes = [await task.outcome() for task in queued]
 
-    assert {str(outcome.error) for outcome in outcomes if not outcome.ok} == {"the service is shutting down"}
+    errors = {str(outcome.error) for outcome in outcomes if isinstance(outcome, Failed)}
+    assert errors == {"the service is shutting down"}
     assert list(gateway.accepted) == ["0", "1"]
 
 

@@ -34,8 +34,9 @@ class SqliteInFlightLimit(InFlightLimit):
     Windows lacks the named pipes that it needs: there, opening it is an InFlightLimitError.
 
     Args:
-        path: The file; not that of a journal. It is created, with its folder, if it doesn't exist. Beside it are two
-            files of SQLite and a named pipe of each process.
+        path: The file; not that of a journal, and in no folder that is tidied: where it is deleted while it is open, a
+            new one counts from zero for up to a second. It is created, with its folder, if it doesn't exist. Beside it
+            are two files of SQLite and a named pipe of each process.
         limit: The number of slots. Each process keeps to its own, if they differ.
 
     Raises:

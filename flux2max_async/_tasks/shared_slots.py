@@ -5,6 +5,9 @@ import asyncio
 from flux2max_async._exceptions import InFlightLimitError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._tasks.slots import Place, SlotQueue, Waiter
+from flux2max_async._text import get_logger
+
+log = get_logger("tasks")
 
 _ANSWER_TIME = 0.1
 """Seconds in which a limit that has free slots grants them. After that, it has none."""
@@ -78,6 +81,11 @@ class SharedSlotQueue(SlotQueue):
                     self._limit.release()
         except InFlightLimitError as error:
             self._refuse_all(error)
+        except Exception as error:
+            log.exception("unexpected error of the in-flight limit")
+            unexpected = InFlightLimitError(f"unexpected error of the limit: {error!r}")
+            unexpected.__cause__ = error
+            self._refuse_all(unexpected)
         finally:
             if self._acquiring is asyncio.current_task():
                 self._acquiring = self._asking_since = None

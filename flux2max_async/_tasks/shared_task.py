@@ -44,6 +44,8 @@ class SharedTask:
     _waits: int = attrs.field(default=0, init=False)
     """How many wait for the answer or the end. Whoever got the id from submit() has not left, but waits no longer."""
     _is_id_logged: bool = attrs.field(default=False, init=False)
+    _logs_answer: bool = attrs.field(default=False, init=False)
+    """Whether the id is logged once it is known, if nobody waits any more."""
     _withdrawal: FluxError | None = attrs.field(default=None, init=False)
     """Why the last caller has left, if that cancelled the submit."""
     _cancellation: SubmitCancellation = attrs.field(factory=SubmitCancellation, init=False)
@@ -104,7 +106,12 @@ class SharedTask:
         """
         try:
             if time_limit is None:
-                await shared.future()  # one frame less than wait(): thousands may wait here
+                future = shared.future()  # one frame less than wait(): thousands may wait here
+                try:
+                    await future
+                except asyncio.CancelledError:
+                    shared.discard(future)
+                    raise
             elif not await time_limit.wait(shared):
                 self.leave(priority, SessionClosedError("the timeout was over before the request was submitted"))
                 if self.task_id is None:  # otherwise the error names it
@@ -140,7 +147,9 @@ class SharedTask:
         if self._cancellation.has_taken_effect:
             return
         if not self.answered.done():
-            self.answered.future().add_done_callback(self._on_answered)
+            if not self._logs_answer:
+                self._logs_answer = True
+                self.answered.future().add_done_callback(self._on_answered)
         elif not self.ended.done() and self._is_abandoned():
             self._is_id_logged = True
             log.warning("task %s goes on, although nobody waits for it any more; attach() it later", self.task_id)

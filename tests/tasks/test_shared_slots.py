@@ -33,7 +33,7 @@ class Limit(InFlightLimit):
         self._limit = limit
         self._slots = asyncio.Semaphore(limit)
         self.calls: list[str] = []
-        self.error: InFlightLimitError | None = None
+        self.error: Exception | None = None
         self.held = 0
         self.max_held = 0
 
@@ -181,16 +181,23 @@ async def test_leaving_in_the_moment_of_the_grant(steps: int) -> None:
     await limit.acquire()
 
 
-async def test_a_limit_that_fails() -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InFlightLimitError("the database is away"), "the database is away"),
+        (RuntimeError("a mistake"), "unexpected error of the limit: RuntimeError('a mistake')"),
+    ],
+)
+async def test_a_limit_that_fails(error: Exception, message: str) -> None:
     """Whoever waits gets the error, each one of its own; later requests ask again."""
     limit = Limit()
     queue = SharedSlotQueue(limit)
-    limit.error = InFlightLimitError("the database is away")
+    limit.error = error
     results = await asyncio.gather(*[Request(queue).got for _ in range(3)], return_exceptions=True)
     limit.error = None
     await Request(queue).got
 
-    assert [str(result) for result in results] == ["the database is away"] * 3
+    assert [(type(result), str(result)) for result in results] == [(InFlightLimitError, message)] * 3
     assert len({id(result) for result in results}) == 3
     assert (limit.held, queue.waiting) == (1, 0)
 

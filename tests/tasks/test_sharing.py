@@ -230,6 +230,26 @@ async def test_closing_a_stream_does_not_wait_for_others(scripted: ScriptedGatew
     assert done.ok
 
 
+async def test_callers_who_leave_are_forgotten(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """Callers who leave while others wait for the same request leave nothing behind."""
+    scripted.submits = deque([answer(200, running("t1"), after=5.0)])
+    scripted.polls = deque([answer(200, completed("t1"))])
+    async with session_on(scripted, journal=VirtualJournal(tmp_path / "run.db")) as session:
+        stays = asyncio.ensure_future(session.generate("a cat", key="cat"))
+        await anyio.sleep(1.0)
+        leave = [asyncio.ensure_future(session.generate("a cat", key="cat")) for _ in range(20)]
+        await anyio.sleep(1.0)
+        for caller in leave:
+            caller.cancel()
+        await asyncio.gather(*leave, return_exceptions=True)
+        assert session._supervisor is not None
+        (runner,) = session._supervisor.single_flight.by_key.values()
+        waiting = [len(shared._waiting or ()) for shared in (runner.ended, runner.answered)]
+        await stays
+
+    assert waiting == [1, 1]
+
+
 async def test_reservation_that_outlives_its_session(scripted: ScriptedGateway) -> None:
     """What was reserved for a task that was unfinished at closing is settled when the task is attached again."""
     scripted.polls = deque([answer(200, running())])

@@ -81,13 +81,13 @@ class ApiClient:
         self.suspended: Callable[[], float] = suspended_seconds
         self._transport = transport
         self._stats = stats
-        self.poll_limiter = PollLimiter(config.poll_rate)
+        self.poll_limiter: PollLimiter = PollLimiter(config.poll_rate)
         self._http_timeout = config.http_timeout
         self._poll_timeout = PollTimeout(config.http_timeout)
-        self.submit_limiter = SubmitLimiter(config.in_flight_limit)
+        self.submit_limiter: SubmitLimiter = SubmitLimiter(config.in_flight_limit)
         self._breaker = CircuitBreaker(config.max_uncertain)
         self._turns = SubmitTurns(stats, self.submit_limiter, self._breaker, self.now)
-        self.health = HealthMonitor()
+        self.health: HealthMonitor = HealthMonitor()
         self._unknown_statuses = UnknownStatuses()
 
     # ------------------------------------------------------------------ submits

@@ -25,8 +25,8 @@ class Outage:
 
     def __init__(self, base_url: str) -> None:
         self._base_url = base_url
-        self.is_on = False
-        self.lasts = False
+        self.is_on: bool = False
+        self.lasts: bool = False
         """Whether the reason of the newest failure is one that lasts."""
         self._failures = 0
         self._error: FluxError | None = None

@@ -94,7 +94,7 @@ class Transport:
         self.base_url = base_url
         self._host = urlsplit(base_url).hostname or ""
         self._credentials = credentials = create_credentials(api_key, secrets, timeout=timeout)
-        self.secrets = credentials.secrets
+        self.secrets: Sequence[str] = credentials.secrets
         trust_env = trust_env and not (http is not None and has_own_connections(http))
         self._routes = Routes(Proxies(proxy, trust_env=trust_env), ssl_context)
         route = self._routes.find(URL(base_url, encoded=True))
@@ -110,10 +110,10 @@ class Transport:
         }
         no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
         self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout, **route.options}
-        self.outage = self._outage = Outage(base_url)
+        self.outage: Outage = Outage(base_url)
         self._timeout = timeout
         self._is_borrowed = http is not None
-        self.max_downloads = max_downloads(http)
+        self.max_downloads: int = max_downloads(http)
         self._api_session = http
         self._connector: SubmitConnector | None = None
         self._may_write: Callable[[ResponseHandler], bool] | None = None
@@ -144,7 +144,7 @@ class Transport:
 
     async def close(self) -> None:
         """Close our own connections; a borrowed session stays open."""
-        self._outage.end()
+        self.outage.end()
         self._credentials.close()
         if not self._is_borrowed:
             # Sockets would leak if this were interrupted early. It normally takes milliseconds.
@@ -194,10 +194,10 @@ class Transport:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = translate_error(error, maybe_sent=payload is None or payload.is_written)
         else:
-            if self._outage.is_on:
-                self._outage.end()
+            if self.outage.is_on:
+                self.outage.end()
             return response
-        self._outage.on_failure(failure, within, is_poll=payload is None)
+        self.outage.on_failure(failure, within, is_poll=payload is None)
         try:
             # Raised outside the except block, so that aiohttp's error, which holds the headers and so the key, does not
             # become its context.
@@ -244,7 +244,7 @@ class Transport:
         """Open a connection for the connector, in the same way as a submit would; return whether that has worked."""
         session, connector = cast("aiohttp.ClientSession", self._api_session), cast("SubmitConnector", self._connector)
         url = URL(self.base_url, encoded=True)
-        if self._outage.lasts:  # a proxy may lock an account after several wrong passwords
+        if self.outage.lasts:  # a proxy may lock an account after several wrong passwords
             return False
         try:
             await session.get(url, **self._api_options, middlewares=(connector.open_only,))
@@ -252,7 +252,7 @@ class Transport:
             return True
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # The next submit will meet the same error, and report it.
-            self._outage.on_failure(translate_error(error, maybe_sent=False), math.inf, is_poll=False)
+            self.outage.on_failure(translate_error(error, maybe_sent=False), math.inf, is_poll=False)
         return False
 
     @asynccontextmanager

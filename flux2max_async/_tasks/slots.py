@@ -104,11 +104,11 @@ class SlotQueue:
     """
 
     def __init__(self, limit: int, *, max_per_group: int | None = None) -> None:
-        self.free = limit
-        self.held = 0
+        self.free: int = limit
+        self.held: int = 0
         """Slots that are taken."""
-        self.waiting = 0
-        self.counted = 0
+        self.waiting: int = 0
+        self.counted: int = 0
         """How many of those who wait count as `max_waiting`."""
         self._max_per_group = max_per_group
         self._groups: dict[str, _Group] = {}

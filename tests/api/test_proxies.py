@@ -398,7 +398,7 @@ async def test_a_wrong_password_is_not_tried_again_and_again(
         assert proxy.refused <= 2
         proxy.user = "tester:hush"
         await session.generate("a cat")
-        assert not session._parts.transport._outage.lasts
+        assert not session._parts.transport.outage.lasts
         await asyncio.sleep(0.3)
         assert len(proxy.tunnels) >= 2
 

@@ -37,9 +37,9 @@ class InFlightLimit(Protocol):
         ...
 
     def release(self) -> None:
-        """Give a slot back, at once or soon."""
+        """Release a slot, at once or soon."""
         ...
 
     async def close(self) -> None:
-        """Give back all slots of the session, and close the limit, also after an `open()` that has failed."""
+        """Release all slots of the session, and close the limit, also after an `open()` that has failed."""
         ...

@@ -63,7 +63,7 @@ class _Limit(ABC):
 
     @abstractmethod
     def _end(self) -> None:
-        """Give up what the limit is for."""
+        """Do what is due at the end of the limit."""
 
 
 @attrs.define(eq=False)

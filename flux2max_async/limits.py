@@ -97,12 +97,12 @@ class SqliteInFlightLimit(InFlightLimit):
         self._open_worker().occupy()
 
     def release(self) -> None:
-        """Give a slot back; closing has given back all."""
+        """Release a slot; closing has released all."""
         if self._worker is not None:
             self._worker.release()
 
     async def close(self) -> None:
-        """Give back all slots, and close the file. Closing it twice does no harm."""
+        """Release all slots, and close the file. Closing it twice does no harm."""
         worker, self._worker = self._worker, None
         self._expects_adoption = False
         if worker is not None and not worker.loop_is_closed:

@@ -100,13 +100,13 @@ class LimitWorker:
             self._wake()
 
     def release(self) -> None:
-        """Give a slot back."""
+        """Release a slot."""
         with self._lock:
             self._held -= 1
             self._wake()
 
     def stop(self) -> None:
-        """Give all slots back, and end the thread."""
+        """Release all slots, and end the thread."""
         with self._lock:
             self._stopping = True
             self._wake()

@@ -38,7 +38,7 @@ class CallOptions:
     policy: ReusePolicy
     group: str | None = attrs.field(default=None, validator=_validate_group)
     is_counted: bool = attrs.field(default=False, kw_only=True)
-    """Whether the request counts as one of `max_waiting`, and is refused if there is no room."""
+    """Whether the request counts as one of `max_waiting`, and is refused if the queue is full."""
 
     @classmethod
     def create(cls, priority: int, group: str | None, retry_failed: bool, resubmit_uncertain: bool) -> Self:  # noqa: FBT001 - passed on

@@ -49,7 +49,7 @@ class SharedSlotQueue(SlotQueue):
         return True
 
     def release(self, group: str | None = None) -> None:
-        """Give a slot back to the limit, which may give it to another process."""
+        """Release a slot of the limit, which may grant it to another process."""
         self.count_released(group)
         self._limit.release()
         self._ask()

@@ -67,7 +67,7 @@ class SlotHolder(SharedTask, ABC):
         """Begin; do nothing if it has begun already.
 
         Args:
-            joins_queue: Whether it takes a slot, or its place in the queue, before it is looked up. There must be room.
+            joins_queue: Whether it takes a slot, or its place in the queue, before it is looked up. The queue must not be full.
         """
         if self._is_started:
             return

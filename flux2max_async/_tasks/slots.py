@@ -169,7 +169,7 @@ class SlotQueue:
         return place
 
     def grant_next(self) -> bool:
-        """Give a slot to the next in the queue; return False if nobody waits who may have it."""
+        """Grant a slot to the next in the queue; return False if nobody waits who may have it."""
         if not self._lines:
             return False
         row = min([line.first for line in self._lines.values()])[2]

@@ -48,7 +48,7 @@ def _find_port(entries: Sequence[JournalEntry]) -> int:
 
 
 def _restore_tasks(gateway: Emulator, entries: Iterable[JournalEntry]) -> None:
-    """Have the emulator know the tasks of earlier runs, which it lost when it ended."""
+    """Register the tasks of earlier runs with the emulator, which has lost them."""
     for entry in entries:
         if entry.task_id is not None and entry.state in {EntryState.SUBMITTED, EntryState.COMPLETED}:
             params = entry.request

@@ -67,7 +67,8 @@ class SlotHolder(SharedTask, ABC):
         """Begin; do nothing if it has begun already.
 
         Args:
-            joins_queue: Whether it takes a slot, or its place in the queue, before it is looked up. The queue must not be full.
+            joins_queue: Whether it takes a slot, or its place in the queue, which must not be full, before it is
+                looked up.
         """
         if self._is_started:
             return

@@ -143,7 +143,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session(python=NEWEST)
 def bench(session: nox.Session) -> None:
     """The cost of polling and of the client, compared with the optimum and with other clients; more than an hour."""
-    install(session, "bench", extras="")
+    install(session, "bench", extras="[emulator]")
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
     session.run("python", "benchmarks/journal.py", "--write")
@@ -156,7 +156,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(python=NEWEST)
 def bench_short(session: nox.Session) -> None:
     """That the benchmarks run, in a minute, with one small client to compare."""
-    install(session, extras="")
+    install(session, extras="[emulator]")
     session.install("numpy>=2", "scipy>=1.15", "seaart-sdk==0.1.4")
     session.run("python", "benchmarks/polling.py", "--short")
     session.run("python", "benchmarks/client.py", "--short")

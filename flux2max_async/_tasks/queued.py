@@ -163,8 +163,7 @@ class QueuedGeneration(Awaitable[Completed]):
 
     def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:  # noqa: ARG002 - the protocol's signature
         """Forget the timeout."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
 
     # ------------------------------------------------------------------ internals
 
@@ -194,6 +193,10 @@ class QueuedGeneration(Awaitable[Completed]):
         if self._limit is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_at(self._limit.ends_at, self._on_timeout)
 
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _on_timeout(self) -> None:
         runner, reason = self._runner, self._exceeded(None)
         if runner is None:
@@ -202,9 +205,9 @@ class QueuedGeneration(Awaitable[Completed]):
             self._leave(runner, reason)
 
     def _leave(self, runner: TaskRunner, reason: FluxError) -> None:
-        if not self._has_left:
-            self._has_left = True
-            runner.leave(self._priority, reason)
+        self._has_left = True
+        self._cancel_timer()
+        runner.leave(self._priority, reason)
 
     def _end_early(self, reason: FluxError) -> None:
         """End before there is a runner."""
@@ -222,8 +225,7 @@ class QueuedGeneration(Awaitable[Completed]):
 
     def _fail(self, error: FluxError) -> None:
         self._set_started(Failed(request=self._request, error=error))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
 
     def _set_started(self, started: TaskRunner | Failed) -> None:
         if self._starting is not None and not self._started.done():

@@ -343,7 +343,11 @@ async def test_the_loop_is_blocked_after_a_connection_was_opened(blocked: float,
     tracing.on_connection_create_end.append(hold_up_before_writing)
     connector = SubmitConnector(limit=10, open_spare=never)
     payload = SubmitPayload(b'{"input": [{"params": {"prompt": "a cat"}}]}', connector.may_write)
-    async with FarGateway() as gateway, aiohttp.ClientSession(connector=connector, trace_configs=[tracing]) as http:
+    no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
+    async with (
+        FarGateway() as gateway,
+        aiohttp.ClientSession(connector=connector, trace_configs=[tracing], timeout=no_timeout) as http,
+    ):
         connection_use.set(ConnectionUse.WARM)
         with contextlib.nullcontext() if is_written else pytest.raises(aiohttp.ClientConnectionError):
             await http.post(gateway.url, data=payload)

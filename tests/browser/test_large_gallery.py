@@ -25,7 +25,7 @@ def create_rows() -> Iterator[Row]:
         colour = COLOURS[number % len(COLOURS)]
         row = Row(f"key-{number}", f"{colour}, no. {number}", {"seed": 70_000 + number}, state="completed")
         if number % 16 == 0 or number == COUNT - 1:
-            row.state, row.error = "failed", "the model gave up " * (1 + number % 40)
+            row.state, row.error = "failed", "the model gave up " * (1 + number % 10)
         else:
             row.files = [f"{colour}.png"]
             row.error = "only one of two pictures could be saved" if number % 50 == 7 else None

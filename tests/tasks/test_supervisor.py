@@ -1,6 +1,7 @@
 """Sessions that are closed while tasks run: draining, unfinished tasks and deliveries."""
 
 import asyncio
+import math
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flux2max_async import (
     SessionClosedError,
 )
 from flux2max_async.emulator import Emulator
+from flux2max_async.journal import EntryState, JournalEntry
 
 
 async def test_draining_finishes_submitted_tasks(
@@ -206,6 +208,33 @@ async def test_loop_ends_while_requests_wait(gateway: Emulator, tmp_path: Path, 
     errors = {str(outcome.error) for outcome in outcomes if isinstance(outcome, Failed)}
     assert errors == {"the service is shutting down"}
     assert list(gateway.accepted) == ["0", "1"]
+
+
+async def test_loop_ends_while_an_end_is_recorded(
+    gateway: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that has completed isn't unfinished if the event loop ends while its end is written to the journal."""
+
+    class HangingJournal(VirtualJournal):
+        reached = asyncio.Event()
+
+        async def record(self, entry: JournalEntry, /) -> None:
+            if entry.state is EntryState.COMPLETED:
+                self.reached.set()
+                await anyio.sleep(math.inf)
+            await super().record(entry)
+
+    journal = HangingJournal(tmp_path / "run.db")
+    async with FluxSession(gateway.api_key, base_url=gateway.url, journal=journal) as session:
+        assert session._supervisor is not None
+        wait = asyncio.ensure_future(session.generate("a cat"))
+        await journal.reached.wait()
+        for task in list(session._supervisor._tasks):  # what asyncio.run() does
+            task.cancel()
+        done = await wait
+
+    assert done.ok
+    assert "unfinished task" not in caplog.text
 
 
 async def test_drain_ends_with_a_final_poll(gateway: Emulator, inbox_server: InboxServer) -> None:

@@ -134,6 +134,23 @@ async def test_cancelled_in_the_moment_of_the_grant(
         other.release()
 
 
+async def test_cancelled_after_the_grant(tmp_path: Path) -> None:
+    """A slot that was granted before its wait could notice that it is being cancelled is given back."""
+    worker = LimitWorker(tmp_path / "limit.db", 1, keep_after_death=False)
+    await worker.opened
+    await worker.acquire()
+    wait = asyncio.ensure_future(worker.acquire())
+    await anyio.sleep(0.01)
+    worker._held += 1  # as the thread does, and then
+    worker._end_wait(worker._waiting[0])
+    wait.cancel()
+    await asyncio.wait([wait])
+
+    assert (wait.cancelled(), worker._held) == (True, 1)
+    worker.stop()
+    await worker.stopped
+
+
 async def test_cancelled_in_the_moment_of_a_failure(tmp_path: Path) -> None:
     """A wait that fails while it is being cancelled gives no slot back."""
     worker = LimitWorker(tmp_path / "limit.db", 1, keep_after_death=False)

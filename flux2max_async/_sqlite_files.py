@@ -1,10 +1,11 @@
 """What the SQLite files of this library have in common: how they are created, identified and opened by several."""
 
+import contextlib
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 _RETRY_DELAY = 0.02  # seconds
@@ -34,6 +35,19 @@ def file_id(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Generator[None]:
+    """Run a transaction that waits for other writers first, and is rolled back at an error."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
 
 
 def retry_while_locked(function: Callable[[], object], busy_timeout: float) -> None:

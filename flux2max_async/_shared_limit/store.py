@@ -19,16 +19,15 @@ each task that somebody adopts, and the rest is given up after a while.
 A power failure may undo the last transactions; but then no holder is alive either.
 """
 
-import contextlib
 import sqlite3
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
 import attrs
 
 from flux2max_async._exceptions import InFlightLimitError
-from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked
+from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked, transaction
 from flux2max_async._wake_pipe import pipe_path, remove_if_dead
 
 KEEP_TIME = 10.0
@@ -95,7 +94,7 @@ class LimitStore:
         self._check_file()
         retry_while_locked(lambda: execute("PRAGMA journal_mode = WAL"), _BUSY_TIMEOUT)
         execute("PRAGMA synchronous = NORMAL")
-        with self._transaction():
+        with transaction(self._connection):
             if not execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 for statement in _SCHEMA:
                     execute(statement)
@@ -135,7 +134,7 @@ class LimitStore:
             waits: Whether it waits for a slot.
             adopted: How many of its slots are for tasks of dead holders that it has adopted since the previous update.
         """
-        with self._transaction():
+        with transaction(self._connection):
             was_granted = waits and self._is_granted()
             self._write(held + was_granted, waits=waits and not was_granted)
             if adopted:
@@ -149,7 +148,7 @@ class LimitStore:
 
     def leave(self) -> list[str]:
         """Delete this holder, and return the holders that were granted its slots and have to be woken."""
-        with self._transaction():
+        with transaction(self._connection):
             self._delete(self._holder)
             return self._grant()
 
@@ -215,18 +214,6 @@ class LimitStore:
 
     def _delete(self, holder: str) -> None:
         self._connection.execute("DELETE FROM holders WHERE id = ?", (holder,))
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Generator[None]:
-        execute = self._connection.execute
-        execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                execute("ROLLBACK")
-            raise
 
 
 def holders_to_grant(rows: Iterable[Row]) -> list[str]:

@@ -298,7 +298,7 @@ class SlotQueue:
             del row.group.rows[row.priority]
 
     def _add_to_line(self, row: _Row) -> None:
-        """Let a row wait for its turn, unless its group is at its bound."""
+        """Add a row to its line, where it waits for its turn, unless its group is at its bound."""
         if row.group is None or self._max_per_group is None or row.group.held < self._max_per_group:
             kind = row.priority, len(row.places)
             line = self._lines.get(kind)

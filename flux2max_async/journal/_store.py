@@ -15,7 +15,7 @@ from typing import Any
 
 from flux2max_async._budget import check_budget
 from flux2max_async._exceptions import JournalError
-from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked
+from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked, transaction
 from flux2max_async._text import get_logger
 from flux2max_async._wake_pipe import pipe_path, remove_if_dead
 from flux2max_async.journal._entry import Holder, JournalEntry
@@ -179,15 +179,8 @@ class SqliteStore:
     def transaction(self, *, durable: bool) -> Generator[None]:
         """Run a transaction. A durable commit stores all earlier commits, too."""
         self.set_synchronous(durable=durable)
-        execute = self._connection.execute
-        execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._connection):
             yield
-            execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                execute("ROLLBACK")
-            raise
 
     def changed_externally(self) -> bool:
         """Check whether another connection has changed the file since the previous call."""

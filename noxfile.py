@@ -21,6 +21,7 @@ PARALLEL = ["--numprocesses", "4", "--dist", "worksteal"]
 """The tests wait a lot: more processes than processors are faster."""
 SLOW = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
 """Leaves out the tests that start programs, which take a minute and need not run on every Python."""
+ALL_EXTRAS = "[cli,emulator,object-storage,postgres]"
 CLI = ["--ignore=tests/cli/test_commands.py", "--ignore=tests/cli/test_batch.py"]
 """Leaves out those of the command line, which run on the newest Python and with the oldest libraries."""
 
@@ -50,7 +51,7 @@ if not PYTHONS:
 NEWEST = PYTHONS[-1]
 # The oldest Python and the newest; `nox -s tests` also runs those between.
 nox.options.sessions = [
-    "lint", "types", f"tests-{NEWEST}", "oldest", "compatibility", "browser", "bench_short", "coverage",
+    "lint", "types", f"tests-{NEWEST}", "oldest", "machines", "compatibility", "browser", "bench_short", "coverage",
 ]  # fmt: skip
 
 
@@ -92,6 +93,16 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(python=NEWEST)
+def machines(session: nox.Session) -> None:
+    """Several hosts: journals and limits in PostgreSQL, pictures in object storage, job queues; each server is a wheel."""
+    install(session, "test", extras=ALL_EXTRAS)
+    groups = ("--group", "machines")
+    if session.run("uv", "pip", "install", *groups, external=True, success_codes=[0, 1], silent=True) is False:
+        session.skip("a server of these tests has no wheel for this platform")
+    run_tests(session, "--backend", "postgres", "tests/journal", "tests/machines", measured=True)
+
+
+@nox.session(python=NEWEST)
 def compatibility(session: nox.Session) -> None:
     """The library under pytest-asyncio, which many users have."""
     install(session)
@@ -115,7 +126,7 @@ def browser(session: nox.Session) -> None:
 @nox.session(python=NEWEST)
 def types(session: nox.Session) -> None:
     """The types, with two checkers, and that everything public has them."""
-    install(session, "test", "browser", "types")
+    install(session, "test", "browser", "types", extras=ALL_EXTRAS)
     session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks", "examples")
     # Without the path, a .venv in the project's folder would be used.
     python = str(Path(session.bin) / "python")

@@ -1,6 +1,7 @@
 """Fixtures that the tests share: virtual time, an emulated gateway, and a scripted gateway."""
 
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -15,6 +16,7 @@ import attrs
 import pytest
 from anyio.from_thread import start_blocking_portal
 from support.commands import ENVIRONMENT, KEY, Command, Run
+from support.postgres import PostgresServer
 from support.scripted import ScriptedGateway
 from support.virtual_time import VirtualTimeLoop
 from support.webhooks import InboxServer, running_inbox_server
@@ -22,6 +24,27 @@ from support.webhooks import InboxServer, running_inbox_server
 from flux2max_async import FixedSchedule, FluxSession
 from flux2max_async.cli import main
 from flux2max_async.emulator import Emulator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs the tests of journals and limits against another database."""
+    parser.addoption("--backend", choices=["sqlite", "postgres"], default="sqlite")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Provide a running PostgreSQL server, one for all tests of a process."""
+    with PostgresServer() as server:
+        yield server
+
+
+_schema_numbers = itertools.count()
+
+
+@pytest.fixture
+def schema() -> str:
+    """Provide the name of a schema that no other test of this process uses."""
+    return f"flux2max_{next(_schema_numbers)}"
 
 
 @pytest.fixture

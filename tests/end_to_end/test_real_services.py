@@ -75,7 +75,8 @@ async def test_all_answers_mixed(tmp_path: Path) -> None:
     assert runs[-1]["refused"] == 0
     assert len(outcomes) == TASKS
     assert {entries[task_id].state for task_id in known} == {EntryState.COMPLETED}
-    assert whole_pictures([path for paths in saved.values() for path in paths]) >= len(known) > 700
+    # By the faults' shares about 702 are known, give or take a few by the order in which answers come.
+    assert whole_pictures([path for paths in saved.values() for path in paths]) >= len(known) > 0.65 * TASKS
     assert all(saved.values())
 
 

@@ -21,6 +21,8 @@ PARALLEL = ["--numprocesses", "4", "--dist", "worksteal"]
 """The tests wait a lot: more processes than processors are faster."""
 SLOW = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
 """Leaves out the tests that start programs, which take a minute and need not run on every Python."""
+ALL_TESTS = ["-o", "addopts=--import-mode=importlib --strict-markers --strict-config -p no:asyncio"]
+"""The options of pyproject.toml without those that leave folders out."""
 ALL_EXTRAS = "[cli,emulator,object-storage,postgres]"
 CLI = ["--ignore=tests/cli/test_commands.py", "--ignore=tests/cli/test_batch.py"]
 """Leaves out those of the command line, which run on the newest Python and with the oldest libraries."""
@@ -99,7 +101,7 @@ def machines(session: nox.Session) -> None:
     groups = ("--group", "machines")
     if session.run("uv", "pip", "install", *groups, external=True, success_codes=[0, 1], silent=True) is False:
         session.skip("a server of these tests has no wheel for this platform")
-    run_tests(session, "--backend", "postgres", "tests/journal", "tests/machines", measured=True)
+    run_tests(session, *ALL_TESTS, "--backend", "postgres", "tests/journal", "tests/machines", measured=True)
 
 
 @nox.session(python=NEWEST)
@@ -120,7 +122,7 @@ def browser(session: nox.Session) -> None:
     if not any(shutil.which(name) for name in names):
         session.skip(f"no Chromium is installed: none of {', '.join(names)} is on the PATH")
     install(session, "test", "browser")
-    session.run("pytest", "-o", "addopts=-p no:asyncio", "tests/browser", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+    session.run("pytest", *ALL_TESTS, "tests/browser", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
 @nox.session(python=NEWEST)

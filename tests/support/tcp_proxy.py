@@ -13,10 +13,15 @@ class TcpProxy:
 
     `hold()` is a network that loses every packet: connections stay open, and nothing passes until `resume()`.
     `cut()` ends all connections, and refuses new ones by ending them, until `resume()`.
+
+    Args:
+        target: The port.
+        delay: Seconds by which each piece of data is held back, in both directions.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, delay: float = 0.0) -> None:
         self._target = target
+        self._delay = delay
         self._passing = asyncio.Event()
         self._is_cut = False
         self._writers: set[asyncio.StreamWriter] = set()
@@ -92,6 +97,7 @@ class TcpProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
+                await asyncio.sleep(self._delay)
                 await self._passing.wait()
                 writer.write(data)
                 await writer.drain()

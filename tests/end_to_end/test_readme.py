@@ -21,13 +21,30 @@ from support.ports import free_port
 
 from flux2max_async.emulator import Emulator
 
-README = Path(__file__).parents[2] / "README.md"
-TEXT = README.read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-SCRIPTS = [example for example in EXAMPLES if example.rstrip().endswith("asyncio.run(main())")]
-(WEB_EXAMPLE,) = [example for example in EXAMPLES if "FastAPI" in example]
-(CONSOLE_EXAMPLE,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-(TEST_EXAMPLE,) = [example for example in EXAMPLES if "def test_" in example]
+ROOT = Path(__file__).parents[2]
+OTHERS = {"deployment.md"}
+"""Pages whose examples have tests of their own."""
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)]
+
+
+def examples(path: Path) -> dict[str, str]:
+    """Return the Python examples of a page by the headings that they stand under."""
+    found: dict[str, str] = {}
+    heading = ""
+    for match in re.finditer(
+        r"^```(\w*)\n(.*?)^```$|^#+ ([^\n]*)$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        heading = match[3] or heading
+        if match[1] == "python":
+            assert heading not in found, "each example has a heading of its own"
+            found[heading] = match[2]
+    return found
+
+
+EXAMPLES = {heading: code for path in PAGES for heading, code in examples(path).items()}
+WEB_EXAMPLE = EXAMPLES["In a web backend"]
+TEST_EXAMPLE = EXAMPLES["Testing your own code"]
+(CONSOLE_EXAMPLE,) = re.findall(r"```console\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -38,24 +55,40 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def test_all_examples_are_run() -> None:
-    """Every example of the README is run by a test."""
-    assert len(SCRIPTS) + 2 == len(EXAMPLES)
-    assert len(SCRIPTS) == 7
+    """Every example of the README and of the documentation is run by a test below, which names its heading."""
+    tested = Path(__file__).read_text(encoding="utf-8")
+
+    assert len(EXAMPLES) == 9
+    assert [heading for heading in EXAMPLES if f'"{heading}"' not in tested] == []
+
+
+def test_links() -> None:
+    """Each relative link leads to a file, and each anchor to a heading of it."""
+    for path in [*PAGES, *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            page = (path.parent / name) if name else path
+            assert page.exists(), (path.name, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, (path.name, target)
 
 
 @pytest.mark.parametrize(
     ("script", "pictures", "output"),
     [
-        pytest.param(SCRIPTS[0], {"lighthouse.jpeg": (1024, 768)}, "", id="one picture"),
+        pytest.param(EXAMPLES["flux2max_async"], {"lighthouse.jpeg": (1024, 768)}, "", id="one picture"),
         pytest.param(
-            SCRIPTS[1],
+            EXAMPLES["Many pictures"],
             {f"pictures/{animal}.jpeg": (1024, 1024) for animal in ("fox", "heron", "hedgehog")},
             "completed=3",
             id="many pictures",
         ),
-        pytest.param(SCRIPTS[3], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"),
-        pytest.param(SCRIPTS[4], {}, "0.07 dollars", id="one task"),
-        pytest.param(SCRIPTS[5], {}, "half of the tasks take up to", id="kept schedule"),
+        pytest.param(
+            EXAMPLES["Input images"], {"sketch.png": (1024, 1024), "oak.jpeg": (1024, 1024)}, "", id="pictures in"
+        ),
+        pytest.param(EXAMPLES["Following one task"], {}, "0.07 dollars", id="one task"),
+        pytest.param(EXAMPLES["When it polls"], {}, "half of the tasks take up to", id="kept schedule"),
     ],
 )
 def test_script(
@@ -77,7 +110,7 @@ def test_script(
 
 def test_faults(environment: dict[str, str], tmp_path: Path) -> None:
     """The example with faults saves all pictures, pays for each once, and logs the failed polls."""
-    command = [sys.executable, "-W", "error", "-c", SCRIPTS[6]]
+    command = [sys.executable, "-W", "error", "-c", EXAMPLES["Faults"]]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     sizes = set()
     for path in (tmp_path / "rehearsal").iterdir():
@@ -93,7 +126,7 @@ def test_faults(environment: dict[str, str], tmp_path: Path) -> None:
 
 def test_resumed_batch(environment: dict[str, str], tmp_path: Path) -> None:
     """The example with a journal resumes after it was killed; a third run replays everything and pays nothing."""
-    command = [sys.executable, "-W", "error", "-c", SCRIPTS[2]]
+    command = [sys.executable, "-W", "error", "-c", EXAMPLES["Batches that survive"]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment) as first:
         while not (tmp_path / "herbarium").is_dir() or not list((tmp_path / "herbarium").glob("*.jpeg")):
             assert first.poll() is None

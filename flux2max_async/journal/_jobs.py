@@ -8,7 +8,7 @@ import attrs
 
 from flux2max_async._exceptions import FluxError
 from flux2max_async.journal._entry import JournalEntry
-from flux2max_async.journal._store import SqliteStore
+from flux2max_async.journal._store_protocol import JournalStore
 
 
 # One for each write: frozen ones take several times as long to create.
@@ -16,7 +16,7 @@ from flux2max_async.journal._store import SqliteStore
 class Job:
     """A function to run on the store, and the future of its result."""
 
-    function: Callable[[SqliteStore], Any]
+    function: Callable[[JournalStore], Any]
     future: "asyncio.Future[Any]"
     writes: bool = True
     durable: bool = False

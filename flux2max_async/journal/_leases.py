@@ -27,7 +27,7 @@ on the time of day. Other owners are dropped, and adopted from, in the transacti
 import attrs
 
 from flux2max_async.journal._entry import JournalEntry
-from flux2max_async.journal._store import SqliteStore
+from flux2max_async.journal._store_protocol import JournalStore
 
 HEARTBEAT_INTERVAL = 0.25
 """As a fraction of the lease."""
@@ -54,30 +54,34 @@ class LeaseMonitor:
         self._sightings: dict[str, _Sighting] = {}
         self._checked_at = 0.0
 
-    def check(self, store: SqliteStore, now: float) -> list[JournalEntry]:
+    def check(self, store: JournalStore, now: float) -> list[JournalEntry]:
         """Return the tasks that were adopted from owners that are gone; call it in the transaction of a heartbeat.
 
         Args:
             store: The journal.
             now: The time on this process's monotonic clock.
         """
-        self._drop_dead_owners(store, now)
-        return self._adopt_from_dropped_owners(store)
+        return self._adopt_from_others_than(store, self._drop_dead_owners(store, now))
 
-    def _drop_dead_owners(self, store: SqliteStore, now: float) -> None:
+    def _drop_dead_owners(self, store: JournalStore, now: float) -> set[str]:
+        """Drop the owners that are presumed dead; return the ids of the others."""
         # If this thread was held up, the others may have been held up by the same lock: their leases start anew.
         late = now - self._checked_at > self._lease / 2
         self._checked_at = now
+        living: set[str] = set()
         for owner_id, owner in store.other_owners().items():
             sighting = self._sightings.get(owner_id)
             if sighting is None or sighting.heartbeat != owner.heartbeat or late:
                 sighting = self._sightings[owner_id] = _Sighting(owner.heartbeat, now)
             if owner.is_gone or now - sighting.time > owner.lease * (1 + HEARTBEAT_INTERVAL):
                 store.drop_owner(owner_id)
+            else:
+                living.add(owner_id)
+        return living
 
-    def _adopt_from_dropped_owners(self, store: SqliteStore) -> list[JournalEntry]:
+    def _adopt_from_others_than(self, store: JournalStore, living: set[str]) -> list[JournalEntry]:
         adopted: list[JournalEntry] = []
-        for owner_id in self._sightings.keys() - store.other_owners().keys():
+        for owner_id in self._sightings.keys() - living:
             del self._sightings[owner_id]
             adopted += store.adopt_from(owner_id)
         return adopted

@@ -1,11 +1,9 @@
 """Reading ahead: a list that is streamed again looks its requests up in the order in which they were recorded."""
 
-from pathlib import Path
-
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
-from flux2max_async.journal._rows import entry_from_row, row_id
-from flux2max_async.journal._store import SqliteStore
+from flux2max_async.journal._rows import row_id
+from flux2max_async.journal._store_protocol import JournalStore
 
 _MAX_ROWS = 256
 _MAX_GAP = 32
@@ -22,8 +20,7 @@ class ReadAhead:
     `take()` is called in the event loop, all else in the journal's thread; both change the dict in single steps.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self) -> None:
         self._entries: dict[str, JournalEntry] = {}
         self._window = range(1)
         """The ids of the rows that were read last."""
@@ -32,14 +29,14 @@ class ReadAhead:
         """Return the entry of a key, once, if it was read ahead."""
         return self._entries.pop(key, None)
 
-    def find(self, store: SqliteStore, key: str) -> JournalEntry | None:
+    def find(self, store: JournalStore, key: str) -> JournalEntry | None:
         """Return the newest entry of a key; read ahead if it follows the entries that were read last."""
         if (entry := self.take(key)) is not None:
             return entry
         row = store.find_row(key)
         if row is None:
             return None
-        entry = entry_from_row(self._path, row, store.owner)
+        entry = store.entry(row)
         number, window = row_id(row), self._window
         if not window.start - _MAX_GAP <= number < window.stop:
             follows = 0 <= number - window.stop < _MAX_GAP
@@ -49,15 +46,15 @@ class ReadAhead:
                 self._read(store)
         return entry
 
-    def record(self, store: SqliteStore, entry: JournalEntry) -> None:
+    def record(self, store: JournalStore, entry: JournalEntry) -> None:
         """Record an entry's new values."""
         store.record(entry)
         self.take(entry.key)
 
-    def _read(self, store: SqliteStore) -> None:
+    def _read(self, store: JournalStore) -> None:
         for row in store.completed_rows(self._window[1:]):
             try:
-                entry = entry_from_row(self._path, row, store.owner)
+                entry = store.entry(row)
             except JournalError:
                 continue  # whoever looks it up gets the error
             self._entries[entry.key] = entry

@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
-from flux2max_async.journal._rows import SELECT, Row, decode_text, entry_from_row, row_id
+from flux2max_async.journal._rows import SELECT, decode_text, entry_from_row, row_id
 from flux2max_async.journal._schema import (
     check_version,
     connect_read_only,
@@ -21,6 +21,7 @@ from flux2max_async.journal._schema import (
     roll_back,
     translate_sqlite_errors,
 )
+from flux2max_async.journal._store_protocol import Row
 
 _BUSY_TIMEOUT = 10.0  # seconds
 _ENTRIES_PER_PAGE = 500

@@ -1,4 +1,4 @@
-"""The rows of the journal's file as entries, and the damage that they may have.
+"""The rows of a journal's database as entries, and the damage that they may have.
 
 A row is read on its own: if a disk, another program or a person with an editor has damaged it, the request that it
 belongs to is an error, and all others are read. Amounts of money are stored as whole nano-dollars, so that sums are
@@ -15,6 +15,7 @@ from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async.journal._schema import process_is_gone
 from flux2max_async.journal._serialization import to_json
+from flux2max_async.journal._store_protocol import Row
 
 NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
 _MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
@@ -23,9 +24,19 @@ _COLUMNS = """
     e.request, e.result, e.files, e.token, o.id, o.place, o.pid
 """
 SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"  # noqa: S608 - constants
-
-Row = tuple[Any, ...]
-"""What `SELECT` returns."""
+# The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
+# completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded
+# yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody holds may be recorded
+# again in the same state, with images that were saved since.
+MAY_UPDATE = """
+    owner = :us AND (state NOT IN ('completed', 'failed') OR :state IN (state, 'completed'))
+        AND (state != 'submitted' OR :state IN ('submitted', 'completed', 'failed'))
+    OR owner IS NULL AND state = :state AND NOT :keep_owner
+    OR state IN ('intent', 'uncertain', 'refused') AND :state IN ('submitted', 'completed', 'failed')
+    OR state = 'submitted' AND :state IN ('completed', 'failed')
+    OR state = 'intent' AND :state = 'uncertain' AND (owner IS NULL OR owner NOT IN (SELECT id FROM owners))
+"""
+"""The condition for `record()` on the row of an entry."""
 
 
 def decode_text(data: bytes) -> str | bytes:
@@ -41,11 +52,11 @@ def row_id(row: Row) -> int:
     return int(row[18])
 
 
-def entry_from_row(path: Path, row: Row, us: str | None = None) -> JournalEntry:
+def entry_from_row(journal: object, row: Row, us: str | None = None) -> JournalEntry:
     """Return the entry of a row.
 
     Args:
-        path: The journal's file.
+        journal: The journal's name, for errors.
         row: A row of `SELECT`.
         us: The id of the owner that reads it, if one does.
 
@@ -56,7 +67,7 @@ def entry_from_row(path: Path, row: Row, us: str | None = None) -> JournalEntry:
         return _parse(row, us)
     except (ValueError, TypeError, KeyError, ArithmeticError, OSError, RecursionError) as error:
         key = row[0] if isinstance(row[0], str) else repr(row[0])
-        raise JournalError(f"the entry of {key!r} in the journal {path} is damaged: {error!r}", key=key) from error
+        raise JournalError(f"the entry of {key!r} in the journal {journal} is damaged: {error!r}", key=key) from error
 
 
 def intent_columns(entry: JournalEntry) -> dict[str, Any]:

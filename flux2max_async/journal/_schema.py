@@ -10,8 +10,6 @@ from collections.abc import Generator
 from pathlib import Path
 from urllib.parse import quote
 
-import attrs
-
 from flux2max_async._exceptions import JournalError
 
 SCHEMA_VERSION = 1
@@ -124,17 +122,6 @@ def has_token_column(connection: sqlite3.Connection) -> bool:
 # ------------------------------------------------------------------ files, connections and processes
 
 
-@attrs.frozen
-class OtherOwner:
-    """Another owner, as its row shows it."""
-
-    heartbeat: int
-    lease: float
-    """Seconds."""
-    is_gone: bool
-    """Whether its process has certainly ended."""
-
-
 def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(
         f"file:{quote(str(path.absolute()))}?mode=ro", timeout=busy_timeout, uri=True, isolation_level=None
@@ -195,7 +182,7 @@ def journal_error(path: Path, error: Exception) -> JournalError:
     return JournalError(f"the journal {path} can't be used: {getattr(error, 'strerror', None) or error}")
 
 
-def may_pass(error: sqlite3.Error) -> bool:
+def may_pass(error: Exception) -> bool:
     """Check whether the same write may succeed later: there is no space now, or the disk or a lock was in the way."""
     return str(getattr(error, "sqlite_errorname", "")).startswith(_PASSING)
 

@@ -1,38 +1,33 @@
 """The journal in an SQLite file."""
 
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from decimal import Decimal
+from collections.abc import AsyncGenerator
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from flux2max_async._config import validate_seconds
-from flux2max_async._exceptions import ConfigurationError, JournalError
-from flux2max_async._text import get_logger
-from flux2max_async.journal._entry import Holder, JournalEntry
+from flux2max_async.journal._store_journal import StoreJournal
 
 if TYPE_CHECKING:
-    from flux2max_async.journal._read_ahead import ReadAhead
-    from flux2max_async.journal._store import SqliteStore
-    from flux2max_async.journal._worker import JournalWorker
-
-log = get_logger("journal")
+    from flux2max_async.journal._reader import Page
+    from flux2max_async.journal._store_protocol import JournalStore
 
 _MAX_SECONDS = 3600.0
-_MAX_KNOWN_KEYS = 10_000
 
 
-class SqliteJournal:
+class SqliteJournal(StoreJournal):
     """A journal in an SQLite file, for any number of processes on one machine at once.
 
     A session opens and closes it. `entries()` and `export()` work at any time, also while sessions use the file. One
     thread writes, and writes that are requested while it waits for the disk share the next fsync. Intents are on the
     disk before their submits are sent. All other writes survive a killed process at once, and a power failure after a
-    second.
+    second. With `watch_changes`, ends that other processes record are noticed when they report them through a named
+    pipe beside the file, or else four times a second.
+
+    `prune()` makes the file smaller. If the disk is too full for that, the file stays as large as it is, with a
+    warning, and the space is used by later entries. The first time that a file of an earlier version is pruned,
+    sessions wait while it is written anew.
 
     Args:
         path: The file. It is created, with its folder, if it doesn't exist. SQLite keeps two more files beside it while
@@ -47,211 +42,23 @@ class SqliteJournal:
 
     def __init__(self, path: str | PathLike[str], *, lease: float = 12.0, busy_timeout: float = 10.0) -> None:
         self.path: Path = Path(path)
-        self._lease = validate_seconds("lease", lease, maximum=_MAX_SECONDS)
+        super().__init__(self.path, validate_seconds("lease", lease, maximum=_MAX_SECONDS))
         self._busy_timeout = validate_seconds("busy_timeout", busy_timeout, maximum=_MAX_SECONDS)
-        self._worker: JournalWorker | None = None
-        self._read_ahead: ReadAhead
-        self._known_keys: set[str] | None = None
-        """All keys in the file if it was empty when it was opened, which saves a new batch one query per request. None
-        if the file may hold others."""
 
     def __repr__(self) -> str:
         return f"SqliteJournal({str(self.path)!r})"
 
-    async def open(
-        self,
-        on_external_change: Callable[[list[JournalEntry]], None] = lambda _: None,
-        /,
-        *,
-        watch_changes: bool = False,
-    ) -> None:
-        """Open the file, or create it.
+    def _open_store(self, *, watch_changes: bool) -> "JournalStore":
+        from flux2max_async.journal._store import SqliteStore  # noqa: PLC0415 - only sessions with a journal load sqlite3
 
-        Args:
-            on_external_change: Called with the tasks of a process that has died, and with ends that other processes
-                have recorded.
-            watch_changes: Whether to check for such ends all the time: when another process reports one, through a
-                named pipe beside the file, and four times a second.
+        return SqliteStore(self.path, self._lease, self._busy_timeout, watch_changes=watch_changes)
 
-        Raises:
-            JournalError: The file can't be opened, isn't a journal, is damaged, or a newer version wrote it.
-        """
-        from flux2max_async.journal._read_ahead import ReadAhead  # noqa: PLC0415 - only sessions with a journal load sqlite3
-        from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - as above
+    def _read_pages(self) -> "AsyncGenerator[Page]":
+        from flux2max_async.journal._reader import read_pages  # noqa: PLC0415 - as above
 
-        if self._worker is not None and not self._worker.stopped.get_loop().is_closed():
-            raise JournalError(
-                f"the journal {self.path} is open already: each session needs a SqliteJournal of its own"
-            )
-        self._worker = worker = JournalWorker(
-            self.path, self._lease, self._busy_timeout, on_external_change, watch_changes=watch_changes
-        )
-        self._read_ahead = ReadAhead(self.path)
-        try:
-            self._known_keys = set() if await worker.opened else None
-            worker.listen()
-        except BaseException:
-            self._worker = None
-            worker.stop()
-            raise
+        return read_pages(self.path)
 
-    async def close(self) -> None:
-        """Complete the writes that were requested, and close the file. Closing it twice does no harm."""
-        worker, self._worker = self._worker, None
-        if worker is not None and not worker.stopped.get_loop().is_closed():
-            worker.stop()
-            await worker.stopped
+    def _prune(self, older_than: float, limit: int) -> int:
+        from flux2max_async.journal._prune import prune_file  # noqa: PLC0415 - as above
 
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    # ------------------------------------------------------------------ for sessions
-
-    async def find(self, key: str, /) -> JournalEntry | None:
-        """Return the newest entry of a key. An entry that another process has only just begun may be missed."""
-        is_sole_writer = self._open_worker().is_sole_writer
-        if self._known_keys is not None and is_sole_writer and key not in self._known_keys:
-            return None
-        found: JournalEntry | None = self._read_ahead.take(key)
-        if found is None:
-            found = await self._run(lambda store: self._read_ahead.find(store, key), writes=False)
-        return found
-
-    async def find_task(self, task_id: str, /) -> JournalEntry | None:
-        """Return the entry of a task."""
-        found: JournalEntry | None = await self._run(lambda store: store.find_task(task_id), writes=False)
-        return found
-
-    async def find_token(self, token: str, /) -> JournalEntry | None:
-        """Return the entry that was begun with this `webhook_token`."""
-        found: JournalEntry | None = await self._run(lambda store: store.find_token(token), writes=False)
-        return found
-
-    async def begin(self, entry: JournalEntry, /, *, limit: Decimal | None = None) -> bool:
-        """Write an intent durably; return False if the key has this attempt already."""
-        begun: bool = await self._run(
-            lambda store: store.begin(entry, limit), durable=True, single_statement=limit is None
-        )
-        if self._known_keys is not None:
-            self._known_keys.add(entry.key)
-            if not begun or len(self._known_keys) > _MAX_KNOWN_KEYS:
-                self._known_keys = None
-        return begun
-
-    async def adopt(self, entry: JournalEntry, /) -> bool:
-        """Hold an entry that no session holds; return False if another session has changed it first."""
-        adopted: bool = await self._run(lambda store: store.adopt(entry), single_statement=True)
-        return adopted
-
-    async def record(self, entry: JournalEntry, /) -> None:
-        """Record an entry's new values. If the disk is full now, it is tried again until the journal is closed."""
-        await self._run(
-            lambda store: self._read_ahead.record(store, entry),
-            single_statement=True,
-            entry_id=(entry.key, entry.attempt),
-            wakes=entry.owner if entry.holder is Holder.OTHER else None,
-        )
-
-    async def changed(self, entry: JournalEntry, /) -> None:
-        """Wait until an entry that another session holds has changed, or that session has died."""
-        await self._open_worker().wait_for_change(entry)
-
-    # ------------------------------------------------------------------ for readers
-
-    async def entries(self) -> AsyncIterator[JournalEntry]:
-        """Iterate over all entries, oldest first. A request that was paid for again has several.
-
-        Entries that are damaged are left out, with a warning for each.
-
-        Raises:
-            JournalError: The file can't be read, or isn't a journal.
-        """
-        async for page in self._read_pages():
-            for entry in page:
-                yield entry
-
-    async def export(self, path: str | PathLike[str], /) -> Path:
-        """Write all entries to a file as JSON Lines, and return its path. If it fails, no file is left.
-
-        Raises:
-            JournalError: The journal can't be read.
-            OSError: The file can't be written.
-        """
-        from flux2max_async.journal._reader import export  # noqa: PLC0415 - as in open()
-
-        target = Path(path)
-        async with aclosing(self._read_pages()) as pages:
-            await export(pages, target)
-        return target
-
-    async def prune(self, *, older_than: float, limit: int = 10_000) -> int:
-        """Forget completed, failed and refused entries, and make the file smaller; return how many were forgotten.
-
-        Works at any time, also while sessions use the file. If the disk is too full for that, the file stays as large
-        as it is, with a warning, and the space is used by later entries. The first time that a file of an earlier
-        version is pruned, sessions wait while it is written anew.
-
-        Requests that are forgotten are submitted, and paid for, if they are requested again. What they have cost still
-        counts against a budget. Uncertain entries, and those that a living session holds, are kept.
-
-        Args:
-            older_than: Seconds since the end of an entry; later ones are kept.
-            limit: The maximum number of entries.
-
-        Raises:
-            ConfigurationError: An argument is not a finite number, or is negative.
-            JournalError: The file can't be read or written, or isn't a journal.
-        """
-        import anyio.to_thread  # noqa: PLC0415 - as in open()
-
-        from flux2max_async.journal._prune import prune_file  # noqa: PLC0415 - as in open()
-
-        for name, value in (("older_than", older_than), ("limit", limit)):
-            if not 0 <= value < math.inf:
-                raise ConfigurationError(f"{name} must be 0 or more, not {value!r}")
-        before = time.time() - older_than
-        return await anyio.to_thread.run_sync(prune_file, self.path, before, limit, self._busy_timeout)
-
-    # ------------------------------------------------------------------ internals
-
-    async def _read_pages(self) -> AsyncGenerator[list[JournalEntry]]:
-        """Yield all entries in pages; log each that is damaged."""
-        from flux2max_async.journal._reader import read_pages  # noqa: PLC0415 - as in open()
-
-        async with aclosing(read_pages(self.path)) as pages:
-            async for page in pages:
-                for damage in page:
-                    if isinstance(damage, JournalError):
-                        log.warning("%s", damage)
-                yield [entry for entry in page if isinstance(entry, JournalEntry)]
-
-    async def _run(
-        self,
-        function: "Callable[[SqliteStore], Any]",
-        *,
-        writes: bool = True,
-        durable: bool = False,
-        single_statement: bool = False,
-        entry_id: tuple[str, int] | None = None,
-        wakes: str | None = None,
-    ) -> Any:
-        worker = self._open_worker()
-        return await worker.run(
-            function,
-            writes=writes,
-            durable=durable,
-            single_statement=single_statement,
-            entry_id=entry_id,
-            wakes=wakes,
-        )
-
-    def _open_worker(self) -> "JournalWorker":
-        if self._worker is None:
-            raise JournalError(f"the journal {self.path} is not open")
-        return self._worker
+        return prune_file(self.path, time.time() - older_than, limit, self._busy_timeout)

@@ -124,7 +124,7 @@ def test_a_log_that_is_missing_after_a_kill_is_an_error_in_the_log(
 
 @pytest.fixture
 def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux2max_async.journal._worker._CHECKPOINT_INTERVAL", 0.2)
+    monkeypatch.setattr("flux2max_async.journal._sqlite_file._CHECKPOINT_INTERVAL", 0.2)
 
 
 def copied_states(path: Path) -> dict[str, str]:

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from flux2max_async import JournalEntry
 from flux2max_async.journal._leases import LeaseMonitor
-from flux2max_async.journal._schema import OtherOwner
-from flux2max_async.journal._store import SqliteStore
+from flux2max_async.journal._store_protocol import JournalStore, OtherOwner
 
 
 @settings(deadline=None)
@@ -45,7 +44,7 @@ def _owners_after_a_stop(*, stopped: float, at: float, phase: float, lease: floa
         if is_heartbeat:
             store.heartbeats += 1
         else:
-            monitor.check(cast("SqliteStore", store), time * lease)
+            monitor.check(cast("JournalStore", store), time * lease)
     return not store.is_dropped
 
 

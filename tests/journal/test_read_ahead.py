@@ -51,7 +51,7 @@ def count_queries(store: SqliteStore) -> list[str]:
 def test_lookups_in_order_need_few_queries(store: SqliteStore, tmp_path: Path, gap: int) -> None:
     """Each row, or every third, in the order of the file: less than a query for fifty entries, and each is right."""
     add(store, *(completed(number) for number in range(COUNT)))
-    ahead, statements = ReadAhead(tmp_path / "run.db"), count_queries(store)
+    ahead, statements = ReadAhead(), count_queries(store)
     numbers = range(0, COUNT, gap)
     found = [ahead.find(store, f"k{number}") for number in numbers]
 
@@ -62,7 +62,7 @@ def test_lookups_in_order_need_few_queries(store: SqliteStore, tmp_path: Path, g
 def test_requests_in_flight_may_be_out_of_order(store: SqliteStore, tmp_path: Path) -> None:
     """Neighbours that change places, or are asked for twice, or are unknown, end no reading ahead."""
     add(store, *(completed(number) for number in range(COUNT)))
-    ahead, statements = ReadAhead(tmp_path / "run.db"), count_queries(store)
+    ahead, statements = ReadAhead(), count_queries(store)
     for number in range(0, COUNT, 2):
         for asked in (number + 1, number):
             assert ahead.find(store, f"k{asked}") == completed(asked)
@@ -76,7 +76,7 @@ def test_requests_in_flight_may_be_out_of_order(store: SqliteStore, tmp_path: Pa
 def test_lookups_without_order_read_nothing_ahead(store: SqliteStore, tmp_path: Path) -> None:
     """Lookups in random order need a query each, and hardly any other."""
     add(store, *(completed(number) for number in range(COUNT)))
-    ahead, statements = ReadAhead(tmp_path / "run.db"), count_queries(store)
+    ahead, statements = ReadAhead(), count_queries(store)
     numbers = random.Random(1).sample(range(COUNT), COUNT)
     found = [ahead.find(store, f"k{number}") for number in numbers]
 
@@ -99,7 +99,7 @@ def test_only_small_completed_entries_are_kept(store: SqliteStore, tmp_path: Pat
     """What may change, or is large, is read when it is looked up, and ends no reading ahead."""
     entries = [OTHERS[kind] if number == 20 else completed(number) for number in range(100)]
     add(store, *entries)
-    ahead = ReadAhead(tmp_path / "run.db")
+    ahead = ReadAhead()
     found = [ahead.find(store, f"k{number}") for number in range(18)]
     kept = [ahead.take(f"k{number}") for number in (19, 20, 21)]
     changed = attrs.evolve(entries[20], task_id="changed")
@@ -116,7 +116,7 @@ def test_only_small_completed_entries_are_kept(store: SqliteStore, tmp_path: Pat
 def test_the_newest_attempt_is_found(store: SqliteStore, tmp_path: Path) -> None:
     """An attempt that was completed although there is a newer one is not read ahead."""
     add(store, *(completed(number) for number in range(50)), completed(20, attempt=2, task_id="new"))
-    ahead = ReadAhead(tmp_path / "run.db")
+    ahead = ReadAhead()
     found = [ahead.find(store, f"k{number}") for number in range(50)]
 
     assert [item and item.task_id for item in found] == ["new" if n == 20 else f"t{n}" for n in range(50)]
@@ -127,7 +127,7 @@ def test_a_damaged_row_is_an_error_when_it_is_looked_up(store: SqliteStore, tmp_
     add(store, *(completed(number) for number in range(50)))
     with store.transaction(durable=False):
         store._connection.execute("UPDATE entries SET files = '{' WHERE key = 'k20'")
-    ahead = ReadAhead(tmp_path / "run.db")
+    ahead = ReadAhead()
     found = [ahead.find(store, f"k{number}") for number in range(20)]
     with pytest.raises(JournalError, match="'k20'"):
         ahead.find(store, "k20")

@@ -25,8 +25,8 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def _no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing but a pipe wake the thread of a journal."""
-    for name in ("_CHECK_INTERVAL", "_SYNC_DELAY", "_CHECKPOINT_INTERVAL"):
-        monkeypatch.setattr(f"flux2max_async.journal._worker.{name}", 3600.0)
+    for name in ("_worker._SYNC_DELAY", "_sqlite_file._CHECK_INTERVAL", "_sqlite_file._CHECKPOINT_INTERVAL"):
+        monkeypatch.setattr(f"flux2max_async.journal.{name}", 3600.0)
 
 
 @attrs.define
@@ -82,12 +82,12 @@ async def test_no_pipe_is_left(tmp_path: Path, holding: Holding) -> None:
 
 async def test_without_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no pipes, changes are found by looking for them."""
-    monkeypatch.setattr("flux2max_async.journal._worker._CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr("flux2max_async.journal._sqlite_file._CHECK_INTERVAL", 0.05)
 
     def fail(_: object) -> None:
         raise OSError
 
-    monkeypatch.setattr("flux2max_async.journal._worker.WakePipe", fail)
+    monkeypatch.setattr("flux2max_async.journal._sqlite_file.WakePipe", fail)
     session = Holding(SqliteJournal(tmp_path / "run.db", lease=3600.0))
     await session.journal.open(session.reports.put_nowait, watch_changes=True)
     entry = JournalEntry(key="k", fingerprint="f", request={"prompt": "a cat"})

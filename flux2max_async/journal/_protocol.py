@@ -1,8 +1,8 @@
 """The protocol between a session and its journal."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from decimal import Decimal
-from typing import Protocol
+from typing import Any, Protocol
 
 from flux2max_async.journal._entry import JournalEntry
 
@@ -74,6 +74,19 @@ class Journal(Protocol):
     async def changed(self, entry: JournalEntry, /) -> None:
         """Wait until an entry that another session holds has changed, or that session has died."""
         ...
+
+    async def load_state(self, name: str, /) -> Mapping[str, Any] | None:  # noqa: ARG002 - for journals that keep states
+        """Return the small JSON value that was kept under a name; None if nothing was."""
+        return None
+
+    async def update_state(self, name: str, change: Callable[[Mapping[str, Any] | None], Mapping[str, Any]], /) -> None:
+        """Replace what is kept under a name; it is read, changed and written in one transaction.
+
+        Args:
+            name: The name.
+            change: Returns the new value for the old one, None if there is none. It is pure, and may run in another
+                thread, and more than once.
+        """
 
     async def prune(self, *, older_than: float, limit: int = 10_000) -> int:  # noqa: ARG002 - for journals that can
         """Forget entries that have ended, and return how many.

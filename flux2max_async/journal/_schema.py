@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flux2max_async._exceptions import JournalError
+from flux2max_async.journal._states import CREATE_STATES
 
 SCHEMA_VERSION = 1
 # Marks the file as a journal, for this library and for file(1): "FLX2" in ASCII.
@@ -23,7 +24,7 @@ APPLICATION_ID = 0x464C5832
 #   owners.beat = the heartbeat counter                   owners.place = host_id()
 #   totals.outlay = the sum of entries.outlay, which the triggers maintain
 # Earlier versions of the library must be able to read and write the same file, so further columns are nullable, are
-# added to existing tables, and don't change the schema's version.
+# added to existing tables, further tables are none that those need, and neither changes the schema's version.
 SCHEMA = (
     """CREATE TABLE entries (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, attempt INTEGER NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
@@ -41,7 +42,8 @@ SCHEMA = (
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 ADD_COLUMN = "ALTER TABLE entries ADD COLUMN token TEXT"  # = JournalEntry.webhook_token
-INDEXES = (
+ADDITIONS = (
+    CREATE_STATES,
     "CREATE INDEX IF NOT EXISTS tasks ON entries (task_id) WHERE task_id IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS held ON entries (owner) WHERE owner IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS tokens ON entries (token) WHERE token IS NOT NULL",

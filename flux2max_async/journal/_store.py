@@ -27,7 +27,7 @@ from flux2max_async.journal._rows import (
 )
 from flux2max_async.journal._schema import (
     ADD_COLUMN,
-    INDEXES,
+    ADDITIONS,
     SCHEMA,
     check_version,
     has_token_column,
@@ -36,7 +36,8 @@ from flux2max_async.journal._schema import (
     translate_sqlite_errors,
 )
 from flux2max_async.journal._sqlite_file import SqliteFile
-from flux2max_async.journal._store_protocol import OtherOwner, Row
+from flux2max_async.journal._states import StateTable
+from flux2max_async.journal._store_protocol import OtherOwner, Row, States
 
 log = get_logger("journal")
 
@@ -66,6 +67,7 @@ class SqliteStore(SqliteFile):
         self.heartbeat_interval = lease * HEARTBEAT_INTERVAL
         self._lease = lease
         self._rows = RowReader(path, self.owner)
+        self.states: States = StateTable(self._connection, path)
         try:
             with translate_sqlite_errors(path):
                 self._prepare(busy_timeout)
@@ -91,7 +93,7 @@ class SqliteStore(SqliteFile):
             check_version(self._connection, self._path)
             if not has_token_column(self._connection):
                 execute(ADD_COLUMN)
-            for statement in INDEXES:
+            for statement in ADDITIONS:
                 execute(statement)
             others = self.other_owners()
             for owner_id, other in others.items():

@@ -3,7 +3,7 @@
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from decimal import Decimal
 from os import PathLike
@@ -163,6 +163,22 @@ class StoreJournal(Journal):
     async def changed(self, entry: JournalEntry, /) -> None:
         """Wait until an entry that another session holds has changed, or that session has died."""
         await self._open_worker().wait_for_change(entry)
+
+    async def load_state(self, name: str, /) -> Mapping[str, Any] | None:
+        """Return what was kept under a name; None if nothing was.
+
+        Raises:
+            JournalError: It is damaged.
+        """
+        state: Mapping[str, Any] | None = await self._run(lambda store: store.states.load(name), writes=False)
+        return state
+
+    async def update_state(self, name: str, change: Callable[[Mapping[str, Any] | None], Mapping[str, Any]], /) -> None:
+        """Replace what is kept under a name with what `change` returns for it, in one transaction.
+
+        `change` runs in the journal's thread. If it raises an error, the state stays as it is.
+        """
+        await self._run(lambda store: store.states.update(name, change))
 
     # ------------------------------------------------------------------ for readers
 

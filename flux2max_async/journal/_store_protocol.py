@@ -4,6 +4,7 @@
 how owners are presumed dead, and who takes over from them.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from decimal import Decimal
 from typing import Any, Protocol
@@ -15,6 +16,10 @@ from flux2max_async.journal._entry import JournalEntry
 
 Row = tuple[Any, ...]
 """An entry as the database has it."""
+
+State = Mapping[str, Any]
+ChangeState = Callable[[State | None], State]
+"""Returns the new value of a state; None stands for one that isn't there. Pure: it runs in the journal's thread."""
 
 
 @attrs.frozen
@@ -28,6 +33,22 @@ class OtherOwner:
     """Whether its process has certainly ended."""
 
 
+class States(Protocol):
+    """Small values that sessions keep in a journal under a name, such as what they have learned."""
+
+    def load(self, name: str) -> State | None:
+        """Return a state; None if there is none.
+
+        Raises:
+            JournalError: It is damaged.
+        """
+        ...
+
+    def update(self, name: str, change: ChangeState) -> None:
+        """Replace a state with what `change` returns for it; one that is damaged counts as missing."""
+        ...
+
+
 class JournalStore(Protocol):
     """A connection to the database of a journal. All that a transaction has written can be seen, or nothing of it."""
 
@@ -39,6 +60,7 @@ class JournalStore(Protocol):
     """Whether the database can be reached; if not, `reconnect()` is called until it can be."""
     errors: tuple[type[Exception], ...]
     """What the methods raise if the database fails."""
+    states: States
     heartbeat_interval: float
     """Seconds between heartbeats, with which other owners are checked as well."""
     check_interval: float

@@ -131,6 +131,9 @@ from flux2max_async.journal import (
     JournalEntry as JournalEntry,
 )
 from flux2max_async.journal import (
+    PostgresJournal as PostgresJournal,
+)
+from flux2max_async.journal import (
     SqliteJournal as SqliteJournal,
 )
 from flux2max_async.limits import (

@@ -8,7 +8,8 @@ Run twice, this pays once.
 """
 
 from flux2max_async.journal._entry import EntryState, Holder, JournalEntry, SavedFile
+from flux2max_async.journal._postgres import PostgresJournal
 from flux2max_async.journal._protocol import Journal
 from flux2max_async.journal._sqlite import SqliteJournal
 
-__all__ = ["EntryState", "Holder", "Journal", "JournalEntry", "SavedFile", "SqliteJournal"]
+__all__ = ["EntryState", "Holder", "Journal", "JournalEntry", "PostgresJournal", "SavedFile", "SqliteJournal"]

@@ -37,7 +37,7 @@ TABLES = (
     "CREATE TABLE owners (id text PRIMARY KEY, lock bigint NOT NULL)",
     "CREATE TABLE totals (shard integer PRIMARY KEY, outlay numeric NOT NULL)",
     f"INSERT INTO totals SELECT number, 0 FROM generate_series(0, {TOTALS_SHARDS - 1}) AS number",
-    "CREATE TABLE states (name text PRIMARY KEY, state text NOT NULL)",
+    "CREATE TABLE states (name text PRIMARY KEY, value text NOT NULL)",
     # Whatever a function does is found by the search_path of its caller, which is this schema.
     f"""CREATE FUNCTION add_to_total() RETURNS trigger LANGUAGE plpgsql AS $$
     DECLARE change numeric := NEW.outlay;

@@ -19,11 +19,11 @@ from flux2max_async.journal._store_protocol import Row
 
 NANO_DOLLARS_PER_DOLLAR = Decimal(10) ** 9
 _MAX_NANO_DOLLARS = 2**62  # SQLite's integers have 64 bits
-_COLUMNS = """
+COLUMNS = """
     e.key, e.attempt, e.content, e.state, e.owner, e.task_id, e.cost, e.outlay, e.created, e.submitted, e.ended,
     e.request, e.result, e.files, e.token, o.id, o.place, o.pid
 """
-SELECT = f"SELECT {_COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"  # noqa: S608 - constants
+SELECT = f"SELECT {COLUMNS}, e.id FROM entries e LEFT JOIN owners o ON o.id = e.owner"  # noqa: S608 - constants
 # The holder may change everything, but a task stays a task, an end stays an end, and a completed request stays
 # completed: a webhook may have revealed the task of a submit whose answer was lost. Others may add what isn't recorded
 # yet: a task id, an end, or that the intent of a dropped owner is uncertain. An entry that nobody holds may be recorded

@@ -1,30 +1,34 @@
-"""The states in the tables of a journal."""
+"""Small values that sessions keep in a journal under a name, such as what they have learned. Blocking."""
 
 import json
-import sqlite3
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flux2max_async._exceptions import JournalError
 from flux2max_async._text import get_logger
-from flux2max_async.journal._store_protocol import ChangeState, State
 
 log = get_logger("journal")
+
+State = Mapping[str, Any]
+ChangeState = Callable[[State | None], State]
+"""Returns the new value of a state; None stands for one that isn't there. Pure: it runs in the journal's thread."""
 
 CREATE_STATES = "CREATE TABLE IF NOT EXISTS states (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
 
 
 class StateTable:
-    """The states in a journal's file.
+    """The states in a journal.
 
     Args:
-        connection: Its transactions are the caller's.
-        path: The journal's file.
+        journal: The journal's name, for errors.
+        read: Returns what is stored under a name, or None, and keeps others from changing it in a transaction.
+        write: Stores a value under a name. Its transactions are the caller's.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection = connection
-        self._path = path
+    def __init__(self, journal: object, read: Callable[[str], Any], write: Callable[[str, str], None]) -> None:
+        self._journal = journal
+        self._read = read
+        self._write = write
 
     def load(self, name: str) -> State | None:
         """Return a state; None if there is none.
@@ -32,8 +36,8 @@ class StateTable:
         Raises:
             JournalError: Its row is damaged.
         """
-        row = self._connection.execute("SELECT value FROM states WHERE name = ?", (name,)).fetchone()
-        return None if row is None else decode_state(name, row[0], f"the journal {self._path}")
+        value = self._read(name)
+        return None if value is None else decode_state(name, value, f"the journal {self._journal}")
 
     def update(self, name: str, change: ChangeState) -> None:
         """Replace a state with what `change` returns for it; one that is damaged counts as missing."""
@@ -42,8 +46,7 @@ class StateTable:
         except JournalError as error:
             log.warning("%s; it is replaced", error)
             state = None
-        value = encode_state(change(state))
-        self._connection.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (name, value))
+        self._write(name, encode_state(change(state)))
 
 
 def encode_state(state: State) -> str:

@@ -37,7 +37,7 @@ from flux2max_async.journal._schema import (
 )
 from flux2max_async.journal._sqlite_file import SqliteFile
 from flux2max_async.journal._states import StateTable
-from flux2max_async.journal._store_protocol import OtherOwner, Row, States
+from flux2max_async.journal._store_protocol import OtherOwner, Row
 
 log = get_logger("journal")
 
@@ -67,7 +67,7 @@ class SqliteStore(SqliteFile):
         self.heartbeat_interval = lease * HEARTBEAT_INTERVAL
         self._lease = lease
         self._rows = RowReader(path, self.owner)
-        self.states: States = StateTable(self._connection, path)
+        self.states = StateTable(path, self._read_state, self._write_state)
         try:
             with translate_sqlite_errors(path):
                 self._prepare(busy_timeout)
@@ -206,6 +206,13 @@ class SqliteStore(SqliteFile):
     def unchanged(self, entries: list[JournalEntry]) -> list[bool]:
         """Return, for each entry, whether neither its state nor its holder has changed since it was read."""
         return [self._rows.is_unchanged(entry, self.find_row(entry.key)) for entry in entries]
+
+    def _read_state(self, name: str) -> Any:
+        row = self._connection.execute("SELECT value FROM states WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
+    def _write_state(self, name: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (name, value))
 
     # ------------------------------------------------------------------ owners
 

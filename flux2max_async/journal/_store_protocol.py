@@ -4,7 +4,6 @@
 how owners are presumed dead, and who takes over from them.
 """
 
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from decimal import Decimal
 from typing import Any, Protocol
@@ -13,13 +12,10 @@ import attrs
 
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
+from flux2max_async.journal._states import StateTable
 
 Row = tuple[Any, ...]
 """An entry as the database has it."""
-
-State = Mapping[str, Any]
-ChangeState = Callable[[State | None], State]
-"""Returns the new value of a state; None stands for one that isn't there. Pure: it runs in the journal's thread."""
 
 
 @attrs.frozen
@@ -33,22 +29,6 @@ class OtherOwner:
     """Whether its process has certainly ended."""
 
 
-class States(Protocol):
-    """Small values that sessions keep in a journal under a name, such as what they have learned."""
-
-    def load(self, name: str) -> State | None:
-        """Return a state; None if there is none.
-
-        Raises:
-            JournalError: It is damaged.
-        """
-        ...
-
-    def update(self, name: str, change: ChangeState) -> None:
-        """Replace a state with what `change` returns for it; one that is damaged counts as missing."""
-        ...
-
-
 class JournalStore(Protocol):
     """A connection to the database of a journal. All that a transaction has written can be seen, or nothing of it."""
 
@@ -56,17 +36,21 @@ class JournalStore(Protocol):
     """The id of this owner."""
     is_empty: bool
     """Whether the journal had no entries, and nobody else used it, when it was opened."""
-    is_connected: bool
-    """Whether the database can be reached; if not, `reconnect()` is called until it can be."""
+    states: StateTable
+    """What sessions have learned."""
     errors: tuple[type[Exception], ...]
     """What the methods raise if the database fails."""
-    states: States
     heartbeat_interval: float
     """Seconds between heartbeats, with which other owners are checked as well."""
     check_interval: float
     """Seconds between checks for changes by other owners, while somebody waits for them."""
     upkeep_at: float | None
     """When `upkeep()` is due, by the monotonic clock."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the database can be reached; if not, `reconnect()` is called until it can be."""
+        ...
 
     def close(self) -> None:
         """Drop this owner, and close the connection."""

@@ -2,10 +2,8 @@
 
 import asyncio
 import base64
-import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import anyio
 import attrs
 import pytest
 from PIL import Image
+from support.journals import AnyJournal, VirtualAnyJournal, add_dead_owner, execute, stored_bytes
 from support.scripted import ScriptedGateway, answer, completed
-from support.virtual_time import VirtualJournal
 
 from flux2max_async import (
     AuthenticationError,
@@ -37,7 +35,7 @@ from flux2max_async import (
     TaskNotFoundError,
 )
 from flux2max_async.emulator import Emulator, Fault
-from flux2max_async.journal import EntryState, Holder, SqliteJournal
+from flux2max_async.journal import EntryState, Holder
 
 Open = Callable[..., FluxSession]
 
@@ -47,7 +45,7 @@ def reopen(gateway: Emulator, tmp_path: Path) -> Open:
     """Return a function that creates a session on the same journal, like the next run of a program."""
 
     def session(**settings: Any) -> FluxSession:
-        settings = {"schedule": FixedSchedule(1.0), "journal": VirtualJournal(tmp_path / "run.db"), **settings}
+        settings = {"schedule": FixedSchedule(1.0), "journal": VirtualAnyJournal(tmp_path / "run.db"), **settings}
         return FluxSession(gateway.api_key, base_url=gateway.url, **settings)
 
     return session
@@ -63,13 +61,12 @@ def ends(outcomes: list[Outcome]) -> Counter[str]:
 
 
 async def entries(tmp_path: Path) -> list[JournalEntry]:
-    return [entry async for entry in SqliteJournal(tmp_path / "run.db").entries()]
+    return [entry async for entry in AnyJournal(tmp_path / "run.db").entries()]
 
 
 def rewrite(tmp_path: Path, statement: str, *arguments: object) -> None:
-    """Change the journal's file over another connection."""
-    with closing(sqlite3.connect(tmp_path / "run.db")) as connection, connection:
-        connection.execute(statement, arguments)
+    """Change the journal over another connection."""
+    execute(tmp_path / "run.db", statement, *arguments)
 
 
 # ---------------------------------------------------------------------- reruns
@@ -189,7 +186,7 @@ async def test_failed_tasks_are_submitted_again_only_with_retry_failed(reopen: O
 
 async def test_a_refused_request_is_submitted_again(reopen: Open, gateway: Emulator, tmp_path: Path) -> None:
     """A refused submit created no task: the next run submits again, even a corrected request with the same key."""
-    unauthorized = FluxSession("wrong", base_url=gateway.url, journal=VirtualJournal(tmp_path / "run.db"))
+    unauthorized = FluxSession("wrong", base_url=gateway.url, journal=VirtualAnyJournal(tmp_path / "run.db"))
     async with unauthorized:
         with pytest.raises(AuthenticationError):
             await unauthorized.generate("a cat", key="c")
@@ -379,7 +376,7 @@ async def test_nothing_is_submitted_without_an_intent(
 ) -> None:
     """If an intent can't be written, the stream raises the JournalError, and nothing is submitted."""
 
-    class Failing(VirtualJournal):
+    class Failing(VirtualAnyJournal):
         async def begin(self, entry: JournalEntry, /, **limits: Any) -> bool:
             raise JournalError(f"the disk is full, {entry.key}")
 
@@ -401,7 +398,7 @@ async def test_a_task_goes_on_when_its_end_cannot_be_written(
 ) -> None:
     """A journal that fails after the submit loses no task: the error is logged, and the outcome holds it."""
 
-    class Failing(VirtualJournal):
+    class Failing(VirtualAnyJournal):
         fails = True
 
         async def record(self, entry: JournalEntry, /) -> None:
@@ -426,24 +423,11 @@ async def test_a_task_goes_on_when_its_end_cannot_be_written(
     ]
 
 
-async def test_a_session_is_not_entered_if_its_journal_cannot_be_opened(gateway: Emulator, tmp_path: Path) -> None:
-    """Entering the session raises the JournalError, and the session stays closed."""
-    (tmp_path / "run.db").write_text("my diary")
-    session = FluxSession(gateway.api_key, base_url=gateway.url, journal=VirtualJournal(tmp_path / "run.db"))
-    with pytest.raises(JournalError, match="is not a journal"):
-        async with session:
-            pass
-
-    assert (tmp_path / "run.db").read_text() == "my diary"
-    with pytest.raises(SessionClosedError):
-        await session.generate("cat")
-
-
 async def test_an_intent_is_taken_back_if_its_submit_is_cancelled(gateway: Emulator, tmp_path: Path) -> None:
     """If the session closes while an intent is being written, the entry becomes REFUSED: nothing was sent."""
     begun, never = asyncio.Event(), asyncio.Event()
 
-    class Slow(VirtualJournal):
+    class Slow(VirtualAnyJournal):
         async def begin(self, entry: JournalEntry, /, **limits: Any) -> bool:
             written = await super().begin(entry, **limits)
             begun.set()
@@ -465,7 +449,7 @@ async def test_an_outcome_is_returned_if_the_session_closes_while_it_is_recorded
     """An outcome that is known is not replaced by a SessionClosedError."""
     ending = asyncio.Event()
 
-    class Slow(VirtualJournal):
+    class Slow(VirtualAnyJournal):
         async def record(self, entry: JournalEntry, /) -> None:
             await super().record(entry)
             if entry.state is EntryState.COMPLETED:
@@ -484,7 +468,7 @@ async def test_a_stream_yields_an_unsaved_outcome_if_the_session_closes(gateway:
     """A stream with save_to yields an outcome even if the session closes before its image can be saved."""
     ending = asyncio.Event()
 
-    class Slow(VirtualJournal):
+    class Slow(VirtualAnyJournal):
         async def record(self, entry: JournalEntry, /) -> None:
             await super().record(entry)
             if entry.state is EntryState.COMPLETED:
@@ -506,7 +490,7 @@ async def test_a_lost_race_to_adopt_is_repeated(gateway: Emulator, tmp_path: Pat
     """If another session adopts the entry first, it is read again; changes reported after the close are ignored."""
     callbacks: list[Callable[[list[JournalEntry]], None]] = []
 
-    class Raced(VirtualJournal):
+    class Raced(VirtualAnyJournal):
         adoptions = 0
 
         async def open(
@@ -537,7 +521,7 @@ async def test_a_lost_race_to_adopt_is_repeated(gateway: Emulator, tmp_path: Pat
 async def test_unexpected_errors_of_a_journal_lose_no_task(gateway: Emulator, tmp_path: Path) -> None:
     """Whatever a journal raises, the task is followed; if closing it fails, the session is closed all the same."""
 
-    class Broken(VirtualJournal):
+    class Broken(VirtualAnyJournal):
         async def record(self, entry: JournalEntry, /) -> None:
             raise KeyError(entry.key)
 
@@ -561,7 +545,7 @@ async def test_unexpected_errors_of_a_journal_lose_no_task(gateway: Emulator, tm
 async def test_a_journal_that_contradicts_itself_is_an_error(gateway: Emulator, tmp_path: Path) -> None:
     """A journal that neither begins a request nor finds its entry is a JournalError, not an endless loop."""
 
-    class Contrary(VirtualJournal):
+    class Contrary(VirtualAnyJournal):
         async def begin(self, entry: JournalEntry, /, **limits: Any) -> bool:
             return False
 
@@ -579,7 +563,7 @@ async def test_a_caller_that_is_cancelled_while_it_adopts_releases_the_entry(
     """If a caller is cancelled while its session adopts a task, another session can adopt it."""
     adopted = asyncio.Event()
 
-    class Slow(VirtualJournal):
+    class Slow(VirtualAnyJournal):
         async def adopt(self, entry: JournalEntry, /) -> bool:
             result = await super().adopt(entry)
             adopted.set()
@@ -601,7 +585,7 @@ async def test_a_caller_that_is_cancelled_while_it_adopts_releases_the_entry(
 async def test_files_that_cannot_be_recorded_are_reported(gateway: Emulator, tmp_path: Path) -> None:
     """If a saved image can't be recorded, the file is kept, and the outcome holds the JournalError."""
 
-    class Failing(VirtualJournal):
+    class Failing(VirtualAnyJournal):
         async def record(self, entry: JournalEntry, /) -> None:
             if entry.files:
                 raise JournalError("the disk is full")
@@ -665,7 +649,7 @@ async def test_a_very_long_url_is_not_stored_but_polled_again(scripted: Scripted
     scripted.downloads.append(answer(200, b"\xff\xd8\xff"))
 
     def session() -> FluxSession:
-        return FluxSession(scripted.api_key, base_url=scripted.url, journal=VirtualJournal(tmp_path / "run.db"))
+        return FluxSession(scripted.api_key, base_url=scripted.url, journal=VirtualAnyJournal(tmp_path / "run.db"))
 
     await run(session(), "cat")
     (again,) = await run(session(), "cat", save_to=tmp_path / "images")
@@ -678,7 +662,7 @@ async def test_long_parameters_are_stored_as_hashes(reopen: Open, gateway: Emula
     """An image among the extra parameters is stored as its hash, and requests with different ones are different."""
     masks = [base64.b64encode(bytes([number]) * 6000).decode() for number in range(2)]
     await run(reopen(), *(GenerationRequest("cat", extra={"mask": mask}) for mask in masks))
-    data = (tmp_path / "run.db").read_bytes()
+    data = stored_bytes(tmp_path / "run.db")
 
     assert gateway.accepted["cat"] == 2
     assert not any(mask[:64].encode() in data for mask in masks)
@@ -696,10 +680,10 @@ async def test_the_file_holds_no_secrets_and_no_images(scripted: ScriptedGateway
             200, completed(metadata={"echo": [scripted.api_key, "my-secret"]}, usage={"cost": "0.07", "k": "my-secret"})
         )
     )
-    session = FluxSession(scripted.api_key, base_url=scripted.url, journal=VirtualJournal(tmp_path / "run.db"))
+    session = FluxSession(scripted.api_key, base_url=scripted.url, journal=VirtualAnyJournal(tmp_path / "run.db"))
     async with session:
         await session.generate("cat", input_images=[image, path], webhook_secret="my-secret")
-    data = b"".join(file.read_bytes() for file in tmp_path.iterdir() if file != path)
+    data = stored_bytes(tmp_path / "run.db")
 
     assert b"in.png" in data
     for secret in (scripted.api_key.encode(), b"my-secret", image[:64], image[-64:]):
@@ -717,7 +701,7 @@ async def quick() -> AsyncIterator[Emulator]:
 
 
 def session_on(gateway: Emulator, tmp_path: Path, **settings: Any) -> FluxSession:
-    journal = SqliteJournal(tmp_path / "run.db", lease=0.4)
+    journal = AnyJournal(tmp_path / "run.db", lease=0.4)
     return FluxSession(gateway.api_key, base_url=gateway.url, journal=journal, schedule=FixedSchedule(0.05), **settings)
 
 
@@ -755,7 +739,7 @@ async def test_a_request_waits_for_a_dead_process_and_adopts_its_task(quick: Emu
     async with session_on(quick, tmp_path) as dying:
         task = await dying.submit("cat")
     async with session_on(quick, tmp_path) as session:
-        rewrite(tmp_path, "INSERT INTO owners VALUES ('them', 1, 0.4, 'elsewhere', 1)")
+        add_dead_owner(tmp_path / "run.db")
         rewrite(tmp_path, "UPDATE entries SET owner = 'them'")
         generating = asyncio.ensure_future(session.generate("cat"))
         async with asyncio.timeout(10):
@@ -773,7 +757,7 @@ async def test_tasks_of_a_dead_process_are_followed_without_a_request(quick: Emu
         tasks = [await dying.submit("cat"), await dying.submit("dog")]
     quick.script("poll", *[Fault.SERVER_ERROR] * 2)  # so that polling takes longer
     async with session_on(quick, tmp_path) as session:
-        rewrite(tmp_path, "INSERT INTO owners VALUES ('them', 1, 0.4, 'elsewhere', 1)")
+        add_dead_owner(tmp_path / "run.db")
         rewrite(tmp_path, "UPDATE entries SET owner = 'them'")
         generating = asyncio.ensure_future(session.generate("dog"))
         async with asyncio.timeout(10):
@@ -795,7 +779,7 @@ async def test_a_wait_for_another_process_can_be_cancelled(quick: Emulator, tmp_
     async with session_on(quick, tmp_path) as session:
         await session.generate("before")
     (derived_key,) = [entry.key for entry in await entries(tmp_path)]
-    async with SqliteJournal(tmp_path / "run.db") as other, session_on(quick, tmp_path, max_in_flight=1) as session:
+    async with AnyJournal(tmp_path / "run.db") as other, session_on(quick, tmp_path, max_in_flight=1) as session:
         before = await other.find(derived_key)
         assert before is not None
         held = attrs.evolve(before, key="k", state=EntryState.INTENT, holder=Holder.US)

@@ -2,17 +2,16 @@
 
 import asyncio
 import math
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.journals import AnyJournal, execute
 
 from flux2max_async import JournalError
-from flux2max_async.journal import Journal, SqliteJournal
+from flux2max_async.journal import Journal
 
 
 @pytest.fixture
@@ -22,8 +21,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-async def journal(tmp_path: Path) -> AsyncIterator[SqliteJournal]:
-    async with SqliteJournal(tmp_path / "run.db") as opened:
+async def journal(tmp_path: Path) -> AsyncIterator[AnyJournal]:
+    async with AnyJournal(tmp_path / "run.db") as opened:
         yield opened
 
 
@@ -34,11 +33,11 @@ def count_up(state: Mapping[str, Any] | None) -> Mapping[str, Any]:
 async def test_a_state_is_kept_under_its_name(tmp_path: Path) -> None:
     """A state is there for the next session, unchanged; other names have others, or none."""
     value = {"text": "Grüße ☃ \ud800", "numbers": [1, 0.1, 1e300], "nothing": None, "nested": {"a": [True]}}
-    async with SqliteJournal(tmp_path / "run.db") as journal:
+    async with AnyJournal(tmp_path / "run.db") as journal:
         missing = await journal.load_state("a")
         await journal.update_state("a", lambda _: value)
         await journal.update_state("b", count_up)
-    async with SqliteJournal(tmp_path / "run.db") as journal:
+    async with AnyJournal(tmp_path / "run.db") as journal:
         found = [await journal.load_state(name) for name in ("a", "b", "c")]
         listed = [entry async for entry in journal.entries()]
 
@@ -50,14 +49,14 @@ async def test_a_state_is_kept_under_its_name(tmp_path: Path) -> None:
 async def test_changes_of_several_sessions_are_all_kept(tmp_path: Path) -> None:
     """A state is read, changed and written in one transaction: no change of 120 by three sessions is lost."""
     path = tmp_path / "run.db"
-    async with SqliteJournal(path) as a, SqliteJournal(path) as b, SqliteJournal(path) as c:
+    async with AnyJournal(path) as a, AnyJournal(path) as b, AnyJournal(path) as c:
         await asyncio.gather(*(journal.update_state("n", count_up) for journal in (a, b, c) for _ in range(40)))
         found = await b.load_state("n")
 
     assert found == {"count": 120}
 
 
-async def test_a_change_does_not_run_in_the_event_loop(journal: SqliteJournal) -> None:
+async def test_a_change_does_not_run_in_the_event_loop(journal: AnyJournal) -> None:
     """A change that takes long holds up the journal's thread, not the event loop."""
     threads = []
 
@@ -75,7 +74,7 @@ async def test_a_change_does_not_run_in_the_event_loop(journal: SqliteJournal) -
     [lambda _: 1 / 0, lambda _: {"x": object()}, lambda _: {"x": math.nan}, lambda _: None],
     ids=["error", "no JSON", "NaN", "no mapping"],
 )
-async def test_a_change_that_fails_changes_nothing(journal: SqliteJournal, change: Any) -> None:
+async def test_a_change_that_fails_changes_nothing(journal: AnyJournal, change: Any) -> None:
     """An error of the change, or a value that isn't JSON, is a JournalError; the state stays, and the journal works."""
     await journal.update_state("a", count_up)
     with pytest.raises(JournalError):
@@ -87,15 +86,14 @@ async def test_a_change_that_fails_changes_nothing(journal: SqliteJournal, chang
     assert await journal.load_state("a") == {"count": 2}
 
 
-@pytest.mark.parametrize("damage", ["'{'", "'[1]'", "''", "7", "x'ff'", "CAST(x'ff' AS TEXT)"])
+@pytest.mark.parametrize("damage", ["{", "[1]", "", "7"])
 async def test_a_damaged_state_is_an_error_until_it_is_replaced(
-    journal: SqliteJournal, damage: str, caplog: pytest.LogCaptureFixture
+    journal: AnyJournal, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Loading a damaged state is a JournalError that names it; for a change it is missing, which is logged."""
     await journal.update_state("a", count_up)
-    with closing(sqlite3.connect(journal.path)) as connection, connection:
-        connection.execute(f"UPDATE states SET value = {damage}")
-    with pytest.raises(JournalError, match=r"the state 'a' in the journal .*run\.db is damaged"):
+    execute(journal.path, "UPDATE states SET value = ?", damage)
+    with pytest.raises(JournalError, match=r"the state 'a' in the journal .* is damaged"):
         await journal.load_state("a")
     await journal.update_state("a", count_up)
 
@@ -104,28 +102,9 @@ async def test_a_damaged_state_is_an_error_until_it_is_replaced(
     assert "it is replaced" in caplog.text
 
 
-async def test_a_file_without_states_is_read_and_extended(tmp_path: Path) -> None:
-    """A session adds the table to a file of an earlier version, whose schema keeps its version."""
-    path = tmp_path / "run.db"
-    async with SqliteJournal(path):
-        pass
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("DROP TABLE states")
-    async with SqliteJournal(path) as journal:
-        missing = await journal.load_state("a")
-        await journal.update_state("a", count_up)
-        found = await journal.load_state("a")
-    with closing(sqlite3.connect(path)) as connection:
-        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-
-    assert missing is None
-    assert found == {"count": 1}
-    assert version == 1
-
-
 async def test_a_journal_that_is_not_open_keeps_no_states(tmp_path: Path) -> None:
     """States can be read and changed while the journal is open."""
-    journal = SqliteJournal(tmp_path / "run.db")
+    journal = AnyJournal(tmp_path / "run.db")
     with pytest.raises(JournalError, match="is not open"):
         await journal.load_state("a")
     with pytest.raises(JournalError, match="is not open"):

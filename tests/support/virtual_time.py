@@ -16,6 +16,7 @@ from typing import Any
 import anyio.to_thread
 
 from flux2max_async import JournalEntry, SqliteJournal
+from flux2max_async.journal._store_journal import StoreJournal
 
 _LONG_JUMP = 1.0
 """Virtual seconds. A longer jump may be to a timeout."""
@@ -110,13 +111,14 @@ def hold_up(seconds: float) -> None:
     loop.hold_up(seconds)
 
 
-def _pause_clock() -> contextlib.AbstractContextManager[None]:
+def pause_clock() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the clock of the running loop is stopped, if it is a virtual one."""
     loop = asyncio.get_running_loop()
     return loop.pause_clock() if isinstance(loop, VirtualTimeLoop) else contextlib.nullcontext()
 
 
-class VirtualJournal(SqliteJournal):
-    """A journal that stops the virtual clock while its thread works."""
+class PausesClock(StoreJournal):
+    """Lets a journal stop the virtual clock while its thread works."""
 
     async def open(
         self,
@@ -125,13 +127,17 @@ class VirtualJournal(SqliteJournal):
         *,
         watch_changes: bool = False,
     ) -> None:
-        with _pause_clock():
+        with pause_clock():
             await super().open(on_external_change, watch_changes=watch_changes)
 
     async def close(self) -> None:
-        with _pause_clock():
+        with pause_clock():
             await super().close()
 
     async def _run(self, function: Any, **options: Any) -> Any:
-        with _pause_clock():
+        with pause_clock():
             return await super()._run(function, **options)
+
+
+class VirtualJournal(PausesClock, SqliteJournal):
+    """A journal in an SQLite file that stops the virtual clock while its thread works."""

@@ -140,19 +140,20 @@ class PostgresAddress:
             defaults["connect_timeout"] = _CONNECT_TIME
         if "PGAPPNAME" not in os.environ:
             defaults["application_name"] = name
+        settings = {
+            "tcp_keepalives_idle": str(idle), "tcp_keepalives_interval": str(interval),
+            "tcp_keepalives_count": str(count), "tcp_user_timeout": str(milliseconds),
+            "search_path": f'"{self.schema}"', "default_transaction_isolation": "read committed",
+        }  # fmt: skip
         parameters = {**defaults, **self._parameters}
         connection: Connection[Any] = _connection_class(answer_time).connect(autocommit=True, **parameters)
         _connections.add(connection)
         try:
             # Not as options of the connection, which poolers refuse.
-            connection.execute(
-                "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS t (name, value)",
-                (
-                    ["tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout",
-                     "search_path"],
-                    [str(idle), str(interval), str(count), str(milliseconds), f'"{self.schema}"'],
-                ),
-            )  # fmt: skip
+            names = (
+                "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS settings (name, value)"
+            )
+            connection.execute(names, (list(settings), list(settings.values())))
         except BaseException:
             connection.close()
             raise

@@ -140,6 +140,9 @@ from flux2max_async.limits import (
     InFlightLimit as InFlightLimit,
 )
 from flux2max_async.limits import (
+    PostgresInFlightLimit as PostgresInFlightLimit,
+)
+from flux2max_async.limits import (
     SqliteInFlightLimit as SqliteInFlightLimit,
 )
 from flux2max_async.webhooks._headers import HeadersLike as HeadersLike

@@ -142,6 +142,7 @@ PUBLIC = {
     "PermissionDeniedError",
     "PollPlan",
     "PollSchedule",
+    "PostgresInFlightLimit",
     "ProtocolError",
     "QueueFullError",
     "QueuedGeneration",

@@ -1,4 +1,4 @@
-"""SqliteInFlightLimit: slots that several sessions share, in this process and in others."""
+"""SqliteInFlightLimit: its file, and what happens to that; what holds for other limits as well is in limits/."""
 
 import asyncio
 import os
@@ -7,22 +7,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import anyio
 import pytest
+from support.limits import A_WHILE, PATIENCE, acquire, is_free
 
-from flux2max_async import ConfigurationError, InFlightLimit, InFlightLimitError, SqliteInFlightLimit, SqliteJournal
+from flux2max_async import InFlightLimitError, SqliteInFlightLimit, SqliteJournal
+from flux2max_async._shared_limit.sqlite import SqliteConnection
 from flux2max_async._shared_limit.worker import LimitWorker
-
-PATIENCE = 30.0
-"""Seconds for what takes milliseconds."""
-A_WHILE = 0.3
-"""Seconds in which what must not happen would have happened: several checks for dead processes."""
 
 
 @pytest.fixture
@@ -44,151 +39,7 @@ async def open_limit(tmp_path: Path) -> AsyncIterator[Callable[..., "asyncio.Fut
         yield lambda *arguments: asyncio.ensure_future(open_one(*arguments))
 
 
-async def is_free(limit: InFlightLimit) -> bool:
-    """Check whether a slot can be had within a while, and give it back."""
-    with anyio.move_on_after(A_WHILE):
-        await limit.acquire()
-        limit.release()
-        return True
-    return False
-
-
-async def acquire(limit: InFlightLimit) -> None:
-    with anyio.fail_after(PATIENCE):
-        await limit.acquire()
-
-
-# ------------------------------------------------------------------ counting
-
-
-async def test_two_share(open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"]) -> None:
-    """Two that open the same file have its slots together, and each gets what the other gives back."""
-    first, second = await open_limit(2), await open_limit(2)
-    await acquire(first)
-    await acquire(second)
-    waits = [asyncio.ensure_future(acquire(limit)) for limit in (first, second)]
-    await anyio.sleep(A_WHILE)
-    assert not any(wait.done() for wait in waits)
-
-    second.release()
-    first.release()
-    await asyncio.gather(*waits)
-    assert not await is_free(first)
-
-
-async def test_several_waits_of_one(open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"]) -> None:
-    """Waits of the same session end in their order."""
-    other, limit, order = await open_limit(3), await open_limit(3), []
-    for _ in range(3):
-        await acquire(other)
-
-    async def wait(number: int) -> None:
-        await acquire(limit)
-        order.append(number)
-
-    async with asyncio.TaskGroup() as group:
-        for number in range(3):
-            group.create_task(wait(number))
-        await anyio.sleep(A_WHILE)
-        for _ in range(3):
-            other.release()
-
-    assert order == [0, 1, 2]
-
-
-async def test_a_cancelled_wait_takes_no_slot(
-    open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"],
-) -> None:
-    """A wait that is cancelled takes nothing, and leaves its place in the line."""
-    first, second = await open_limit(), await open_limit()
-    await acquire(first)
-    cancelled = asyncio.ensure_future(second.acquire())
-    await anyio.sleep(A_WHILE)
-    cancelled.cancel()
-    await asyncio.wait([cancelled])
-    first.release()
-
-    assert cancelled.cancelled()
-    await acquire(first)
-    first.release()
-    await acquire(second)
-
-
-@pytest.mark.parametrize("yields", range(4))
-async def test_cancelled_in_the_moment_of_the_grant(
-    open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"], yields: int
-) -> None:
-    """A slot that comes while its wait is being cancelled is given back."""
-    limit, other = await open_limit(), await open_limit()
-    for delay in (0.0, 0.0002, 0.0005, 0.001, 0.002):
-        wait = asyncio.ensure_future(limit.acquire())
-        await asyncio.sleep(0)
-        time.sleep(delay)  # noqa: ASYNC251 - so that the grant comes while the event loop is busy
-        for _ in range(yields):
-            await asyncio.sleep(0)
-        wait.cancel()
-        await asyncio.wait([wait])
-        if not wait.cancelled():
-            limit.release()
-        await acquire(other)
-        other.release()
-
-
-async def test_cancelled_after_the_grant(tmp_path: Path) -> None:
-    """A slot that was granted before its wait could notice that it is being cancelled is given back."""
-    worker = LimitWorker(tmp_path / "limit.db", 1, keep_after_death=False)
-    await worker.opened
-    await worker.acquire()
-    wait = asyncio.ensure_future(worker.acquire())
-    await anyio.sleep(0.01)
-    worker._held += 1  # as the thread does, and then
-    worker._end_wait(worker._waiting[0])
-    wait.cancel()
-    await asyncio.wait([wait])
-
-    assert (wait.cancelled(), worker._held) == (True, 1)
-    worker.stop()
-    await worker.stopped
-
-
-async def test_cancelled_in_the_moment_of_a_failure(tmp_path: Path) -> None:
-    """A wait that fails while it is being cancelled gives no slot back."""
-    worker = LimitWorker(tmp_path / "limit.db", 1, keep_after_death=False)
-    await worker.opened
-    await worker.acquire()
-    wait = asyncio.ensure_future(worker.acquire())
-    await anyio.sleep(0.01)
-    worker._waiting[0].set_exception(InFlightLimitError("the database is away"))
-    wait.cancel()
-    await asyncio.wait([wait])
-    again = asyncio.ensure_future(worker.acquire())
-    await anyio.sleep(A_WHILE)
-
-    assert (wait.cancelled(), again.done()) == (True, False)
-    worker.stop()
-    await worker.stopped
-    with pytest.raises(InFlightLimitError, match="was closed"):
-        await again
-
-
-async def test_closing_gives_everything_back(
-    open_limit: Callable[..., "asyncio.Future[SqliteInFlightLimit]"],
-) -> None:
-    """Closing gives back all slots, ends waits with an error, and may be repeated; later releases do nothing."""
-    first, second = await open_limit(2), await open_limit(2)
-    first.occupy()
-    await acquire(first)
-    waits = [asyncio.ensure_future(first.acquire()), asyncio.ensure_future(acquire(second))]
-    await anyio.sleep(A_WHILE)
-    await first.close()
-    await first.close()
-    first.release()
-
-    results = await asyncio.gather(*waits, return_exceptions=True)
-    assert [type(result) for result in results] == [InFlightLimitError, type(None)]
-    await acquire(second)
-    await first.open()
-    assert not await is_free(first)
+# ------------------------------------------------------------------ files
 
 
 async def test_no_files_are_left(tmp_path: Path) -> None:
@@ -382,7 +233,7 @@ async def test_a_folder_that_is_replaced_by_a_file(tmp_path: Path) -> None:
 async def test_a_file_that_is_away_for_a_while(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Waits go on once the file can be used again; after so many seconds they fail. The log says both once."""
     path = tmp_path / "limit.db"
-    worker = LimitWorker(path, 2, keep_after_death=False, away_time=1.0)
+    worker = LimitWorker(SqliteConnection(path, 2, keep_after_death=False), away_time=1.0)
     await worker.opened
     path.unlink()
     path.mkdir()
@@ -412,57 +263,6 @@ async def test_a_file_that_is_away_for_a_while(tmp_path: Path, caplog: pytest.Lo
 # ------------------------------------------------------------------ misuse
 
 
-async def test_states(tmp_path: Path) -> None:
-    """A limit is opened once at a time, and not used before."""
-    limit = SqliteInFlightLimit(tmp_path / "limit.db", 3)
-    with pytest.raises(InFlightLimitError, match="is not open"):
-        await limit.acquire()
-    limit.expect_adoption()
-    await limit.open()
-    with pytest.raises(InFlightLimitError, match="open already: each session needs a SqliteInFlightLimit of its own"):
-        await limit.open()
-    await limit.close()
-
-    assert (limit.limit, repr(limit)) == (3, f"SqliteInFlightLimit({str(limit.path)!r}, 3)")
-    assert isinstance(limit, InFlightLimit)
-
-
-@pytest.mark.parametrize("limit", [0, -1, 1.5, "24", None, True])
-def test_a_senseless_limit(limit: int) -> None:
-    """The number of slots is an integer of at least 1."""
-    with pytest.raises(ConfigurationError, match="limit must be an integer of at least 1"):
-        SqliteInFlightLimit("limit.db", limit)
-
-
-@pytest.mark.parametrize("waits", [False, True])
-def test_an_event_loop_that_ends_without_closing(tmp_path: Path, waits: bool) -> None:
-    """Its slots are given back, and the limit can be opened again."""
-    limit = SqliteInFlightLimit(tmp_path / "limit.db", 1)
-    other = SqliteInFlightLimit(tmp_path / "limit.db", 1)
-
-    async def leave_open() -> None:
-        await limit.open()
-        await acquire(limit)
-        if waits:
-            task = asyncio.ensure_future(limit.acquire())
-            await anyio.sleep(0.05)
-            task.cancel()
-
-    async def use() -> None:
-        for opened in (limit, other):
-            await opened.open()
-        await acquire(other)
-        for opened in (limit, other):
-            await opened.close()
-
-    asyncio.run(leave_open())
-    asyncio.run(use())
-    deadline = time.monotonic() + PATIENCE
-    while any(thread.name.startswith("limit ") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "its thread has not ended"
-        time.sleep(0.01)
-
-
 async def test_a_session_that_is_cancelled_while_it_opens(tmp_path: Path) -> None:
     """Nothing is left of an opening that is cancelled."""
     limit = SqliteInFlightLimit(tmp_path / "limit.db", 1)
@@ -479,3 +279,10 @@ async def test_a_session_that_is_cancelled_while_it_opens(tmp_path: Path) -> Non
             await anyio.sleep(0.01)
 
     assert opening.cancelled()
+
+
+async def test_its_text(tmp_path: Path) -> None:
+    """A limit shows its file and its slots."""
+    limit = SqliteInFlightLimit(tmp_path / "limit.db", 3)
+
+    assert repr(limit) == f"SqliteInFlightLimit({str(limit.path)!r}, 3)"

@@ -67,7 +67,7 @@ _NO_ORPHANS = "0"
 _ORPHANS = f"""(
     SELECT count(*) FROM entries WHERE state = 'submitted' AND owner IS NOT NULL
     AND submitted > extract(epoch FROM clock_timestamp()) - {_MAX_TASK_TIME}
-    AND ('x' || owner)::bit(64)::bigint NOT IN ({LIVING})
+    AND owner NOT IN (SELECT id FROM owners WHERE lock IN ({LIVING}))
 )"""
 _FIND_DEAD = f"""
     UPDATE limit_holders SET died = clock_timestamp(), ticket = NULL, granted = false
@@ -103,7 +103,7 @@ _GRANT = """
     )
     SELECT id = %(us)s, CASE WHEN id <> %(us)s THEN pg_notify('flux2max_limit_' || id, '') END FROM granted
 """
-_HAS_JOURNAL = "SELECT to_regclass('entries') IS NOT NULL"
+_HAS_JOURNAL = "SELECT to_regclass('entries') IS NOT NULL AND to_regclass('owners') IS NOT NULL"
 _DELETE = "DELETE FROM limit_holders WHERE id = %(us)s"
 
 

@@ -82,8 +82,16 @@ from flux2max_async._exceptions import (
 from flux2max_async._health import SessionHealth as SessionHealth
 from flux2max_async._models.images import ImageSource as ImageSource
 from flux2max_async._models.images import InputImage as InputImage
-from flux2max_async._models.request import GenerationRequest as GenerationRequest
-from flux2max_async._models.request import OutputFormat as OutputFormat
+from flux2max_async._models.pictures import SupportsImageSave as SupportsImageSave
+from flux2max_async._models.request import (
+    GenerationParams as GenerationParams,
+)
+from flux2max_async._models.request import (
+    GenerationRequest as GenerationRequest,
+)
+from flux2max_async._models.request import (
+    OutputFormat as OutputFormat,
+)
 from flux2max_async._models.results import (
     Completed as Completed,
 )

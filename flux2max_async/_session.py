@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import aiohttp
 import attrs
@@ -20,7 +20,7 @@ from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._lifetime import SessionLifetime, SessionParts
-from flux2max_async._models.request import GenerationRequest, as_request
+from flux2max_async._models.request import GenerationParams, GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
 from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._stream import OutcomeStream
@@ -164,7 +164,7 @@ class FluxSession(SessionLifetime):
         group: str | None = None,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
-        **params: Any,
+        **params: Unpack[GenerationParams],
     ) -> Completed:
         """Submit one request and wait for it.
 
@@ -211,7 +211,7 @@ class FluxSession(SessionLifetime):
         group: str | None = None,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
-        **params: Any,
+        **params: Unpack[GenerationParams],
     ) -> GenerationTask:
         """Wait for a free slot, submit, and return as soon as the service has given the task an id.
 
@@ -240,7 +240,7 @@ class FluxSession(SessionLifetime):
         group: str | None = None,
         retry_failed: bool = False,
         resubmit_uncertain: bool = False,
-        **params: Any,
+        **params: Unpack[GenerationParams],
     ) -> QueuedGeneration:
         """Take a request in and return at once: for handlers that respond with 202.
 

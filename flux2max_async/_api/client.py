@@ -9,8 +9,9 @@ import anyio.to_thread
 import attrs
 
 from flux2max_async._api.circuit_breaker import Attempt, CircuitBreaker
-from flux2max_async._api.codec import HttpRequest, build_submit, parse_poll, parse_submit
+from flux2max_async._api.codec import HttpRequest, build_poll, build_submit, parse_poll, parse_submit
 from flux2max_async._api.give_up import PollLimit
+from flux2max_async._api.input_links import InputLinks
 from flux2max_async._api.poll_limiter import PollLimiter
 from flux2max_async._api.poll_timeout import PollTimeout
 from flux2max_async._api.recent_refusals import pause_after, spread_pause, spread_submit_pause
@@ -89,6 +90,7 @@ class ApiClient:
         self._turns = SubmitTurns(stats, self.submit_limiter, self._breaker, self.now)
         self.health: HealthMonitor = HealthMonitor()
         self._unknown_statuses = UnknownStatuses()
+        self.input_links: InputLinks = InputLinks(self._poll_once)
 
     # ------------------------------------------------------------------ submits
 
@@ -122,9 +124,11 @@ class ApiClient:
             FluxError: The reason of the cancellation.
         """
         latest = deadline - min(_MIN_SUBMIT_TIME, (deadline - self.now()) / 4)
-        message = await self._prepare(request, rank, cancellation, latest)
+        request, message = await self._prepare(request, rank, cancellation, latest)
         failures, refusal = 0, None
         while True:
+            if request.input_images and self.input_links.are_old(request):  # they have expired during a wait
+                request, message = await self._prepare(request, rank, cancellation, latest)
             started = self.now()
             attempt = self._breaker.start() if self._breaker.has_failures else Attempt()
             try:
@@ -150,10 +154,17 @@ class ApiClient:
 
     async def _prepare(
         self, request: GenerationRequest, rank: Rank, cancellation: Cancellation, latest: float
-    ) -> HttpRequest:
-        """Build the message and wait for the submit's turn, which has to come before `latest`."""
+    ) -> tuple[GenerationRequest, HttpRequest]:
+        """Build the message and wait for the submit's turn, which has to come before `latest`.
+
+        Returns:
+            The request, in which links that have expired are renewed, and the message.
+        """
         try:
-            if any(not isinstance(image.source, str) for image in request.input_images):
+            if request.input_images and self.input_links.are_old(request):
+                async with cancellation.guard(until=latest):
+                    request = await self.input_links.renew(request)
+            if any(image.is_local for image in request.input_images):
                 self._transport.expect_submit()
                 async with cancellation.guard(until=latest):
                     message = await anyio.to_thread.run_sync(build_submit, request)
@@ -166,7 +177,10 @@ class ApiClient:
                 cancellation.raise_if_cancelled()
         except TimeoutError:
             raise DeadlineExceededError("not sent within its task_timeout: submits were held back") from None
-        return message
+        return request, message
+
+    async def _poll_once(self, task_id: str) -> TaskSnapshot:
+        return await self.poll(build_poll(task_id), task_id)
 
     async def _try_submit(
         self, message: HttpRequest, request: GenerationRequest, record: SubmitRecord, deadline: float, attempt: Attempt

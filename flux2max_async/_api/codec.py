@@ -39,7 +39,7 @@ from flux2max_async._exceptions import (
     TaskNotFoundError,
 )
 from flux2max_async._models.images import error_at_index
-from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest
+from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest, SecretText
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
 
 MODEL = "flux_2_max"
@@ -214,6 +214,7 @@ def parse_poll(response: HttpResponse, task_id: str) -> TaskSnapshot:
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter()
+    converter.register_unstructure_hook(SecretText, str)
     converter.register_unstructure_hook(
         GenerationRequest,
         make_dict_unstructure_fn(

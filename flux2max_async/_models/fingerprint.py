@@ -13,12 +13,15 @@ from typing import Any
 import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
+from flux2max_async._models.generated import NO_URL, GeneratedImage
 from flux2max_async._models.images import error_at_index
 from flux2max_async._models.request import GenerationRequest
 
 _MEGAPIXEL = 1024 * 1024
 _DEFAULT_SIDE = 1024
 _FIELDS = ("prompt", "seed", "width", "height", "safety_tolerance", "output_format")
+_TASK_PREFIX = "task:"
+"""Begins the description of a generated image: its task's id, a slash, and its index."""
 
 
 @attrs.frozen
@@ -28,7 +31,8 @@ class RequestFingerprint:
     fingerprint: str
     """Equal for requests with equal content; 32 hexadecimal digits."""
     description: Mapping[str, Any]
-    """The content as JSON values. Local images are represented by path or hash; there are no secrets."""
+    """The content as JSON values. Local images are represented by path or hash, generated ones by task and
+    index; there are no secrets."""
     megapixels: int
     """For the estimate of the cost: the output, rounded up, and one for each input image."""
 
@@ -50,6 +54,9 @@ def fingerprint_request(request: GenerationRequest) -> RequestFingerprint:
     for index, image in enumerate(request.input_images):
         if isinstance(image.source, str):
             digest = image.source
+        elif isinstance(image.source, GeneratedImage):
+            # Not the URL, which is signed anew each time: the same edit would be paid for twice.
+            digest = f"{_TASK_PREFIX}{image.source.task_id}/{image.source.index}"
         else:
             try:
                 digest = f"sha256:{hashlib.sha256(image.read()).hexdigest()}"
@@ -63,8 +70,18 @@ def fingerprint_request(request: GenerationRequest) -> RequestFingerprint:
 
 
 def is_local(request: GenerationRequest) -> bool:
-    """Return whether a request has input images that have to be read."""
-    return any(not isinstance(image.source, str) for image in request.input_images)
+    """Return whether a request has input images that have to be read for its fingerprint."""
+    return any(isinstance(image.source, (bytes, Path)) for image in request.input_images)
+
+
+def generated_image(description: object) -> GeneratedImage | None:
+    """Return the generated image that an input image in a description is, without its URL; None if it is none."""
+    if not isinstance(description, str) or not description.startswith(_TASK_PREFIX):
+        return None
+    task_id, _, index = description.removeprefix(_TASK_PREFIX).rpartition("/")
+    if not task_id or not index.isdecimal():
+        return None
+    return GeneratedImage(url=NO_URL, type="image", task_id=task_id, index=int(index))
 
 
 def _hash(content: Mapping[str, Any]) -> str:

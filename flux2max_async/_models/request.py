@@ -4,10 +4,12 @@ Parameters and ranges are those of the vendor's documentation of FLUX.2 [max].
 """
 
 import copy
+import difflib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal, SupportsIndex, TypedDict
+from typing import Any, Literal, Self, SupportsIndex, TypedDict, Unpack
 
 import attrs
 
@@ -27,6 +29,9 @@ _MAX_SAFETY_TOLERANCE = 5
 _MAX_URL_LENGTH = 2083
 _MAX_EXTRA_DEPTH = 100
 """Levels of nested JSON; a request with many more could be neither copied nor serialized."""
+
+CALL_OPTIONS = ("timeout", "priority", "group", "retry_failed", "resubmit_uncertain")
+"""The options of generate(), submit() and enqueue(), beside the request's parameters."""
 
 IMAGE_PARAMETERS = ("input_image", *(f"input_image_{number}" for number in range(2, MAX_INPUT_IMAGES + 1)))
 """The names under which the input images are sent, in order."""
@@ -76,6 +81,27 @@ class _FrozenMapping(Mapping[str, Any]):
 _NO_EXTRA = _FrozenMapping({})
 
 
+class SecretText(str):
+    """A text that its repr, `attrs.asdict()` and pickles don't show: a pickle has None in its place."""
+
+    __slots__ = ()
+
+    __attrs_attrs__ = ()
+    """attrs.asdict() takes it for a value without fields."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 # ------------------------------------------------------------------ attrs converters and validators
 
 
@@ -118,6 +144,20 @@ def _is_deeper_than(value: Any, levels: int) -> bool:
             return any(_is_deeper_than(child, levels - 1) for child in value)
         case _:
             return False
+
+
+def _convert_integer(value: SupportsIndex | None) -> int | None:
+    """Return numpy's integers as Python's; what is no integer is for the validator."""
+    if value is None or isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value  # type: ignore[return-value]  # a value of any type, which the validator refuses
+
+
+def _convert_secret(value: str | None) -> str | None:
+    return SecretText(value) if isinstance(value, str) else value
 
 
 def _validate_prompt(_: Any, __: Any, value: Any) -> None:
@@ -190,7 +230,8 @@ class GenerationRequest:
         safety_tolerance: 0 (strictest) to 5; None uses the service's default (2).
         output_format: "jpeg" or "png"; None uses the service's default (jpeg).
         webhook_url: The http(s) URL to which the service posts the finished task; at most 2083 characters.
-        webhook_secret: The secret for the signature of that post; never shown.
+        webhook_secret: The secret for the signature of that post; never shown. Pickles, too, are without it: to pass it
+            on, pickle `to_dict(secrets=True)`.
         extra: Parameters of the service that this library doesn't know yet, as JSON values; None values are not sent.
         key: Your own name for this request; never sent.
 
@@ -200,13 +241,17 @@ class GenerationRequest:
 
     prompt: str = attrs.field(validator=_validate_prompt)
     input_images: tuple[InputImage, ...] = attrs.field(default=(), converter=_convert_input_images, kw_only=True)
-    seed: int | None = attrs.field(default=None, validator=_validate_integer, kw_only=True)
-    width: int | None = attrs.field(default=None, validator=_validate_side, kw_only=True)
-    height: int | None = attrs.field(default=None, validator=_validate_side, kw_only=True)
-    safety_tolerance: int | None = attrs.field(default=None, validator=_validate_safety_tolerance, kw_only=True)
+    seed: int | None = attrs.field(default=None, converter=_convert_integer, validator=_validate_integer, kw_only=True)
+    width: int | None = attrs.field(default=None, converter=_convert_integer, validator=_validate_side, kw_only=True)
+    height: int | None = attrs.field(default=None, converter=_convert_integer, validator=_validate_side, kw_only=True)
+    safety_tolerance: int | None = attrs.field(
+        default=None, converter=_convert_integer, validator=_validate_safety_tolerance, kw_only=True
+    )
     output_format: OutputFormat | None = attrs.field(default=None, converter=_convert_output_format, kw_only=True)
     webhook_url: str | None = attrs.field(default=None, validator=_validate_webhook_url, kw_only=True)
-    webhook_secret: str | None = attrs.field(default=None, validator=_validate_text, repr=False, kw_only=True)
+    webhook_secret: str | None = attrs.field(
+        default=None, converter=_convert_secret, validator=_validate_text, repr=False, kw_only=True
+    )
     # The hash omits it because its values may be lists; equality doesn't.
     extra: Mapping[str, Any] = attrs.field(default=_NO_EXTRA, converter=_convert_extra, hash=False, kw_only=True)
     key: str | None = attrs.field(default=None, validator=_validate_text, kw_only=True)
@@ -215,12 +260,27 @@ class GenerationRequest:
 _KNOWN_PARAMETERS = {"model", *IMAGE_PARAMETERS, *attrs.fields_dict(GenerationRequest)} - {"extra", "key"}
 
 
-def as_request(request: str | GenerationRequest, **params: Any) -> GenerationRequest:
+class _UnknownParameterError(InvalidRequestError, TypeError):
+    """There is no parameter of that name: an error of a program, and of an input that became parameters."""
+
+
+def unknown_parameter(name: str) -> InvalidRequestError:
+    """Return the error about a parameter that doesn't exist, which is also a TypeError."""
+    known = ("prompt", *GenerationParams.__annotations__, *CALL_OPTIONS)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "what this library doesn't know yet goes into extra"
+    return _UnknownParameterError(f"no parameter {name}: {hint}", field=name)
+
+
+def as_request(request: str | GenerationRequest, **params: Unpack[GenerationParams]) -> GenerationRequest:
     """Return a request made of a prompt and parameters, or a copy of a request with some parameters replaced.
 
     Raises:
-        InvalidRequestError: A parameter is wrong, or `request` is neither a prompt nor a request.
+        InvalidRequestError: A parameter is wrong or unknown, or `request` is neither a prompt nor a request.
     """
+    for name in params:
+        if name not in GenerationParams.__annotations__:
+            raise unknown_parameter(name)
     untyped: object = request
     match untyped:
         case GenerationRequest():

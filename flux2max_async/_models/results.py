@@ -10,6 +10,10 @@ from typing import Any, ClassVar, Literal, Self
 import attrs
 
 from flux2max_async._exceptions import FluxError, TaskFailedError
+from flux2max_async._models.generated import NO_URL as NO_URL
+from flux2max_async._models.generated import GeneratedImage as GeneratedImage
+from flux2max_async._models.generated import inline_url as inline_url
+from flux2max_async._models.generated import is_inline as is_inline
 from flux2max_async._models.request import GenerationRequest
 
 
@@ -29,39 +33,6 @@ class TaskStatus(StrEnum):
 
 FINAL_STATUSES = frozenset((TaskStatus.COMPLETED, TaskStatus.FAILED))
 
-NO_URL = "about:blank"
-"""The URL of an image whose real URL is unknown and has to be requested from the service."""
-
-_MAX_URL_REPR = 200
-# What the base64 of an image begins with.
-_MEDIA_TYPES = {
-    "/9j/": "image/jpeg",
-    "iVBORw0KGgo": "image/png",
-    "UklGR": "image/webp",
-    "R0lGOD": "image/gif",
-}
-
-
-def is_inline(url: str) -> bool:
-    """Return whether an image's URL is a `data:` URI, which contains the image itself."""
-    return url[:5].lower() == "data:"
-
-
-def inline_url(data: str) -> str:
-    """Return the `data:` URI of an image in base64, which may be one already."""
-    if is_inline(data):
-        return data
-    known = (media_type for start, media_type in _MEDIA_TYPES.items() if data.startswith(start))
-    return f"data:{next(known, 'application/octet-stream')};base64,{data}"
-
-
-def _shorten_url(url: str) -> str:
-    """Return the repr of a URL, in which an inline image is replaced by its length."""
-    if is_inline(url):
-        header, _, data = url.partition(",")
-        return repr(f"{header[:_MAX_URL_REPR]},... ({len(data)} characters)")
-    return repr(url)
-
 
 @attrs.frozen(kw_only=True)
 class Usage:
@@ -72,22 +43,6 @@ class Usage:
     discount: Decimal | None = None
     extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """Whatever else the service reports."""
-
-
-@attrs.frozen(kw_only=True)
-class GeneratedImage:
-    """An image of a completed task. `session.save()` downloads it."""
-
-    url: str = attrs.field(repr=_shorten_url)
-    """Short-lived: it expires after about 10 minutes. An inline image is a `data:` URI, which never expires."""
-    type: str
-    task_id: str
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
-    """`jobId` and whatever else the service reports."""
-    index: int = 0
-    """The position among the task's images, from 0."""
-    received_at: datetime | None = attrs.field(default=None, eq=False, repr=False)
-    """When the URL was received, by this machine's clock; timezone-aware. None if nobody knows."""
 
 
 @attrs.frozen(kw_only=True)

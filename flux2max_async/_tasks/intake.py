@@ -1,12 +1,14 @@
 """Takes requests in: finds or creates the runner of each, and starts it."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
+import anyio.to_thread
 import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
-from flux2max_async._models.request import GenerationRequest, as_request, validate_priority
+from flux2max_async._models.images import has_pictures
+from flux2max_async._models.request import GenerationParams, GenerationRequest, as_request, validate_priority
 from flux2max_async._shutdown import closed_error
 from flux2max_async._tasks.context import RunnerContext, RunnerObserver
 from flux2max_async._tasks.queued import QueuedGeneration
@@ -73,7 +75,7 @@ class Intake:
     async def start_call(
         self,
         request: str | GenerationRequest,
-        params: Mapping[str, Any],
+        params: GenerationParams,
         options: CallOptions,
         limit: TimeLimit | None,
     ) -> tuple[GenerationRequest, TaskRunner]:
@@ -88,7 +90,11 @@ class Intake:
             ConfigurationError: It was opened in another process or event loop.
         """
         await self.arrive()
-        request = as_request(request, **params)
+        if has_pictures(params.get("input_images")):
+            building = anyio.to_thread.run_sync(partial(as_request, request, **params), abandon_on_cancel=True)
+            request = await (building if limit is None else limit.run(building))
+        else:
+            request = as_request(request, **params)
         starting = self.start_request(request, options)
         return request, await (starting if limit is None else limit.run(starting))
 

@@ -1,21 +1,20 @@
 """Replays whose links have expired: their tasks are asked for fresh ones before the outcome is given out."""
 
 from collections import OrderedDict
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import attrs
 
 from flux2max_async._api.client import ApiClient
 from flux2max_async._api.codec import build_poll
 from flux2max_async._exceptions import FluxError
-from flux2max_async._models.results import NO_URL, Completed, GeneratedImage, Outcome, is_inline
+from flux2max_async._models.generated import MAX_LINK_AGE, GeneratedImage
+from flux2max_async._models.results import Completed, Outcome
 from flux2max_async._text import get_logger
 from flux2max_async._timeouts import Timeout
 
 log = get_logger("tasks")
 
-_MAX_AGE = timedelta(minutes=8)
-"""Of links that are given out. They live for about ten minutes, and whoever gets one needs time to use it."""
 _MAX_WAIT = 5.0
 """Seconds for the poll; an outcome must not wait long for its links."""
 _MAX_RENEWED = 1_000
@@ -37,7 +36,7 @@ class LinkRenewer:
         images = self._renewed.get(outcome.task_id)
         if images is None or _are_old(images):
             images = await _fetch_images(outcome.task_id, client)
-        if len(images) != len(outcome.images) or not all(map(_is_link, images)):
+        if len(images) != len(outcome.images) or not all(image.is_link for image in images):
             return outcome
         self._renewed[outcome.task_id] = images
         if len(self._renewed) > _MAX_RENEWED:
@@ -46,13 +45,8 @@ class LinkRenewer:
 
 
 def _are_old(images: tuple[GeneratedImage, ...]) -> bool:
-    oldest = datetime.now(UTC) - _MAX_AGE
-    return any(_is_link(image) and image.received_at is not None and image.received_at < oldest for image in images)
-
-
-def _is_link(image: GeneratedImage) -> bool:
-    """Return whether the URL can expire; an inline image can't, and the journal keeps none."""
-    return not is_inline(image.url) and image.url != NO_URL
+    now = datetime.now(UTC)
+    return any(image.is_older_than(MAX_LINK_AGE, now) for image in images)
 
 
 async def _fetch_images(task_id: str, client: ApiClient) -> tuple[GeneratedImage, ...]:

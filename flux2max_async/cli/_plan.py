@@ -11,7 +11,7 @@ import attrs
 
 from flux2max_async._budget import Budget
 from flux2max_async._exceptions import InvalidRequestError
-from flux2max_async._models.fingerprint import fingerprint_request
+from flux2max_async._models.fingerprint import fingerprint_request, generated_image
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.cli._requests_file import BadLine, Line, RequestsFile, resolve_image_source
 from flux2max_async.cli._rows import is_uncertain
@@ -222,7 +222,8 @@ def _line_from_entry(entry: JournalEntry) -> Line | None:
     """Rebuild a request; return None if that is impossible: an input image was deleted, or was passed as bytes."""
     params: dict[str, Any] = dict(entry.request)
     try:
-        images = [resolve_image_source(source, Path()) for source in params.pop("input_images", ())]
+        descriptions = params.pop("input_images", ())
+        images = [generated_image(source) or resolve_image_source(source, Path()) for source in descriptions]
         request = GenerationRequest(**params, input_images=images, key=entry.key)
         return Line(0, request, fingerprint_request(request))
     except (InvalidRequestError, TypeError):

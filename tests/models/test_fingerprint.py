@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from support.responses import picture
 
-from flux2max_async import GenerationRequest, InvalidRequestError
-from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
+from flux2max_async import GeneratedImage, GenerationRequest, InvalidRequestError
+from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, generated_image, is_local
+from flux2max_async._models.generated import NO_URL
 
 URL = "https://pictures.example/a.png"
 
@@ -99,6 +100,27 @@ def test_key_and_webhook_do_not_change_the_fingerprint(params: dict[str, Any]) -
 
     assert named == plain
     assert "hush" not in repr(named)
+
+
+def test_a_generated_image_counts_by_its_task_and_index() -> None:
+    """The same edit is the same content, however the URL of its image is signed today; its description restores it."""
+    first, again, other = (
+        GeneratedImage(url=url, type="image", task_id="a/b", index=index, extra={"jobId": url})
+        for url, index in (("https://a.example/?x=1", 0), ("https://a.example/?x=2", 0), ("https://a.example/?x=1", 1))
+    )
+    contents = [fingerprint_of(input_images=[image]) for image in (first, again, other)]
+    restored = generated_image(contents[2].description["input_images"][0])
+
+    assert contents[0] == contents[1] != contents[2]
+    assert contents[2].megapixels == 2
+    assert restored == GeneratedImage(url=NO_URL, type="image", task_id="a/b", index=1)
+    assert fingerprint_of(input_images=[restored]) == contents[2]
+
+
+@pytest.mark.parametrize("description", ["https://a.example/", "a.png", "task:a", "task:/1", "task:a/x", None, 7])
+def test_other_descriptions_are_no_generated_images(description: object) -> None:
+    """Only what describes a generated image is restored as one."""
+    assert generated_image(description) is None
 
 
 # ---------------------------------------------------------------------- megapixels

@@ -16,7 +16,7 @@ from urllib.parse import quote_from_bytes
 import pytest
 from support.responses import picture
 
-from flux2max_async import GenerationRequest, InputImage, InvalidRequestError
+from flux2max_async import GeneratedImage, GenerationRequest, InputImage, InvalidRequestError
 from flux2max_async._api.codec import build_submit
 
 PNG = picture("PNG")
@@ -29,6 +29,10 @@ def sent_params(request: GenerationRequest) -> dict[str, Any]:
     body = build_submit(request).body
     assert body is not None
     return json.loads(body)["input"][0]["params"]  # type: ignore[no-any-return]
+
+
+def generated(url: str, index: int = 0) -> GeneratedImage:
+    return GeneratedImage(url=url, type="image", task_id="t1", index=index)
 
 
 def base64_of(data: bytes) -> str:
@@ -225,6 +229,37 @@ def test_data_of_another_type_is_refused(
 
     assert error.field == "input_images"
     assert text in str(error)
+
+
+@pytest.mark.parametrize(
+    ("brand", "name"),
+    [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"hevc", "HEIC"), (b"avif", "AVIF"), (b"avis", "AVIF")],
+)
+def test_formats_of_phones_are_named(brand: bytes, name: str) -> None:
+    """The error about a photo in a format that the service doesn't accept names the format and what to do."""
+    error = image_error(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
+
+    assert str(error).endswith(f"is {name}: {name} is not accepted: convert to PNG or JPEG")
+    assert "is not a PNG, JPEG, WebP or GIF" in str(image_error(b"\0\0\0\x18ftypmp42\0\0\0\0"))
+
+
+def test_a_file_that_stands_at_its_end() -> None:
+    """The error about a file that was just written, or read before, names the remedy."""
+    file = io.BytesIO()
+    file.write(PNG)
+
+    assert str(image_error(file)) == "the open file is at its end: call seek(0) first"
+    file.seek(0)
+    assert InputImage(file).source == PNG
+    assert "is empty" in str(image_error(io.BytesIO()))
+    assert "is empty" in str(image_error(Endless()))
+
+
+class Endless:
+    """A file without tell()."""
+
+    def read(self, size: int = -1) -> bytes:
+        return b""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")
@@ -488,8 +523,10 @@ def test_images_with_equal_sources_are_equal() -> None:
         (PNG, f"InputImage(<{len(PNG)} bytes>)"),
         (Path("a.png"), "InputImage('a.png')"),
         ("https://a.example/a.png", "InputImage('https://a.example/a.png')"),
+        (f"https://a.example/{'a' * 2000}", f"InputImage('https://a.example/{'a' * 82}... (2018 characters)')"),
+        (generated("https://a.example/a.png", index=2), "InputImage(<image 2 of task 't1'>)"),
     ],
-    ids=["bytes", "path", "URL"],
+    ids=["bytes", "path", "URL", "signed URL", "generated"],
 )
 def test_the_repr_of_an_image_shows_its_source(source: Any, shown: str) -> None:
     """The repr of an image names its URL or path, or the number of its bytes."""
@@ -500,5 +537,32 @@ def test_the_repr_of_an_image_shows_its_source(source: Any, shown: str) -> None:
 
 def test_an_image_on_the_web_cannot_be_read() -> None:
     """Only local images can be read."""
-    with pytest.raises(InvalidRequestError, match="is a URL, not a local image"):
-        InputImage("https://pictures.example/a.png").read()
+    for source in ("https://pictures.example/a.png", generated("https://pictures.example/a.png")):
+        with pytest.raises(InvalidRequestError, match="is a URL, not a local image"):
+            InputImage(source).read()
+
+
+# ---------------------------------------------------------------------- generated images
+
+
+def test_a_generated_image_is_sent_as_its_url() -> None:
+    """The image of a task is an input image: sent as its URL, or as its bytes if the service sent it inline."""
+    sources = [generated("https://a.example/0"), generated(f"data:image/png;base64,{base64_of(PNG)}")]
+    request = GenerationRequest("a lighthouse", input_images=sources)
+
+    assert [image.is_local for image in request.input_images] == [False, True]
+    assert [image.source for image in request.input_images] == sources
+    assert sent_params(request)["input_image"] == "https://a.example/0"
+    assert sent_params(request)["input_image_2"] == base64_of(PNG)
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", ""])
+def test_a_generated_image_with_a_strange_url_is_refused(url: str) -> None:
+    """A generated image has an http(s) URL, or none yet."""
+    assert "is no http(s) URL" in str(image_error(generated(url)))
+
+
+def test_a_single_generated_image_is_refused() -> None:
+    """Even a single image has to be in a list."""
+    with pytest.raises(InvalidRequestError, match="must be a list"):
+        GenerationRequest("a lighthouse", input_images=generated("https://a.example/0"))  # type: ignore[arg-type]

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.responses import picture
 
-from flux2max_async import GenerationRequest, InvalidRequestError, OutputFormat
+from flux2max_async import Completed, GeneratedImage, GenerationRequest, InvalidRequestError, OutputFormat
 from flux2max_async._api.codec import build_submit
 from flux2max_async._models.request import GenerationParams, as_request
 
 PNG = picture("PNG")
 SECRET = "hush-7f3a9c"
+IMAGE = GeneratedImage(url="https://pictures.example/0.jpeg", type="image", task_id="t1")
 
 EVERYTHING: dict[str, Any] = {
     "input_images": ["https://pictures.example/a.png", PNG],
@@ -126,13 +127,38 @@ def test_one_different_field_makes_a_different_request(change: dict[str, Any]) -
     ids=["copy", "deepcopy", "pickle"],
 )
 def test_a_request_survives_copying(copied: Callable[[GenerationRequest], GenerationRequest]) -> None:
-    """A copied or unpickled request is equal to the original."""
+    """A copied or unpickled request is equal to the original, if it has no secret."""
     images = [Path("local.png"), *EVERYTHING["input_images"]]
-    request = GenerationRequest("a lighthouse", **{**EVERYTHING, "input_images": images})
+    request = GenerationRequest("a lighthouse", **{**EVERYTHING, "input_images": images, "webhook_secret": None})
     copy_ = copied(request)
 
     assert copy_ == request
     assert hash(copy_) == hash(request)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, attrs.evolve])
+def test_a_copy_in_memory_has_the_secret(copied: Callable[[GenerationRequest], GenerationRequest]) -> None:
+    """A copy within the process is the same request, and its secret is sent."""
+    copy_ = copied(GenerationRequest("a lighthouse", **EVERYTHING))
+
+    assert copy_ == GenerationRequest("a lighthouse", **EVERYTHING)
+    assert sent_params(copy_)["webhook_secret"] == SECRET
+    assert copy.copy(copy_.webhook_secret) is copy.deepcopy(copy_.webhook_secret) is copy_.webhook_secret
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "value", [lambda request: request, lambda request: Completed(task_id="t1", request=request, images=(IMAGE,))]
+)
+def test_neither_a_pickle_nor_asdict_shows_the_secret(value: Callable[[GenerationRequest], Any], protocol: int) -> None:
+    """An unpickled request has no secret, and the dict that attrs makes of one doesn't show it, be it in an outcome."""
+    request = GenerationRequest("a lighthouse", **EVERYTHING)
+    pickled = pickle.dumps(value(request), protocol)
+
+    assert SECRET.encode() not in pickled
+    assert pickle.loads(pickled) == value(attrs.evolve(request, webhook_secret=None))
+    assert SECRET not in f"{attrs.asdict(value(request))} {attrs.asdict(value(request), recurse=False)}"
+    assert request.webhook_secret == SECRET
 
 
 def test_the_repr_does_not_show_the_secret() -> None:
@@ -200,7 +226,28 @@ def test_a_value_of_another_type_is_refused(value: Any) -> None:
 def test_a_misspelt_parameter_is_a_type_error(request_or_prompt: str | GenerationRequest) -> None:
     """An unknown parameter is the usual TypeError of Python, which names it."""
     with pytest.raises(TypeError, match="widht"):
-        as_request(request_or_prompt, widht=1024)
+        as_request(request_or_prompt, widht=1024)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("widht", "did you mean width?"),
+        ("promt", "did you mean prompt?"),
+        ("input_image", "did you mean input_images?"),
+        ("timout", "did you mean timeout?"),
+        ("guidance", "what this library doesn't know yet goes into extra"),
+    ],
+)
+def test_an_unknown_parameter_is_named_with_what_was_meant(name: str, hint: str) -> None:
+    """The error about an unknown parameter suggests the name that is most like it."""
+    params: Any = {name: 1}
+    with pytest.raises(InvalidRequestError) as caught:
+        as_request("a lighthouse", **params)
+
+    assert str(caught.value) == f"no parameter {name}: {hint}"
+    assert caught.value.field == name
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 # ---------------------------------------------------------------------- the parameters
@@ -237,6 +284,30 @@ def test_a_valid_value_is_sent_unchanged(name: str, value: Any) -> None:
     params = sent_params(GenerationRequest("a lighthouse", **{name: value}))
 
     assert params == {"prompt": "a lighthouse"} | ({} if name == "key" else {name: value})
+
+
+class Integer:
+    """An integer of another library, like numpy's."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 7), ("width", 512), ("height", 64), ("safety_tolerance", 5), ("seed", 2**64 - 1)]
+)
+def test_integers_of_other_libraries(name: str, value: int) -> None:
+    """Whatever is an integer for Python becomes one, and is validated as one."""
+    params: Any = {name: Integer(value)}
+    request = GenerationRequest("a lighthouse", **params)
+
+    assert type(getattr(request, name)) is int
+    assert request == GenerationRequest("a lighthouse", **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=name):
+        GenerationRequest("a lighthouse", **{name: Integer(-(2**64))})  # type: ignore[arg-type]
 
 
 INVALID: list[tuple[str, object, str]] = [

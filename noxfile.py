@@ -134,6 +134,12 @@ def types(session: nox.Session) -> None:
     python = str(Path(session.bin) / "python")
     session.run("basedpyright", "--pythonpath", python)
     session.run("basedpyright", "--pythonpath", python, "--verifytypes", "flux2max_async", "--ignoreexternal")
+    # The examples, as users check them: Pylance is basedpyright in its standard mode.
+    blocks = Path(session.create_tmp()) / "documented"
+    session.run("python", "tests/support/documented_code.py", str(blocks), "README.md", "docs/deployment.md")
+    untyped = "--disable-error-code=import-untyped"
+    session.run("mypy", "--config-file=", "--check-untyped-defs", untyped, *map(str, sorted(blocks.glob("*.py"))))
+    session.run("basedpyright", "--pythonpath", python, "--project", str(blocks / "pyrightconfig.json"))
 
 
 @nox.session(python=NEWEST)

@@ -13,6 +13,8 @@ from flux2max_async.emulator import Emulator
 
 pytest.importorskip("pgqueuer")
 
+WORKER = ("-m", "pgqueuer_worker")
+
 
 @pytest.fixture
 def queue(postgres: PostgresServer, schema: str, tmp_path: Path) -> Iterator[Queue]:
@@ -29,14 +31,15 @@ def queue(postgres: PostgresServer, schema: str, tmp_path: Path) -> Iterator[Que
 def test_killed_worker(queue: Queue) -> None:
     """The jobs of a killed worker are delivered to another one, which attaches to their tasks."""
     journal = SqliteJournal(queue.folder / "jobs.db")
-    queue.run("-m", "pgqueuer_worker", *PROMPTS)
-    with queue.worker("first", "-m", "pgqueuer_worker") as first, queue.worker("second", "-m", "pgqueuer_worker"):
+    queue.run(*WORKER, *PROMPTS)
+    with queue.worker("first", *WORKER) as first:
         queue.wait_until_submitted(journal)
-        kill(first)
-        queue.wait_until_polled()
-        queue.end_tasks()
-        queue.wait_for_pictures([str(number + 1) for number in range(len(PROMPTS))])
-        queue.wait_until(lambda: count_jobs(queue.environment["PGDSN"]) == 0)
+        with queue.worker("second", *WORKER):
+            kill(first)
+            queue.wait_until_polled()
+            queue.end_tasks()
+            queue.wait_for_pictures([str(number + 1) for number in range(len(PROMPTS))])
+            queue.wait_until(lambda: count_jobs(queue.environment["PGDSN"]) == 0)
 
 
 def count_jobs(address: str) -> int:

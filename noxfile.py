@@ -136,7 +136,8 @@ def types(session: nox.Session) -> None:
     session.run("basedpyright", "--pythonpath", python, "--verifytypes", "flux2max_async", "--ignoreexternal")
     # The examples, as users check them: Pylance is basedpyright in its standard mode.
     blocks = Path(session.create_tmp()) / "documented"
-    session.run("python", "tests/support/documented_code.py", str(blocks), "README.md", "docs/deployment.md")
+    documents = ["README.md", *map(str, Path("docs").glob("*.md"))]
+    session.run("python", "tests/support/documented_code.py", str(blocks), *documents)
     untyped = "--disable-error-code=import-untyped"
     session.run("mypy", "--config-file=", "--check-untyped-defs", untyped, *map(str, sorted(blocks.glob("*.py"))))
     session.run("basedpyright", "--pythonpath", python, "--project", str(blocks / "pyrightconfig.json"))

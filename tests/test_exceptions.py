@@ -144,6 +144,7 @@ PUBLIC = {
     "PollPlan",
     "PollSchedule",
     "PostgresInFlightLimit",
+    "PostgresJournal",
     "ProtocolError",
     "QueueFullError",
     "QueuedGeneration",

@@ -165,7 +165,9 @@ class JournalWorker:
                 self._jobs.put(None)
             return not self._postponed
         store.upkeep(is_idle=self._jobs.is_empty())
-        if (self._watches or self._watch_changes) and (store.changed_externally() or changed):
+        if self._watches or self._watch_changes or store.fileno() is not None:
+            changed = store.changed_externally() or changed
+        if changed:
             self.is_sole_writer = False
             self._check_watches(store)
             if self._watch_changes:

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import attrs
 import pytest
 from anyio.from_thread import start_blocking_portal
 from support.commands import ENVIRONMENT, KEY, Command, Run
+from support.limits import Backend, Limit, PostgresBackend, SqliteBackend
 from support.postgres import PostgresServer
 from support.scripted import ScriptedGateway
 from support.virtual_time import VirtualTimeLoop
@@ -84,6 +85,38 @@ async def inbox_server() -> AsyncIterator[InboxServer]:
     """Provide a server with an inbox on 127.0.0.1."""
     async with running_inbox_server() as server:
         yield server
+
+
+# ---------------------------------------------------------------------- limits
+
+
+@pytest.fixture
+def new_backend(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Backend]:
+    """Provide a function that returns a place that nobody uses yet, by a name for it."""
+    if request.config.getoption("backend") == "sqlite":
+        return lambda name: SqliteBackend(tmp_path / f"{name}.db")
+    server, schema = request.getfixturevalue("postgres"), request.getfixturevalue("schema")
+    return lambda name: PostgresBackend(server.conninfo(), f"{schema}_{name}")
+
+
+@pytest.fixture
+def backend(new_backend: Callable[[str], Backend]) -> Backend:
+    """Provide a place where nobody counts yet."""
+    return new_backend("limit")
+
+
+@pytest.fixture
+async def open_limit(backend: Backend) -> AsyncIterator[Callable[..., Awaitable[Limit]]]:
+    """Provide a function that opens a limit, which is closed at the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_one(slots: int = 1) -> Limit:
+            opened = backend.limit(slots)
+            await opened.open()
+            stack.push_async_callback(opened.close)
+            return opened
+
+        yield open_one
 
 
 # ---------------------------------------------------------------------- the command line

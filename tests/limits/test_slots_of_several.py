@@ -20,6 +20,13 @@ from flux2max_async._shared_limit.worker import LimitWorker
 
 OpenLimit: TypeAlias = Callable[..., Awaitable[Limit]]
 
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Use real time, in which the threads run."""
+    return "asyncio"
+
+
 # ------------------------------------------------------------------ counting
 
 

@@ -4,6 +4,7 @@
 """
 
 from flux2max_async._config import ApiKey as ApiKey
+from flux2max_async._downloads.image_download import ImageDownload as ImageDownload
 from flux2max_async._exceptions import (
     AuthenticationError as AuthenticationError,
 )

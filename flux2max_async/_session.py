@@ -19,10 +19,11 @@ from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._in_flight_limit import InFlightLimit
-from flux2max_async._lifetime import SessionLifetime, SessionParts
+from flux2max_async._lifetime import SessionParts
 from flux2max_async._models.request import GenerationParams, GenerationRequest, as_request
-from flux2max_async._models.results import Completed, Failed, GeneratedImage, TaskSnapshot
+from flux2max_async._models.results import Completed, Failed, TaskSnapshot
 from flux2max_async._polling.schedules import PollSchedule
+from flux2max_async._session_images import SessionImages
 from flux2max_async._stream import OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.intake import CallOptions
@@ -33,7 +34,7 @@ from flux2max_async.journal._protocol import Journal
 from flux2max_async.webhooks._inbox import WebhookInbox
 
 
-class FluxSession(SessionLifetime):
+class FluxSession(SessionImages):
     """Submits FLUX.2 [max] generations, polls each task, and delivers each as it completes or fails.
 
     One session holds one connection pool, one in-flight limit and one learned poll schedule: share it, for a whole
@@ -327,19 +328,3 @@ class FluxSession(SessionLifetime):
         """Poll a task once, without waiting for anything; raises FluxError if there is no readable answer."""
         supervisor = self._get_supervisor()
         return await supervisor.run_foreground(supervisor.client.poll(build_poll(validate_task_id(task_id)), task_id))
-
-    async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
-        """Download an image: streamed, retried, whole or not at all, without the API key; return the path.
-
-        If its URL has expired, the task is polled once for a fresh one. Missing folders are created. Regular, writable
-        files are replaced once the new one is complete, and so is the file to which a symbolic link leads.
-
-        Raises:
-            ResultExpiredError: The URL has expired, and so has the fresh one, if there was any.
-            DownloadError: The image can't be downloaded, is larger than 100 MB, or can't be written to the path.
-        """
-        return await self._get_supervisor().run_foreground(self._downloader.save(image, Path(path)))
-
-    async def read(self, image: GeneratedImage, /) -> bytes:
-        """Return the bytes of an image: retried, checked and renewed as by `save()`, with the same errors."""
-        return await self._get_supervisor().run_foreground(self._downloader.read(image))

@@ -1,14 +1,11 @@
 """Downloads images: into a part file beside the target, retried, and published only when complete."""
 
 import contextlib
-import io
-import os
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 import anyio
 import anyio.to_thread
@@ -16,9 +13,11 @@ import attrs
 
 from flux2max_async._api.retry import may_poll_again
 from flux2max_async._api.transport import Transport
+from flux2max_async._downloads.image_format import FORMATS_BY_SUFFIX
 from flux2max_async._downloads.inline_images import decode_inline_image
 from flux2max_async._downloads.pace import DownloadSlots, Pace
 from flux2max_async._downloads.retries import RETRY_WINDOW, YOUNG_AGE, Link, Retries
+from flux2max_async._downloads.sinks import ConsumerPausedError, FileSink, MemorySink, Sink
 from flux2max_async._downloads.targets import resolve_target
 from flux2max_async._downloads.transfer import AttemptError, LinkRefusedError, Transfer
 from flux2max_async._exceptions import (
@@ -31,7 +30,12 @@ from flux2max_async._exceptions import (
     TransportError,
 )
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
+from flux2max_async._text import get_logger
 from flux2max_async._timeouts import Timeout
+
+log = get_logger("downloads")
+
+_CHUNK_BYTES = 65_536
 
 
 class Downloader:
@@ -65,12 +69,15 @@ class Downloader:
         with translate_write_errors(target):
             file = await anyio.to_thread.run_sync(resolve_target, target)
             part = file.with_name(f".{secrets.token_hex(8)}.part")
-        await self.fetch(image, part, target)
+        image_format = await self.fetch(image, part, target)
         try:
             with translate_write_errors(target):
                 await anyio.to_thread.run_sync(_publish, part, file)
         finally:
             part.unlink(missing_ok=True)
+        named_format = FORMATS_BY_SUFFIX.get(target.suffix.lower(), image_format)
+        if named_format != image_format:
+            log.warning("%s has the name of a %s, but the image is a %s", target, named_format, image_format)
         return target
 
     async def read(self, image: GeneratedImage) -> bytes:
@@ -79,9 +86,9 @@ class Downloader:
         Raises:
             DownloadError: As `fetch()` does.
         """
-        file = io.BytesIO()
-        await self._download(image, file)
-        return file.getvalue()
+        sink = MemorySink()
+        await self.download(image, sink)
+        return sink.content.getvalue()
 
     async def fetch(self, image: GeneratedImage, part: Path, target: Path) -> str:
         """Download an image into a part file, which exists afterwards only if the image is complete.
@@ -104,33 +111,43 @@ class Downloader:
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("xb+") as file:
                 try:
-                    image_format = await self._download(image, file)
-                    await anyio.to_thread.run_sync(_flush, file)
+                    sink = FileSink(file)
+                    image_format = await self.download(image, sink)
+                    await sink.sync()
                 except BaseException:
                     part.unlink(missing_ok=True)  # noqa: ASYNC240 - as above
                     raise
         return image_format
 
-    async def _download(self, image: GeneratedImage, file: IO[bytes]) -> str:
-        """Download an image into a file, and return its format."""
+    async def download(self, image: GeneratedImage, sink: Sink) -> str:
+        """Download an image into a sink, and return its format.
+
+        Raises:
+            ResultExpiredError: The URL has expired, and there is no fresh one that works.
+            DownloadError: The image can't be downloaded, or is larger than 100 MB.
+        """
         try:
-            return await self._download_with_retries(image, file)
+            return await self._download_with_retries(image, sink)
         except DownloadError as error:
             error.task_id = image.task_id
             raise
 
-    async def _download_with_retries(self, image: GeneratedImage, file: IO[bytes]) -> str:
+    async def _download_with_retries(self, image: GeneratedImage, sink: Sink) -> str:
         link = Link(image.url, image.received_at)
         if image.url == NO_URL:
             link = await self._renew(link, image)
-        pace = Pace(self._slots)
-        transfer, retries = Transfer(file, pace), Retries()
+        transfer, retries = Transfer(sink, Pace(self._slots)), Retries()
         started = anyio.current_time()
         while True:
             try:
                 return await self._attempt(link.url, transfer)
             except (TransportError, AttemptError) as error:
                 failure = error
+            except ConsumerPausedError:
+                paused = anyio.current_time()
+                await sink.wait_until_taken()
+                started += anyio.current_time() - paused
+                continue
             now = anyio.current_time()
             # Without a limit, a server that sends a byte for each request would be asked for days.
             if transfer.has_progressed and now < started + self._timeout:
@@ -144,7 +161,7 @@ class Downloader:
                     retries = Retries()
                     is_over = retries.add(now, failure)
                 if link.url != refused.url:  # otherwise its server may have said when to come back
-                    transfer = Transfer(file, pace)
+                    transfer.received = 0
                     continue
             if is_over:
                 raise _final_error(failure, link, retries.failures, image.task_id) from failure
@@ -153,7 +170,7 @@ class Downloader:
 
     async def _attempt(self, url: str, transfer: Transfer) -> str:
         if is_inline(url):
-            return await anyio.to_thread.run_sync(_write_inline_image, url, transfer.file)
+            return await _pass_inline_image(url, transfer.sink)
         try:
             async with transfer.pace.attempt():
                 with Timeout(self._timeout, grace=RETRY_WINDOW):
@@ -205,22 +222,19 @@ def translate_write_errors(target: Path) -> Generator[None]:
         raise DownloadError(f"can't write {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _write_inline_image(uri: str, file: IO[bytes]) -> str:
-    data, image_format = decode_inline_image(uri)
-    file.seek(0)
-    file.truncate()
-    file.write(data)
+async def _pass_inline_image(uri: str, sink: Sink) -> str:
+    data, image_format = await anyio.to_thread.run_sync(decode_inline_image, uri)
+    sink.restart()
+    sink.begin(image_format, len(data))
+    for start in range(0, len(data), _CHUNK_BYTES):
+        await sink.write(data[start : start + _CHUNK_BYTES])
+    await sink.flush()
     return image_format
 
 
 def _publish(part: Path, file: Path) -> None:
     # Once more: the download may have taken minutes.
     part.replace(resolve_target(file))
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _final_error(failure: Exception, link: Link, failures: int, task_id: str) -> DownloadError:

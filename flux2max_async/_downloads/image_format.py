@@ -1,15 +1,26 @@
-"""Image formats: which one bytes have, and whether they are the whole image. Pure functions of the bytes.
+"""Image formats: which one bytes have, and whether they are the whole image.
 
 An image is whole if its structure reaches its end; whatever follows the end is ignored.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+
+import attrs
 
 HEAD_BYTES = 64
 """How many of the first bytes determine the format."""
 _TAIL_BYTES = 12
+_CHUNK_BYTES = 1 << 20
+FORMATS_BY_SUFFIX = {
+    ".jpeg": "jpeg",
+    ".jpg": "jpeg",
+    ".png": "png",
+    ".webp": "webp",
+    ".gif": "gif",
+    ".avif": "avif",
+}
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -42,8 +53,9 @@ def detect_format(head: bytes) -> str | None:
 
 def is_whole(data: bytes) -> bool:
     """Return whether bytes are an image up to its end."""
-    image_format = detect_format(data[:HEAD_BYTES])
-    return image_format is not None and _READERS[image_format](data)
+    structure = ImageStructure()
+    structure.feed(data)
+    return structure.is_whole
 
 
 def is_whole_file(path: Path) -> bool:
@@ -55,7 +67,10 @@ def is_whole_file(path: Path) -> bool:
         if _has_usual_end(detect_format(head), head, file.read(), size):
             return True
         file.seek(0)
-        return is_whole(file.read())
+        structure = ImageStructure()
+        while chunk := file.read(_CHUNK_BYTES):
+            structure.feed(chunk)
+        return structure.is_whole
 
 
 def _has_usual_end(image_format: str | None, head: bytes, tail: bytes, size: int) -> bool:
@@ -67,89 +82,152 @@ def _has_usual_end(image_format: str | None, head: bytes, tail: bytes, size: int
         case "gif":
             return tail.endswith(b"\0\x3b")
         case "webp":
-            return _is_whole_webp_of(head, size)
+            return 8 + int.from_bytes(head[4:8], "little") <= size
         case _:
             return False
 
 
-def _is_whole_jpeg(data: bytes) -> bool:
-    """Walk the segments: the thumbnail inside one of them has an end marker, too."""
-    position, has_scan = 2, False
-    while marker := _JPEG_MARKER.search(data, position):
-        code, position = marker[1][0], marker.end()
-        if code == _JPEG_END:
-            return has_scan
+class ImageStructure:
+    """Reads the structure of an image whose bytes come one after another; it keeps next to none of them."""
+
+    def __init__(self) -> None:
+        self.is_whole = False
+        """Whether the image is whole if nothing follows."""
+        self._bytes = _Bytes()
+        self._reader: Generator[bool, None, bool] | None = None
+        self._has_ended = False
+
+    def feed(self, data: bytes) -> None:
+        """Read further bytes."""
+        if self._has_ended:
+            return
+        self._bytes.data += data
+        if self._reader is None:
+            head = bytes(self._bytes.data[:HEAD_BYTES])
+            image_format = detect_format(head)
+            if image_format is None:
+                self._has_ended = len(head) == HEAD_BYTES
+                return
+            self._reader = _READERS[image_format](self._bytes)
+        try:
+            self.is_whole = next(self._reader)
+        except StopIteration as end:
+            self.is_whole, self._has_ended = end.value, True
+
+
+@attrs.define(eq=False)
+class _Bytes:
+    """The bytes of an image that are not read yet.
+
+    Its generators yield if further bytes are needed: whether the image is whole if none follow.
+    """
+
+    data: bytearray = attrs.field(factory=bytearray)
+
+    def take(self, count: int, *, is_whole: bool = False) -> Generator[bool, None, bytes]:
+        """Return the next bytes."""
+        while len(self.data) < count:
+            yield is_whole
+        taken = bytes(self.data[:count])
+        del self.data[:count]
+        return taken
+
+    def take_int(self, count: int) -> Generator[bool, None, int]:
+        """Return the next bytes as a number."""
+        return int.from_bytes((yield from self.take(count)))
+
+    def skip(self, count: int) -> Generator[bool, None, None]:
+        """Leave out bytes."""
+        while len(self.data) < count:
+            count -= len(self.data)
+            self.data.clear()
+            yield False
+        del self.data[:count]
+
+    def find(self, pattern: re.Pattern[bytes]) -> Generator[bool, None, int]:
+        """Return the last byte of the next match, which has two."""
+        while (match := pattern.search(self.data)) is None:
+            del self.data[:-1]
+            yield False
+        code = match[1][0]
+        del self.data[: match.end()]
+        return code
+
+
+def _read_jpeg(image: _Bytes) -> Generator[bool, None, bool]:
+    """Read the segments: the thumbnail inside one of them has an end marker, too."""
+    yield from image.skip(2)
+    has_scan = False
+    while (code := (yield from image.find(_JPEG_MARKER))) != _JPEG_END:
         has_scan = has_scan or code == _JPEG_SCAN
-        position += int.from_bytes(data[position : position + 2])
-    return False
+        length = yield from image.take_int(2)
+        yield from image.skip(max(0, length - 2))
+    return has_scan
 
 
-def _is_whole_png(data: bytes) -> bool:
-    position = len(_PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        kind = data[position + 4 : position + 8]
-        position += 12 + int.from_bytes(data[position : position + 4])
-        if kind == b"IEND":
-            return position <= len(data)
-    return False
+def _read_png(image: _Bytes) -> Generator[bool, None, bool]:
+    yield from image.skip(len(_PNG_SIGNATURE))
+    kind = b""
+    while kind != b"IEND":
+        length = yield from image.take_int(4)
+        kind = yield from image.take(4)
+        yield from image.skip(length + 4)
+    return True
 
 
-def _is_whole_webp(data: bytes) -> bool:
-    return _is_whole_webp_of(data, len(data))
+def _read_webp(image: _Bytes) -> Generator[bool, None, bool]:
+    head = yield from image.take(8)
+    yield from image.skip(int.from_bytes(head[4:], "little"))
+    return True
 
 
-def _is_whole_webp_of(head: bytes, size: int) -> bool:
-    return 8 + int.from_bytes(head[4:8], "little") <= size
-
-
-def _is_whole_gif(data: bytes) -> bool:
-    position, has_image = 6, False
-    position += 7 + _gif_color_table_bytes(data[10:11])
-    while position < len(data):
-        match data[position]:
-            case code if code == _GIF_END:
-                return has_image
+def _read_gif(image: _Bytes) -> Generator[bool, None, bool]:
+    head = yield from image.take(13)
+    yield from image.skip(_gif_color_table_bytes(head[10]))
+    has_image = False
+    while (code := (yield from image.take_int(1))) != _GIF_END:
+        match code:
             case code if code == _GIF_EXTENSION:
-                position += 2
+                yield from image.skip(1)
             case code if code == _GIF_IMAGE:
                 has_image = True
-                position += 11 + _gif_color_table_bytes(data[position + 9 : position + 10])
+                descriptor = yield from image.take(9)
+                yield from image.skip(_gif_color_table_bytes(descriptor[8]) + 1)
             case _:
                 return False
         # Blocks of data follow, each with its length before it; one of length 0 is the last.
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
-        position += 1
-    return False
+        while length := (yield from image.take_int(1)):
+            yield from image.skip(length)
+    return has_image
 
 
-def _gif_color_table_bytes(flags: bytes) -> int:
-    value = int.from_bytes(flags)
-    return 3 * 2 ** (1 + value % 8) if value & 0x80 else 0
+def _gif_color_table_bytes(flags: int) -> int:
+    return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
 
 
-def _is_whole_avif(data: bytes) -> bool:
-    """Walk the boxes up to the end of the file, or to bytes that are no box; the pixels are in `mdat`."""
-    position, has_pixels = 0, False
-    while len(data) - position >= 8:
-        size, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+def _read_avif(image: _Bytes) -> Generator[bool, None, bool]:
+    """Read the boxes up to the end of the file, or to bytes that are no box; the pixels are in `mdat`."""
+    has_pixels = False
+    while True:
+        head = yield from image.take(8, is_whole=has_pixels)
+        size, kind = int.from_bytes(head[:4]), head[4:]
         if not kind.isalnum():
-            break
+            return has_pixels
         if size == 0:  # up to the end of the file
             return has_pixels or kind == b"mdat"
+        rest = size - 8
         if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16])
-        if size < 8 or size > len(data) - position:
+            rest = (yield from image.take_int(8)) - 16
+        if rest < 0:
             return False
+        yield from image.skip(rest)
         has_pixels = has_pixels or kind == b"mdat"
-        position += size
-    return has_pixels
 
 
-_READERS: dict[str, Callable[[bytes], bool]] = {
-    "jpeg": _is_whole_jpeg,
-    "png": _is_whole_png,
-    "webp": _is_whole_webp,
-    "gif": _is_whole_gif,
-    "avif": _is_whole_avif,
+_READERS: dict[str, Callable[[_Bytes], Generator[bool, None, bool]]] = {
+    "jpeg": _read_jpeg,
+    "png": _read_png,
+    "webp": _read_webp,
+    "gif": _read_gif,
+    "avif": _read_avif,
 }

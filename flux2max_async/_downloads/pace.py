@@ -46,6 +46,8 @@ class Pace:
         self._is_slow = False
         self._holds_slow_slot = False
         self._is_receiving = False
+        self.is_writing = False
+        """Whether what has come is being passed on: then it isn't the server that is slow."""
         self._received = 0
         """Bytes in this window."""
         self._problem = ""
@@ -66,7 +68,7 @@ class Pace:
             TransportError: The attempt was too slow.
         """
         self._problem = ""
-        self._is_receiving = False
+        self._is_receiving = self.is_writing = False
         if self._is_slow:
             await self._slots.slow.acquire()
         self._holds_slow_slot = self._is_slow
@@ -104,7 +106,8 @@ class Pace:
             self._timer.cancel()
 
     def _end_window(self, at: float) -> None:
-        if asyncio.get_running_loop().time() > at + MAX_LATENESS:  # what came meanwhile has not been read
+        is_late = asyncio.get_running_loop().time() > at + MAX_LATENESS  # what came meanwhile has not been read
+        if is_late or self.is_writing:
             self._start_window()
             return
         self._is_slow = True

@@ -15,7 +15,7 @@ import attrs
 
 from flux2max_async._downloads.downloader import translate_write_errors
 from flux2max_async._downloads.filenames import file_name
-from flux2max_async._downloads.image_format import is_whole_file
+from flux2max_async._downloads.image_format import FORMATS_BY_SUFFIX, is_whole_file
 from flux2max_async._downloads.targets import is_writable
 from flux2max_async._exceptions import DownloadError, FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
@@ -25,8 +25,6 @@ from flux2max_async.journal._entry import SavedFile
 Download = Callable[[GeneratedImage, Path, Path], Awaitable[str]]
 """Downloads an image into a file that exists afterwards only if it is complete, and returns the image's format; errors
 name the second path."""
-
-_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".gif", ".avif"}
 
 
 @attrs.define(eq=False)
@@ -217,7 +215,7 @@ def _choose_targets(parts: list[Path], suffixes: list[str], folder: Path, stem: 
     chosen: dict[Path, Path] = {}
     targets: list[tuple[Path, int]] = []
     given = Path(stem).suffix
-    has_suffix = given.lower() in _SUFFIXES
+    has_suffix = given.lower() in FORMATS_BY_SUFFIX
     for part, suffix in zip(parts, suffixes, strict=True):
         for number in itertools.count(1):  # pragma: no branch - it doesn't end
             name = f"{stem.removesuffix(given) if has_suffix else stem}{f'-{number}' if number > 1 else ''}"

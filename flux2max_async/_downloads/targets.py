@@ -16,6 +16,8 @@ def resolve_target(path: Path) -> Path:
     except FileNotFoundError:
         pass  # a new file, or one that a link names
     else:
+        if stat.S_ISDIR(mode):
+            raise OSError("it is a folder, not a regular file: name a file in it")
         if not stat.S_ISREG(mode):
             raise OSError("it is not a regular file")
         if not is_writable(path, mode):

@@ -1,25 +1,24 @@
-"""The transfer of an image into a file: one attempt after another, each of which may continue the one before."""
+"""The transfer of an image: one attempt after another, each of which may continue the one before."""
 
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import IO
 
 import anyio
-import anyio.to_thread
 import attrs
 
 from flux2max_async._api.download_response import DownloadResponse
 from flux2max_async._api.response import parse_retry_after
 from flux2max_async._api.transport import Transport
-from flux2max_async._downloads.image_format import HEAD_BYTES, detect_format, is_whole
+from flux2max_async._downloads.image_format import HEAD_BYTES, ImageStructure, detect_format
 from flux2max_async._downloads.pace import Pace
 from flux2max_async._downloads.redirects import open_download
+from flux2max_async._downloads.sinks import OtherImageError, Sink
 from flux2max_async._exceptions import DownloadError, TransportError
 
 MAX_IMAGE_BYTES = 100_000_000
-_BUFFER_BYTES = 1_000_000
 _MAX_SHOWN_BYTES = 40
+_OTHER_IMAGE = "the response is another image than the one before"
 
 
 class AttemptError(Exception):
@@ -41,12 +40,12 @@ class LinkRefusedError(AttemptError):
 
 @attrs.define
 class Transfer:
-    """The transfer of an image into a file."""
+    """The transfer of an image into a sink."""
 
-    file: IO[bytes]
+    sink: Sink
     pace: Pace
     received: int = 0
-    """Bytes in the file."""
+    """Bytes that the sink has, and those that are kept here until the format is known."""
     total: int | None = None
     """Bytes of the whole image, if known."""
     validator: str | None = None
@@ -54,12 +53,20 @@ class Transfer:
     is_resumable: bool = False
     has_progressed: bool = False
     """Whether the last attempt continued an earlier one, and received something."""
+    image_format: str | None = None
+    _head: bytes = b""
+    """The first bytes, which determine the format."""
+    _has_begun: bool = False
+    """Whether the format was determined, and the first bytes were passed on."""
+    _structure: ImageStructure | None = None
+    """If the length is unknown, the image's own end shows that it is whole."""
 
     async def attempt(self, transport: Transport, url: str) -> str:
         """Request what is missing of the image, and return the image's format.
 
         Raises:
             AttemptError: The attempt failed, or the bytes are no image, or not all of it.
+            ConsumerPausedError: Whoever takes the bytes has stopped taking them.
             TransportError: The connection failed.
             ProtocolError: The response is not valid HTTP.
             DownloadError: Another attempt would fail as well.
@@ -70,11 +77,16 @@ class Transfer:
             await self._receive(response)
         if self.total not in {None, self.received}:
             raise AttemptError(f"received {self.received} of {self.total} bytes")
-        try:
-            return await anyio.to_thread.run_sync(_check_image, self.file, self.total)
-        except AttemptError:
-            self.received = 0  # nothing of it is used
-            raise
+        if not self._has_begun:
+            await self._begin(self._head)
+            await self.sink.flush()
+        if self.image_format is None:
+            raise self._nothing_used(f"the response is not an image: it begins with {self._head[:_MAX_SHOWN_BYTES]!r}")
+        if self._structure is not None and not self._structure.is_whole:
+            raise self._nothing_used("the response ends before the image is complete")
+        if self.received < self.sink.kept:
+            raise self._nothing_used(_OTHER_IMAGE)
+        return self.image_format
 
     def _request_headers(self) -> dict[str, str]:
         """Return the headers that request the rest of the image, if that is possible."""
@@ -108,10 +120,16 @@ class Transfer:
         self.received = 0
         is_encoded = "Content-Encoding" in headers  # then lengths and ranges refer to the encoded content
         length = headers.get("Content-Length", "")
-        self.total = int(length) if length.isdecimal() and not is_encoded else None
+        total = int(length) if length.isdecimal() and not is_encoded else None
+        if self.sink.kept and None not in {total, self.total} and total != self.total:
+            raise AttemptError(_OTHER_IMAGE)
+        self.total = total = self.total if total is None and self.sink.kept else total
         etag = headers.get("ETag", "")
         self.validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
         self.is_resumable = headers.get("Accept-Ranges", "").lower() == "bytes" and not is_encoded
+        self.sink.restart()
+        self.image_format, self._head, self._has_begun = None, b"", False
+        self._structure = ImageStructure() if total is None else None
 
     def _is_continued_by(self, headers: Mapping[str, str]) -> bool:
         """Return whether a partial response contains the requested rest of the same image."""
@@ -125,62 +143,64 @@ class Transfer:
         )
 
     async def _receive(self, response: DownloadResponse) -> None:
-        """Append the content of a response to the file."""
-        start = self.received
-        buffer = bytearray()
+        """Pass the content of a response on to the sink."""
+        before = max(self.received, self.sink.kept)
         self.pace.start_receiving()
         try:
             while chunk := await response.read():
                 self.pace.add(len(chunk))
-                buffer += chunk
-                if self.received + len(buffer) > MAX_IMAGE_BYTES:
-                    raise too_large()
-                if len(buffer) >= _BUFFER_BYTES:
-                    await self._write(buffer)
+                await self._add(chunk)
         except TransportError:
-            await self._write_last(buffer, start)  # so that it is not requested again
+            await self._flush(before)  # so that it is not requested again
             raise
         except asyncio.CancelledError:
             # An attempt that is too slow is cancelled outside of writes. Any other cancellation is the end of the
             # download, and the last write may still be running in its thread.
             if self.pace.is_cut:
                 with anyio.CancelScope(shield=True):
-                    await self._write_last(buffer, start)
+                    await self._flush(before)
             raise
-        await self._write_last(buffer, start)
+        await self._flush(before)
 
-    async def _write_last(self, buffer: bytearray, start: int) -> None:
-        await self._write(buffer)
-        self.has_progressed = 0 < start < self.received
+    async def _flush(self, before: int) -> None:
+        await self.sink.flush()
+        self.has_progressed = 0 < before < self.received
 
-    async def _write(self, buffer: bytearray) -> None:
-        """Write a buffer to the file after the bytes that are counted as received, and clear it."""
+    async def _add(self, chunk: bytes) -> None:
+        if self.received + len(chunk) > MAX_IMAGE_BYTES:
+            raise too_large()
+        if self._has_begun:
+            if self.image_format is not None or self.sink.can_restart:
+                await self._write(chunk)
+        elif len(head := self._head + chunk) < HEAD_BYTES:
+            self._head = head
+        else:
+            await self._begin(head)
+        self.received += len(chunk)
 
-        def write() -> None:
-            self.file.seek(self.received)
-            self.file.truncate()
-            self.file.write(buffer)
+    async def _begin(self, head: bytes) -> None:
+        """Pass the first bytes on; if they are no image's, not to those who can't give them back."""
+        self.image_format = detect_format(head[:HEAD_BYTES])
+        if self.image_format is not None:
+            self.sink.begin(self.image_format, self.total)
+        if self.image_format is not None or self.sink.can_restart:
+            await self._write(head)
+        self._head, self._has_begun = head[:HEAD_BYTES], True
 
-        await anyio.to_thread.run_sync(write)
-        self.received += len(buffer)
-        buffer.clear()
+    async def _write(self, data: bytes) -> None:
+        self.pace.is_writing = True
+        try:
+            await self.sink.write(data, may_pause=self.is_resumable)
+            self.pace.is_writing = False
+        except OtherImageError:
+            raise self._nothing_used(_OTHER_IMAGE) from None
+        if self._structure is not None:
+            self._structure.feed(data)
 
-
-def _check_image(file: IO[bytes], total: int | None) -> str:
-    """Return the format of the image in a file; if its length is unknown, its end must be there.
-
-    Raises:
-        AttemptError: There is no image, or not all of it.
-    """
-    file.seek(0)
-    head = file.read(HEAD_BYTES)
-    image_format = detect_format(head)
-    if image_format is None:
-        raise AttemptError(f"the response is not an image: it begins with {head[:_MAX_SHOWN_BYTES]!r}")
-    file.seek(0)
-    if total is None and not is_whole(file.read()):
-        raise AttemptError("the response ends before the image is complete")
-    return image_format
+    def _nothing_used(self, message: str) -> AttemptError:
+        """Return the error after which the next attempt requests the whole image."""
+        self.received = 0
+        return AttemptError(message)
 
 
 def too_large() -> DownloadError:

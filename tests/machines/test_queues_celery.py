@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.pictures import end_tasks
 from support.ports import free_port
 from support.queues import PROMPTS, Queue, kill
 
@@ -41,7 +42,7 @@ def test_killed_processes(gateway: Emulator, tmp_path: Path) -> None:
         for pid in children(first):
             os.kill(pid, signal.SIGKILL)
         queue.wait_until_polled()
-        queue.end_tasks()
+        end_tasks(queue.gateway)
         queue.wait_for_pictures(ids)
         stop(first, second)
         assert list((tmp_path / "jobs").iterdir()) == []
@@ -61,7 +62,7 @@ def test_killed_host(redis_port: int, gateway: Emulator, tmp_path: Path) -> None
             queue.wait_until_submitted(journal)
             kill(first)
             queue.wait_until_polled()
-            queue.end_tasks()
+            end_tasks(queue.gateway)
             queue.wait_for_pictures(ids)
             client = redis.Redis(port=redis_port)
             queue.wait_until(lambda: client.hlen("unacked") == client.llen("celery") == 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from support.pictures import end_tasks
 from support.postgres import PostgresServer
 from support.queues import PROMPTS, Queue, kill
 
@@ -39,7 +40,7 @@ def test_killed_worker(successor: str, queue: Queue) -> None:
         if successor != "host-1":
             queue.run(*WORKER, "--resume", "host-1")
         queue.wait_until_polled()
-        queue.end_tasks()
+        end_tasks(queue.gateway)
         queue.wait_for_pictures(ids)
         queue.wait_until(lambda: count_jobs(queue.environment["DBOS_SYSTEM_DATABASE_URL"]) == {"SUCCESS": len(ids)})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from support.pictures import end_tasks
 from support.postgres import PostgresServer
 from support.queues import PROMPTS, Queue, kill
 
@@ -37,7 +38,7 @@ def test_killed_worker(queue: Queue) -> None:
         with queue.worker("second", *WORKER):
             kill(first)
             queue.wait_until_polled()
-            queue.end_tasks()
+            end_tasks(queue.gateway)
             queue.wait_for_pictures([str(number + 1) for number in range(len(PROMPTS))])
             queue.wait_until(lambda: count_jobs(queue.environment["PGDSN"]) == 0)
 

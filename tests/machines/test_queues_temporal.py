@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.pictures import end_tasks
 from support.ports import free_port
 from support.queues import PROMPTS, Queue, kill
 
@@ -49,7 +50,7 @@ def test_killed_worker(queue: Queue) -> None:
         with queue.worker("second", *WORKER):
             kill(first)
             queue.wait_until_polled()
-            queue.end_tasks()
+            end_tasks(queue.gateway)
             queue.wait_for_pictures(ids)
             results = asyncio.run(get_results(address, ids))
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import attrs
 
-from flux2max_async import FluxSession, JournalError
+from flux2max_async import JournalError
 from flux2max_async.emulator import Emulator
 from flux2max_async.journal import EntryState, Journal
 from support.apps import EXAMPLES
+from support.pictures import read_pictures
 
 PROMPTS = [f"picture {number} of a herbarium" for number in range(12)]
 _PATIENCE = 60.0
@@ -72,25 +73,13 @@ class Queue:
         before = {task.id: task.polls for task in tuple(self.gateway.tasks.values())}
         self.wait_until(lambda: all(self.gateway.tasks[task_id].polls > polls for task_id, polls in before.items()))
 
-    def end_tasks(self) -> None:
-        for task in tuple(self.gateway.tasks.values()):
-            task.ends = 0.0
-
     def wait_for_pictures(self, names: Sequence[str]) -> None:
         """Wait until there is a picture for each prompt, under its name, and check that each was paid for once."""
         paths = [self.folder / "pictures" / f"{name}.jpeg" for name in names]
         self.wait_until(lambda: all(path.exists() for path in paths))
-        served = asyncio.run(self._read_pictures())
+        served = asyncio.run(read_pictures(self.gateway))
         assert [path.read_bytes() for path in paths] == [served[prompt] for prompt in PROMPTS]
         assert self.gateway.accepted == dict.fromkeys(PROMPTS, 1)
-
-    async def _read_pictures(self) -> dict[str, bytes]:
-        """Return the picture of each prompt, as the service has it."""
-        async with FluxSession(self.gateway.api_key, base_url=self.gateway.url) as session:
-            return {
-                task.prompt: await session.read((await session.fetch(task.id)).images[0])
-                for task in tuple(self.gateway.tasks.values())
-            }
 
     def _environment(self) -> dict[str, str]:
         paths = [str(EXAMPLES), os.environ.get("PYTHONPATH", "")]

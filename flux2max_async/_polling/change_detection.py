@@ -9,7 +9,7 @@ from typing import Self
 import attrs
 from attrs import validators
 
-from flux2max_async._polling.histogram import DurationHistogram, HistogramState
+from flux2max_async._polling.histogram import MAX_COUNT, DurationHistogram, HistogramState
 
 _ALARM_THRESHOLD = 6.0
 """A change is assumed when it has become e^6 times as likely as no change."""
@@ -33,7 +33,7 @@ class AdaptiveHistogramState:
     current: HistogramState
     previous: list[HistogramState] = attrs.field(validator=validators.max_len(_MAX_PREVIOUS))
     long_term: HistogramState | None
-    change_count: float = attrs.field(validator=(validators.ge(0.0), validators.le(1e9)))
+    change_count: float = attrs.field(validator=(validators.ge(0.0), validators.le(MAX_COUNT)))
 
 
 @attrs.define(eq=False)

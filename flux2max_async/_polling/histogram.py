@@ -32,6 +32,8 @@ _REBUILD_DIVISOR = 3
 """The CDF is rebuilt when more than one third of the observations are new."""
 _MIN_WEIGHT = 1e-4
 """Outermost bins with a smaller weight are treated as empty."""
+_MAX_ROUNDING = 0.1
+"""Weights are stored with three digits, and empty bins not at all."""
 
 
 def bin_position(seconds: float) -> float:
@@ -61,7 +63,9 @@ def quantile(cdf: Sequence[float], probability: float) -> float:
 
 
 _PRIOR = lognormal(9.0, 1.25)
-_COUNT_VALIDATORS = (validators.ge(0.0), validators.le(1e9))
+MAX_COUNT = 1e9
+"""Of observations: what several schedules have learned adds up to more than the memory of one."""
+_COUNT_VALIDATORS = (validators.ge(0.0), validators.le(MAX_COUNT))
 
 
 @attrs.frozen
@@ -76,10 +80,10 @@ class HistogramState:
     def __attrs_post_init__(self) -> None:
         if self.first_bin + len(self.weights) > BINS:
             raise ValueError(f"weights must end at bin {BINS} or before")
-        if (self.count > 0) != (sum(self.weights) > 0):
-            raise ValueError("weights must be above 0 if count is, and only then")
         if 0 < self.count < 1:
             raise ValueError(f"count must be 0 or at least 1, not {self.count!r}")
+        if abs(sum(self.weights) - self.count) > _MAX_ROUNDING * self.count:
+            raise ValueError(f"weights must add up to count, {self.count!r}")
 
 
 @attrs.define(eq=False)
@@ -94,7 +98,8 @@ class DurationHistogram:
     """
 
     memory: float = 200.0
-    """An observation's weight decays to 1 / e while this many others follow."""
+    """An observation's weight decays to 1 / e while this many others follow. A count above it, as the sum of several
+    histograms has, becomes this many with the next observation."""
     prior: list[float] = attrs.field(default=_PRIOR, repr=False)
     """Probability of each bin before anything was observed. The default: 9 s, give or take a factor of 3.5."""
     count: float = attrs.field(default=0.0, init=False)
@@ -134,6 +139,9 @@ class DurationHistogram:
     def learn(self, start: float, end: float) -> None:
         """Add the observation that a task ended between two bin positions."""
         decay = 1 - 1 / self.memory
+        if self.count > self.memory:
+            self._observation_weight *= self.count / self.memory
+            self.count = self.memory
         self._observation_weight /= decay
         self.count = self.count * decay + 1
         i, j = int(start), int(end)
@@ -153,10 +161,9 @@ class DurationHistogram:
 
     def state(self) -> HistogramState:
         """Return what was learned."""
-        weights = self._all_weights()
+        weights = [float(f"{weight:.3g}") for weight in self._all_weights()]
         used = [k for k, weight in enumerate(weights) if weight > _MIN_WEIGHT] or [0]
-        rounded = [float(f"{weight:.3g}") for weight in weights[used[0] : used[-1] + 1]]
-        return HistogramState(self.count, used[0], rounded)
+        return HistogramState(self.count, used[0], weights[used[0] : used[-1] + 1])
 
     @classmethod
     def from_state(cls, state: HistogramState, memory: float = 200.0, prior: list[float] = _PRIOR) -> Self:
@@ -193,13 +200,12 @@ class DurationHistogram:
         self.cdf = [0.0, *accumulate(_mix(prior, _moving_sum(smoothed, whole), low, 1 - prior_share))]
 
     def _all_weights(self) -> list[float]:
-        """Return the weight of each bin, those of `_density_steps` included, scaled so that their sum is the count."""
+        """Return the weight of each bin, those of `_density_steps` included, in observations."""
         parts = zip(self._weights, accumulate(self._density_steps), self._probabilities, strict=True)
         weights = [
             weight + density * probability if density > 0.0 else weight for weight, density, probability in parts
         ]
-        scale = self.count / (sum(weights) or 1.0)
-        return [weight * scale for weight in weights]
+        return [weight / self._observation_weight for weight in weights]
 
 
 def _mix(prior: list[float], weights: list[float], first_bin: int, share: float) -> list[float]:

@@ -1,33 +1,29 @@
 """LearnedSchedule: learns how long tasks take, and polls when they are likely to have ended."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 from weakref import WeakSet
 
 import attrs
-import cattrs
-from attrs import validators
-from cattrs.v import format_exception
 
 from flux2max_async._exceptions import ConfigurationError
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._polling.change_detection import AdaptiveHistogram, AdaptiveHistogramState
+from flux2max_async._polling.change_detection import AdaptiveHistogram
 from flux2max_async._polling.histogram import (
     BIN_WIDTH,
     BINS,
     DurationHistogram,
-    HistogramState,
     bin_position,
     quantile,
     seconds_at,
 )
+from flux2max_async._polling.learned_state import LearnedState, decode, encode, merge
 from flux2max_async._polling.poll_times import PollTimes
 from flux2max_async._polling.predictors import (
     DurationRegression,
     Features,
     ProgressModel,
-    ProgressModelState,
     ProgressReading,
     features_of,
     progress_segment,
@@ -54,20 +50,16 @@ _FAILURE_MEMORY = 200.0
 """The failure rate is that of about this many tasks."""
 
 
-@attrs.frozen
-class _State:
-    """The learned part of a LearnedSchedule, as stored in JSON."""
+class EndedTask(NamedTuple):
+    """What there is to learn from a task."""
 
-    durations: AdaptiveHistogramState
-    failure_durations: HistogramState
-    failure_rate: float = attrs.field(validator=(validators.ge(0.0), validators.le(1.0)))
-    finished: float = attrs.field(validator=(validators.ge(0.0), validators.le(_FAILURE_MEMORY)))
-    regression: DurationRegression
-    progress: ProgressModelState
-    version: Literal[2] = 2
-
-
-_converter = cattrs.Converter(forbid_extra_keys=True)
+    features: Features
+    readings: tuple[ProgressReading, ...]
+    not_before: float
+    by: float
+    completed: bool
+    in_flight: int
+    """Number of tasks that were running when it ended."""
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.NO_OP)
@@ -112,6 +104,7 @@ class LearnedSchedule:
     """Cache, by price, rounded log-scale, and segment and version of the progress model's histogram if that is used."""
     _poll_times_version: object = attrs.field(default=None, init=False)
     """Versions of the histograms that `_poll_times` was computed from."""
+    _on_end: Callable[[EndedTask], None] | None = attrs.field(default=None, init=False)
 
     @property
     def poll_price(self) -> float:
@@ -142,16 +135,7 @@ class LearnedSchedule:
 
     def state(self) -> dict[str, Any]:
         """Return what was learned as a small JSON value for `from_state`."""
-        state = _State(
-            self._durations.state(),
-            self._failure_durations.state(),
-            self._failure_rate,
-            self._finished,
-            self._regression,
-            self._progress.state(),
-        )
-        value: dict[str, Any] = _converter.unstructure(state)
-        return value
+        return encode(self._learned())
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, poll_price: float = 0.1) -> Self:
@@ -165,16 +149,29 @@ class LearnedSchedule:
             ConfigurationError: The state is of another version or invalid, or `poll_price` is invalid.
         """
         schedule = cls(poll_price=poll_price)
+        schedule.restore(state)
+        return schedule
+
+    @classmethod
+    def merge(cls, *states: Mapping[str, Any], poll_price: float = 0.1) -> Self:
+        """Return a schedule that continues from what several have learned, for example those of several hosts.
+
+        It knows what one schedule would know that had seen the tasks of all, and the order of the states doesn't
+        matter. A schedule that was itself made from a state has that in its own: merging both counts it twice.
+
+        Args:
+            states: What `state()` returned. Without any, nothing is learned yet.
+            poll_price: How many seconds of delay one poll is worth.
+
+        Raises:
+            ConfigurationError: A state is of another version or invalid, or `poll_price` is invalid.
+        """
+        schedule = cls(poll_price=poll_price)
+        learned = [decode(state, f"states[{number}]") for number, state in enumerate(states)]
         try:
-            learned = _converter.structure(state, _State)
-        except Exception as error:
-            reasons = "; ".join(cattrs.transform_error(error, path="state", format_exception=_reason))
-            raise ConfigurationError(f"state must be what LearnedSchedule.state() returned: {reasons}") from error
-        schedule._durations = AdaptiveHistogram.from_state(learned.durations)
-        schedule._failure_durations = DurationHistogram.from_state(learned.failure_durations, _FAILURE_MEMORY)
-        schedule._failure_rate, schedule._finished = learned.failure_rate, learned.finished
-        schedule._regression = learned.regression
-        schedule._progress = ProgressModel.from_state(learned.progress)
+            schedule._restore(merge(learned or [schedule._learned()]))
+        except ValueError as error:
+            raise ConfigurationError(f"the states can't be merged: {error}") from error
         return schedule
 
     def next_poll_at(self, plan: "_LearnedPlan", elapsed: float, *, cost_factor: float, is_first: bool) -> float:
@@ -201,19 +198,61 @@ class LearnedSchedule:
     def learn(self, plan: "_LearnedPlan", not_before: float, by: float, *, completed: bool) -> None:
         """Add the observation of a task that ended between `not_before` and `by` seconds after its submit."""
         self._in_flight.discard(plan)
-        self._finished = min(self._finished + 1, _FAILURE_MEMORY)
-        self._failure_rate += ((not completed) - self._failure_rate) / self._finished
-        if not completed:
+        readings = tuple(plan.readings.values())
+        task = EndedTask(plan.features, readings, not_before, by, completed, len(self._in_flight))
+        self._learn(task, plan.scale)
+        if self._on_end is not None:
+            self._on_end(task)
+
+    def replay(self, task: EndedTask) -> None:
+        """Add the observation of a task that another schedule has begun and seen end."""
+        self._learn(task, self._regression.scale(task.features))
+
+    def on_end(self, callback: Callable[[EndedTask], None]) -> None:
+        """Call a function with each task that ends from now on, once it is learned."""
+        self._on_end = callback
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Replace what was learned with what an earlier schedule has learned.
+
+        Raises:
+            ConfigurationError: The state is of another version or invalid.
+        """
+        self._restore(decode(state))
+
+    def _learn(self, task: EndedTask, scale: float) -> None:
+        not_before, by = task.not_before, task.by
+        self._finished = min(self._finished, _FAILURE_MEMORY - 1) + 1
+        self._failure_rate += ((not task.completed) - self._failure_rate) / self._finished
+        if not task.completed:
             self._failure_durations.learn(bin_position(not_before), bin_position(by))
             return
         durations = self._durations.current
-        start, end = bin_position(not_before / plan.scale), bin_position(by / plan.scale)
-        for reading in plan.readings.values():
-            self._progress.learn(reading, not_before, by, durations, plan.scale)
+        start, end = bin_position(not_before / scale), bin_position(by / scale)
+        for reading in task.readings:
+            self._progress.learn(reading, not_before, by, durations, scale)
         if self._durations.settled:
             middle = quantile(durations.cdf, (durations.cdf_at(start) + durations.cdf_at(end)) / 2)
-            self._regression.learn(plan.features, (middle - quantile(durations.cdf, 0.5)) * BIN_WIDTH)
-        self._durations.learn(start, end, len(self._in_flight))
+            self._regression.learn(task.features, (middle - quantile(durations.cdf, 0.5)) * BIN_WIDTH)
+        self._durations.learn(start, end, task.in_flight)
+
+    def _learned(self) -> LearnedState:
+        return LearnedState(
+            self._durations.state(),
+            self._failure_durations.state(),
+            self._failure_rate,
+            self._finished,
+            self._regression,
+            self._progress.state(),
+        )
+
+    def _restore(self, learned: LearnedState) -> None:
+        self._durations = AdaptiveHistogram.from_state(learned.durations)
+        self._failure_durations = DurationHistogram.from_state(learned.failure_durations, _FAILURE_MEMORY)
+        self._failure_rate, self._finished = learned.failure_rate, learned.finished
+        self._regression = learned.regression
+        self._progress = ProgressModel.from_state(learned.progress)
+        self._poll_times.clear()
 
     def _poll_times_for(self, scale: float, price: float, segment: int | None = None) -> PollTimes:
         """Return the poll times for durations in multiples of `scale`.
@@ -242,10 +281,6 @@ class LearnedSchedule:
         shift = round(log_scale / _SCALE_STEPS / BIN_WIDTH)
         failed = [self._failure_durations.cdf[min(max(k + shift, 0), BINS)] for k in range(BINS + 1)]
         return [a + self._failure_rate * (b - a) for a, b in zip(completed, failed, strict=True)]
-
-
-def _reason(error: BaseException, type: type | None) -> str:
-    return str(error) if isinstance(error, ValueError) else format_exception(error, type)
 
 
 @attrs.define(eq=False)

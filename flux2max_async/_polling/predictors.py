@@ -8,7 +8,7 @@ import attrs
 from attrs import validators
 
 from flux2max_async._models.request import GenerationRequest
-from flux2max_async._polling.histogram import DurationHistogram, HistogramState, bin_position, lognormal
+from flux2max_async._polling.histogram import MAX_COUNT, DurationHistogram, HistogramState, bin_position, lognormal
 
 Features = tuple[float, float, float]
 """Of a task at its submit: log of the megapixels, number of input images, log(1 + number of tasks in flight)."""
@@ -41,7 +41,7 @@ class DurationRegression:
     coefficients: Features = attrs.field(default=_PRIOR_COEFFICIENTS, validator=_validate_finite)
     means: Features = attrs.field(default=(0.0, 0.0, 0.0), validator=_validate_finite)
     """Of the features."""
-    count: float = attrs.field(default=0.0, validator=(validators.ge(0.0), validators.le(_REGRESSION_MEMORY)))
+    count: float = attrs.field(default=0.0, validator=(validators.ge(0.0), validators.le(MAX_COUNT)))
     cross_products: tuple[float, float, float, float, float, float, float, float, float] = attrs.field(
         default=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), validator=_validate_finite
     )

@@ -16,6 +16,7 @@ from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.learned import LearnedSchedule
 from flux2max_async._polling.schedules import PollSchedule
+from flux2max_async._polling.shared_learning import SharedLearning
 from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._signals import DrainHandler, install_handlers
 from flux2max_async._stats import SessionStats
@@ -39,6 +40,8 @@ class SessionParts:
     dispatcher: WebhookDispatcher | None
     journal: Journal | None
     schedule: PollSchedule
+    learning: SharedLearning | None
+    """None without a journal, and with a schedule that belongs to somebody else."""
     stats: SessionStats = attrs.field(factory=SessionStats, init=False)
 
     @classmethod
@@ -56,7 +59,7 @@ class SessionParts:
             http_session: A borrowed aiohttp session.
             journal: The session's journal.
             webhooks: The session's inbox.
-            schedule: Shared with other sessions; None: one of the session's own.
+            schedule: Belongs to the caller; None: one of the session's own, whose state the journal keeps.
             **settings: The fields of SessionConfig.
 
         Raises:
@@ -78,7 +81,9 @@ class SessionParts:
             allow_private_downloads=config.allow_private_downloads,
         )
         records = RecordFactory(journal, Budget(config.budget, config.price_guess), config, secrets=transport.secrets)
-        return cls(config, transport, records, dispatcher, journal, LearnedSchedule() if schedule is None else schedule)
+        learning = None if journal is None or schedule is not None else SharedLearning(journal)
+        schedule = learning.schedule if learning else LearnedSchedule() if schedule is None else schedule
+        return cls(config, transport, records, dispatcher, journal, schedule, learning)
 
     @property
     def shared_limit(self) -> InFlightLimit | None:
@@ -116,7 +121,7 @@ class SessionParts:
                     self.shared_limit.expect_adoption()
                 await self.shared_limit.open()
             if self.journal is not None:
-                await self.journal.open(supervisor.on_external_change, watch_changes=dispatcher is not None)
+                await self._open_journal(self.journal, supervisor)
         except BaseException:
             if dispatcher is not None:
                 dispatcher.close()
@@ -136,9 +141,26 @@ class SessionParts:
                 self.dispatcher.close()
             try:
                 if self.journal is not None:
-                    await self.journal.close()
+                    await self._close_journal(self.journal)
             finally:
                 await self._close_shared()
+
+    async def _open_journal(self, journal: Journal, supervisor: Supervisor) -> None:
+        await journal.open(supervisor.on_external_change, watch_changes=self.dispatcher is not None)
+        if self.learning is not None:
+            try:
+                await self.learning.load(supervisor.spawn)
+            except BaseException:
+                supervisor.close_now()  # it may have adopted tasks already
+                await journal.close()
+                raise
+
+    async def _close_journal(self, journal: Journal) -> None:
+        try:
+            if self.learning is not None:
+                await self.learning.save()
+        finally:
+            await journal.close()
 
     async def _close_shared(self) -> None:
         try:
@@ -197,6 +219,11 @@ class SessionLifetime:
         supervisor = self._supervisor
         if supervisor is not None:
             supervisor.begin_drain()
+
+    @property
+    def schedule(self) -> PollSchedule:
+        """The schedule that was given, or the session's own `LearnedSchedule`."""
+        return self._parts.schedule
 
     @property
     def stats(self) -> SessionStats:

@@ -54,7 +54,8 @@ class FluxSession(SessionImages):
         base_url: The gateway; else FLUX2MAX_BASE_URL, else https://cloud.vtrix.ai. Plain http only to this machine.
         max_in_flight: Slots: tasks submitted and not yet ended, waited for or not. The model's maker allows 24. A
             `SqliteInFlightLimit` has one number of slots for several processes.
-        schedule: When to poll; by default, a `LearnedSchedule`. One that is given may serve several sessions.
+        schedule: When to poll; by default, a `LearnedSchedule` of its own, whose state the journal keeps for the next
+            sessions. One that is given may serve several sessions, and is kept by nobody.
         task_timeout: Seconds for a task from the moment it holds its slot to its end; None sets no limit.
         max_polls_per_second: For all tasks together. "auto" is one for each slot, at least 20; None sets no limit. Near
             the limit, and after frequent 429s, polls become rarer.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import typer
@@ -92,7 +92,6 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     orphans, lost = find_orphans(requests_file.lines, entries)
     lines = [*requests_file.lines, *orphans]
     plan = make_plan(lines, entries, options.reuse_policy, options.price_guess, lost=output_dir.lost)
-    schedule = flux.LearnedSchedule()
     settings = _start_emulator(options, entries, stack) if options.emulated else options.settings
     session = settings.create_session(
         needs_key=not options.dry_run,
@@ -100,7 +99,6 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
         task_timeout=options.task_timeout,
         budget=options.budget,
         price_guess=options.price_guess,
-        schedule=schedule,
         journal=flux.SqliteJournal(output_dir.journal_path),
     )
     _report_lost(plan, output_dir)
@@ -116,7 +114,7 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
         output_dir=output_dir,
         plan=plan,
         session=session,
-        schedule=schedule,
+        schedule=cast("flux.LearnedSchedule", session.schedule),  # the session's own: none was given
         max_in_flight=options.max_in_flight,
         budget=options.budget,
         as_json=options.as_json,

@@ -83,6 +83,7 @@ from flux2max_async._exceptions import (
 from flux2max_async._health import SessionHealth as SessionHealth
 from flux2max_async._models.images import ImageSource as ImageSource
 from flux2max_async._models.images import InputImage as InputImage
+from flux2max_async._models.outcome_dict import outcome_from_dict as outcome_from_dict
 from flux2max_async._models.pictures import SupportsImageSave as SupportsImageSave
 from flux2max_async._models.request import (
     GenerationParams as GenerationParams,

@@ -1,6 +1,7 @@
 """What a session has done so far, in numbers."""
 
 from decimal import Decimal
+from typing import Any
 
 import attrs
 
@@ -39,3 +40,7 @@ class SessionStats:
     """Seconds within which half of the tasks complete, as the schedule has learned it; None until it has."""
     p90_duration: float | None = None
     """Seconds within which nine of ten tasks complete."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON values, with a "version"; dollars are text, so that they stay exact."""
+        return {"version": 1, **attrs.asdict(self), "spent": str(self.spent)}

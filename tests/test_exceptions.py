@@ -168,6 +168,7 @@ PUBLIC = {
     "WebhookInbox",
     "WebhookSignatureError",
     "__version__",
+    "outcome_from_dict",
 }
 
 

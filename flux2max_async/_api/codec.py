@@ -39,8 +39,9 @@ from flux2max_async._exceptions import (
     TaskNotFoundError,
 )
 from flux2max_async._models.images import error_at_index
-from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest, SecretText
+from flux2max_async._models.request import IMAGE_PARAMETERS, GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
+from flux2max_async._models.secret_text import SecretText
 
 MODEL = "flux_2_max"
 

@@ -4,7 +4,6 @@ Parameters and ranges are those of the vendor's documentation of FLUX.2 [max].
 """
 
 import copy
-import difflib
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Literal, Self, SupportsIndex, TypedDict, Unpack
 import attrs
 
 from flux2max_async._exceptions import InvalidRequestError
+from flux2max_async._models.image_json import image_to_json, images_from_json
 from flux2max_async._models.images import (
     MAX_INPUT_IMAGES,
     ImageSource,
@@ -22,6 +22,9 @@ from flux2max_async._models.images import (
     is_web_url,
     short_repr,
 )
+from flux2max_async._models.secret_text import SecretText
+from flux2max_async._models.serialization import VERSION, check_version
+from flux2max_async._models.unknown_names import unknown_parameter
 
 _MIN_SIDE = 64
 """Pixels."""
@@ -30,7 +33,7 @@ _MAX_URL_LENGTH = 2083
 _MAX_EXTRA_DEPTH = 100
 """Levels of nested JSON; a request with many more could be neither copied nor serialized."""
 
-CALL_OPTIONS = ("timeout", "priority", "group", "retry_failed", "resubmit_uncertain")
+_CALL_OPTIONS = ("timeout", "priority", "group", "retry_failed", "resubmit_uncertain")
 """The options of generate(), submit() and enqueue(), beside the request's parameters."""
 
 IMAGE_PARAMETERS = ("input_image", *(f"input_image_{number}" for number in range(2, MAX_INPUT_IMAGES + 1)))
@@ -79,27 +82,6 @@ class _FrozenMapping(Mapping[str, Any]):
 
 
 _NO_EXTRA = _FrozenMapping({})
-
-
-class SecretText(str):
-    """A text that its repr, `attrs.asdict()` and pickles don't show: a pickle has None in its place."""
-
-    __slots__ = ()
-
-    __attrs_attrs__ = ()
-    """attrs.asdict() takes it for a value without fields."""
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
 
 
 # ------------------------------------------------------------------ attrs converters and validators
@@ -256,20 +238,53 @@ class GenerationRequest:
     extra: Mapping[str, Any] = attrs.field(default=_NO_EXTRA, converter=_convert_extra, hash=False, kw_only=True)
     key: str | None = attrs.field(default=None, validator=_validate_text, kw_only=True)
 
+    def to_dict(self, *, secrets: bool = False) -> dict[str, Any]:
+        """Return the parameters that are set as JSON values, with a "version"; `from_dict()` reads them.
+
+        Local images become `data:` URIs, if they were passed as bytes or encoded, or else paths.
+
+        Args:
+            secrets: Whether the `webhook_secret` is in it.
+        """
+        params = {
+            name: value for name in GenerationParams.__annotations__ if (value := getattr(self, name)) is not None
+        }
+        data: dict[str, Any] = {"version": VERSION, "prompt": self.prompt, **params}
+        data["input_images"] = [image_to_json(image) for image in self.input_images]
+        data["extra"] = dict(self.extra)
+        if self.output_format is not None:
+            data["output_format"] = self.output_format.value
+        if self.webhook_secret is not None:
+            data["webhook_secret"] = str(self.webhook_secret)
+        left_out = {name for name in ("input_images", "extra") if not data[name]}
+        left_out |= set() if secrets else {"webhook_secret"}
+        return {name: value for name, value in data.items() if name not in left_out}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, allow_files: bool = False) -> Self:
+        """Return the request that `to_dict()` has written, or that came in as JSON from elsewhere; None means not set.
+
+        Args:
+            data: The parameters.
+            allow_files: Accept paths as input images: what came in from the web must not read the server's disk.
+
+        Raises:
+            InvalidRequestError: A parameter is wrong or unknown, a path is not accepted, or a later release of this
+                library has written it.
+        """
+        check_version(data, "request")
+        known = ("prompt", *GenerationParams.__annotations__)
+        for name in data:
+            if name not in known and name != "version":
+                raise unknown_parameter(name, known)
+        params = {name: value for name, value in data.items() if name != "version" and value is not None}
+        if "prompt" not in params:
+            raise InvalidRequestError("prompt is missing", field="prompt")
+        images = images_from_json(params.pop("input_images", ()), allow_files=allow_files)
+        return cls(**params, input_images=images)
+
 
 _KNOWN_PARAMETERS = {"model", *IMAGE_PARAMETERS, *attrs.fields_dict(GenerationRequest)} - {"extra", "key"}
-
-
-class _UnknownParameterError(InvalidRequestError, TypeError):
-    """There is no parameter of that name: an error of a program, and of an input that became parameters."""
-
-
-def unknown_parameter(name: str) -> InvalidRequestError:
-    """Return the error about a parameter that doesn't exist, which is also a TypeError."""
-    known = ("prompt", *GenerationParams.__annotations__, *CALL_OPTIONS)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else "what this library doesn't know yet goes into extra"
-    return _UnknownParameterError(f"no parameter {name}: {hint}", field=name)
 
 
 def as_request(request: str | GenerationRequest, **params: Unpack[GenerationParams]) -> GenerationRequest:
@@ -280,7 +295,7 @@ def as_request(request: str | GenerationRequest, **params: Unpack[GenerationPara
     """
     for name in params:
         if name not in GenerationParams.__annotations__:
-            raise unknown_parameter(name)
+            raise unknown_parameter(name, ("prompt", *GenerationParams.__annotations__, *_CALL_OPTIONS))
     untyped: object = request
     match untyped:
         case GenerationRequest():

@@ -15,6 +15,7 @@ from flux2max_async._models.generated import GeneratedImage as GeneratedImage
 from flux2max_async._models.generated import inline_url as inline_url
 from flux2max_async._models.generated import is_inline as is_inline
 from flux2max_async._models.request import GenerationRequest
+from flux2max_async._models.serialization import VERSION, fields_to_json
 
 
 class TaskStatus(StrEnum):
@@ -66,6 +67,12 @@ class TaskSnapshot:
     raw: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=False)
     """The JSON object as it was received."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields other than `raw` as JSON values, with a "version"."""
+        data = fields_to_json(attrs.evolve(self, raw={}))
+        del data["raw"]
+        return {"version": VERSION, **data}
+
 
 @attrs.frozen(kw_only=True)
 class Completed:
@@ -94,6 +101,10 @@ class Completed:
     journal_error: FluxError | None = None
     """Why the outcome could not be written to the journal; the next run polls the task again."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as JSON values, with a "version"; `outcome_from_dict()` reads them. It holds no secret."""
+        return _outcome_to_dict(self)
+
     def unwrap(self) -> Self:
         """Return the outcome itself; the counterpart of `Failed.unwrap()`."""
         return self
@@ -117,6 +128,10 @@ class Failed:
     journal_error: FluxError | None = None
     """Why the outcome could not be written to the journal."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as JSON values, with a "version"; `outcome_from_dict()` reads them. It holds no secret."""
+        return _outcome_to_dict(self)
+
     def unwrap(self) -> Completed:
         """Raise the error."""
         # The error may be raised for many waiters, and each raise would extend the same traceback.
@@ -124,4 +139,12 @@ class Failed:
 
 
 Outcome = Completed | Failed
-"""The outcome of a request; `match` on the class, or check `ok`."""
+"""The outcome of a request: `match` on the class, or check `isinstance(outcome, Completed)` or `outcome.ok is True`."""
+
+
+def _outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
+    request = outcome.request
+    secrets = () if request is None or not request.webhook_secret else (request.webhook_secret,)
+    data = fields_to_json(attrs.evolve(outcome, request=None), secrets)
+    data["request"] = None if request is None else request.to_dict()
+    return {"version": VERSION, "ok": outcome.ok, **data}

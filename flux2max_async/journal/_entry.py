@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from flux2max_async._models.serialization import VERSION
+
 
 class EntryState(StrEnum):
     """How far a request has come."""
@@ -92,8 +94,9 @@ class JournalEntry:
         return str(error["message"]) if error else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as JSON values."""
+        """Return the entry as JSON values, with a "version"."""
         return {
+            "version": VERSION,
             "key": self.key,
             "attempt": self.attempt,
             "state": self.state.value,

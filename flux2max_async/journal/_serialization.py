@@ -3,17 +3,15 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
+import attrs
+
 from flux2max_async._exceptions import (
-    ContentModeratedError,
-    FluxError,
     JournalError,
-    SubmissionUncertainError,
     TaskFailedError,
-    TaskNotFoundError,
 )
+from flux2max_async._models.outcome_dict import read_usage
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import (
     NO_URL,
@@ -23,8 +21,14 @@ from flux2max_async._models.results import (
     Outcome,
     TaskSnapshot,
     TaskStatus,
-    Usage,
     is_inline,
+)
+from flux2max_async._models.serialization import (
+    decimal_to_json,
+    error_from_dict,
+    error_to_dict,
+    image_from_dict,
+    task_error_from_dict,
 )
 from flux2max_async.journal._entry import EntryState, JournalEntry
 
@@ -40,15 +44,15 @@ def outcome_to_json(outcome: Outcome, *, secrets: Sequence[str] = ()) -> dict[st
     """Return an outcome as JSON values, in which secrets that the service has echoed are masked."""
     data: dict[str, Any] = {"elapsed": outcome.elapsed, "polls": outcome.polls}
     if isinstance(outcome, Failed):
-        data["error"] = _error_to_json(outcome.error)
+        data["error"] = error_to_dict(outcome.error)
     else:
         data["images"] = [_image_to_json(image) for image in outcome.images]
         data["metadata"] = _limit(outcome.metadata)
         if (usage := outcome.usage) is not None:
-            cost, discount = _decimal_to_json(usage.cost), _decimal_to_json(usage.discount)
+            cost, discount = decimal_to_json(usage.cost), decimal_to_json(usage.discount)
             data["usage"] = {"cost": cost, "discount": discount, "extra": _limit(usage.extra)}
         if outcome.partial_error is not None:
-            data["partial_error"] = _error_to_json(outcome.partial_error)
+            data["partial_error"] = error_to_dict(outcome.partial_error)
     return dict(sanitize(data, secrets))
 
 
@@ -69,31 +73,20 @@ def _outcome_from_entry(entry: JournalEntry, request: GenerationRequest | None) 
     result, task_id = entry.result, entry.task_id or ""
     elapsed, polls = float(result.get("elapsed", 0.0)), int(result.get("polls", 0))
     if "error" in result:
-        error = _error_from_json(result["error"], task_id)
+        error = error_from_dict(result["error"], TaskFailedError)
         error.task_id = task_id
         return Failed(task_id=entry.task_id, request=request, error=error, elapsed=elapsed, polls=polls, replayed=True)
     images = tuple(
-        GeneratedImage(
-            url=image["url"],
-            type=image["type"],
-            task_id=task_id,
-            extra=image["extra"],
-            index=index,
-            received_at=entry.ended_at,
-        )
+        attrs.evolve(image_from_dict({**image, "task_id": task_id, "index": index}), received_at=entry.ended_at)
         for index, image in enumerate(result["images"])
     )
-    usage = None
-    if data := result.get("usage"):
-        cost, discount = _decimal_from_json(data["cost"]), _decimal_from_json(data["discount"])
-        usage = Usage(cost=cost, discount=discount, extra=data["extra"])
     return Completed(
         task_id=task_id,
         request=request,
         images=images,
-        usage=usage,
+        usage=read_usage(result["usage"]) if result.get("usage") else None,
         metadata=result.get("metadata", {}),
-        partial_error=_task_error_from_json(result["partial_error"], task_id) if "partial_error" in result else None,
+        partial_error=task_error_from_dict(result["partial_error"], task_id) if "partial_error" in result else None,
         elapsed=elapsed,
         polls=polls,
         replayed=True,
@@ -190,33 +183,3 @@ def _image_to_json(image: GeneratedImage) -> dict[str, Any]:
     elif len(image.url) > _MAX_TEXT_LENGTH:
         data["url"] = NO_URL
     return data
-
-
-def _error_to_json(error: FluxError) -> dict[str, Any]:
-    details = {name: getattr(error, name, None) for name in ("code", "status", "request_id")}
-    details = {name: value for name, value in details.items() if value is not None}
-    return {"kind": type(error).__name__, "message": error.message, **details}
-
-
-def _error_from_json(data: Mapping[str, Any], task_id: str) -> FluxError:
-    kind, message = data.get("kind"), str(data.get("message", ""))
-    if kind == TaskNotFoundError.__name__:
-        return TaskNotFoundError(
-            message, status=data.get("status", 404), code=data.get("code"), request_id=data.get("request_id")
-        )
-    if kind == SubmissionUncertainError.__name__:
-        return SubmissionUncertainError(message)
-    return _task_error_from_json(data, task_id)
-
-
-def _task_error_from_json(data: Mapping[str, Any], task_id: str) -> TaskFailedError:
-    error_class = ContentModeratedError if data.get("kind") == ContentModeratedError.__name__ else TaskFailedError
-    return error_class(str(data.get("message", "")), task_id=task_id, code=data.get("code"))
-
-
-def _decimal_to_json(number: Decimal | None) -> str | None:
-    return None if number is None else str(number)
-
-
-def _decimal_from_json(text: str | None) -> Decimal | None:
-    return None if text is None else Decimal(text)

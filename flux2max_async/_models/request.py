@@ -22,6 +22,7 @@ from flux2max_async._models.images import (
     is_web_url,
     short_repr,
 )
+from flux2max_async._models.notebook import short_repr_of
 from flux2max_async._models.secret_text import SecretText
 from flux2max_async._models.serialization import VERSION, check_version
 from flux2max_async._models.unknown_names import unknown_parameter
@@ -199,7 +200,7 @@ def _convert_input_images(sources: Sequence[ImageSource]) -> tuple[InputImage, .
     return () if isinstance(sources, tuple) and not sources else convert_input_images(sources)
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class GenerationRequest:
     """A request for one image; immutable, hashable, and equal if all fields are equal.
 
@@ -237,6 +238,11 @@ class GenerationRequest:
     # The hash omits it because its values may be lists; equality doesn't.
     extra: Mapping[str, Any] = attrs.field(default=_NO_EXTRA, converter=_convert_extra, hash=False, kw_only=True)
     key: str | None = attrs.field(default=None, validator=_validate_text, kw_only=True)
+
+    def __repr__(self) -> str:
+        named: dict[str, Any] = {name: getattr(self, name) for name in GenerationParams.__annotations__}
+        named |= {"input_images": list(self.input_images) or None, "extra": self.extra or None, "webhook_secret": None}
+        return short_repr_of(self, self.prompt, **named)
 
     def to_dict(self, *, secrets: bool = False) -> dict[str, Any]:
         """Return the parameters that are set as JSON values, with a "version"; `from_dict()` reads them.

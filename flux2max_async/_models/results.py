@@ -14,6 +14,7 @@ from flux2max_async._models.generated import NO_URL as NO_URL
 from flux2max_async._models.generated import GeneratedImage as GeneratedImage
 from flux2max_async._models.generated import inline_url as inline_url
 from flux2max_async._models.generated import is_inline as is_inline
+from flux2max_async._models.notebook import completed_as_html, short_repr_of
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.serialization import VERSION, fields_to_json
 
@@ -74,7 +75,7 @@ class TaskSnapshot:
         return {"version": VERSION, **data}
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Completed:
     """The outcome of a request whose images were generated."""
 
@@ -109,8 +110,28 @@ class Completed:
         """Return the outcome itself; the counterpart of `Failed.unwrap()`."""
         return self
 
+    def __repr__(self) -> str:
+        return short_repr_of(
+            self,
+            task_id=self.task_id,
+            prompt=self.request and self.request.prompt,
+            images=len(self.images),
+            cost=self.usage and self.usage.cost,
+            elapsed=self.elapsed,
+            polls=self.polls,
+            replayed=self.replayed or None,
+            saved=[str(path) for path in self.saved] or None,
+            partial_error=self.partial_error,
+            save_error=self.save_error,
+            journal_error=self.journal_error,
+        )
 
-@attrs.frozen(kw_only=True)
+    def _repr_html_(self) -> str:
+        """Return the pictures for notebooks: embedded if they were saved and are small, or else by their URLs."""
+        return completed_as_html(self)
+
+
+@attrs.frozen(kw_only=True, repr=False)
 class Failed:
     """The outcome of a request without images, and the reason."""
 
@@ -136,6 +157,18 @@ class Failed:
         """Raise the error."""
         # The error may be raised for many waiters, and each raise would extend the same traceback.
         raise self.error.with_traceback(None)
+
+    def __repr__(self) -> str:
+        return short_repr_of(
+            self,
+            task_id=self.task_id,
+            prompt=self.request and self.request.prompt,
+            error=self.error,
+            elapsed=self.elapsed,
+            polls=self.polls,
+            replayed=self.replayed or None,
+            journal_error=self.journal_error,
+        )
 
 
 Outcome = Completed | Failed

@@ -323,7 +323,14 @@ def test_values_that_json_does_not_have() -> None:
     deep: list[Any] = []
     for _ in range(5000):
         deep = [deep]
-    metadata = {"nan": math.nan, "inf": -math.inf, "date": RECEIVED, "path": Path("a"), 7: {1}, "deep": deep}
+    metadata: dict[Any, Any] = {
+        "nan": math.nan,
+        "inf": -math.inf,
+        "date": RECEIVED,
+        "path": Path("a"),
+        7: {1},
+        "deep": deep,
+    }
     data = through_json(attrs.evolve(COMPLETED, metadata=metadata).to_dict())["metadata"]
 
     assert (data["nan"], data["inf"], data["date"], data["path"], data["7"]) == (

@@ -551,6 +551,7 @@ def test_a_generated_image_is_sent_as_its_url() -> None:
     request = GenerationRequest("a lighthouse", input_images=sources)
 
     assert [image.is_local for image in request.input_images] == [False, True]
+    assert [InputImage(source).is_local for source in ("https://a.example/", PNG, Path("a.png"))] == [False, True, True]
     assert [image.source for image in request.input_images] == sources
     assert sent_params(request)["input_image"] == "https://a.example/0"
     assert sent_params(request)["input_image_2"] == base64_of(PNG)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import attrs
 from jinja2 import Environment, FileSystemLoader
 
 from flux2max_async.cli._output_dir import OutputDir, write_atomically
+from flux2max_async.cli._requests_file import is_derived_key
 from flux2max_async.cli._rows import WAITING, Row
 from flux2max_async.cli._terminal import print_error
 from flux2max_async.cli._thumbnails import Thumbnails, file_version
@@ -25,7 +26,7 @@ _IMAGE_NAME = re.compile(
     r"(?!(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])[ ]*\.)[\w(+,=@-][\w.()+,=@ -]*\.\w+", re.IGNORECASE
 )
 """Matches the names of saved images, and none that leaves the folder or is a device on any operating system."""
-_TEMPLATE = "gallery.html"
+_TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"gallery.{suffix}") for suffix in ("html", "css", "js"))
 _STATE_ORDER = [
     *(EntryState.FAILED, EntryState.UNCERTAIN, EntryState.REFUSED),
     *(EntryState.INTENT, EntryState.SUBMITTED, WAITING, EntryState.COMPLETED),
@@ -82,10 +83,16 @@ class Gallery:
         files = {row.key: row.files for row in rows if row.key not in refused}
         names = dict.fromkeys(name for row_files in files.values() for name in row_files)
         self._thumbnails.update(names, lambda: self.skip_thumbnails)
-        entries = [entry for row in rows for entry in self._describe(row, files.get(row.key, []))]
+        variants = _find_variants(rows)
+        entries = [
+            entry for row in rows for entry in self._describe(row, files.get(row.key, []), variants.get(row.key, {}))
+        ]
         states = Counter(entry["state"] for entry in entries)
-        page = self._environment.get_template(_TEMPLATE).render(
-            content_policy=self._content_policy(),
+        style, script = (path.read_text(encoding="utf-8") for path in (_STYLE, _SCRIPT))
+        page = self._environment.get_template(_TEMPLATE.name).render(
+            content_policy=_content_policy(style, script),
+            style=style,
+            script=script,
             data=",\n".join(map(_to_json, entries)),
             title=self.folder.resolve().name,
             image_count=sum("url" in entry for entry in entries),
@@ -96,31 +103,20 @@ class Gallery:
         )
         _write_if_changed(self.path, page)
 
-    def _content_policy(self) -> str:
-        """Return the page's Content-Security-Policy: its own script and style, and images beside it.
-
-        Browsers disagree on whether `'self'` includes the files beside a page that was opened as a file.
-        """
-        source = (Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8")
-        hashes: dict[str, str] = {}
-        for tag in ("script", "style"):
-            content = source.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-            hashes[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-        return (
-            f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
-            "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
-        )
-
     def _is_own_file(self, name: str) -> bool:
         """Check whether a name, which may have been written by somebody else, is that of a file in the folder."""
         return bool(_IMAGE_NAME.fullmatch(name)) and not (self.folder / name).is_symlink()
 
-    def _describe(self, row: Row, files: Sequence[str]) -> list[dict[str, Any]]:
+    def _describe(self, row: Row, files: Sequence[str], variant: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what the page knows about each image of a request, or about a request without images."""
         state = _STATE_LABELS.get(row.state, row.state)
-        common: dict[str, Any] = {"prompt": row.prompt, "key": row.key, "state": state, "rank": _rank(row.state)}
+        common = {"prompt": row.prompt, "key": row.key, "state": state, "rank": _rank(row.state), **variant}
+        if not is_derived_key(row.key, row.prompt):
+            common["ownKey"] = True
         if row.cost is not None:
             common["cost"] = str(row.cost)
+        if row.seconds is not None:
+            common["seconds"] = round(row.seconds, 1)
         if "seed" in row.params:
             common["seed"] = str(row.params["seed"])
         if not files:
@@ -137,6 +133,7 @@ class Gallery:
                 entry["size"] = f"{source.width}\u00d7{source.height}"
             if len(files) > 1:
                 entry["part"] = f"{index} of {len(files)}"
+                entry.setdefault("group", row.key)
             entries.append(entry)
         return entries
 
@@ -171,6 +168,32 @@ def _write_if_changed(path: Path, content: str) -> None:
         if file_version(path) is not None and path.read_bytes() == data:
             return
     write_atomically(path, data)
+
+
+def _find_variants(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Return what the page knows about requests that differ in nothing but the seed, by key."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for row in rows:
+        content = (row.prompt, *((name, str(value)) for name, value in row.params.items() if name != "seed"))
+        groups.setdefault(content, []).append(row.key)
+    return {
+        key: {"group": number, "variant": f"variant {index} of {len(keys)}"}
+        for number, keys in enumerate(groups.values())
+        if len(keys) > 1
+        for index, key in enumerate(keys, 1)
+    }
+
+
+def _content_policy(style: str, script: str) -> str:
+    """Return the page's Content-Security-Policy: its own script and style, and images beside it.
+
+    Browsers disagree on whether `'self'` includes the files beside a page that was opened as a file.
+    """
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes[1]}'; style-src 'sha256-{hashes[0]}'; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
 
 
 def _to_json(entry: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ _MAX_KEY_PROMPT_BYTES = 60
 """The maximum length of the part of a derived key that is made from the prompt."""
 _KEY_FINGERPRINT_LENGTH = 8
 """The number of characters of the fingerprint in a derived key, which distinguish requests with similar prompts."""
+_KEY_END = re.compile(rf"[0-9a-f]{{{_KEY_FINGERPRINT_LENGTH}}}(-\d+)?")
+"""Matches the rest of a derived key, after the part that is made from the prompt."""
 
 
 @attrs.frozen
@@ -208,12 +210,22 @@ class _KeyAllocator:
             key = f"{request.key}{suffix}"
         else:
             # The line's number is no part of the key, since lines may be inserted and deleted between two runs.
-            words = "-".join(re.findall(r"\w+", request.prompt.lower()))
-            stem = words.encode()[:_MAX_KEY_PROMPT_BYTES].decode(errors="ignore").strip("-")
-            key = "-".join(filter(None, (stem, content.fingerprint[:_KEY_FINGERPRINT_LENGTH])))
+            key = _derive_key(request.prompt, content.fingerprint[:_KEY_FINGERPRINT_LENGTH])
             self._derived_counts[key] += 1
             if self._derived_counts[key] > 1:
                 key = f"{key}-{self._derived_counts[key]}"
         if (owner := self._line_numbers.setdefault(key, number)) != number:
             raise InvalidRequestError(f"line {owner} has the key {key!r} already: keys must be unique", field="key")
         return Line(number, attrs.evolve(request, key=key), content)
+
+
+def is_derived_key(key: str, prompt: str) -> bool:
+    """Check whether the key of a request was derived from its content, and is not one that the user has chosen."""
+    stem = _derive_key(prompt, "")
+    return key.startswith(stem) and bool(_KEY_END.fullmatch(key, len(stem)))
+
+
+def _derive_key(prompt: str, fingerprint: str) -> str:
+    words = "-".join(re.findall(r"\w+", prompt.lower()))
+    stem = words.encode()[:_MAX_KEY_PROMPT_BYTES].decode(errors="ignore").strip("-")
+    return f"{stem}-{fingerprint}" if stem else fingerprint

@@ -126,13 +126,14 @@ def test_filter_covers_all(page: Page, shots: Path) -> None:
     page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     wait_for_card(page, "slateblue, no. 19998")
     last_states = page.locator("#cards .state dd").all_text_contents()
+    last_count = page.locator("#cards > li a").count()
 
     assert scrolled == 0
     assert status == f"200 of {COUNT} shown"
     assert found == [f"goldenrod, no. {number}" for number in range(19_002, COUNT, 5)]
     assert only == "slateblue, no. 19998"
     assert set(sorted_states) == {"failed"}
-    assert set(last_states) == {"completed"}
+    assert (set(last_states), last_count > 10) == (set(), True)  # only other states than "completed" are shown
 
 
 def test_keyboard_only(page: Page) -> None:

@@ -21,6 +21,7 @@ from flux2max_async.cli._gallery import Gallery
 from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._plan import make_plan
 from flux2max_async.cli._progress import ProgressDisplay, format_duration
+from flux2max_async.cli._requests_file import read_requests_file
 from flux2max_async.cli._rows import Row
 from flux2max_async.cli._runner import Batch, DisplayLogHandler, _write_outputs
 from flux2max_async.cli._terminal import Terminal, attach_log_handler
@@ -336,6 +337,34 @@ def test_image_with_an_error(tmp_path: Path) -> None:
 def test_empty_gallery(tmp_path: Path) -> None:
     """A gallery without requests shows that there is nothing yet."""
     assert re.search(r"<p>nothing yet\.\s*</p>", write_page(tmp_path))
+
+
+def test_variants(tmp_path: Path) -> None:
+    """Requests that differ in nothing but the seed are variants; the pictures of one request belong together too."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [
+        Row("a", "a cat", {"seed": 0, "width": 64}, state="completed"),
+        Row("b", "an owl", {"seed": 0, "width": 64}, state="completed", files=["a.png", "a.png"]),
+        Row("c", "a cat", {"seed": 1, "width": 64}),
+        Row("d", "a cat", {"seed": 1, "width": 96}),
+    ]
+    entries = entries_of(write_page(tmp_path, *rows))
+
+    assert [entry.get("variant") for entry in entries] == ["variant 1 of 2", None, None, "variant 2 of 2", None]
+    assert [entry.get("group") for entry in entries] == [0, "b", "b", 0, None]
+
+
+def test_what_the_page_searches_and_sorts(tmp_path: Path) -> None:
+    """The page knows the cost, the seconds, and whether the user has chosen the key."""
+    lines = read_requests_file(b"a cat\n!\na cat\n", "txt", folder=tmp_path).lines
+    rows = [Row.from_line(line) for line in lines]
+    rows[0].cost, rows[0].seconds = Decimal("0.07"), 8.04
+    own = [Row("a-cat", "a cat"), Row("a-cat-1a2b3c4g", "a cat"), Row("my-1a2b3c4d", "a cat"), Row("0123456", "!")]
+    entries = entries_of(write_page(tmp_path, *rows, *own))
+
+    assert [entry.get("ownKey", False) for entry in entries] == [False] * 3 + [True] * 4
+    assert (entries[0]["cost"], entries[0]["seconds"]) == ("0.07", 8.0)
+    assert not {"cost", "seconds"} & entries[1].keys()
 
 
 async def test_damaged_journal_while_a_batch_is_running(tmp_path: Path) -> None:

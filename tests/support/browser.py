@@ -1,11 +1,13 @@
-"""The system's browser, and screenshots of pages."""
+"""The system's browser, screenshots of pages, and what is hard to use in them."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Without network access, the browser's own background requests would slow the tests down.
@@ -18,7 +20,12 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-VIEWPORTS = {"wide": {"width": 1280, "height": 960}, "narrow": {"width": 390, "height": 844}}
+SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
+VIEWPORTS: dict[str, ViewportSize] = {
+    "wide": {"width": 1280, "height": 960},
+    "narrow": {"width": 390, "height": 844},
+    "widest": {"width": 2560, "height": 1440},
+}
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def running_browser() -> Iterator[Browser]:
 
 
 def take_screenshots(page: Page, folder: Path, name: str, *, full_page: bool = True) -> None:
-    """Take screenshots of a page in light and dark mode, wide and narrow.
+    """Take screenshots of a page in light and dark mode, of three widths.
 
     Args:
         page: The page.
@@ -40,8 +47,23 @@ def take_screenshots(page: Page, folder: Path, name: str, *, full_page: bool = T
         name: The prefix of their file names.
         full_page: Whether to capture the full page instead of the viewport.
     """
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
         for viewport_name, size in VIEWPORTS.items():
-            page.set_viewport_size({"width": size["width"], "height": size["height"]})
+            page.set_viewport_size(size)
             page.screenshot(path=folder / f"{name}-{scheme}-{viewport_name}.png", full_page=full_page)
+
+
+def find_barriers(page: Page) -> list[str]:
+    """Return what axe-core finds to be a serious barrier on a page, in light and dark mode."""
+    page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
+    found: list[str] = []
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        violations = page.evaluate("axe.run().then((results) => results.violations)")
+        found += [
+            f"{scheme}: {violation['help']}: {[node['html'][:200] for node in violation['nodes'][:3]]}"
+            for violation in violations
+            if violation["impact"] in {"serious", "critical"}
+        ]
+    return found

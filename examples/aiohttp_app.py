@@ -1,5 +1,6 @@
 """An aiohttp application that generates pictures: a visitor enters a prompt, follows its progress and sees the picture.
 
+    pip install 'flux2max_async[emulator]'  # [emulator] only to try it
     python -m flux2max_async.emulator       # to try it; export the two variables that it prints
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     python examples/aiohttp_app.py

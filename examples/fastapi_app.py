@@ -1,12 +1,13 @@
 """A FastAPI application that generates pictures: a visitor enters a prompt, follows its progress and sees the picture.
 
+    pip install 'flux2max_async[emulator]' 'fastapi>=0.165' uvicorn  # [emulator] only to try it
     python -m flux2max_async.emulator       # to try it; export the two variables that it prints
     export PUBLIC_URL=http://127.0.0.1:8000 WEBHOOK_SECRET=$(openssl rand -hex 32)
     uvicorn --app-dir examples --timeout-graceful-shutdown 20 fastapi_app:app
 
-It needs FastAPI 0.165 or later. PUBLIC_URL is where visitors and the service reach this server. In production, run it
-behind a reverse proxy with TLS and time limits for slow clients, and require a login if not everybody may spend your
-budget. The budget and the limits below count for one process, until it ends.
+PUBLIC_URL is where visitors and the service reach this server. In production, run it behind a reverse proxy with TLS
+and time limits for slow clients, and require a login if not everybody may spend your budget. The budget and the limits
+below count for one process, until it ends.
 
 Tasks are kept in memory. To serve them from several workers, or after a restart, pass a `SqliteJournal` with the same
 file to each session and `key=task_id` to each request; the budget then covers all runs. If an id is unknown below, the

@@ -102,6 +102,7 @@ def test_wrong_key(gateway: Emulator, tmp_path: Path) -> None:
             assert (ready.status, status["ok"], status["state"]) == (503, False, "open")
             assert "last_error" not in status
             assert (log.count("check the API key"), log.count("wrong-key")) == (1, 0)
+            assert log.count("FLUX2MAX_API_KEY") == 1  # the same line names the variable
             app.check_log()
 
 

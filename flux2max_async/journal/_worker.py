@@ -228,7 +228,9 @@ class JournalWorker:
         if self._loop.is_closed():
             raise RuntimeError
         now = time.monotonic()
-        self._lost_at = now if self._lost_at is None else self._lost_at
+        if self._lost_at is None:
+            self._lost_at = now
+            log.warning("journal %s: the connection to its database is lost; nothing is submitted without it", self._name)
         self._retry_at = now + self._backoff.next_delay() if self._retry_at is None else self._retry_at
         jobs, _ = self._jobs.get(_MAX_JOBS_PER_TRANSACTION, self._retry_at - now, None)
         self._postponed += [job for job in jobs if job is not None]
@@ -292,7 +294,8 @@ class JournalWorker:
                 adopted = self._leases.check(store, now)
             self._has_unsynced_writes = False
         except store.errors as error:
-            log.warning("%s", store.journal_error(error))
+            if not store.is_interrupted(error):
+                log.warning("%s", store.journal_error(error))
         else:
             if was_dropped:
                 log.warning(_LEASE_IS_LOST, self._name, self._lease)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
@@ -279,23 +280,81 @@ async def test_an_intent_that_another_host_takes_for_uncertain(
     assert (found.state, found.holder) == (EntryState.SUBMITTED, Holder.US)
 
 
-async def test_jobs_that_are_in_each_others_way_run_again(
-    journal: PostgresJournal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A transaction that the server ends because of a deadlock runs again, and nobody notices."""
+def fail_once(monkeypatch: pytest.MonkeyPatch, statement: str, error: Exception) -> None:
+    """Raise an error once instead of executing a statement."""
     original = PostgresStore._execute
-    failures = [psycopg.errors.DeadlockDetected("deadlock detected")]
+    failures = [error]
 
-    def fail_once(store: PostgresStore, text: str, values: Any = None) -> Any:
-        if text == "COMMIT" and failures:
+    def execute_or_fail(store: PostgresStore, text: str, values: Any = None) -> Any:
+        if text.strip().startswith(statement) and failures:
             raise failures.pop()
         return original(store, text, values)
 
-    monkeypatch.setattr(PostgresStore, "_execute", fail_once)
-    begun = await asyncio.gather(*(journal.begin(intent(f"{number}")) for number in range(5)))
+    monkeypatch.setattr(PostgresStore, "_execute", execute_or_fail)
 
-    assert begun == [True] * 5
-    assert not failures
+
+INTERRUPTIONS = {
+    "deadlock": psycopg.errors.DeadlockDetected("deadlock detected"),
+    "shutdown": psycopg.errors.AdminShutdown("terminating connection"),
+}
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+@pytest.mark.parametrize("closes", [False, True])
+async def test_jobs_that_are_interrupted_run_again(
+    postgres: PostgresServer, schema: str, monkeypatch: pytest.MonkeyPatch, interruption: str, closes: bool
+) -> None:
+    """A transaction that the server ends runs again, and nobody notices, also if the journal is closed meanwhile."""
+    monkeypatch.setattr(f"{CONNECTION}._HEARTBEAT_INTERVAL", 3600.0)
+    journal = PostgresJournal(postgres.conninfo(), schema=schema, lease=3600.0)
+    await journal.open()
+    await journal.find("k")  # there has been a heartbeat
+    held_up = threading.Event()
+    calls = [asyncio.ensure_future(journal._run(lambda _: held_up.wait(PATIENCE), writes=False))]
+    await asyncio.sleep(0)
+    fail_once(monkeypatch, "COMMIT", INTERRUPTIONS[interruption])
+    calls += [asyncio.ensure_future(journal.begin(intent(f"{number}"))) for number in range(5)]
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(journal.close()) if closes else None
+    await asyncio.sleep(0)
+    held_up.set()
+    async with asyncio.timeout(PATIENCE):
+        begun = await asyncio.gather(*calls)
+        await (closing or journal.close())
+
+    assert begun == [True] * 6
+    assert len(states(postgres, schema)) == 5
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+async def test_a_heartbeat_that_is_interrupted(
+    journal: PostgresJournal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interruption: str
+) -> None:
+    """The next one follows, over another connection if need be, and no error is logged."""
+    beats: list[str] = []
+    fail_once(monkeypatch, "COMMIT", INTERRUPTIONS[interruption])
+    heartbeat = PostgresStore.heartbeat
+
+    def count(store: PostgresStore) -> bool:
+        beats.append(store.owner)
+        return heartbeat(store)
+
+    monkeypatch.setattr(PostgresStore, "heartbeat", count)
+    await wait_until(lambda: len(beats) >= 3)
+
+    assert await journal.begin(intent())
+    assert "can't be used" not in caplog.text
+
+
+async def test_a_record_that_the_server_has_no_room_for(
+    postgres: PostgresServer, schema: str, journal: PostgresJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error of its caller, and written a little later."""
+    await journal.begin(intent())
+    fail_once(monkeypatch, "UPDATE entries", psycopg.errors.DiskFull("no space left on device"))
+    with pytest.raises(JournalError, match="no space left on device"):
+        await journal.record(submitted())
+    await wait_until(lambda: states(postgres, schema) == {"k": "submitted"})
 
 
 async def test_an_error_of_the_server_is_one_of_the_calls(

@@ -53,6 +53,7 @@ class PostgresConnection:
         self._lock = lock_number("journal", address.schema, self.owner)
         self._grace = _GRACE
         self._grace_until = 0.0
+        self._is_in_transaction = False
         self._changed = False
         """Whether another owner may have changed what somebody here waits for."""
         self._watched_ids: set[str] = set()
@@ -122,19 +123,26 @@ class PostgresConnection:
     # ------------------------------------------------------------------ transactions and upkeep
 
     def _execute(self, statement: str, values: Any = None) -> "Cursor[Any]":
-        return self._cursor.execute(statement, values, prepare=True)
+        """Execute a statement; in a transaction, send it, and return the cursor that its answer can be fetched from."""
+        cursor = self._connection.cursor() if self._is_in_transaction else self._cursor
+        return cursor.execute(statement, values, prepare=True)
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool) -> Generator[None]:  # noqa: ARG002 - every commit is durable
-        """Run a transaction. Each commit is durable."""
-        self._execute("BEGIN")
+        """Run a transaction, whose statements don't wait for each other's answers. Each commit is durable."""
         try:
-            yield
-            self._execute("COMMIT")
+            with self._connection.pipeline():
+                self._is_in_transaction = True
+                self._execute("BEGIN")
+                yield
+                self._execute("COMMIT")
         except BaseException:
+            self._is_in_transaction = False
             with contextlib.suppress(*self.errors):
                 self._execute("ROLLBACK")
             raise
+        finally:
+            self._is_in_transaction = False
 
     def set_synchronous(self, *, durable: bool) -> None:
         """Do nothing: each commit is durable."""

@@ -25,7 +25,7 @@ from flux2max_async.journal._rows import (
     row_id,
 )
 from flux2max_async.journal._states import StateTable
-from flux2max_async.journal._store_protocol import OtherOwner, Row
+from flux2max_async.journal._store_protocol import OtherOwner, Pending, Row
 
 _MAX_RESULT_LENGTH = 16_384  # characters of a result that is read ahead
 _MAX_KEY_BYTES = 2_000
@@ -53,6 +53,7 @@ _BEGIN = _named("""
         begin_id = excluded.begin_id
     WHERE e.state = 'refused' OR e.begin_id = excluded.begin_id AND e.state IN ('intent', 'uncertain')
         AND NOT EXISTS (SELECT 1 FROM entries n WHERE n.key = e.key AND n.attempt > e.attempt)
+    RETURNING e.id
 """)
 _RECORD = _named(f"""
     UPDATE entries SET state = :state, owner = CASE WHEN :keep_owner THEN owner ELSE :owner END,
@@ -139,14 +140,15 @@ class PostgresStore(PostgresConnection):
         rows = self._execute(f"{SELECT} WHERE e.owner = %s AND e.state IN ('completed', 'failed')", (self.owner,))
         return [entry for _, entry in self._rows.readable(rows.fetchall(), ended=True)]
 
-    def begin(self, entry: JournalEntry, limit: Decimal | None, begin_id: int = 0) -> bool:
+    def begin(self, entry: JournalEntry, limit: Decimal | None, begin_id: int = 0) -> bool | Pending:
         """Insert an intent that is held here; return False if its attempt exists and isn't REFUSED."""
         _check_text(entry)
         name = f"{self.owner} {begin_id}"
         if limit is not None and not self._is_within(limit, entry, name):
             return False
         values = {**intent_columns(entry), "us": self.owner, "begin_id": name}
-        return self._execute(_BEGIN, values).rowcount == 1
+        cursor = self._execute(_BEGIN, values)
+        return Pending(lambda: cursor.fetchone() is not None)
 
     def _is_within(self, limit: Decimal, entry: JournalEntry, name: str) -> bool:
         """Check the limit, and keep all others from doing so until the transaction ends; False if the attempt exists.
@@ -167,19 +169,20 @@ class PostgresStore(PostgresConnection):
         check_budget(limit, Decimal(committed) / NANO_DOLLARS_PER_DOLLAR, entry.committed)
         return True
 
-    def adopt(self, entry: JournalEntry) -> bool:
+    def adopt(self, entry: JournalEntry) -> Pending:
         """Hold an entry; return False if its state or owner has changed since it was read."""
         statement = (
             "UPDATE entries SET owner = %s"
-            " WHERE key = %s AND attempt = %s AND state = %s AND owner IS NOT DISTINCT FROM %s"
+            " WHERE key = %s AND attempt = %s AND state = %s AND owner IS NOT DISTINCT FROM %s RETURNING id"
         )
         values = (self.owner, entry.key, entry.attempt, entry.state.value, entry.owner)
-        return self._execute(statement, values).rowcount == 1
+        cursor = self._execute(statement, values)
+        return Pending(lambda: cursor.fetchone() is not None)
 
-    def record(self, entry: JournalEntry) -> None:
+    def record(self, entry: JournalEntry) -> Pending:
         """Update an entry as far as this owner may (see `MAY_UPDATE`); known ids, costs and files are kept."""
         _check_text(entry)
-        row = self._execute(
+        cursor = self._execute(
             _RECORD,
             {
                 **record_columns(entry),
@@ -188,7 +191,11 @@ class PostgresStore(PostgresConnection):
                 "keep_owner": entry.holder is Holder.OTHER,
                 "us": self.owner,
             },
-        ).fetchone()
+        )
+        return Pending(lambda: self._after_record(entry, cursor.fetchone()))
+
+    def _after_record(self, entry: JournalEntry, row: Row | None) -> None:
+        """Notify who waits for an entry, or holds it, of the row that was updated, if one was."""
         if row is None and entry.holder is None:
             # Another session has recorded more, but this one releases the entry all the same.
             row = self._execute(

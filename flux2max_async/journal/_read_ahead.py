@@ -3,7 +3,7 @@
 from flux2max_async._exceptions import JournalError
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._rows import row_id
-from flux2max_async.journal._store_protocol import JournalStore
+from flux2max_async.journal._store_protocol import JournalStore, Pending
 
 _MAX_ROWS = 256
 _MAX_GAP = 32
@@ -46,10 +46,10 @@ class ReadAhead:
                 self._read(store)
         return entry
 
-    def record(self, store: JournalStore, entry: JournalEntry) -> None:
+    def record(self, store: JournalStore, entry: JournalEntry) -> Pending | None:
         """Record an entry's new values."""
-        store.record(entry)
         self.take(entry.key)
+        return store.record(entry)
 
     def _read(self, store: JournalStore) -> None:
         for row in store.completed_rows(self._window[1:]):

@@ -4,6 +4,7 @@
 how owners are presumed dead, and who takes over from them.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from decimal import Decimal
 from typing import Any, Protocol
@@ -27,6 +28,14 @@ class OtherOwner:
     """Seconds."""
     is_gone: bool
     """Whether its process has certainly ended."""
+
+
+@attrs.frozen
+class Pending:
+    """A result that is not there yet: statements are sent together, and their answers are read afterwards."""
+
+    get: Callable[[], Any]
+    """Returns the result; called in the transaction, once all its statements are sent."""
 
 
 class JournalStore(Protocol):
@@ -148,7 +157,7 @@ class JournalStore(Protocol):
         """Return the entries that are held here and have ended; other sessions may have recorded these ends."""
         ...
 
-    def begin(self, entry: JournalEntry, limit: Decimal | None, begin_id: int = 0) -> bool:
+    def begin(self, entry: JournalEntry, limit: Decimal | None, begin_id: int = 0) -> bool | Pending:
         """Insert an intent that is held here; return False if its attempt exists and isn't REFUSED.
 
         Args:
@@ -161,11 +170,11 @@ class JournalStore(Protocol):
         """
         ...
 
-    def adopt(self, entry: JournalEntry) -> bool:
+    def adopt(self, entry: JournalEntry) -> bool | Pending:
         """Hold an entry; return False if its state or owner has changed since it was read."""
         ...
 
-    def record(self, entry: JournalEntry) -> None:
+    def record(self, entry: JournalEntry) -> Pending | None:
         """Update an entry as far as this owner may; known ids, costs and files are kept."""
         ...
 

@@ -25,7 +25,7 @@ from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._job_queue import JobQueue
 from flux2max_async.journal._jobs import Job, Resolution, Watch, resolve_futures
 from flux2max_async.journal._leases import LeaseMonitor
-from flux2max_async.journal._store_protocol import JournalStore
+from flux2max_async.journal._store_protocol import JournalStore, Pending
 
 log = get_logger("journal")
 
@@ -199,10 +199,10 @@ class JournalWorker:
         try:
             if needs_transaction:
                 with store.transaction(durable=durable):
-                    resolutions = [self._run_job(store, job, problem) for job in jobs]
+                    resolutions = self._run_each(store, jobs, problem)
             else:
                 store.set_synchronous(durable=durable)
-                resolutions = [self._run_job(store, job, problem) for job in jobs]
+                resolutions = self._run_each(store, jobs, problem)
         except store.errors as error:
             if store.is_interrupted(error):
                 self._postponed += new
@@ -230,7 +230,7 @@ class JournalWorker:
         now = time.monotonic()
         if self._lost_at is None:
             self._lost_at = now
-            log.warning("journal %s: the connection to its database is lost; nothing is submitted without it", self._name)
+            log.warning("journal %s: its connection is lost; nothing is submitted without one", self._name)
         self._retry_at = now + self._backoff.next_delay() if self._retry_at is None else self._retry_at
         jobs, _ = self._jobs.get(_MAX_JOBS_PER_TRANSACTION, self._retry_at - now, None)
         self._postponed += [job for job in jobs if job is not None]
@@ -264,6 +264,13 @@ class JournalWorker:
             self._next_heartbeat_at = min(self._next_heartbeat_at, time.monotonic() + _SYNC_DELAY)
         if writes:
             store.schedule_upkeep()
+
+    def _run_each(self, store: JournalStore, jobs: list[Job], problem: JournalError | None) -> list[Resolution]:
+        resolutions = [self._run_job(store, job, problem) for job in jobs]
+        for resolution in resolutions:
+            if isinstance(resolution.result, Pending):
+                resolution.result = resolution.result.get()
+        return resolutions
 
     def _run_job(self, store: JournalStore, job: Job, problem: JournalError | None) -> Resolution:
         if job.durable and problem is not None:

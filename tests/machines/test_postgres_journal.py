@@ -227,6 +227,8 @@ def lose_answer(monkeypatch: pytest.MonkeyPatch, statement: str, *, is_done: boo
             lost.append(text)
             if is_done:
                 original(store, text, values)
+                if (pipeline := store._connection._pipeline) is not None:
+                    pipeline.sync()
             then(store)
             store._connection.close()
             raise psycopg.OperationalError("the answer was lost")
@@ -454,8 +456,11 @@ async def test_the_death_of_a_process_is_noticed(postgres: PostgresServer, schem
     assert (uncertain.state, uncertain.holder) == (EntryState.UNCERTAIN, None)
 
 
-async def test_a_restart_of_the_server_is_nobodys_death(postgres: PostgresServer, schema: str) -> None:
+async def test_a_restart_of_the_server_is_nobodys_death(
+    postgres: PostgresServer, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hosts that have to connect anew don't take each other's tasks."""
+    monkeypatch.setattr(f"{CONNECTION}._GRACE", PATIENCE)
     reports: list[list[JournalEntry]] = []
     first, second = (PostgresJournal(postgres.conninfo(), schema=schema) for _ in range(2))
     for journal in (first, second):

@@ -19,7 +19,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return is_left_out or None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run the tests against the server that was asked for."""
     if request.config.getoption("--backend") == "postgres":

@@ -5,13 +5,64 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
 
 _RETRY_DELAY = 0.02  # seconds
 _FILE_MODE = 0o600
 _creating = threading.Lock()
 """Held until a new file is closed, since that would end the locks of another connection of this process."""
+
+
+class _Connection(sqlite3.Connection):
+    def close(self) -> None:
+        super().close()
+        _open.pop(self, None)
+
+
+_open: "weakref.WeakKeyDictionary[_Connection, tuple[int, int] | None]" = weakref.WeakKeyDictionary()
+"""The ids of the files that are open in this process."""
+_inherited: "dict[tuple[int, int] | None, int]" = {}
+"""The ids of the files that were open when this process was forked, and those of the processes that had opened them.
+
+SQLite keeps a table of the files that a process has open and of the locks that it holds. A forked process has a copy of
+the table, but not the locks: it would read and write without any, and damage the file. It must not even close it."""
+
+
+def _on_fork() -> None:
+    global _creating  # noqa: PLW0603 - a thread that isn't in this process may have held it
+    _creating = threading.Lock()
+    for inherited in _open.values():
+        _inherited.setdefault(inherited, os.getppid())
+
+
+with contextlib.suppress(AttributeError):  # Windows has no fork
+    os.register_at_fork(after_in_child=_on_fork)
+
+
+def connect(path: Path, busy_timeout: float, mode: Literal["ro", "rw", "rwc"] = "rwc") -> sqlite3.Connection:
+    """Open a file in autocommit mode.
+
+    Args:
+        path: The file.
+        busy_timeout: Seconds to wait while another connection has it locked.
+        mode: "ro" only reads, "rw" also writes, "rwc" also creates the file.
+
+    Raises:
+        sqlite3.Error: It can't be opened, or was open when this process was forked.
+    """
+    if _inherited and (parent_id := _inherited.get(file_id(path))):
+        raise sqlite3.OperationalError(
+            f"it was open in process {parent_id} when process {os.getpid()} was forked from it, which must not use it: "
+            "fork before it is opened, or spawn processes instead"
+        )
+    address = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    connection = sqlite3.connect(address, timeout=busy_timeout, uri=True, isolation_level=None, factory=_Connection)
+    _open[connection] = file_id(path)
+    return connection
 
 
 def create_file(path: Path) -> None:

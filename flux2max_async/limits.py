@@ -9,6 +9,7 @@ Each worker of a web server opens the same file; together they have 24 slots. On
         ...
 """
 
+import os
 from abc import abstractmethod
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flux2max_async._config import validate_count
 from flux2max_async._exceptions import InFlightLimitError
+from flux2max_async._forks import check_process
 from flux2max_async._in_flight_limit import InFlightLimit
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class _CountedLimit(InFlightLimit):
         self._limit = limit
         self._expects_adoption = False
         self._worker: LimitWorker | None = None
+        self._process_id = 0
+        """Of the process that has opened it."""
 
     @property
     def limit(self) -> int:
@@ -53,10 +57,12 @@ class _CountedLimit(InFlightLimit):
 
         if self._worker is not None:
             if not self._worker.loop_is_closed:
+                self._check_process()
                 raise InFlightLimitError(
                     f"the limit {self._name} is open already: each session needs a {type(self).__name__} of its own"
                 )
             self._worker.stop()
+        self._process_id = os.getpid()
         self._worker = worker = LimitWorker(self._connection())
         try:
             await worker.opened
@@ -80,10 +86,13 @@ class _CountedLimit(InFlightLimit):
     def release(self) -> None:
         """Release a slot; closing has released all."""
         if self._worker is not None:
+            self._check_process()
             self._worker.release()
 
     async def close(self) -> None:
         """Release all slots, and close the limit. Closing it twice does no harm."""
+        if self._worker is not None:
+            self._check_process()
         worker, self._worker = self._worker, None
         self._expects_adoption = False
         if worker is not None and not worker.loop_is_closed:
@@ -93,7 +102,11 @@ class _CountedLimit(InFlightLimit):
     def _open_worker(self) -> "LimitWorker":
         if self._worker is None:
             raise InFlightLimitError(f"the limit {self._name} is not open")
+        self._check_process()
         return self._worker
+
+    def _check_process(self) -> None:
+        check_process(self._process_id, "limit", InFlightLimitError)
 
     @property
     @abstractmethod

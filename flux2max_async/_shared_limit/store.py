@@ -19,7 +19,6 @@ each task that somebody adopts, and the rest is given up after a while.
 A power failure may undo the last transactions; but then no holder is alive either.
 """
 
-import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -27,7 +26,7 @@ from typing import TypeAlias
 import attrs
 
 from flux2max_async._exceptions import InFlightLimitError
-from flux2max_async._sqlite_files import create_file, file_id, retry_while_locked, transaction
+from flux2max_async._sqlite_files import connect, create_file, file_id, retry_while_locked, transaction
 from flux2max_async._wake_pipe import pipe_path, remove_if_dead
 
 KEEP_TIME = 10.0
@@ -82,7 +81,7 @@ class LimitStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         create_file(path)
         self._file_id = file_id(path)
-        self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None)
+        self._connection = connect(path, _BUSY_TIMEOUT)
         try:
             self._prepare()
         except BaseException:

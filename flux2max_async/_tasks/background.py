@@ -7,6 +7,7 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 from flux2max_async._exceptions import ConfigurationError, FluxError, SessionClosedError
+from flux2max_async._forks import check_process
 from flux2max_async._shutdown import Shutdown, closed_error
 
 T = TypeVar("T")
@@ -42,11 +43,7 @@ class BackgroundTasks:
             ConfigurationError: It is not.
             SessionClosedError: Its event loop has ended.
         """
-        if os.getpid() != self._process_id:
-            raise ConfigurationError(
-                f"this session was opened in process {self._process_id} and is used in process {os.getpid()}, forked "
-                "from it: open a session of its own in each process"
-            )
+        check_process(self._process_id, "session", ConfigurationError)
         if self._loop.is_closed():
             raise SessionClosedError("the event loop in which this session was opened has ended")
         try:

@@ -8,9 +8,9 @@ import sqlite3
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from urllib.parse import quote
 
 from flux2max_async._exceptions import JournalError
+from flux2max_async._sqlite_files import connect
 from flux2max_async.journal._states import CREATE_STATES
 
 SCHEMA_VERSION = 1
@@ -78,7 +78,7 @@ def roll_back(path: Path, busy_timeout: float) -> None:
 
     SQLite does so on the first read over a connection that may write.
     """
-    with contextlib.closing(sqlite3.connect(path, timeout=busy_timeout)) as connection:
+    with contextlib.closing(connect(path, busy_timeout)) as connection:
         connection.execute("SELECT count(*) FROM sqlite_master")
 
 
@@ -125,15 +125,11 @@ def has_token_column(connection: sqlite3.Connection) -> bool:
 
 
 def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", timeout=busy_timeout, uri=True, isolation_level=None
-    )
+    return connect(path, busy_timeout, "ro")
 
 
 def connect_existing(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=rw", timeout=busy_timeout, uri=True, isolation_level=None
-    )
+    return connect(path, busy_timeout, "rw")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from flux2max_async._exceptions import JournalError
-from flux2max_async._sqlite_files import create_file, file_id, transaction
+from flux2max_async._sqlite_files import connect, create_file, file_id, transaction
 from flux2max_async._text import get_logger
 from flux2max_async._wake_pipe import WakePipe, pipe_path, wake_owner
 from flux2max_async.journal._rows import decode_text
@@ -50,7 +50,7 @@ class SqliteFile:
             if self._had_content:
                 check_file(path, busy_timeout)  # which may create an empty log
             create_file(path)
-            self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
+            self._connection = connect(path, busy_timeout)
             self._connection.text_factory = decode_text
             self._file_id = file_id(path)
 

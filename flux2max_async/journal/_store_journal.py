@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from flux2max_async._exceptions import ConfigurationError, JournalError
+from flux2max_async._forks import check_process
 from flux2max_async._text import get_logger
 from flux2max_async.journal._entry import Holder, JournalEntry
 from flux2max_async.journal._protocol import Journal
@@ -39,6 +41,8 @@ class StoreJournal(Journal):
         self._name = name
         self._lease = lease
         self._worker: JournalWorker | None = None
+        self._process_id = 0
+        """Of the process that has opened it."""
         self._read_ahead: ReadAhead
         self._begin_ids = itertools.count()
         self._known_keys: set[str] | None = None
@@ -78,6 +82,7 @@ class StoreJournal(Journal):
         from flux2max_async.journal._worker import JournalWorker  # noqa: PLC0415 - as above
 
         if self._worker is not None and not self._worker.stopped.get_loop().is_closed():
+            self._check_process()
             raise JournalError(
                 f"the journal {self._name} is open already: each session needs a {type(self).__name__} of its own"
             )
@@ -88,6 +93,7 @@ class StoreJournal(Journal):
             on_external_change,
             watch_changes=watch_changes,
         )
+        self._process_id = os.getpid()
         self._read_ahead = ReadAhead()
         try:
             self._known_keys = set() if await worker.opened else None
@@ -98,6 +104,8 @@ class StoreJournal(Journal):
 
     async def close(self) -> None:
         """Complete the writes that were requested, and close the journal. Closing it twice does no harm."""
+        if self._worker is not None:
+            self._check_process()
         worker, self._worker = self._worker, None
         if worker is not None and not worker.stopped.get_loop().is_closed():
             worker.stop()
@@ -264,4 +272,8 @@ class StoreJournal(Journal):
     def _open_worker(self) -> "JournalWorker":
         if self._worker is None:
             raise JournalError(f"the journal {self._name} is not open")
+        self._check_process()
         return self._worker
+
+    def _check_process(self) -> None:
+        check_process(self._process_id, "journal", JournalError)

@@ -176,16 +176,39 @@ class SessionLifetime:
     _parts: SessionParts
     _supervisor: Supervisor | None = None
     """While the session is open."""
+    _is_opening = False
+    _was_open = False
     _drain_handlers: tuple[DrainHandler, ...] = ()
 
-    async def __aenter__(self) -> Self:
-        if self._supervisor is not None and not self._supervisor.loop_is_closed:
+    async def start(self) -> Self:
+        """Do what `async with` does on entering, for notebooks and frameworks with hooks of their own.
+
+        `aclose()` ends the session.
+
+        Returns:
+            The session itself.
+
+        Raises:
+            SessionClosedError: It is open already.
+            FluxError: Its journal or its limit can't be opened.
+        """
+        is_open = self._supervisor is not None and not self._supervisor.loop_is_closed
+        if self._supervisor is not None and is_open:
             self._supervisor.check_caller()
+        if self._is_opening or is_open:
             raise SessionClosedError("the session is open already: enter it once, and share it")
         self._forget_supervisor()
-        self._supervisor = supervisor = await self._parts.open()
+        self._is_opening = True
+        try:
+            self._supervisor = supervisor = await self._parts.open()
+        finally:
+            self._is_opening = False
+        self._was_open = True
         self._drain_handlers = install_handlers(self._parts.config.drain_signals, supervisor.begin_drain)
         return self
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
@@ -260,5 +283,9 @@ class SessionLifetime:
 
     def _get_supervisor(self) -> Supervisor:
         if self._supervisor is None:
-            raise closed_error()
+            raise closed_error() if self._was_open else _not_started_error()
         return self._supervisor
+
+
+def _not_started_error() -> SessionClosedError:
+    return SessionClosedError("the session has not been started: use `async with`, or `await session.start()`")

@@ -288,8 +288,9 @@ class FluxSession(SessionImages):
             save_to: A folder into which the images are saved as soon as their tasks end; `Completed.saved` names the
                 files, or `save_error` tells why some are missing. Up to twice max_in_flight outcomes may be saving
                 beside the look-ahead. No existing file is replaced, and none that the journal knows downloaded again.
-            name: Returns the file name for an outcome's images, with or without a suffix; by default, the key or task
-                id. Characters that a file name can't hold are replaced, further images are numbered.
+            name: Returns the file name for an outcome's images, with or without a suffix; by default, the key, or else
+                the prompt's first words and a short fingerprint. Characters that a file name can't hold are replaced,
+                further images are numbered.
             max_in_flight: At most so many of the session's slots at once, so that the rest stays free for others;
                 None: all.
             priority: That of its requests among those that wait for a slot, as in `generate()`.

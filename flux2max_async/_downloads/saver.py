@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio.to_thread
 import attrs
 
+from flux2max_async._downloads.default_names import default_name
 from flux2max_async._downloads.downloader import translate_write_errors
 from flux2max_async._downloads.filenames import file_name
 from flux2max_async._downloads.image_format import FORMATS_BY_SUFFIX, is_whole_file
@@ -50,7 +51,7 @@ class ImageSaver:
 
     Args:
         folder: Created if it doesn't exist.
-        name: Returns the file name for an outcome; None names files after the request's key, or else the task's id.
+        name: Returns the file name for an outcome; None stands for `default_name()`.
         download: Downloads one image.
     """
 
@@ -89,7 +90,7 @@ class ImageSaver:
         images = _Images(list(record.files))
         error: FluxError | None = None
         try:
-            stem = self._stem(outcome)
+            stem = self._stem(outcome, record)
             error = await self._collect(outcome, stem, images, record)
             with translate_write_errors(self.folder / stem):
                 await self._publish(stem, images, record)  # also those that were downloaded before one failed
@@ -159,10 +160,9 @@ class ImageSaver:
                 if await anyio.to_thread.run_sync(_link, part, target):
                     images.saved[index] = target
 
-    def _stem(self, outcome: Completed) -> str:
+    def _stem(self, outcome: Completed, record: NullRecord) -> str:
         if self.name is None:
-            key = outcome.request and outcome.request.key
-            return file_name(key or outcome.task_id)
+            return file_name(default_name(outcome, record.fingerprint))
         try:
             return file_name(self.name(outcome))
         except Exception as error:  # noqa: BLE001 - it is the caller's function

@@ -9,16 +9,13 @@ from typing import Any
 
 import attrs
 
+from flux2max_async._downloads.default_names import FINGERPRINT_LENGTH, name_after_content
 from flux2max_async._exceptions import InvalidRequestError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async.cli._file_formats import FIELDS, Fields, parse_file, unknown_field_error
 
-_MAX_KEY_PROMPT_BYTES = 60
-"""The maximum length of the part of a derived key that is made from the prompt."""
-_KEY_FINGERPRINT_LENGTH = 8
-"""The number of characters of the fingerprint in a derived key, which distinguish requests with similar prompts."""
-_KEY_END = re.compile(rf"[0-9a-f]{{{_KEY_FINGERPRINT_LENGTH}}}(-\d+)?")
+_KEY_END = re.compile(rf"[0-9a-f]{{{FINGERPRINT_LENGTH}}}(-\d+)?")
 """Matches the rest of a derived key, after the part that is made from the prompt."""
 
 
@@ -210,7 +207,7 @@ class _KeyAllocator:
             key = f"{request.key}{suffix}"
         else:
             # The line's number is no part of the key, since lines may be inserted and deleted between two runs.
-            key = _derive_key(request.prompt, content.fingerprint[:_KEY_FINGERPRINT_LENGTH])
+            key = name_after_content(request.prompt, content.fingerprint)
             self._derived_counts[key] += 1
             if self._derived_counts[key] > 1:
                 key = f"{key}-{self._derived_counts[key]}"
@@ -221,11 +218,5 @@ class _KeyAllocator:
 
 def is_derived_key(key: str, prompt: str) -> bool:
     """Check whether the key of a request was derived from its content, and is not one that the user has chosen."""
-    stem = _derive_key(prompt, "")
+    stem = name_after_content(prompt, "")
     return key.startswith(stem) and bool(_KEY_END.fullmatch(key, len(stem)))
-
-
-def _derive_key(prompt: str, fingerprint: str) -> str:
-    words = "-".join(re.findall(r"\w+", prompt.lower()))
-    stem = words.encode()[:_MAX_KEY_PROMPT_BYTES].decode(errors="ignore").strip("-")
-    return f"{stem}-{fingerprint}" if stem else fingerprint

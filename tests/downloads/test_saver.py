@@ -92,7 +92,13 @@ def downloads(scripted: ScriptedGateway) -> list[str]:
     return [request.path for request in scripted.of("GET") if "/task/" not in request.path]
 
 
+def by_id(outcome: Completed) -> str:
+    """Name images after their keys, or else their tasks, whose ids are known before."""
+    return (outcome.request and outcome.request.key) or outcome.task_id
+
+
 async def run(session: FluxSession, *requests: str | GenerationRequest, **options: Any) -> list[Completed]:
+    options.setdefault("name", by_id if "save_to" in options else None)
     async with session:
         return [outcome.unwrap() async for outcome in session.stream(requests, **options)]
 
@@ -117,7 +123,7 @@ async def test_images_are_saved_while_other_tasks_run(tmp_path: Path) -> None:
     async with Emulator(seconds=8.0, spread=0.5, seed=1) as gateway:
         async with FluxSession(gateway.api_key, base_url=gateway.url, schedule=FixedSchedule(0.5)) as session:
             requests = (GenerationRequest(f"cat {number}", width=64, height=64) for number in range(12))
-            async for outcome in session.stream(requests, save_to=tmp_path / "new" / "folder"):
+            async for outcome in session.stream(requests, save_to=tmp_path / "new" / "folder", name=by_id):
                 saved[outcome.unwrap().task_id] = outcome.unwrap().saved
                 in_flight_at_delivery.append(session.stats.in_flight)
                 with Image.open(saved[outcome.unwrap().task_id][0]) as image:
@@ -140,7 +146,7 @@ async def test_slow_download_does_not_delay_other_outcomes(scripted: ScriptedGat
 
 async def test_failed_task_creates_no_file(session: FluxSession, tmp_path: Path) -> None:
     """A failed task is yielded as usual, and no file is created for it."""
-    outcomes = [outcome async for outcome in session.stream(["dog [fail]"], save_to=tmp_path)]
+    outcomes = [outcome async for outcome in session.stream(["dog [fail]"], save_to=tmp_path, name=by_id)]
 
     assert [outcome.ok for outcome in outcomes] == [False]
     assert names(tmp_path) == []
@@ -160,7 +166,8 @@ async def test_name_without_save_to_is_an_error(session: FluxSession) -> None:
 @pytest.mark.parametrize(
     ("request_", "name", "expected"),
     [
-        pytest.param("a cat", None, "t1.jpeg", id="task id"),
+        pytest.param("A cat, on a sofa!", None, "a-cat-on-a-sofa-cbf3fa64.jpeg", id="words and a fingerprint"),
+        pytest.param("☃", None, "56ab3d6c.jpeg", id="no words"),
         pytest.param(GenerationRequest("a cat", key="row 1/2"), None, "row 1-2.jpeg", id="key"),
         pytest.param(
             GenerationRequest("a cat", key="row 1"), lambda outcome: outcome.task_id * 2, "t1t1.jpeg", id="name"
@@ -173,13 +180,28 @@ async def test_name_without_save_to_is_an_error(session: FluxSession) -> None:
     ],
 )
 async def test_file_name(scripted: ScriptedGateway, tmp_path: Path, request_: Any, name: Any, expected: str) -> None:
-    """The file name is the caller's name, the request's key or the task's id, and a given suffix is kept."""
+    """The name is the caller's, the request's key, or the prompt's first words; a given suffix is kept."""
     serve(scripted, RED)
     (outcome,) = await run(session_on(scripted), request_, save_to=tmp_path / "here", name=name)
 
     assert outcome.saved == (tmp_path / "here" / expected,)
     assert names(tmp_path / "here") == [expected]
     assert names(tmp_path) == ["here"]
+
+
+async def test_equal_requests_have_numbered_names(scripted: ScriptedGateway, tmp_path: Path) -> None:
+    """A prompt that is there twice makes two files, and the next run of the same list finds both."""
+    serve(scripted, RED, BLUE)
+    saved: list[list[str]] = []
+    for _ in range(2):
+        journal = VirtualJournal(tmp_path / "run.db")
+        outcomes = await run(
+            session_on(scripted, journal=journal), "a cat", "a cat", save_to=tmp_path / "cats", name=None
+        )
+        saved.append(sorted(path.name for outcome in outcomes for path in outcome.saved))
+
+    assert saved == [["a-cat-6a1b0141-2.jpeg", "a-cat-6a1b0141.jpeg"]] * 2
+    assert len(downloads(scripted)) == 2
 
 
 @pytest.mark.parametrize(
@@ -470,7 +492,7 @@ async def test_unusable_folder_is_an_error_before_any_submit(
     source = iter(["a cat"])
     async with session_on(scripted) as session:
         with pytest.raises(DownloadError, match="can't write"):
-            await anext(session.stream(source, save_to=tmp_path / folder))
+            await anext(session.stream(source, save_to=tmp_path / folder, name=by_id))
 
     assert scripted.received == []
     assert next(source) == "a cat"
@@ -480,7 +502,9 @@ async def stream_until_disk_failure(session: FluxSession, folder: Path, outcomes
     """Stream endless requests until the disk fails."""
     async with session:
         with pytest.raises(DownloadError) as caught:
-            async for outcome in session.stream((f"cat {number}" for number in itertools.count()), save_to=folder):
+            async for outcome in session.stream(
+                (f"cat {number}" for number in itertools.count()), save_to=folder, name=by_id
+            ):
                 outcomes.append(outcome)
     return caught.value
 
@@ -540,7 +564,7 @@ async def test_download_continues_after_leaving_the_stream(scripted: ScriptedGat
     """An image that is being downloaded when its stream is left is still saved while the session is open."""
     serve(scripted, RED, answer(200, BLUE, after=20.0))
     async with session_on(scripted) as session:
-        async with session.stream(["1", "2"], save_to=tmp_path) as stream:
+        async with session.stream(["1", "2"], save_to=tmp_path, name=by_id) as stream:
             await anext(stream)
         names_on_leaving = names(tmp_path)
         await anyio.sleep(60)
@@ -557,7 +581,7 @@ async def test_closing_the_session_during_a_download(scripted: ScriptedGateway, 
     serve(scripted, STALLED)
     session = session_on(scripted)
     await session.__aenter__()
-    stream = session.stream(["a cat"], save_to=tmp_path)
+    stream = session.stream(["a cat"], save_to=tmp_path, name=by_id)
     waiting = asyncio.ensure_future(anext(stream))
     await anyio.sleep(5)
     parts = names(tmp_path)
@@ -576,7 +600,7 @@ async def test_closing_the_session_during_a_download(scripted: ScriptedGateway, 
 async def test_leaving_stream_and_session_during_a_download(scripted: ScriptedGateway, tmp_path: Path) -> None:
     """Leaving the stream and then the session during a download leaves no part file and doesn't hang."""
     serve(scripted, RED, STALLED)
-    async with session_on(scripted) as session, session.stream(["1", "2"], save_to=tmp_path) as stream:
+    async with session_on(scripted) as session, session.stream(["1", "2"], save_to=tmp_path, name=by_id) as stream:
         await anext(stream)
         await anyio.sleep(5)
 
@@ -597,7 +621,7 @@ async def test_closing_the_session_at_any_time_leaves_no_part(
     serve(scripted, download, [download, BLUE])
     session = session_on(scripted)
     await session.__aenter__()
-    stream = session.stream(["1", "2"], save_to=tmp_path)
+    stream = session.stream(["1", "2"], save_to=tmp_path, name=by_id)
     waiting = asyncio.ensure_future(anext(stream))
     await requested.wait()
     for _ in range(steps):
@@ -867,7 +891,7 @@ async def interrupt_download(scripted: ScriptedGateway, tmp_path: Path) -> str:
     """Close a session during a download; return the name of the part file, which was removed."""
     serve(scripted, STALLED)
     async with journal_session(scripted, tmp_path) as session:
-        async with session.stream(["a cat"], save_to=tmp_path / "cats") as stream:
+        async with session.stream(["a cat"], save_to=tmp_path / "cats", name=by_id) as stream:
             waiting = asyncio.ensure_future(anext(stream))
             await anyio.sleep(5)
             (part,) = names(tmp_path / "cats")
@@ -918,7 +942,7 @@ async def test_saving_does_not_delay_submits(scripted: ScriptedGateway, tmp_path
     schedule = FixedSchedule(4.0)
     async with FluxSession(scripted.api_key, base_url=scripted.url, max_in_flight=4, schedule=schedule) as session:
         started = anyio.current_time()
-        async for outcome in session.stream([f"cat {number}" for number in range(24)], save_to=tmp_path):
+        async for outcome in session.stream([f"cat {number}" for number in range(24)], save_to=tmp_path, name=by_id):
             delivered_at[outcome.unwrap().task_id] = anyio.current_time() - started
 
     # 24 tasks of 4 s in 4 slots take 24 s, the first and the last download 4 s each; one after the other they take 48 s.
@@ -931,7 +955,7 @@ async def test_slow_saving_delays_submits_eventually(scripted: ScriptedGateway, 
     scripted.submits = deque(answer(200, completed(f"t{n}", url=f"{scripted.url}/{n}.jpeg")) for n in range(100))
     scripted.downloads = deque([answer(200, RED), answer(200, RED, after=50.0)])
     async with session_on(scripted, max_in_flight=4) as session:
-        stream = session.stream([f"cat {number}" for number in range(100)], save_to=tmp_path)
+        stream = session.stream([f"cat {number}" for number in range(100)], save_to=tmp_path, name=by_id)
         await anext(stream)
         consumer = asyncio.ensure_future(anext(stream))
         await anyio.sleep(40.0)

@@ -1,0 +1,38 @@
+"""The default names of images: after the key of their request, or else its first words and a short fingerprint."""
+
+import hashlib
+import re
+
+from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
+from flux2max_async._models.results import Completed
+
+_MAX_PROMPT_BYTES = 60
+FINGERPRINT_LENGTH = 8
+"""Characters that distinguish requests with similar prompts."""
+
+
+def default_name(outcome: Completed, fingerprint: RequestFingerprint | None) -> str:
+    """Return the name of an outcome's images.
+
+    Args:
+        outcome: The outcome. A task that was attached by its id alone has no request, and is named after its id.
+        fingerprint: The request's content, if it is known. Without it, input images are not read once more, and the
+            task's id makes the difference.
+    """
+    request = outcome.request
+    if request is None:
+        return outcome.task_id
+    if request.key:
+        return request.key
+    if fingerprint is not None:
+        return name_after_content(request.prompt, fingerprint.fingerprint)
+    if is_local(request):
+        return name_after_content(request.prompt, hashlib.sha256(outcome.task_id.encode(errors="replace")).hexdigest())
+    return name_after_content(request.prompt, fingerprint_request(request).fingerprint)
+
+
+def name_after_content(prompt: str, fingerprint: str) -> str:
+    """Return the first words of a prompt and the beginning of a fingerprint."""
+    words = "-".join(re.findall(r"\w+", prompt.lower()))
+    stem = words.encode(errors="ignore")[:_MAX_PROMPT_BYTES].decode(errors="ignore").strip("-")
+    return f"{stem}-{fingerprint[:FINGERPRINT_LENGTH]}" if stem else fingerprint[:FINGERPRINT_LENGTH]

@@ -129,6 +129,7 @@ from flux2max_async._polling.schedules import (
     PollSchedule as PollSchedule,
 )
 from flux2max_async._session import FluxSession as FluxSession
+from flux2max_async._session_options import SessionOptions as SessionOptions
 from flux2max_async._stats import SessionStats as SessionStats
 from flux2max_async._stream import OutcomeStream as OutcomeStream
 from flux2max_async._tasks.handle import GenerationTask as GenerationTask

@@ -155,6 +155,7 @@ PUBLIC = {
     "ServerError",
     "SessionClosedError",
     "SessionHealth",
+    "SessionOptions",
     "SessionStats",
     "SqliteInFlightLimit",
     "SqliteJournal",

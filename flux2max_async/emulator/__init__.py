@@ -7,7 +7,7 @@ For demos, and for testing applications without an API key, costs or a network. 
             ...
 
 `with Emulator() as gateway:` runs it in a thread of its own, for synchronous code. The pytest fixture `flux_emulator`
-is available without any configuration.
+is available without any configuration; `gateway.session()` is a session for tests, whose polls are quick.
 """
 
 from flux2max_async.emulator._faults import Fault

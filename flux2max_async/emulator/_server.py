@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
@@ -24,11 +24,18 @@ from flux2max_async.emulator._traits import TRAITS
 from flux2max_async.emulator._validation import ServiceError, parse_submit
 from flux2max_async.emulator._webhook_sender import Delivery, Webhooks, WebhookSender
 
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from flux2max_async._session import FluxSession
+    from flux2max_async._session_options import SessionOptions
+
 Handler = Callable[[Fault | None], Awaitable[web.StreamResponse]]
 
 _MAX_INLINE_BODY_BYTES = 20_000
 """Larger bodies are validated in a thread, because decoding input images takes long."""
 _USUAL_RESPONSE = Answer(200, "{task}")
+_POLL_INTERVAL = 0.02  # seconds
 _HUGE_HEADER_BYTES = 20_000
 _MAX_BODY_BYTES = 300_000_000  # eight input images of 20 MB, as base64
 
@@ -129,6 +136,29 @@ class Emulator:
     @balance.setter
     def balance(self, dollars: Decimal | None) -> None:
         self._service.balance = dollars
+
+    def session(self, **options: "Unpack[SessionOptions]") -> "FluxSession":
+        """Return a session, to be entered, that has the key and the address of this emulator, and polls quickly.
+
+        Args:
+            options: Further parameters of FluxSession, or other values for these.
+
+        Raises:
+            RuntimeError: The emulator is not running yet, so its address is not known.
+        """
+        from flux2max_async._polling.schedules import FixedSchedule  # noqa: PLC0415 - only those who want a session load it
+        from flux2max_async._session import FluxSession  # noqa: PLC0415 - as above
+
+        if self._runner is None:
+            raise RuntimeError("the emulator is not running: enter it first")
+        parameters: SessionOptions = {
+            "api_key": self.api_key,
+            "base_url": self.url,
+            "schedule": FixedSchedule(_POLL_INTERVAL),
+            "max_polls_per_second": None,
+        }
+        parameters.update(options)
+        return FluxSession(**parameters)
 
     def script(self, endpoint: Endpoint, *faults: Fault | str | None) -> None:
         """Queue faults for the next calls to an endpoint, one fault per call.

@@ -14,6 +14,7 @@ CONFIGURATION = {
     "typeCheckingMode": "standard",
     "pythonVersion": "3.11",
     "reportMissingImports": False,
+    "reportFunctionMemberAccess": False,  # Celery has no types, and makes objects of functions
     "enableTypeIgnoreComments": False,
     "reportUnnecessaryTypeIgnoreComment": True,
     "include": [".", str(PROJECT / "examples"), str(PROJECT / "tests" / "support" / "typed_calls.py")],

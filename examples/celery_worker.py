@@ -23,13 +23,14 @@ from celery.signals import worker_process_init, worker_process_shutdown
 from flux2max_async import (
     FluxSession,
     GenerationRequest,
+    PostgresJournal,
     RateLimitedError,
     ServerError,
     SqliteJournal,
     TransportError,
 )
 
-JOURNAL = os.environ.get("JOURNAL", "jobs.db")
+JOURNAL = os.environ.get("JOURNAL", "jobs.db")  # a file of this machine; for several hosts, postgresql://...
 PICTURES = Path("pictures")
 T = TypeVar("T")
 
@@ -54,7 +55,8 @@ class SessionThread:
         self.session = self.run(self._open_session())
 
     async def _open_session(self) -> FluxSession:
-        return await FluxSession(journal=SqliteJournal(JOURNAL)).__aenter__()  # closed by a signal
+        journal = PostgresJournal(JOURNAL) if "://" in JOURNAL else SqliteJournal(JOURNAL)
+        return await FluxSession(journal=journal).__aenter__()  # closed by a signal
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of a coroutine that runs in the thread."""

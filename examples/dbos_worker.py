@@ -18,14 +18,13 @@ from pathlib import Path
 
 from dbos import DBOS, DBOSClient, WorkflowHandle
 
-from flux2max_async import FluxSession, GenerationRequest, SqliteJournal
+from flux2max_async import FluxSession, GenerationRequest, PostgresJournal
 
 DATABASE = os.environ["DBOS_SYSTEM_DATABASE_URL"]
-JOURNAL = os.environ.get("JOURNAL", "jobs.db")
 QUEUE = "pictures"
 PICTURES = Path("pictures")
 
-session = FluxSession(max_in_flight=24, journal=SqliteJournal(JOURNAL))
+session = FluxSession(max_in_flight=24, journal=PostgresJournal(DATABASE))
 
 
 # Errors are tried again, which never pays twice.

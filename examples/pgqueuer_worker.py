@@ -21,10 +21,9 @@ import pgqueuer
 from pgqueuer import DatabaseRetryEntrypointExecutor, Job, PgQueuer, Queries
 from psycopg import AsyncConnection
 
-from flux2max_async import FluxSession, GenerationRequest, SqliteJournal
+from flux2max_async import FluxSession, GenerationRequest, PostgresJournal
 
 DATABASE = os.environ["PGDSN"]
-JOURNAL = os.environ.get("JOURNAL", "jobs.db")
 PICTURES = Path("pictures")
 HEARTBEAT_TIMEOUT = timedelta(seconds=float(os.environ.get("HEARTBEAT_TIMEOUT", "30")))
 
@@ -34,7 +33,7 @@ async def worker() -> AsyncIterator[PgQueuer]:
     """Open what a worker needs."""
     async with (
         await AsyncConnection.connect(DATABASE, autocommit=True) as connection,
-        FluxSession(max_in_flight=24, journal=SqliteJournal(JOURNAL)) as session,
+        FluxSession(max_in_flight=24, journal=PostgresJournal(DATABASE)) as session,
     ):
         queuer = PgQueuer.from_psycopg_connection(connection)
 

@@ -21,10 +21,10 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 with workflow.unsafe.imports_passed_through():
-    from flux2max_async import FluxSession, GenerationRequest, SqliteJournal
+    from flux2max_async import FluxSession, GenerationRequest, PostgresJournal, SqliteJournal
 
 ADDRESS = os.environ.get("TEMPORAL_ADDRESS", "localhost:7233")
-JOURNAL = os.environ.get("JOURNAL", "jobs.db")
+JOURNAL = os.environ.get("JOURNAL", "jobs.db")  # a file of this machine; for several hosts, postgresql://...
 HEARTBEAT_TIMEOUT = timedelta(seconds=float(os.environ.get("HEARTBEAT_TIMEOUT", "30")))
 QUEUE = "pictures"
 
@@ -81,8 +81,9 @@ async def run_worker() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await Client.connect(ADDRESS)
+    journal = PostgresJournal(JOURNAL) if "://" in JOURNAL else SqliteJournal(JOURNAL)
     async with (
-        FluxSession(max_in_flight=24, journal=SqliteJournal(JOURNAL)) as session,
+        FluxSession(max_in_flight=24, journal=journal) as session,
         Worker(
             client,
             task_queue=QUEUE,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.pictures import end_tasks
 from support.ports import free_port
-from support.queues import PROMPTS, Queue, kill
+from support.queues import PATIENCE, PROMPTS, Queue, kill
 
 from flux2max_async import SqliteJournal
 from flux2max_async.emulator import Emulator
@@ -93,4 +93,4 @@ def stop(*workers: "subprocess.Popen[bytes]") -> None:
     """Let workers end their jobs, and check that they exit cleanly."""
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
-    assert [worker.wait(timeout=60) for worker in workers] == [0] * len(workers)
+    assert [worker.wait(PATIENCE) for worker in workers] == [0] * len(workers)

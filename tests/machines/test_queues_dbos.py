@@ -9,7 +9,7 @@ from support.pictures import end_tasks
 from support.postgres import PostgresServer
 from support.queues import PROMPTS, Queue, kill
 
-from flux2max_async import SqliteJournal
+from flux2max_async import PostgresJournal
 from flux2max_async.emulator import Emulator
 
 pytest.importorskip("dbos")
@@ -34,7 +34,7 @@ def test_killed_worker(successor: str, queue: Queue) -> None:
     """The workflows of a killed worker go on in one with its id, or when they are resumed, in any other one."""
     ids = queue.run(*WORKER, *PROMPTS).split()
     with queue.worker("first", *WORKER, DBOS__VMID="host-1") as first:
-        queue.wait_until_submitted(SqliteJournal(queue.folder / "jobs.db"))
+        queue.wait_until_submitted(PostgresJournal(queue.environment["DBOS_SYSTEM_DATABASE_URL"]))
         kill(first)
     with queue.worker("second", *WORKER, DBOS__VMID=successor):
         if successor != "host-1":

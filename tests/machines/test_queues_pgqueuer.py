@@ -9,7 +9,7 @@ from support.pictures import end_tasks
 from support.postgres import PostgresServer
 from support.queues import PROMPTS, Queue, kill
 
-from flux2max_async import SqliteJournal
+from flux2max_async import PostgresJournal
 from flux2max_async.emulator import Emulator
 
 pytest.importorskip("pgqueuer")
@@ -31,10 +31,9 @@ def queue(postgres: PostgresServer, schema: str, tmp_path: Path) -> Iterator[Que
 
 def test_killed_worker(queue: Queue) -> None:
     """The jobs of a killed worker are delivered to another one, which attaches to their tasks."""
-    journal = SqliteJournal(queue.folder / "jobs.db")
     queue.run(*WORKER, *PROMPTS)
     with queue.worker("first", *WORKER) as first:
-        queue.wait_until_submitted(journal)
+        queue.wait_until_submitted(PostgresJournal(queue.environment["PGDSN"]))
         with queue.worker("second", *WORKER):
             kill(first)
             queue.wait_until_polled()

@@ -4,13 +4,14 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.pictures import end_tasks
 from support.ports import free_port
-from support.queues import PROMPTS, Queue, kill
+from support.queues import PATIENCE, PROMPTS, Queue, kill
 
 from flux2max_async import SqliteJournal
 from flux2max_async.emulator import Emulator
@@ -59,12 +60,13 @@ def test_killed_worker(queue: Queue) -> None:
 
 async def connect(address: str) -> Client:
     """Return a client once the server accepts connections."""
-    for _ in range(200):
+    deadline = time.monotonic() + PATIENCE
+    while True:
         try:
             return await Client.connect(address)
         except RuntimeError:
+            assert time.monotonic() < deadline, "the server does not start"
             await asyncio.sleep(0.2)
-    raise AssertionError("the server does not start")
 
 
 async def get_results(address: str, ids: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from support.apps import EXAMPLES
 from support.pictures import read_pictures
 
 PROMPTS = [f"picture {number} of a herbarium" for number in range(12)]
-_PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds for what takes a few."""
 
 
@@ -35,7 +35,7 @@ class Queue:
         """Run a command to its end, and return its output."""
         done = subprocess.run(
             [sys.executable, *command], env=self._environment(), cwd=self.folder, capture_output=True, text=True,
-            check=False, timeout=_PATIENCE,
+            check=False, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -56,7 +56,7 @@ class Queue:
                 kill(process)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, f"what was expected has not happened\n{self.logs()}"
             time.sleep(0.05)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from dbos import DBOS, DBOSClient, WorkflowHandle
 
-from flux2max_async import FluxSession, GenerationRequest, PostgresJournal
+from flux2max_async import FluxSession, GenerationRequest, PostgresInFlightLimit, PostgresJournal
 
 DATABASE = os.environ["DBOS_SYSTEM_DATABASE_URL"]
 QUEUE = "pictures"
 PICTURES = Path("pictures")
 
-session = FluxSession(max_in_flight=24, journal=PostgresJournal(DATABASE))
+session = FluxSession(max_in_flight=PostgresInFlightLimit(DATABASE, 24), journal=PostgresJournal(DATABASE))
 
 
 # Errors are tried again, which never pays twice.

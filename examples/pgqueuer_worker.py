@@ -21,7 +21,7 @@ import pgqueuer
 from pgqueuer import DatabaseRetryEntrypointExecutor, Job, PgQueuer, Queries
 from psycopg import AsyncConnection
 
-from flux2max_async import FluxSession, GenerationRequest, PostgresJournal
+from flux2max_async import FluxSession, GenerationRequest, PostgresInFlightLimit, PostgresJournal
 
 DATABASE = os.environ["PGDSN"]
 PICTURES = Path("pictures")
@@ -33,7 +33,7 @@ async def worker() -> AsyncIterator[PgQueuer]:
     """Open what a worker needs."""
     async with (
         await AsyncConnection.connect(DATABASE, autocommit=True) as connection,
-        FluxSession(max_in_flight=24, journal=PostgresJournal(DATABASE)) as session,
+        FluxSession(max_in_flight=PostgresInFlightLimit(DATABASE, 24), journal=PostgresJournal(DATABASE)) as session,
     ):
         queuer = PgQueuer.from_psycopg_connection(connection)
 

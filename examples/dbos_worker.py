@@ -24,7 +24,11 @@ DATABASE = os.environ["DBOS_SYSTEM_DATABASE_URL"]
 QUEUE = "pictures"
 PICTURES = Path("pictures")
 
-session = FluxSession(max_in_flight=PostgresInFlightLimit(DATABASE, 24), journal=PostgresJournal(DATABASE))
+
+class Worker:
+    """What the steps of this process share."""
+
+    session: FluxSession
 
 
 # Errors are tried again, which never pays twice.
@@ -32,8 +36,8 @@ session = FluxSession(max_in_flight=PostgresInFlightLimit(DATABASE, 24), journal
 async def generate(prompt: str, name: str) -> str:
     """Generate a picture, save it under a name, and return its path."""
     # The key makes a step that runs again attach to its task, or replay its outcome.
-    done = await session.generate(GenerationRequest(prompt, key=name))
-    return str(await session.save(done.images[0], PICTURES / f"{name}.jpeg"))
+    done = await Worker.session.generate(GenerationRequest(prompt, key=name))
+    return str(await Worker.session.save(done.images[0], PICTURES / f"{name}.jpeg"))
 
 
 @DBOS.workflow(name="picture")
@@ -50,7 +54,8 @@ async def run_worker() -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # With a version of its own, workflows survive a change of their code; by default it is a hash of the code.
     DBOS(config={"name": "pictures", "system_database_url": DATABASE, "application_version": "1"})
-    async with session:
+    limit, journal = PostgresInFlightLimit(DATABASE, 24), PostgresJournal(DATABASE)
+    async with FluxSession(max_in_flight=limit, journal=journal) as Worker.session:
         DBOS.launch()  # in the event loop of the session, which then runs the workflows, too
         await DBOS.register_queue_async(QUEUE, worker_concurrency=24)
         await stop.wait()

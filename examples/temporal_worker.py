@@ -18,15 +18,27 @@ from datetime import timedelta
 
 from temporalio import activity, workflow
 from temporalio.client import Client
+from temporalio.common import RetryPolicy
 from temporalio.worker import Worker
 
 with workflow.unsafe.imports_passed_through():
-    from flux2max_async import FluxSession, GenerationRequest, PostgresJournal, SqliteJournal
+    from flux2max_async import (
+        BadRequestError,
+        ContentModeratedError,
+        FluxSession,
+        GenerationRequest,
+        InvalidRequestError,
+        PostgresJournal,
+        SqliteJournal,
+        SubmissionUncertainError,
+        TaskFailedError,
+    )
 
 ADDRESS = os.environ.get("TEMPORAL_ADDRESS", "localhost:7233")
 JOURNAL = os.environ.get("JOURNAL", "jobs.db")  # a file of this machine; for several hosts, postgresql://...
 HEARTBEAT_TIMEOUT = timedelta(seconds=float(os.environ.get("HEARTBEAT_TIMEOUT", "30")))
 QUEUE = "pictures"
+FINAL = (BadRequestError, ContentModeratedError, InvalidRequestError, SubmissionUncertainError, TaskFailedError)
 
 
 class Pictures:
@@ -62,7 +74,7 @@ class Pictures:
 
 @workflow.defn
 class PictureWorkflow:
-    """Generates one picture. Failures are tried again, which never pays twice."""
+    """Generates one picture. What may pass is tried again, which never pays twice."""
 
     @workflow.run
     async def run(self, prompt: str) -> str:
@@ -72,6 +84,7 @@ class PictureWorkflow:
             prompt,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
             schedule_to_close_timeout=timedelta(hours=1),
+            retry_policy=RetryPolicy(non_retryable_error_types=[error.__name__ for error in FINAL]),
         )
 
 

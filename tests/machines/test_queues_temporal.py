@@ -18,7 +18,7 @@ from flux2max_async.emulator import Emulator
 
 pytest.importorskip("temporalio")
 
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowFailureError
 
 SERVER = shutil.which("temporal", path=str(Path(sys.executable).parent))
 WORKER = ("-m", "temporal_worker")
@@ -42,7 +42,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 
 def test_killed_worker(queue: Queue) -> None:
-    """The activities of a killed worker are tried again in another one, which attaches to their tasks."""
+    """The activities of a killed worker are tried again in another one, which attaches to their tasks; refusals aren't."""
     address = queue.environment["TEMPORAL_ADDRESS"]
     asyncio.run(connect(address))
     ids = queue.run(*WORKER, *PROMPTS).split()
@@ -54,6 +54,11 @@ def test_killed_worker(queue: Queue) -> None:
             end_tasks(queue.gateway)
             queue.wait_for_pictures(ids)
             results = asyncio.run(get_results(address, ids))
+            refused = queue.run(*WORKER, "[moderate]").split()
+            queue.wait_until(lambda: queue.gateway.accepted.total() > len(PROMPTS))
+            end_tasks(queue.gateway)
+            with pytest.raises(WorkflowFailureError):  # at once, or this would take an hour
+                asyncio.run(get_results(address, refused))
 
     assert results == [f"pictures/{name}.jpeg" for name in ids]
 

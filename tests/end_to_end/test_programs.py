@@ -68,7 +68,7 @@ def test_notebook(gateway: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("FLUX2MAX_API_KEY", gateway.api_key)
     monkeypatch.setenv("FLUX2MAX_BASE_URL", gateway.url)
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
-    notebook = nbformat.from_dict(cells)  # type: ignore[no-untyped-call] - nbformat has few annotations
+    notebook = nbformat.from_dict(cells)  # type: ignore[no-untyped-call]  # nbformat has few annotations
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [
         output["data"]["text/html"]

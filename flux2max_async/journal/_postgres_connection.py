@@ -156,8 +156,8 @@ class PostgresConnection:
     # ------------------------------------------------------------------ changes by other owners
 
     def fileno(self) -> int | None:
-        """Return the descriptor of the connection."""
-        return self._connection.fileno()
+        """Return the descriptor of the connection; None if it is lost."""
+        return None if self._connection.closed else self._connection.fileno()
 
     def receive(self) -> None:
         """Read notifications; notice when the connection is lost."""

@@ -91,19 +91,10 @@ class JournalWorker:
         # A daemon: a session that was never closed must not keep the program from ending.
         threading.Thread(target=self._run_thread, name=f"journal {name}", daemon=True).start()
 
-    def run(
-        self,
-        function: Callable[[JournalStore], Any],
-        *,
-        writes: bool = True,
-        durable: bool = False,
-        single_statement: bool = False,
-        entry_id: tuple[str, int] | None = None,
-        wakes: str | None = None,
-    ) -> "asyncio.Future[Any]":
-        """Queue a job and return the future of its result; `Job` describes the arguments."""
+    def run(self, function: Callable[[JournalStore], Any], **options: Any) -> "asyncio.Future[Any]":
+        """Queue a job and return the future of its result; `Job` describes the options."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._jobs.put(Job(function, future, writes, durable, single_statement, entry_id, wakes))
+        self._jobs.put(Job(function, future, **options))
         return future
 
     async def wait_for_change(self, entry: JournalEntry) -> None:
@@ -156,6 +147,8 @@ class JournalWorker:
             self._heartbeat(store)
             changed = store.changed_externally()
             self.is_sole_writer = self.is_sole_writer and not changed
+            if not store.is_connected:
+                return False
         jobs = self._next_jobs(store)
         pending = [job for job in jobs if job is not None]
         if pending or (self._unwritten and None in jobs):
@@ -171,7 +164,7 @@ class JournalWorker:
             self.is_sole_writer = False
             self._check_watches(store)
             if self._watch_changes:
-                self._report(store.ended_entries())
+                self._report_ends(store)
         return False
 
     def _next_jobs(self, store: JournalStore) -> list[Job | None]:
@@ -326,13 +319,22 @@ class JournalWorker:
             return
         try:
             unchanged = store.unchanged([watch.entry for watch in watches])
-        except store.errors as error:  # the callers read their entries again, and get the error
+        except store.errors as error:
+            if store.is_interrupted(error):
+                return  # they are checked again as soon as that is possible
             log.warning("%s", store.journal_error(error))
-            unchanged = [False] * len(watches)
+            unchanged = [False] * len(watches)  # the callers read their entries again, and get the error
         changed = [Resolution(w.future) for w, is_unchanged in zip(watches, unchanged, strict=True) if not is_unchanged]
         if changed:
             self._watches = [w for w, is_unchanged in zip(watches, unchanged, strict=True) if is_unchanged]
             self._resolve(*changed)
+
+    def _report_ends(self, store: JournalStore) -> None:
+        try:
+            self._report(store.ended_entries())
+        except store.errors as error:
+            store.is_interrupted(error)  # if the connection is lost, they are read again over the next one
+            log.warning("%s", store.journal_error(error))
 
     def _report(self, entries: list[JournalEntry]) -> None:
         if entries:

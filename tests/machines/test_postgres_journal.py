@@ -348,6 +348,49 @@ async def test_a_heartbeat_that_is_interrupted(
     assert "can't be used" not in caplog.text
 
 
+_SELECT = "SELECT \n    e.key"
+"""How the statements that read entries begin."""
+
+
+@pytest.mark.parametrize(
+    ("waits", "error"),
+    [
+        (True, psycopg.errors.AdminShutdown("shutting down")),
+        (True, psycopg.errors.DiskFull("full")),
+        (False, psycopg.errors.AdminShutdown("shutting down")),
+    ],
+)
+async def test_changes_are_noticed_although_reading_them_fails_once(
+    postgres: PostgresServer, schema: str, monkeypatch: pytest.MonkeyPatch, waits: bool, error: psycopg.Error
+) -> None:
+    """Who waits for an entry, or holds one that has ended, learns of it over the next connection, or by the next try."""
+    reports: asyncio.Queue[list[JournalEntry]] = asyncio.Queue()
+    journal = PostgresJournal(postgres.conninfo(), schema=schema)
+    await journal.open(reports.put_nowait, watch_changes=True)
+    try:
+        async with PostgresJournal(postgres.conninfo(), schema=schema) as other:
+            for key, owner in (("ours", journal), ("theirs", other)):
+                await owner.begin(intent(key))
+                await owner.record(submitted(key))
+            held = await journal.find("theirs")
+            assert held is not None
+            waiting = asyncio.ensure_future(journal.changed(held)) if waits else None
+            await asyncio.sleep(0.3)
+            found = await other.find("ours")
+            assert found is not None
+            fail_once(monkeypatch, _SELECT, error)
+            await other.record(completed("theirs"))
+            await other.record(attrs.evolve(completed("ours"), holder=Holder.OTHER))
+            async with asyncio.timeout(PATIENCE):
+                (entry,) = await reports.get()
+                await (waiting or asyncio.sleep(0))
+    finally:
+        await journal.close()
+
+    assert found.holder is Holder.OTHER
+    assert (entry.key, entry.state, entry.holder) == ("ours", EntryState.COMPLETED, Holder.US)
+
+
 async def test_a_record_that_the_server_has_no_room_for(
     postgres: PostgresServer, schema: str, journal: PostgresJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import flux2max_async as flux
+from flux2max_async.cli import _journal as journal_commands
 from flux2max_async.cli import _options as options
-from flux2max_async.cli._journal import journal
 
 if TYPE_CHECKING:
     from flux2max_async.cli._config import ServiceSettings
@@ -176,6 +176,7 @@ def batch(
     file: options.RequestsFile,
     *,
     out: options.Out = None,
+    journal: options.Journal = None,
     file_format: options.FileFormat = None,
     repeat: options.Repeat = 1,
     prompt: options.DefaultPrompt = None,
@@ -212,6 +213,10 @@ def batch(
     DIR contains the pictures, index.html to view them, results.jsonl, and journal.db: with it, running the same command
     again pays for nothing twice. Ctrl-C stops submitting and waits for the running tasks; a second Ctrl-C exits at
     once.
+
+    Several hosts that run the same command with the same --journal postgresql://... share the work, --budget and
+    --max-in-flight. Each has a DIR of its own, and ends with all pictures and results. The password is best kept in
+    ~/.pgpass or PGPASSWORD.
     """
     from flux2max_async._config import parse_dollars
     from flux2max_async.cli._batch import BatchOptions, run_batch
@@ -242,6 +247,7 @@ def batch(
             repeat=repeat,
             skip_bad=skip_bad,
             out=out,
+            journal=journal,
             settings=settings,
             emulated=emulator,
             max_in_flight=max_in_flight,
@@ -258,7 +264,7 @@ def batch(
     raise typer.Exit(code)
 
 
-app.add_typer(journal, name="journal")
+app.add_typer(journal_commands.journal, name="journal")
 
 
 @app.command(epilog="Example: flux2max gallery pictures")

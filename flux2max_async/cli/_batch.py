@@ -17,6 +17,7 @@ import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._file_formats import FORMATS, guess_format
 from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._journals import share_limit, without_password
 from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._own_files import reject_foreign_files
 from flux2max_async.cli._plan import Action, Plan, find_orphans, make_plan, reject_key_conflicts, round_up
@@ -55,6 +56,8 @@ class BatchOptions:
     repeat: int
     skip_bad: bool
     out: Path | None
+    journal: str | None = attrs.field(repr=False)
+    """The path or address of a journal; None if it is in the output folder."""
     settings: ServiceSettings
     emulated: bool
     """Whether an emulator takes the place of the service."""
@@ -82,7 +85,18 @@ def run_batch(options: BatchOptions) -> int:
 
 def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     requests_file = _read_requests(options)
-    output_dir = OutputDir(options.out or _default_folder(options), emulated=options.emulated)
+    if options.journal is not None:
+        options.settings.check_addresses()  # before anything is read there
+        if options.emulated:
+            raise flux.ConfigurationError(
+                "--emulator has a journal of its own, in the output folder: leave --journal out"
+            )
+    output_dir = OutputDir(
+        options.out or _default_folder(options),
+        emulated=options.emulated,
+        shared_journal=options.journal,
+        keys={line.key for line in requests_file.lines},
+    )
     reject_foreign_files(output_dir.path)
     entries = asyncio.run(output_dir.open_journal())  # reports a folder that can't be read
     output_dir.reject_mixture()
@@ -91,15 +105,15 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
         return 2
     orphans, lost = find_orphans(requests_file.lines, entries)
     lines = [*requests_file.lines, *orphans]
-    plan = make_plan(lines, entries, options.reuse_policy, options.price_guess, lost=output_dir.lost)
+    plan = _make_plan(options, output_dir, lines, entries, options.reuse_policy)
     settings = _start_emulator(options, entries, stack) if options.emulated else options.settings
     session = settings.create_session(
         needs_key=not options.dry_run,
-        max_in_flight=options.max_in_flight,
+        max_in_flight=share_limit(options.journal, options.max_in_flight),
         task_timeout=options.task_timeout,
         budget=options.budget,
         price_guess=options.price_guess,
-        journal=flux.SqliteJournal(output_dir.journal_path),
+        journal=output_dir.open_session_journal(),
     )
     _report_lost(plan, output_dir)
     if options.dry_run:
@@ -124,6 +138,17 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     if report.output_blocked:
         os._exit(code)
     return code
+
+
+def _make_plan(
+    options: BatchOptions,
+    output_dir: OutputDir,
+    lines: Sequence[Line],
+    entries: Sequence[JournalEntry],
+    reuse_policy: ReusePolicy,
+) -> Plan:
+    plan = make_plan(lines, entries, reuse_policy, options.price_guess, lost=output_dir.lost)
+    return attrs.evolve(plan, committed=plan.committed + output_dir.committed_elsewhere)
 
 
 def _start_emulator(
@@ -207,6 +232,14 @@ def _show_plan(options: BatchOptions, plan: Plan, orphans: Sequence[Line], lost:
 def _report_lost(plan: Plan, output_dir: OutputDir) -> None:
     """Name the requests that are not submitted because they may be paid for, although the journal doesn't know it."""
     skipped = [key for key, action in plan.actions.items() if action is Action.SKIP_LOST]
+    if output_dir.shared_journal is not None:
+        if skipped:
+            print_error(
+                f"the journal {without_password(output_dir.shared_journal)} was pruned, is damaged, or is another one: "
+                f"it lacks {format_pictures(len(skipped))} that {output_dir.results_path.name} has as paid for, so "
+                f"they are not submitted: {_shorten_list(skipped)}; to pay for them again: --resubmit-uncertain"
+            )
+        return
     journal, results = output_dir.journal_path, output_dir.results_path.name
     if keys := [key for key in skipped if key not in output_dir.damaged]:
         print_error(
@@ -284,7 +317,7 @@ def _finish(
     gallery = Gallery(output_dir.path, skip_thumbnails=report.must_exit_now)
     write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
     rows = [output_dir.rows[item.key] for item in lines]
-    next_plan = make_plan(lines, entries, ReusePolicy(), options.price_guess, lost=output_dir.lost)
+    next_plan = _make_plan(options, output_dir, lines, entries, ReusePolicy())
     Terminal(sys.stderr if options.as_json else sys.stdout).show(
         *summary(rows, report, next_plan.spent, emulated=options.emulated)
     )

@@ -85,7 +85,7 @@ class ServiceSettings:
         Raises:
             ConfigurationError: There is no API key, or an option is invalid.
         """
-        self._check_addresses()
+        self.check_addresses()
         options |= {"base_url": self.base_url, "allow_plain_http": self.allow_plain_http}
         try:
             return flux.FluxSession(self.read_key() if needs_key else "none", **options)
@@ -113,7 +113,7 @@ class ServiceSettings:
             f"no API key: set {KEY_VARIABLE} in the environment or in {_DOTENV_FILE}, or pass a file with --key-file"
         )
 
-    def _check_addresses(self) -> None:
+    def check_addresses(self) -> None:
         """Refuse addresses, and an output folder elsewhere, from `.env` unless the API key is from there too.
 
         Otherwise the file in a folder from somebody else could direct the user's own key, or the user's results, to a
@@ -138,6 +138,8 @@ def _leads_elsewhere(option: str, value: Any) -> bool:
     if option == "--out":
         folder = Path.cwd().resolve()
         return not (folder / str(value)).resolve().is_relative_to(folder)
+    if option == "--journal":  # a file would be created, or the results and the money be counted elsewhere
+        return True
     if option == "--allow-plain-http":  # others could read a key that is sent to another address
         return bool(value)
     return option in _ADDRESS_OPTIONS

@@ -15,26 +15,26 @@ import typer
 import flux2max_async as flux
 from flux2max_async._text import printable
 from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._journals import AnyJournal, is_address, open_journal, read_pages, without_password
 from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._own_files import reject_foreign_files
 from flux2max_async.cli._rows import is_uncertain
 from flux2max_async.cli._terminal import Counts, Terminal, print_error, print_status, shorten, to_single_line
 from flux2max_async.journal._entry import EntryState, JournalEntry
-from flux2max_async.journal._reader import read_pages
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_PROMPT_LENGTH = 60
 """The number of characters of a prompt that are shown."""
 
 
-def print_journal(path: Path, *, as_json: bool) -> None:
-    """Print what a journal contains: that in a folder, or the file itself.
+def print_journal(place: str, *, as_json: bool) -> None:
+    """Print what a journal contains: that in a folder, the file itself, or that at an address.
 
     Raises:
         FluxError: There is no journal, it can't be read, or some of its entries can't.
     """
-    journal_path = _journal_path(path)
-    damaged = asyncio.run((_print_entries if as_json else _print_summary)(journal_path))
+    journal = _open_journal(place)
+    damaged = asyncio.run((_print_entries if as_json else _print_summary)(journal))
     for error in damaged:
         print_error(error)
     if damaged:
@@ -42,18 +42,19 @@ def print_journal(path: Path, *, as_json: bool) -> None:
         raise flux.JournalError(f"{number} damaged, and left out above")
 
 
-def prune_journal(path: Path, older_than: str) -> None:
+def prune_journal(place: str, older_than: str) -> None:
     """Forget old entries of a journal that have ended, and print how many.
 
     Raises:
         FluxError: The time can't be read, or the journal can't be read or written.
     """
-    seconds, journal_path = parse_duration(older_than), _journal_path(path)
-    forgotten = asyncio.run(_prune(flux.SqliteJournal(journal_path), seconds))
-    print_status(f"{forgotten:,} {'entry' if forgotten == 1 else 'entries'} forgotten: {to_single_line(journal_path)}")
+    seconds, journal = parse_duration(older_than), _open_journal(place)
+    forgotten = asyncio.run(_prune(journal, seconds))
+    name = to_single_line(without_password(str(getattr(journal, "path", place))))
+    print_status(f"{forgotten:,} {'entry' if forgotten == 1 else 'entries'} forgotten: {name}")
 
 
-async def _prune(journal: "flux.SqliteJournal", older_than: float) -> int:
+async def _prune(journal: AnyJournal, older_than: float) -> int:
     forgotten = 0
     while number := await journal.prune(older_than=older_than):
         forgotten += number
@@ -72,10 +73,10 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-async def _print_entries(journal_path: Path) -> "list[flux.JournalError]":
+async def _print_entries(journal: AnyJournal) -> "list[flux.JournalError]":
     """Print each entry as JSON; return the errors of those that are damaged."""
     damaged: list[flux.JournalError] = []
-    async for page in read_pages(journal_path):
+    async for page in read_pages(journal):
         for entry in page:
             if isinstance(entry, JournalEntry):
                 typer.echo(json.dumps(_describe(entry)))
@@ -84,12 +85,12 @@ async def _print_entries(journal_path: Path) -> "list[flux.JournalError]":
     return damaged
 
 
-async def _print_summary(journal_path: Path) -> "list[flux.JournalError]":
+async def _print_summary(journal: AnyJournal) -> "list[flux.JournalError]":
     """Print counts, costs, and what is unfinished; return the errors of entries that are damaged."""
     newest: dict[str, JournalEntry] = {}
     damaged: list[flux.JournalError] = []
     spent = committed = Decimal(0)
-    async for page in read_pages(journal_path):
+    async for page in read_pages(journal):
         for entry in page:
             if not isinstance(entry, JournalEntry):
                 damaged.append(entry)
@@ -149,9 +150,10 @@ def rebuild_gallery(path: Path) -> None:
     typer.echo(gallery.path)
 
 
-def _journal_path(path: Path) -> Path:
-    """Return a journal's file: the path itself, or the one in a folder."""
-    return path if path.is_file() else _open_output_dir(path).journal_path
+def _open_journal(place: str) -> AnyJournal:
+    """Return a journal: that at an address, in a file, or in a folder."""
+    path = Path(place)
+    return open_journal(place if is_address(place) or path.is_file() else _open_output_dir(path).journal_path, "PATH")
 
 
 def _open_output_dir(path: Path) -> OutputDir:

@@ -26,7 +26,7 @@ def _journal() -> None:
 
 
 @journal.command(epilog="Example: flux2max journal show pictures")
-def show(path: options.JournalPath, *, as_json: options.AsJson = False) -> None:
+def show(path: options.JournalPlace, *, as_json: options.AsJson = False) -> None:
     """Show what a journal contains.
 
     Prints counts, dollars, and the requests that are running or uncertain.
@@ -39,7 +39,7 @@ def show(path: options.JournalPath, *, as_json: options.AsJson = False) -> None:
 
 
 @journal.command(epilog="Example: flux2max journal prune pictures --older-than 30d")
-def prune(path: options.JournalPath, *, older_than: options.OlderThan) -> None:
+def prune(path: options.JournalPlace, *, older_than: options.OlderThan) -> None:
     """Forget old requests that have ended, and make the file smaller.
 
     Running and uncertain requests are kept, and so are all pictures. What was paid still counts against a budget. A

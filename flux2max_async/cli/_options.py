@@ -81,15 +81,41 @@ FileFormat = Annotated[
 BatchFolder = Annotated[
     Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="The output folder of a batch.")
 ]
-JournalPath = Annotated[
-    Path, typer.Argument(metavar="PATH", exists=True, help="The output folder of a batch, or a journal's file.")
+
+
+def _check_place(place: str) -> str:
+    if "://" not in place and not Path(place).exists():
+        raise typer.BadParameter(f"Path {place!r} does not exist.")
+    return place
+
+
+JournalPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        callback=_check_place,
+        help="The output folder of a batch, a journal's file, or postgresql://USER@HOST/DATABASE.",
+    ),
 ]
 OlderThan = Annotated[
     str, typer.Option("--older-than", metavar="TIME", help="How long ago they ended: 30d, 12h, 90m or 45s.")
 ]
 Out = Annotated[Path | None, _setting("--out", metavar="DIR", help="Output folder. Default: flux2max-<FILE's name>.")]
 Repeat = Annotated[int, _setting("--repeat", metavar="N", min=1, help="Pictures per line, with consecutive seeds.")]
-MaxInFlight = Annotated[int, _setting("--max-in-flight", metavar="N", help="Maximum number of tasks at once.")]
+Journal = Annotated[
+    str | None,
+    _setting(
+        "--journal",
+        metavar="PATH",
+        help="Journal that several hosts share: postgresql://USER@HOST/DATABASE, or a file.",
+    ),
+]
+MaxInFlight = Annotated[
+    int,
+    _setting(
+        "--max-in-flight", metavar="N", help="Maximum number of tasks at once, of all hosts that share a journal."
+    ),
+]
 Budget = Annotated[str | None, _setting("--budget", metavar="DOLLARS", help="Limit for all runs together.")]
 PriceGuess = Annotated[
     str | None,

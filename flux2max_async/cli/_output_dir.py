@@ -4,16 +4,17 @@ import contextlib
 import secrets
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from decimal import Decimal
 from pathlib import Path
 
 import attrs
 
 import flux2max_async as flux
+from flux2max_async.cli._journals import AnyJournal, open_journal, read_pages
 from flux2max_async.cli._requests_file import Line
 from flux2max_async.cli._rows import FINAL_STATES, UNPAID_STATES, WAITING, Row, is_lost, parse_rows
 from flux2max_async.journal._entry import EntryState, JournalEntry
-from flux2max_async.journal._reader import read_pages
 from flux2max_async.journal._serialization import to_json
 
 _JOURNAL, _EMULATOR_JOURNAL = "journal.db", "journal-emulator.db"
@@ -34,6 +35,12 @@ class OutputDir:
     path: Path
     emulated: bool = False
     """Whether its tasks are those of an emulator."""
+    shared_journal: str | None = attrs.field(default=None, repr=False)
+    """The path or address of a journal that other batches may use as well; None if it is the one in the folder."""
+    keys: Collection[str] = ()
+    """The keys of this batch's requests; in a shared journal, others are those of other batches, except former ones."""
+    committed_elsewhere: Decimal = attrs.field(default=Decimal(0), init=False)
+    """US dollars that others' requests in a shared journal count against a budget."""
     rows: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
     """By key; the requests of the file come first, in its order."""
     _recorded: dict[str, Row] = attrs.field(factory=dict[str, Row], init=False)
@@ -45,13 +52,21 @@ class OutputDir:
 
     @property
     def journal_path(self) -> Path:
-        """The journal's SQLite file."""
+        """The SQLite file of the folder's own journal."""
         return self.path / (_EMULATOR_JOURNAL if self.emulated else _JOURNAL)
 
     @property
     def results_path(self) -> Path:
         """The file with a line for each request."""
         return self.path / "results.jsonl"
+
+    def open_session_journal(self) -> AnyJournal:
+        """Return the journal, which is not opened yet.
+
+        Raises:
+            ConfigurationError: The address is wrong.
+        """
+        return open_journal(self.journal_path if self.shared_journal is None else self.shared_journal)
 
     def reject_mixture(self) -> None:
         """Check that the folder has no pictures that were paid for if this run is the emulator's, and the reverse.
@@ -117,19 +132,23 @@ class OutputDir:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise flux.ConfigurationError(f"{str(self.path)!r} is not a folder")
-            has_journal = self.journal_path.exists()
+            self.journal_path.exists()
         except OSError as error:
             raise flux.ConfigurationError(f"can't read the folder {str(self.path)!r}: {error.strerror}") from error
         self.damaged = {}
+        self.committed_elsewhere = Decimal(0)
+        own = None if self.shared_journal is None else {*self.keys, *(row.key for row in self._read_results())}
         entries: list[JournalEntry] = []
-        if has_journal:
-            async for page in read_pages(self.journal_path):
-                for entry in page:
-                    if isinstance(entry, JournalEntry):
-                        entries.append(entry)
-                        self.damaged.pop(entry.key, None)  # it was submitted again
-                    else:
-                        self.damaged[str(entry.key)] = entry
+        async for page in read_pages(self.open_session_journal(), missing_ok=True):
+            for entry in page:
+                is_own = own is None or entry.key in own
+                if not isinstance(entry, JournalEntry):
+                    self.damaged |= {str(entry.key): entry} if is_own else {}
+                elif is_own:
+                    entries.append(entry)
+                    self.damaged.pop(entry.key, None)  # it was submitted again
+                else:
+                    self.committed_elsewhere += entry.committed
         return entries
 
     def record(self, outcome: "flux.Outcome") -> Row:
@@ -155,6 +174,8 @@ class OutputDir:
         for key in dict.fromkeys((*requested, *previous, *journaled, *self.lost)):
             known = journaled.get(key) or requested.get(key) or previous.get(key) or self.lost[key]
             row = self._merge_recorded(known)
+            if self.shared_journal is not None:
+                self._find_own_files(row, previous.get(key))
             if self._stays_lost(key, newest.get(key)):
                 row = attrs.evolve(self.lost[key], prompt=self.lost[key].prompt or row.prompt, params=row.params)
             # An unpaid request that is no longer in the file was probably corrected there.
@@ -180,6 +201,11 @@ class OutputDir:
         if row.error is None:
             row.error, row.max_error_length = recorded.error, recorded.max_error_length
         return row
+
+    def _find_own_files(self, row: Row, previous: Row | None) -> None:
+        """Set the files of a row to those in this folder: the journal may have the names that another host chose."""
+        own = self._recorded.get(row.key) or previous
+        row.files = [name for name in own.files if (self.path / name).is_file()] if own else []
 
     def write_results(self, rows: Iterable[Row]) -> None:
         """Replace `results.jsonl` atomically, or raise the OSError for which it can't be written."""

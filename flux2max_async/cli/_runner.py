@@ -203,10 +203,11 @@ async def _refresh_until(finished: asyncio.Event, batch: Batch, display: Progres
 
 async def _write_outputs(batch: Batch, gallery: Gallery) -> str | None:
     """Write results and gallery from the journal, which includes what other processes do; return what failed."""
-    try:
-        batch.output_dir.update_rows(batch.plan.lines, await batch.output_dir.read_journal())
-    except flux.FluxError as error:
-        return str(error)
+    if batch.output_dir.shared_journal is None:  # a shared one may be large and far away; its outcomes come here, too
+        try:
+            batch.output_dir.update_rows(batch.plan.lines, await batch.output_dir.read_journal())
+        except flux.FluxError as error:
+            return str(error)
     rows = [attrs.evolve(row) for row in batch.output_dir.rows.values()]  # copies, since a thread reads them
     return await anyio.to_thread.run_sync(lambda: write_outputs(batch.output_dir, rows, gallery, running=True))
 

@@ -15,6 +15,7 @@ from rich.console import RenderableType
 from typer.core import TyperOption
 
 import flux2max_async as flux
+from flux2max_async.cli._journals import without_password
 from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._progress import format_duration
 from flux2max_async.cli._rows import WAITING, Row
@@ -28,7 +29,7 @@ _OPTIONAL_COLUMNS = ("uncertain", "refused", "unsaved", "running", "waiting")
 _CONSENT_OPTIONS = ("--retry-failed", "--resubmit-uncertain")
 """The options by which a user agrees to pay again; they hold for one run and are never carried over to the next."""
 
-_ADDRESS_PARAMETERS = frozenset(("base_url", "allow_plain_http"))
+_ADDRESS_PARAMETERS = frozenset(("base_url", "allow_plain_http", "journal"))
 
 
 def display_state(row: Row) -> str:
@@ -98,10 +99,10 @@ class Command:
         from_environment: list[str] = []
         for param in params:
             source = context.get_parameter_source(str(param.name))
-            # What concerns the base URL stays a variable: it belongs with the key, which must not be written out.
+            # What concerns an address stays a variable: it belongs with a key, or has a password.
             if source is not None and source.name == "ENVIRONMENT" and param.name not in _ADDRESS_PARAMETERS:
                 from_environment += [param.opts[0], os.environ[str(param.envvar)]]
-        name, *arguments = sys.argv[1:]
+        name, *arguments = map(without_password, sys.argv[1:])
         return cls(
             [name, *from_environment, *arguments],
             options_with_value=[name for param in params if not param.is_flag for name in param.opts],

@@ -24,6 +24,10 @@ _ANSWER_TIME = 120.0
 """Seconds for a page of a large journal."""
 
 
+class MissingJournalError(JournalError):
+    """There is no journal in the schema."""
+
+
 async def read_pages(address: PostgresAddress, lease: float) -> AsyncGenerator["Page"]:
     """Yield all entries of a journal, the oldest first. They are read in a thread, a page at a time.
 
@@ -75,7 +79,7 @@ def _connect(address: PostgresAddress, lease: float) -> "Connection[Any]":
             raise
     if not exists:
         connection.close()
-        raise JournalError(f"there is no journal in the schema {address.schema} of {address}")
+        raise MissingJournalError(f"there is no journal in the schema {address.schema} of {address}")
     return connection
 
 

@@ -28,8 +28,9 @@ from flux2max_async.emulator import Emulator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that runs the tests of journals and limits against another database."""
+    """Add the options that run tests against another database, or longer."""
     parser.addoption("--backend", choices=["sqlite", "postgres"], default="sqlite")
+    parser.addoption("--interrupts", type=int, default=12, help="at how many moments batches are interrupted")
 
 
 @pytest.fixture(scope="session")
@@ -158,11 +159,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
 @pytest.fixture
 def flux2max(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Provide a function that runs the command with its output captured."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: str) -> Run:
         monkeypatch.setattr(sys, "argv", ["flux2max", *arguments])
         with pytest.raises(SystemExit) as exited:
             main()
+        for number, handler in handlers.items():  # the command leaves its own ones, since its process ends
+            signal.signal(number, handler)
         code = exited.value.code
         assert code is None or isinstance(code, int)
         return Run(code, *capsys.readouterr())

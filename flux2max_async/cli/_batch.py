@@ -16,7 +16,7 @@ import typer
 import flux2max_async as flux
 from flux2max_async.cli._config import ServiceSettings
 from flux2max_async.cli._file_formats import FORMATS, guess_format
-from flux2max_async.cli._gallery import Gallery, write_outputs
+from flux2max_async.cli._gallery import write_outputs
 from flux2max_async.cli._journals import share_limit, without_password
 from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._own_files import reject_foreign_files
@@ -134,7 +134,7 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
         as_json=options.as_json,
     )
     report = asyncio.run(run(batch))
-    code = _finish(options, output_dir, requests_file.lines, orphans, report)
+    code = _finish(options, batch, requests_file.lines, orphans, report)
     if report.output_blocked:
         os._exit(code)
     return code
@@ -299,22 +299,20 @@ def _ask_for_consent(options: BatchOptions, plan: Plan) -> int | None:
     return None
 
 
-def _finish(
-    options: BatchOptions, output_dir: OutputDir, lines: Sequence[Line], orphans: Sequence[Line], report: Report
-) -> int:
+def _finish(options: BatchOptions, batch: Batch, lines: Sequence[Line], orphans: Sequence[Line], report: Report) -> int:
     """Write the results and the gallery, print the summary, and return the exit code.
 
     Args:
         options: The options of the command.
-        output_dir: The output folder.
+        batch: The batch.
         lines: The requests in the file.
         orphans: The requests that an earlier run has left.
         report: The result of the run.
     """
+    output_dir, gallery = batch.output_dir, batch.gallery
     # The journal decides: it also has what other processes have done meanwhile.
     entries = asyncio.run(output_dir.read_journal())
     output_dir.update_rows([*lines, *orphans], entries)
-    gallery = Gallery(output_dir.path, skip_thumbnails=report.must_exit_now)
     write_error = write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)
     rows = [output_dir.rows[item.key] for item in lines]
     next_plan = _make_plan(options, output_dir, lines, entries, ReusePolicy())

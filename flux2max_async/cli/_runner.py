@@ -59,6 +59,9 @@ class Batch:
     budget: Decimal | None
     as_json: bool
     """Whether outcomes are written to stdout."""
+    gallery: Gallery = attrs.field(
+        default=attrs.Factory(lambda self: Gallery(self.output_dir.path), takes_self=True), init=False
+    )
 
 
 @attrs.define
@@ -109,11 +112,10 @@ async def run(batch: Batch) -> Report:
             budget=batch.budget,
             spent_before=batch.plan.spent,
         )
-        gallery = Gallery(batch.output_dir.path)
-        graceful_exit = GracefulExit(display, gallery, report)
+        graceful_exit = GracefulExit(display, batch.gallery, report)
         with attach_log_handler(DisplayLogHandler(display)), graceful_exit.handle_signals(), display.live():
             finished = asyncio.Event()
-            refreshing = asyncio.create_task(_refresh_until(finished, batch, display, gallery))
+            refreshing = asyncio.create_task(_refresh_until(finished, batch, display))
             try:
                 output = _json_output(display, graceful_exit, report) if batch.as_json else contextlib.nullcontext()
                 async with output as outcomes:
@@ -177,7 +179,7 @@ async def _process_outcomes(
         report.seconds = display.elapsed
 
 
-async def _refresh_until(finished: asyncio.Event, batch: Batch, display: ProgressDisplay, gallery: Gallery) -> None:
+async def _refresh_until(finished: asyncio.Event, batch: Batch, display: ProgressDisplay) -> None:
     """Keep results and gallery up to date, and print status lines if there is no live display."""
     last_problem: str | None = None
     last_count, last_write, next_write = -1, 0.0, 0.0
@@ -186,7 +188,7 @@ async def _refresh_until(finished: asyncio.Event, batch: Batch, display: Progres
         now, count = time.monotonic(), display.done + display.failed
         if now >= next_write and (count != last_count or now >= last_write + _MAX_REFRESH_INTERVAL):
             last_count, last_write = count, now
-            problem = await _write_outputs(batch, gallery)
+            problem = await _write_outputs(batch)
             if problem is not None and problem != last_problem:
                 print_error(problem)
             last_problem = problem
@@ -201,7 +203,7 @@ async def _refresh_until(finished: asyncio.Event, batch: Batch, display: Progres
                 await finished.wait()
 
 
-async def _write_outputs(batch: Batch, gallery: Gallery) -> str | None:
+async def _write_outputs(batch: Batch) -> str | None:
     """Write results and gallery from the journal, which includes what other processes do; return what failed."""
     if batch.output_dir.shared_journal is None:  # a shared one may be large and far away; its outcomes come here, too
         try:
@@ -209,7 +211,7 @@ async def _write_outputs(batch: Batch, gallery: Gallery) -> str | None:
         except flux.FluxError as error:
             return str(error)
     rows = [attrs.evolve(row) for row in batch.output_dir.rows.values()]  # copies, since a thread reads them
-    return await anyio.to_thread.run_sync(lambda: write_outputs(batch.output_dir, rows, gallery, running=True))
+    return await anyio.to_thread.run_sync(lambda: write_outputs(batch.output_dir, rows, batch.gallery, running=True))
 
 
 class GracefulExit:
@@ -218,6 +220,8 @@ class GracefulExit:
     Running -> stopping: the first signal, or an error of stdout. Nothing more is submitted, and the session closes
     as soon as all tasks in flight have ended.
     Stopping -> exiting: the second signal. The session closes at once; the next run resumes the tasks in flight.
+    After the run, signals no longer end the process, which writes the results and the summary, and ends by itself; the
+    second one still keeps it from creating thumbnails.
     """
 
     def __init__(self, display: ProgressDisplay, gallery: Gallery, report: Report) -> None:
@@ -228,18 +232,20 @@ class GracefulExit:
 
     @contextlib.contextmanager
     def handle_signals(self) -> Generator[None]:
-        """Handle signals within the context, instead of the handlers that are installed."""
+        """Handle signals within the context, and record those that come later, until the process ends."""
         loop = asyncio.get_running_loop()
 
         def handle(number: int, _: object) -> None:
-            loop.call_soon_threadsafe(self._on_signal, number)
+            self._record(number)
+            loop.call_soon_threadsafe(self._on_signal, number, self._report.must_exit_now)
 
-        previous_handlers = {number: signal.signal(number, handle) for number in _SIGNALS}
+        for number in _SIGNALS:
+            signal.signal(number, handle)
         try:
             yield
         finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+            for number in _SIGNALS:
+                signal.signal(number, self._record)
 
     def on_stdout_error(self, error: OSError) -> None:
         """Stop, since nobody would see the outcomes."""
@@ -251,13 +257,15 @@ class GracefulExit:
         """Wait until the session is closed, if it is being closed."""
         await asyncio.gather(*self._closing)
 
-    def _on_signal(self, number: int) -> None:
+    def _record(self, number: int, _: object = None) -> None:
         self._report.signals.append(number)
+        self._gallery.skip_thumbnails = self._report.must_exit_now
+
+    def _on_signal(self, number: int, must_exit_now: bool) -> None:  # noqa: FBT001 - it is a callback
         if number == _SIGHUP and self._display.console.is_terminal:
             # Every write to a terminal that was closed fails, which the live display would not survive.
             redirect_to_devnull(self._display.console.file)
-        if self._report.must_exit_now:
-            self._gallery.skip_thumbnails = True
+        if must_exit_now:
             self._close(0.0)
             print_error("exiting at once; the next run resumes the tasks in flight")
             return

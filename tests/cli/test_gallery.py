@@ -380,7 +380,7 @@ async def test_damaged_journal_while_a_batch_is_running(tmp_path: Path) -> None:
         budget=None,
         as_json=False,
     )
-    problem = await _write_outputs(batch, Gallery(tmp_path))
+    problem = await _write_outputs(batch)
 
     assert problem is not None
     assert problem.startswith(f"the journal {output_dir.journal_path} is damaged")

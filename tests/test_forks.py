@@ -65,6 +65,7 @@ CASES = {
     "fetch": lambda: session.fetch(first.task_id),
     "save": lambda: session.save(image, f"{folder}/x.jpeg"),
     "read": lambda: session.read(image),
+    "download": lambda: synchronous(session.download, image),
     "aclose": session.aclose,
     "enter": session.__aenter__,
     "journal.find": lambda: journal.find("x"),
@@ -137,7 +138,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", ["generate", "submit", "enqueue", "stream", "attach", "fetch", "save", "read", "aclose", "enter"]
+    "case",
+    ["generate", "submit", "enqueue", "stream", "attach", "fetch", "save", "read", "download", "aclose", "enter"],
 )
 def test_a_session_of_the_parent(results: dict[str, Any], case: str) -> None:
     """Using it in a child is an error that names both processes, and the child ends."""

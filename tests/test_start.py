@@ -29,6 +29,7 @@ METHODS: dict[str, Callable[[FluxSession], Awaitable[Any]]] = {
     "fetch": lambda session: session.fetch("t1"),
     "save": lambda session: session.save(IMAGE, "x.jpeg"),
     "read": lambda session: session.read(IMAGE),
+    "download": lambda session: synchronous(session.download, IMAGE),
 }
 
 

@@ -50,7 +50,7 @@ async def test_inline_image(scripted: ScriptedGateway, tmp_path: Path, uri: str)
         (outcome,) = [outcome.unwrap() async for outcome in session.stream(["a cat"], save_to=tmp_path / "cats")]
 
     assert path.read_bytes() == content == IMAGE
-    assert outcome.saved == (tmp_path / "cats" / "t1.jpeg",)
+    assert outcome.saved == (tmp_path / "cats" / "a-cat-6a1b0141.jpeg",)
     assert outcome.saved[0].read_bytes() == IMAGE
     assert [request.method for request in scripted.received] == ["POST"]
 

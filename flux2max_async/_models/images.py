@@ -144,7 +144,7 @@ def _validate_image(data: bytes, name: str) -> bytes:
     ):
         unaccepted = _UNACCEPTED_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
         if unaccepted:
-            raise _invalid_image(f"{name} is {unaccepted}: {unaccepted} is not accepted: convert to PNG or JPEG")
+            raise _invalid_image(f"{name}: {unaccepted} is not accepted: convert to PNG or JPEG")
         raise _invalid_image(f"{name} is not a PNG, JPEG, WebP or GIF")
     return data
 

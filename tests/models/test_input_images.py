@@ -239,7 +239,7 @@ def test_formats_of_phones_are_named(brand: bytes, name: str) -> None:
     """The error about a photo in a format that the service doesn't accept names the format and what to do."""
     error = image_error(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
 
-    assert str(error).endswith(f"is {name}: {name} is not accepted: convert to PNG or JPEG")
+    assert str(error) == f"the image passed as bytes: {name} is not accepted: convert to PNG or JPEG"
     assert "is not a PNG, JPEG, WebP or GIF" in str(image_error(b"\0\0\0\x18ftypmp42\0\0\0\0"))
 
 

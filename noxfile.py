@@ -20,7 +20,7 @@ nox.options.reuse_venv = "no"
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 PARALLEL = ["--numprocesses", "4", "--dist", "worksteal"]
 """The tests wait a lot: more processes than processors are faster."""
-SLOW = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_signals.py"]
+SLOW = ["--ignore=tests/end_to_end", "--ignore=tests/cli/test_interrupts.py", "--ignore=tests/cli/test_signals.py"]
 """Leaves out the tests that start programs, which take a minute and need not run on every Python."""
 ALL_TESTS = ["-o", "addopts=--import-mode=importlib --strict-markers --strict-config -p no:asyncio"]
 """The options of pyproject.toml without those that leave folders out."""

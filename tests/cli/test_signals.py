@@ -43,7 +43,7 @@ class Batch:
     """The lines on stderr so far."""
     reader: threading.Thread
 
-    def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 120.0) -> re.Match[str]:
         """Wait until a line on stderr matches, and return the match."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -55,7 +55,7 @@ class Batch:
 
     def wait(self) -> int:
         """Wait until the process has ended, and return its exit code."""
-        code = self.process.wait(timeout=30)
+        code = self.process.wait(timeout=120)
         self.reader.join(10)
         return code
 
@@ -95,7 +95,7 @@ def states() -> Counter[str]:
     return Counter(json.loads(line)["state"] for line in lines)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -222,7 +222,7 @@ def test_full_pipe_for_stdout_and_stderr(service: Service) -> None:
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
     with process:
-        code = process.wait(timeout=20)
+        code = process.wait(timeout=120)
     os.close(read_fd)
     filler.join()
     os.close(write_fd)
@@ -252,7 +252,7 @@ def test_closed_terminal(service: Service) -> None:
     wait_until(lambda: len(gateway.tasks) == 2)
     process.send_signal(signal.SIGHUP)
     os.close(master)
-    code = process.wait(timeout=30)
+    code = process.wait(timeout=120)
     paid = gateway.accepted.total()
 
     assert code == 128 + signal.SIGHUP

@@ -16,6 +16,7 @@ import attrs
 import pytest
 from anyio.from_thread import start_blocking_portal
 from support.commands import ENVIRONMENT, KEY, Command, Run
+from support.journals import use_server
 from support.limits import Backend, Limit, PostgresBackend, SqliteBackend
 from support.postgres import PostgresServer
 from support.scripted import ScriptedGateway
@@ -38,6 +39,32 @@ def postgres() -> Iterator[PostgresServer]:
     """Provide a running PostgreSQL server, one for all tests of a process."""
     with PostgresServer() as server:
         yield server
+
+
+ABOUT_FILES = (
+    "test_damaged_rows.py", "test_durability.py", "test_leases.py", "test_prune.py", "test_read_ahead.py",
+    "test_reader.py", "test_serialization.py", "test_sqlite.py", "test_transitions.py", "test_wake_up.py",
+)  # fmt: skip
+"""Tests of journals that are about SQLite files, or need no database at all."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what another database has nothing to do with."""
+    is_left_out = (
+        config.getoption("--backend") == "postgres"
+        and collection_path.parent.name == "journal"
+        and collection_path.name in ABOUT_FILES
+    )
+    return is_left_out or None
+
+
+@pytest.fixture(autouse=True)
+def _journal_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the tests of journals against the server that was asked for."""
+    if request.config.getoption("--backend") == "postgres" and request.path.parent.name == "journal":
+        use_server(request.getfixturevalue("postgres"))
+        # Owners that have no lock are dead at once, and not only when the server has been up for some seconds.
+        monkeypatch.setattr("flux2max_async.journal._postgres_connection._GRACE", 0.0)
 
 
 _schema_numbers = itertools.count()

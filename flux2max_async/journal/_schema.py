@@ -171,8 +171,6 @@ def translate_sqlite_errors(path: Path) -> Generator[None]:
 
 def journal_error(path: Path, error: Exception) -> JournalError:
     """Return the JournalError that explains an error of SQLite or the file system."""
-    if isinstance(error, JournalError):
-        return error
     name = str(getattr(error, "sqlite_errorname", ""))
     for prefix, reason in _REASONS:
         if name.startswith(prefix):

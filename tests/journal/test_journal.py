@@ -427,8 +427,8 @@ async def test_dead_processes_are_dropped_when_a_journal_is_opened(tmp_path: Pat
     async with AnyJournal(path) as journal:
         await journal.begin(intent())
         await journal.record(submitted())
-    add_dead_owner(path)
     execute(path, "UPDATE entries SET owner = 'them'")
+    add_dead_owner(path)
     async with AnyJournal(path) as journal:
         found = await journal.find("k")
         ((owners,),) = execute(path, "SELECT count(*) FROM owners")
@@ -450,8 +450,8 @@ async def test_the_tasks_of_a_dead_process_are_adopted(tmp_path: Path) -> None:
             await journal.begin(intent(key))
         await journal.record(submitted())
         await journal.record(completed("done"))
-        add_dead_owner(path)
         execute(path, "UPDATE entries SET owner = 'them'")
+        add_dead_owner(path)
         async with asyncio.timeout(10):
             adopted = await reports.get()
         begun, done = await journal.find("begun"), await journal.find("done")

@@ -739,8 +739,8 @@ async def test_a_request_waits_for_a_dead_process_and_adopts_its_task(quick: Emu
     async with session_on(quick, tmp_path) as dying:
         task = await dying.submit("cat")
     async with session_on(quick, tmp_path) as session:
-        add_dead_owner(tmp_path / "run.db")
         rewrite(tmp_path, "UPDATE entries SET owner = 'them'")
+        add_dead_owner(tmp_path / "run.db")
         generating = asyncio.ensure_future(session.generate("cat"))
         async with asyncio.timeout(10):
             done = await generating
@@ -757,8 +757,8 @@ async def test_tasks_of_a_dead_process_are_followed_without_a_request(quick: Emu
         tasks = [await dying.submit("cat"), await dying.submit("dog")]
     quick.script("poll", *[Fault.SERVER_ERROR] * 2)  # so that polling takes longer
     async with session_on(quick, tmp_path) as session:
-        add_dead_owner(tmp_path / "run.db")
         rewrite(tmp_path, "UPDATE entries SET owner = 'them'")
+        add_dead_owner(tmp_path / "run.db")
         generating = asyncio.ensure_future(session.generate("dog"))
         async with asyncio.timeout(10):
             while session.stats.polls < 2:  # noqa: ASYNC110 - no event reports it

@@ -268,6 +268,11 @@ async def test_a_locked_file_ends_no_lease(tmp_path: Path) -> None:
     assert found is None or found.holder is Holder.OTHER
 
 
+def test_the_text_of_a_journal_is_its_path(tmp_path: Path) -> None:
+    """repr() shows the file."""
+    assert repr(SqliteJournal(tmp_path / "run.db")) == f"SqliteJournal('{tmp_path / 'run.db'}')"
+
+
 @pytest.mark.parametrize("setting", ["lease", "busy_timeout"])
 def test_invalid_times_are_refused(setting: str, tmp_path: Path) -> None:
     """A time of 0 or infinity is an error that names the setting."""

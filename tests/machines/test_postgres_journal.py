@@ -598,8 +598,8 @@ async def test_damaged_rows_are_skipped(
         held = await journal.find("a")
         assert held is not None
         execute(postgres, schema, "UPDATE entries SET request = '{' WHERE key = 'a'")
-        execute(postgres, schema, "INSERT INTO owners VALUES ('them', 1)")
         execute(postgres, schema, "UPDATE entries SET owner = 'them'")
+        execute(postgres, schema, "INSERT INTO owners VALUES ('them', 1)")
         async with asyncio.timeout(PATIENCE):
             await journal.changed(held)
             adopted = await reports.get()
@@ -622,8 +622,8 @@ async def test_all_entries_are_listed_in_pages(
     await journal.begin(intent("first", webhook_token="token"))
     await asyncio.gather(*(journal.begin(intent(f"{number}")) for number in range(1_100)))
     await journal.record(attrs.evolve(completed("first"), files=(SavedFile(Path("/a.png"), 3),)))
-    execute(postgres, schema, "INSERT INTO owners VALUES ('them', 1)")
     execute(postgres, schema, "UPDATE entries SET owner = 'them' WHERE key = '7'")
+    execute(postgres, schema, "INSERT INTO owners VALUES ('them', 1)")
     reader = PostgresJournal(postgres.conninfo(), schema=schema)
     listed = [entry async for entry in reader.entries()]
     exported = await reader.export(tmp_path / "all.jsonl")

@@ -72,7 +72,7 @@ class PostgresConnection:
                 create_schema(connection, self._address.schema, table_creator(connection, self._address))
             hold_lock(connection, self._lock)
             connection.add_notify_handler(lambda notification: self._on_notification(notification.payload))
-            connection.execute(f'LISTEN "{self._address.schema}"')
+            connection.execute(f'LISTEN "{self._address.schema}"'.encode())
             # Whoever submits must know that an intent is stored, whatever the server's default is.
             connection.execute(
                 "SELECT set_config('synchronous_commit', 'on', false)"
@@ -125,7 +125,7 @@ class PostgresConnection:
     def _execute(self, statement: str, values: Any = None) -> "Cursor[Any]":
         """Execute a statement; in a transaction, send it, and return the cursor that its answer can be fetched from."""
         cursor = self._connection.cursor() if self._is_in_transaction else self._cursor
-        return cursor.execute(statement, values, prepare=True)
+        return cursor.execute(statement.encode(), values, prepare=True)
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool) -> Generator[None]:  # noqa: ARG002 - every commit is durable

@@ -88,7 +88,7 @@ def _read_page(
 ) -> list[tuple[int, JournalEntry | JournalError]]:
     statement = f"{SELECT_LIVING} WHERE e.id > %s ORDER BY e.id LIMIT %s"
     with _translated(address):
-        rows = connection.execute(statement, (after, _ENTRIES_PER_PAGE)).fetchall()
+        rows = connection.execute(statement.encode(), (after, _ENTRIES_PER_PAGE)).fetchall()
     page: list[tuple[int, JournalEntry | JournalError]] = []
     for row in rows:
         try:
@@ -106,14 +106,15 @@ def _delete(connection: "Connection[Any]", before: float, after_id: int, limit: 
             f" AND ({entry}.owner IS NULL OR {entry}.owner NOT IN (SELECT id FROM living)))"
         )
 
-    rows = connection.execute(
+    statement = (
         f"WITH living AS MATERIALIZED (SELECT id FROM owners WHERE lock IN ({LIVING})), ended AS ("
         f" SELECT e.id FROM entries e WHERE e.id > %(after)s AND {has_ended('e')}"
         f" AND NOT EXISTS (SELECT 1 FROM entries p WHERE p.key = e.key AND p.attempt < e.attempt"
         f" AND {has_ended('p')} IS NOT TRUE) ORDER BY e.id LIMIT %(limit)s FOR UPDATE OF e SKIP LOCKED)"
-        " DELETE FROM entries WHERE id IN (SELECT id FROM ended) RETURNING id",
-        {"after": after_id, "before": before, "limit": limit},
-    ).fetchall()
+        " DELETE FROM entries WHERE id IN (SELECT id FROM ended) RETURNING id"
+    )
+    values = {"after": after_id, "before": before, "limit": limit}
+    rows = connection.execute(statement.encode(), values).fetchall()
     return [entry_id for (entry_id,) in rows]
 
 

@@ -65,7 +65,7 @@ def table_creator(connection: "Connection[Any]", journal: object) -> Callable[[]
     def create_tables() -> None:
         if not check_version(connection, journal):
             for statement in TABLES:
-                connection.execute(statement)
+                connection.execute(statement.encode())
 
     return create_tables
 

@@ -138,6 +138,8 @@ class PostgresConnection:
         }
         self._has_journal = False
         """Whether a journal is known to be in the same schema."""
+        self._is_notified = False
+        """Whether a slot has probably been granted."""
         self._written: tuple[int, bool] | None = None
         """What its row says: how many slots it holds, and whether it waits; None if that isn't known."""
 
@@ -150,7 +152,8 @@ class PostgresConnection:
 
     def wait(self, seconds: float) -> None:
         """Wait for a notification, or for `wake()`."""
-        self._waiter.wait(None if self._cursor is None else self._cursor.connection, seconds)
+        connection = None if self._cursor is None else self._cursor.connection
+        self._is_notified = bool(self._waiter.wait(connection, seconds))
 
     def update(self, held: int, *, waits: bool, adopted: int) -> bool:
         """Run a transaction, which notifies those to whom it has granted a slot."""
@@ -158,6 +161,12 @@ class PostgresConnection:
             self._cursor = self._connect()
         if self._written == (held, False) and not waits and not adopted:
             return False
+        if self._is_notified and waits and self._written == (held, True) and not adopted:
+            # Its slot has been counted already, so that nobody else need be looked at.
+            self._is_notified = False
+            if self._run(self._cursor, [_WRITE], held=held, waits=True) == [[(True,)]]:
+                self._written = (held + 1, False)
+                return True
         parts = [_LOCK, _WRITE]
         if waits or adopted:
             parts.append(_FIND_DEAD)

@@ -457,6 +457,25 @@ async def test_hosts_share_a_limit(postgres: PostgresServer, schema: str, tmp_pa
     assert turns["busy"] <= 10 * turns["small"]
 
 
+def test_a_notification_that_comes_late(start: Callable[..., Holder]) -> None:
+    """A grant that was found before its notification arrived is not taken for another one."""
+    first, second = start(1), start(1)
+    assert [first.acquire(), second.acquire()] == [True, False]
+    first.release()
+    second.update()
+    second.release()
+    assert [first.acquire(), second.acquire()] == [True, False]
+    second.connection.wait(PATIENCE)
+    second.update()
+    late = second.held
+    first.release()
+    second.connection.wait(PATIENCE)
+    second.update()
+
+    assert (late, second.held, second.waits) == (0, 1, False)
+    assert not first.acquire()
+
+
 async def test_a_slot_that_is_released_wakes_another_host(postgres: PostgresServer, schema: str) -> None:
     """A slot goes to the one that waits at once, however long it would wait by itself."""
     limits = [PostgresInFlightLimit(postgres.conninfo(), 1, schema=schema) for _ in range(2)]

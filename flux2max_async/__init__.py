@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux2max_async import journal as journal
     from flux2max_async import limits as limits
+    from flux2max_async import storage as storage
     from flux2max_async import webhooks as webhooks
     from flux2max_async._public import *
     from flux2max_async._version import __version__ as __version__
 
-_SUBPACKAGES = ("journal", "limits", "webhooks")
+_SUBPACKAGES = ("journal", "limits", "storage", "webhooks")
 
 
 def __getattr__(name: str) -> Any:

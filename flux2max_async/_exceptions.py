@@ -24,6 +24,7 @@
      ├── InFlightLimitError         the limit that several processes share can't be asked; nothing was sent
      ├── WebhookSignatureError      a webhook's signature is missing or wrong, or it is too old
      └── DownloadError              an image could not be saved
+          ├── StorageError               the folder, disk or bucket refuses it
           └── ResultExpiredError         its URL has expired, and the service gave no new one
 
 Errors carry facts, not policy: `_api.retry` reads the facts and decides. All of them can be pickled.
@@ -207,6 +208,10 @@ class WebhookSignatureError(FluxError):
 
 class DownloadError(FluxError):
     """An image could not be downloaded or written; there is no file under the target's name."""
+
+
+class StorageError(DownloadError):
+    """The folder, disk or bucket refuses an image; nothing of it is left there."""
 
 
 class ResultExpiredError(DownloadError):

@@ -66,6 +66,9 @@ from flux2max_async._exceptions import (
     SessionClosedError as SessionClosedError,
 )
 from flux2max_async._exceptions import (
+    StorageError as StorageError,
+)
+from flux2max_async._exceptions import (
     SubmissionUncertainError as SubmissionUncertainError,
 )
 from flux2max_async._exceptions import (

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterable, Callable, Collection, Iterable
 from decimal import Decimal
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Literal, Unpack
 
 import aiohttp
@@ -16,7 +15,6 @@ import attrs
 from flux2max_async._api.codec import build_poll, validate_task_id
 from flux2max_async._config import ApiKey, validate_count
 from flux2max_async._downloads.downloader import Downloader
-from flux2max_async._downloads.saver import ImageSaver
 from flux2max_async._exceptions import ConfigurationError, InvalidRequestError
 from flux2max_async._in_flight_limit import InFlightLimit
 from flux2max_async._lifetime import SessionParts
@@ -31,6 +29,7 @@ from flux2max_async._tasks.queued import QueuedGeneration
 from flux2max_async._tasks.time_limit import TimeLimit
 from flux2max_async.journal._lookup import ReusePolicy
 from flux2max_async.journal._protocol import Journal
+from flux2max_async.storage._protocol import Storage
 from flux2max_async.webhooks._inbox import WebhookInbox
 
 
@@ -265,7 +264,7 @@ class FluxSession(SessionImages):
         requests: Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest],
         /,
         *,
-        save_to: str | PathLike[str] | None = None,
+        save_to: str | PathLike[str] | Storage | None = None,
         name: Callable[[Completed], str] | None = None,
         max_in_flight: int | None = None,
         priority: int = 0,
@@ -285,9 +284,10 @@ class FluxSession(SessionImages):
         Args:
             requests: From any iterable, which may be endless (with a journal, give keys then: without them, requests
                 are counted, which takes memory).
-            save_to: A folder into which the images are saved as soon as their tasks end; `Completed.saved` names the
-                files, or `save_error` tells why some are missing. Up to twice max_in_flight outcomes may be saving
-                beside the look-ahead. No existing file is replaced, and none that the journal knows downloaded again.
+            save_to: A folder, or a storage of `flux2max_async.storage`, into which the images are saved as soon as
+                their tasks end; `Completed.locations` names them, or `save_error` tells why some are missing. Up to
+                twice max_in_flight outcomes may be saving beside the look-ahead. No existing file is replaced, and none
+                that the journal knows downloaded again.
             name: Returns the file name for an outcome's images, with or without a suffix; by default, the key, or else
                 the prompt's first words and a short fingerprint. Characters that a file name can't hold are replaced,
                 further images are numbered.
@@ -313,7 +313,7 @@ class FluxSession(SessionImages):
             spawn=supervisor.spawn,
             look_ahead=min(max_in_flight or slots, slots),
             priority=priority,
-            saver=None if save_to is None else ImageSaver(Path(save_to), name, self._downloader.fetch),
+            saver=None if save_to is None else self._create_saver(save_to, name),
             check_caller=supervisor.check_caller,
             shutdown=supervisor.shutdown,
         )

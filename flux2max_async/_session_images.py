@@ -1,19 +1,44 @@
 """What FluxSession inherits: downloading images."""
 
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.image_download import ImageDownload
+from flux2max_async._downloads.saver import ImageSaver
+from flux2max_async._downloads.storage_saver import StorageSaver
+from flux2max_async._exceptions import ConfigurationError
 from flux2max_async._lifetime import SessionLifetime
-from flux2max_async._models.results import GeneratedImage
+from flux2max_async._models.results import Completed, GeneratedImage
+from flux2max_async.storage._local import LocalStorage
+from flux2max_async.storage._protocol import Storage
 
 
 class SessionImages(SessionLifetime):
     """The public methods for images."""
 
     _downloader: Downloader
+
+    def _create_saver(
+        self, save_to: str | PathLike[str] | Storage, name: Callable[[Completed], str] | None
+    ) -> ImageSaver | StorageSaver:
+        """Return what saves a stream's images.
+
+        Raises:
+            ConfigurationError: It is a URL.
+        """
+        if isinstance(save_to, str) and "://" in save_to:
+            raise ConfigurationError(
+                f"save_to is a folder or a storage: for {save_to!r}, use "
+                f"save_to=flux2max_async.storage.ObjectStorage.from_url({save_to!r})"
+            )
+        if type(save_to) is LocalStorage:  # one that is derived may do something else
+            save_to = save_to.folder
+        if isinstance(save_to, (str, PathLike)):
+            return ImageSaver(Path(save_to), name, self._downloader.fetch)
+        return StorageSaver(save_to, name, self.download)
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:
         """Download an image: streamed, retried, whole or not at all, without the API key; return the path.

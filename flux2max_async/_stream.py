@@ -14,11 +14,12 @@ import attrs
 from flux2max_async._api.retry import is_disk_failure, is_fatal_for_batch
 from flux2max_async._downloads.replays import SavedImageFinder
 from flux2max_async._downloads.saver import ImageSaver
-from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError, SubmissionUncertainError
+from flux2max_async._downloads.storage_saver import StorageSaver
+from flux2max_async._exceptions import DownloadError, FluxError, SessionClosedError
 from flux2max_async._models.request import GenerationRequest, as_request
 from flux2max_async._models.results import Completed, Failed, Outcome
 from flux2max_async._shutdown import Shutdown
-from flux2max_async._stream_input import LookAhead, Requests, source_of
+from flux2max_async._stream_input import LookAhead, Requests, source_of, why_not_sent
 from flux2max_async._tasks.context import Spawn
 from flux2max_async._tasks.handle import GenerationTask
 from flux2max_async._tasks.runner import TaskRunner
@@ -46,7 +47,7 @@ class OutcomeStream(AsyncIterator[Outcome]):
         spawn: Spawn,
         look_ahead: int,
         priority: int,
-        saver: ImageSaver | None,
+        saver: ImageSaver | StorageSaver | None,
         check_caller: Callable[[], None],
         shutdown: Shutdown,
     ) -> None:
@@ -121,7 +122,7 @@ class _Pipeline:
         spawn: Spawn,
         look_ahead: int,
         priority: int,
-        saver: ImageSaver | None,
+        saver: ImageSaver | StorageSaver | None,
         shutdown: Shutdown,
     ) -> None:
         self.undelivered: dict[_Item, None] = {}
@@ -132,9 +133,11 @@ class _Pipeline:
         self._priority = priority
         self._saver = saver
         self._shutdown = shutdown
-        self._finder = None if saver is None else SavedImageFinder(saver, spawn)
+        self._finder = SavedImageFinder(saver, spawn) if isinstance(saver, ImageSaver) else None
         self._max_saving = 2 * look_ahead
         """So many items may be saving without counting as look-ahead: downloads may take as long as tasks do."""
+        self._unready = 0
+        """Items that will be delivered."""
         self._saving = 0
         self._has_saved = False
         """Until one image is on the disk, saving counts as look-ahead: a disk that is full costs no further task."""
@@ -162,12 +165,15 @@ class _Pipeline:
                 return outcome
             if self._exhausted and not self.undelivered:
                 break
-            self._changed = self._changed or asyncio.Event()
-            await self._changed.wait()
+            await self._wait_for_change()
         error, self._error = self._error, None
         if error is not None:
             raise error
         raise StopAsyncIteration
+
+    async def _wait_for_change(self) -> None:
+        self._changed = self._changed or asyncio.Event()
+        await self._changed.wait()
 
     def stop(self, error: FluxError | None) -> None:
         """Submit nothing more; deliver what is submitted already, and then raise the error."""
@@ -179,7 +185,7 @@ class _Pipeline:
         self._exhausted = True
         if self._producer is not None:
             self._producer.cancel()
-            reason = _why_not_sent(error)
+            reason = why_not_sent(error)
             for item in self.undelivered:
                 item.runner.leave(self._priority, reason)
         self._notify()
@@ -206,6 +212,7 @@ class _Pipeline:
         try:
             if self._saver is not None:
                 await self._saver.prepare()
+                self._keep_open(self._saver)
             while not self._stopped:
                 await self.look_ahead.acquire()
                 pulled = await self._next_request()
@@ -216,6 +223,7 @@ class _Pipeline:
                     self._reject(request, error)
                 else:
                     self.undelivered[item] = None
+                    self._unready += 1
                     item.runner.add_observer(item)
                 request = None
         except StopAsyncIteration:
@@ -228,7 +236,7 @@ class _Pipeline:
                 return
             self._stop_for_shutdown()
             if request is not None and isinstance(self._error, FluxError):
-                self._reject(request, _why_not_sent(self._error))
+                self._reject(request, why_not_sent(self._error))
             raise
         except BaseException as error:  # noqa: BLE001 - the source is the caller's, and so are its errors
             self._on_source_failed(error, error.__cause__)
@@ -260,9 +268,9 @@ class _Pipeline:
 
     def on_ended(self, item: _Item, runner: TaskRunner, outcome: Outcome) -> None:
         """Save the images of a completed task, if the stream saves, or deliver at once."""
-        if self._finder is None or isinstance(outcome, Failed):
+        if self._saver is None or isinstance(outcome, Failed):
             self._deliver(item, outcome)
-        elif outcome.replayed and runner.record.files and not runner.record.interrupted:
+        elif self._finder is not None and outcome.replayed and runner.record.files and not runner.record.interrupted:
             self._finder.find(outcome, runner.record.files, partial(self._on_found, item, outcome))
         else:
             self._save(item, outcome)
@@ -273,7 +281,7 @@ class _Pipeline:
             self._save(item, outcome)
         else:
             self._has_saved = True
-            self._deliver(item, attrs.evolve(outcome, saved=saved))
+            self._deliver(item, attrs.evolve(outcome, saved=saved, locations=tuple(map(str, saved))))
 
     def _save(self, item: _Item, outcome: Completed) -> None:
         assert self._saver is not None
@@ -300,12 +308,24 @@ class _Pipeline:
             outcome = attrs.evolve(outcome, save_error=unexpected)
         else:
             outcome = saving.result()
-            self._has_saved = self._has_saved or bool(outcome.saved)
+            self._has_saved = self._has_saved or bool(outcome.locations)
         if outcome.save_error is not None and is_disk_failure(outcome.save_error):
             self.stop(outcome.save_error)
         self._deliver(item, outcome)
 
+    def _keep_open(self, saver: ImageSaver | StorageSaver) -> None:
+        if isinstance(saver, StorageSaver):
+            self._spawn(self._close_storage(saver))
+
+    async def _close_storage(self, saver: StorageSaver) -> None:
+        try:
+            while not self._exhausted or self._unready:
+                await self._wait_for_change()
+        finally:
+            await saver.close()
+
     def _deliver(self, item: _Item, outcome: Outcome) -> None:
+        self._unready -= 1
         self._ready.append((outcome, item))
         if isinstance(outcome, Failed) and _ends_the_stream(outcome.error):
             self.stop(outcome.error)
@@ -315,17 +335,6 @@ class _Pipeline:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
-
-
-def _why_not_sent(error: FluxError | None) -> FluxError:
-    """Return the error of requests that are not sent because a stream stops: its own, unless that is about another."""
-    if error is None:
-        return SessionClosedError("the stream was closed")
-    if isinstance(error, SubmissionUncertainError) or error.task_id is not None:
-        reason = SessionClosedError(f"not sent, because the stream has stopped: {error}")
-        reason.__cause__ = error
-        return reason
-    return error
 
 
 def _ends_the_stream(error: FluxError) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 
+from flux2max_async._exceptions import FluxError, SessionClosedError, SubmissionUncertainError
 from flux2max_async._models.request import GenerationRequest
 
 Requests = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
@@ -43,3 +44,14 @@ def source_of(requests: Requests) -> Callable[[], Awaitable[str | GenerationRequ
         raise StopAsyncIteration
 
     return next_request
+
+
+def why_not_sent(error: FluxError | None) -> FluxError:
+    """Return the error of requests that are not sent because a stream stops: its own, unless that is about another."""
+    if error is None:
+        return SessionClosedError("the stream was closed")
+    if isinstance(error, SubmissionUncertainError) or error.task_id is not None:
+        reason = SessionClosedError(f"not sent, because the stream has stopped: {error}")
+        reason.__cause__ = error
+        return reason
+    return error

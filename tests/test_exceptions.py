@@ -34,6 +34,7 @@ from flux2max_async import (
     ResultExpiredError,
     ServerError,
     SessionClosedError,
+    StorageError,
     SubmissionUncertainError,
     TaskFailedError,
     TaskNotFoundError,
@@ -68,6 +69,7 @@ PARENTS: dict[type[FluxError], tuple[type[Exception], ...]] = {
     WebhookSignatureError: (FluxError,),
     DownloadError: (FluxError,),
     ResultExpiredError: (DownloadError,),
+    StorageError: (DownloadError,),
 }
 
 RESPONSE_FIELDS: dict[str, object] = {
@@ -105,6 +107,7 @@ FIELDS: dict[type[FluxError], dict[str, object]] = {
     WebhookSignatureError: {},
     DownloadError: {},
     ResultExpiredError: {},
+    StorageError: {},
 }
 
 PUBLIC = {
@@ -152,6 +155,7 @@ PUBLIC = {
     "RateLimitedError",
     "ResponseError",
     "ResultExpiredError",
+    "StorageError",
     "ServerError",
     "SessionClosedError",
     "SessionHealth",

@@ -7,7 +7,6 @@ from flux2max_async._exceptions import (
     AuthenticationError,
     BudgetExceededError,
     ConfigurationError,
-    DownloadError,
     FluxError,
     InFlightLimitError,
     InsufficientBalanceError,
@@ -17,6 +16,7 @@ from flux2max_async._exceptions import (
     RateLimitedError,
     ResponseError,
     ServerError,
+    StorageError,
     SubmissionUncertainError,
     TaskNotFoundError,
     TransportError,
@@ -162,9 +162,14 @@ def is_fatal_for_batch(error: FluxError) -> bool:
 
 
 def is_disk_failure(error: FluxError) -> bool:
-    """Return whether every further image would fail in the same way, because its disk is full or not writable."""
-    cause = error.__cause__
-    return isinstance(error, DownloadError) and isinstance(cause, OSError) and cause.errno in _DISK_ERRNOS
+    """Return whether every further image would fail in the same way: the disk is full, or the bucket refuses."""
+    match error.__cause__:
+        case OSError(errno=int(number)):
+            return isinstance(error, StorageError) and number in _DISK_ERRNOS
+        case ValueError():  # about one name
+            return False
+        case _:
+            return isinstance(error, StorageError)
 
 
 def backoff(failures: int, jitter: float) -> float:

@@ -2,7 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 
+from flux2max_async._downloads.filenames import file_name
+from flux2max_async._exceptions import DownloadError
 from flux2max_async._models.fingerprint import RequestFingerprint, fingerprint_request, is_local
 from flux2max_async._models.results import Completed
 
@@ -36,3 +39,25 @@ def name_after_content(prompt: str, fingerprint: str) -> str:
     words = "-".join(re.findall(r"\w+", prompt.lower()))
     stem = words.encode(errors="ignore")[:_MAX_PROMPT_BYTES].decode(errors="ignore").strip("-")
     return f"{stem}-{fingerprint[:FINGERPRINT_LENGTH]}" if stem else fingerprint[:FINGERPRINT_LENGTH]
+
+
+def choose_stem(
+    outcome: Completed, name: Callable[[Completed], str] | None, fingerprint: RequestFingerprint | None
+) -> str:
+    """Return the file name of an outcome's first image, with or without a suffix.
+
+    Args:
+        outcome: The outcome.
+        name: The caller's function; None: the default name.
+        fingerprint: That of the request.
+
+    Raises:
+        DownloadError: The function has raised, or returned no text.
+    """
+    if name is None:
+        return file_name(default_name(outcome, fingerprint))
+    try:
+        return file_name(name(outcome))
+    except Exception as error:  # noqa: BLE001 - it is the caller's function
+        # Not as the cause: an error with an errno would be taken for the disk's.
+        raise DownloadError(f"no name for the image: {error!r}")  # noqa: B904 - see above

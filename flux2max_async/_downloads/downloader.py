@@ -1,9 +1,8 @@
 """Downloads images: into a part file beside the target, retried, and published only when complete."""
 
-import contextlib
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from flux2max_async._exceptions import (
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
 from flux2max_async._text import get_logger
 from flux2max_async._timeouts import Timeout
+from flux2max_async.storage._local import translate_write_errors
 
 log = get_logger("downloads")
 
@@ -207,19 +207,6 @@ class Downloader:
             else:
                 return Link(fresh.url, fresh.received_at, is_fresh=True)
             await anyio.sleep(delay)
-
-
-@contextlib.contextmanager
-def translate_write_errors(target: Path) -> Generator[None]:
-    """Return a context that turns errors of the file system into a DownloadError that names the target.
-
-    Raises:
-        DownloadError: The target can't be written.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise DownloadError(f"can't write {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
 async def _pass_inline_image(uri: str, sink: Sink) -> str:

@@ -2,6 +2,9 @@
 
 import re
 import unicodedata
+from pathlib import Path
+
+from flux2max_async._downloads.image_format import FORMATS_BY_SUFFIX
 
 _MAX_NAME_BYTES = 120
 """File systems allow 143 or 255 bytes, and a number and a suffix are appended."""
@@ -22,3 +25,11 @@ def file_name(text: str) -> str:
     if name.partition(".")[0].strip().lower() in _RESERVED_NAMES:
         name = f"_{name}"
     return name or "picture"
+
+
+def numbered_name(stem: str, suffix: str, number: int) -> str:
+    """Return a file name with a number, unless that is 1; a suffix that the stem has is kept."""
+    given = Path(stem).suffix
+    if given.lower() in FORMATS_BY_SUFFIX:
+        stem, suffix = stem.removesuffix(given), given
+    return f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"

@@ -6,22 +6,21 @@ import itertools
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio.to_thread
 import attrs
 
-from flux2max_async._downloads.default_names import default_name
-from flux2max_async._downloads.downloader import translate_write_errors
-from flux2max_async._downloads.filenames import file_name
-from flux2max_async._downloads.image_format import FORMATS_BY_SUFFIX, is_whole_file
+from flux2max_async._downloads.default_names import choose_stem
+from flux2max_async._downloads.filenames import numbered_name
+from flux2max_async._downloads.image_format import is_whole_file
 from flux2max_async._downloads.targets import is_writable
-from flux2max_async._exceptions import DownloadError, FluxError
+from flux2max_async._exceptions import FluxError
 from flux2max_async._models.results import Completed, GeneratedImage
 from flux2max_async.journal._budget_record import NullRecord
 from flux2max_async.journal._entry import SavedFile
+from flux2max_async.storage._local import check_writable, move, translate_write_errors
 
 Download = Callable[[GeneratedImage, Path, Path], Awaitable[str]]
 """Downloads an image into a file that exists afterwards only if it is complete, and returns the image's format; errors
@@ -66,7 +65,7 @@ class ImageSaver:
             DownloadError: It can't.
         """
         with translate_write_errors(self.folder):
-            await anyio.to_thread.run_sync(_check_writable, self.folder)
+            await anyio.to_thread.run_sync(check_writable, self.folder)
 
     async def save(self, outcome: Completed, record: NullRecord) -> Completed:
         """Return the outcome with the paths of its images; its `save_error` tells why some are missing."""
@@ -90,7 +89,7 @@ class ImageSaver:
         images = _Images(list(record.files))
         error: FluxError | None = None
         try:
-            stem = self._stem(outcome, record)
+            stem = choose_stem(outcome, self.name, record.fingerprint)
             error = await self._collect(outcome, stem, images, record)
             with translate_write_errors(self.folder / stem):
                 await self._publish(stem, images, record)  # also those that were downloaded before one failed
@@ -103,7 +102,8 @@ class ImageSaver:
         await record.release()
         saved = tuple(path for _, path in sorted(images.saved.items()))
         journal_error = record.problem or outcome.journal_error
-        return attrs.evolve(outcome, saved=saved, save_error=error, journal_error=journal_error)
+        locations = tuple(map(str, saved))
+        return attrs.evolve(outcome, saved=saved, locations=locations, save_error=error, journal_error=journal_error)
 
     async def _collect(self, outcome: Completed, stem: str, images: _Images, record: NullRecord) -> FluxError | None:
         """Find each image that was saved earlier and download the others, up to one that fails; return why it does."""
@@ -131,6 +131,8 @@ class ImageSaver:
     def _find_saved(self, known: Sequence[SavedFile]) -> tuple[Path | None, bool]:
         """Return where an image that was saved earlier is, and whether it is whole; the folder may have been moved."""
         for file in known:
+            if file.path is None:  # it is in object storage
+                continue
             path = self.folder / file.path.name
             if path.is_file() and path.stat().st_size == file.size:
                 return path, not _is_damaged(path)
@@ -160,25 +162,10 @@ class ImageSaver:
                 if await anyio.to_thread.run_sync(_link, part, target):
                     images.saved[index] = target
 
-    def _stem(self, outcome: Completed, record: NullRecord) -> str:
-        if self.name is None:
-            return file_name(default_name(outcome, record.fingerprint))
-        try:
-            return file_name(self.name(outcome))
-        except Exception as error:  # noqa: BLE001 - it is the caller's function
-            # Not as the cause: an error with an errno would be taken for the disk's.
-            raise DownloadError(f"no name for the image: {error!r}")  # noqa: B904 - see above
-
 
 def _part_prefix(image: GeneratedImage) -> str:
     """Return what the part files of an image begin with, so that they are not mistaken for those of other images."""
     return hashlib.sha256(f"{image.task_id} {image.index}".encode(errors="replace")).hexdigest()[:16]
-
-
-def _check_writable(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass  # it has no name, if the file system can do that: a process that is killed here leaves nothing behind
 
 
 def _remove_parts(folder: Path, prefix: str) -> None:
@@ -214,12 +201,9 @@ def _choose_targets(parts: list[Path], suffixes: list[str], folder: Path, stem: 
     """Return a file name for each image, which is available and no other image's, and the size of the image."""
     chosen: dict[Path, Path] = {}
     targets: list[tuple[Path, int]] = []
-    given = Path(stem).suffix
-    has_suffix = given.lower() in FORMATS_BY_SUFFIX
     for part, suffix in zip(parts, suffixes, strict=True):
         for number in itertools.count(1):  # pragma: no branch - it doesn't end
-            name = f"{stem.removesuffix(given) if has_suffix else stem}{f'-{number}' if number > 1 else ''}"
-            target = folder / f"{name}{given if has_suffix else suffix}"
+            target = folder / numbered_name(stem, suffix, number)
             if _is_same(chosen[target], part) if target in chosen else _is_available(target, part):
                 chosen.setdefault(target, part)
                 targets.append((target, part.stat().st_size))
@@ -260,14 +244,9 @@ def _link(part: Path, target: Path) -> bool:
 
 
 def _move(part: Path, target: Path) -> bool:
-    """Do what `_link` does on a file system without links: an empty file reserves the name."""
+    """Do what `_link` does on a file system without links."""
     try:
-        target.touch(exist_ok=False)
+        move(part, target)
     except FileExistsError:
         return _is_same(target, part)
-    try:
-        part.replace(target)
-    except BaseException:
-        target.unlink()
-        raise
     return True

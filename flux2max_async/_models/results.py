@@ -96,7 +96,9 @@ class Completed:
     replayed: bool = False
     """Whether it was read from the journal, without a submit; at most a poll has renewed its links."""
     saved: tuple[Path, ...] = ()
-    """The files that a stream with `save_to` wrote, in the order of the images."""
+    """The files that a stream with `save_to` wrote into a local folder, in the order of the images."""
+    locations: tuple[str, ...] = ()
+    """Where each saved image is, as text: a path, or an address like "s3://bucket/prefix/fox.jpeg"."""
     save_error: FluxError | None = None
     """Why not all images could be saved; `session.save()` can try again."""
     journal_error: FluxError | None = None
@@ -120,7 +122,7 @@ class Completed:
             elapsed=self.elapsed,
             polls=self.polls,
             replayed=self.replayed or None,
-            saved=[str(path) for path in self.saved] or None,
+            saved=[*(self.locations or map(str, self.saved))] or None,
             partial_error=self.partial_error,
             save_error=self.save_error,
             journal_error=self.journal_error,

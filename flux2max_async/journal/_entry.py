@@ -5,7 +5,7 @@ from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import attrs
 
@@ -40,9 +40,17 @@ class Holder(StrEnum):
 class SavedFile:
     """An image that was saved completely."""
 
-    path: Path
+    path: Path | None
+    """None if it is in object storage."""
     size: int
     """Bytes."""
+    location: str = attrs.Factory(lambda self: str(self.path), takes_self=True)
+    """The path, or an address like "s3://bucket/prefix/fox.jpeg"."""
+
+    @classmethod
+    def at(cls, location: str, size: int) -> Self:
+        """Return the file at a location."""
+        return cls(None if "://" in location else Path(location), size, location)
 
 
 @attrs.frozen(kw_only=True)
@@ -84,8 +92,13 @@ class JournalEntry:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths of the saved images."""
-        return tuple(file.path for file in self.files)
+        """The paths of the saved images that are local files."""
+        return tuple(file.path for file in self.files if file.path is not None)
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where each saved image is, as text."""
+        return tuple(file.location for file in self.files)
 
     @property
     def error(self) -> str | None:
@@ -107,6 +120,7 @@ class JournalEntry:
             "submitted_at": _iso_format(self.submitted_at),
             "ended_at": _iso_format(self.ended_at),
             "paths": [str(path) for path in self.paths],
+            "locations": list(self.locations),
             "request": dict(self.request),
             "result": dict(self.result),
         }

@@ -8,7 +8,6 @@ exact and the database can compute them.
 import json
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
-from pathlib import Path
 from typing import Any
 
 from flux2max_async._exceptions import JournalError
@@ -95,7 +94,7 @@ def record_columns(entry: JournalEntry) -> dict[str, Any]:
         "submitted": _to_epoch(entry.submitted_at),
         "ended": _to_epoch(entry.ended_at),
         "result": to_json(dict(entry.result)) if entry.result else "{}",
-        "files": to_json([[str(file.path), file.size] for file in entry.files]) if entry.files else "[]",
+        "files": to_json([[file.location, file.size] for file in entry.files]) if entry.files else "[]",
     }
 
 
@@ -128,7 +127,9 @@ def _parse(row: Row, us: str | None) -> JournalEntry:
         ended_at=_from_epoch(ended_at),
         request=_checked(json.loads(request), dict),
         result=_checked(json.loads(result), dict),
-        files=tuple(SavedFile(Path(path), _checked(size, int)) for path, size in _checked(json.loads(files), list)),
+        files=tuple(
+            SavedFile.at(_checked(at, str), _checked(size, int)) for at, size in _checked(json.loads(files), list)
+        ),
         webhook_token=_optional(token, str),
     )
     _ = entry.error  # raises an error if `result` holds one that can't be read

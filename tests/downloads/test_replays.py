@@ -89,6 +89,7 @@ async def test_an_image_that_is_not_there_is_not_found(tmp_path: Path, damage: s
     """An outcome of which an image is missing, incomplete or unknown gets None."""
     files = [save(tmp_path, f"{index}.jpeg") for index in range(2)]
     path = files[1].path
+    assert path is not None
     match damage:
         case "missing":
             path.unlink()

@@ -382,7 +382,7 @@ class JournalWithIntruder(VirtualJournal):
 
     async def record(self, entry: JournalEntry, /) -> None:
         await super().record(entry)
-        if entry.files and (path := entry.files[-1].path).name == "t1.jpeg" and not path.exists():
+        if entry.files and (path := Path(entry.files[-1].location)).name == "t1.jpeg" and not path.exists():
             path.write_bytes(self.intruder)
 
 

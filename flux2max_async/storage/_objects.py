@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import os
 import re
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator
 from contextlib import aclosing, contextmanager, suppress
 from datetime import timedelta
@@ -114,7 +115,7 @@ class ObjectStorage(Storage):
                     put = self._obstore.put_async(
                         self._store,
                         self._prefix + name,
-                        bytes(upload.head),
+                        upload.content(),
                         mode="create",
                         use_multipart=False,
                         **options,
@@ -182,7 +183,7 @@ class _Upload:
     def __init__(self, data: AsyncIterator[bytes]) -> None:
         self._data = data
         self._cancelled = asyncio.get_running_loop().create_future()
-        self.head = bytearray()
+        self._head: deque[bytes] = deque()
         self.size = 0
         self.error: BaseException | None = None
         """What `data` has raised."""
@@ -190,16 +191,20 @@ class _Upload:
     async def fill(self) -> bool:
         """Read up to `_MAX_SINGLE_BYTES`; return whether that is everything."""
         async for chunk in self._data:
-            self.head += chunk
+            self._head.append(chunk)
             self.size += len(chunk)
-            if len(self.head) > _MAX_SINGLE_BYTES:
+            if self.size > _MAX_SINGLE_BYTES:
                 return False
         return True
 
+    def content(self) -> bytes:
+        """Return what was read, which is everything."""
+        return b"".join(self._head)
+
     async def rest(self) -> AsyncGenerator[bytes]:
         """Yield what was read ahead, and then the rest."""
-        yield bytes(self.head)
-        self.head.clear()
+        while self._head:
+            yield self._head.popleft()
         while chunk := await self._next():
             self.size += len(chunk)
             yield chunk

@@ -25,6 +25,8 @@ _MAX_SINGLE_BYTES = 8 << 20
 _PART_BYTES = 5 << 20  # S3 accepts no smaller ones but the last
 _ABORT_TIMEOUT = 10.0
 """Seconds for a cancelled upload to be aborted at the store."""
+_SETTLE_TIME = 0.1
+"""Seconds."""
 _RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=60)}
 _SCHEMES = {"S3Store": ("s3", "bucket"), "GCSStore": ("gs", "bucket"), "AzureStore": ("az", "container_name")}
 _STATUS = re.compile(r"status code: (\d+[^:\n]*)")
@@ -128,7 +130,8 @@ class ObjectStorage(Storage):
         return StoredImage(location=self._location(name), size=upload.size, mark=mark)
 
     async def close(self) -> None:
-        """Do nothing: obstore keeps its connections for the next storage."""
+        """Let the threads of obstore finish: if they hold an object when the interpreter ends, it aborts the process."""
+        await asyncio.sleep(_SETTLE_TIME)
 
     async def _put_in_parts(self, name: str, upload: "_Upload", options: dict[str, Any]) -> None:
         async def parts() -> AsyncGenerator[bytes]:

@@ -36,6 +36,7 @@ from flux2max_async.cli._terminal import (
 )
 from flux2max_async.journal._entry import JournalEntry
 from flux2max_async.journal._lookup import ReusePolicy
+from flux2max_async.storage import ObjectStorage
 
 _STANDARD_INPUT = "-"
 _MAX_SHOWN_KEYS = 3
@@ -58,6 +59,8 @@ class BatchOptions:
     out: Path | None
     journal: str | None = attrs.field(repr=False)
     """The path or address of a journal; None if it is in the output folder."""
+    store: str | None = None
+    """The URL of the object storage for the pictures; None if they go into the output folder."""
     settings: ServiceSettings
     emulated: bool
     """Whether an emulator takes the place of the service."""
@@ -84,6 +87,7 @@ def run_batch(options: BatchOptions) -> int:
 
 
 def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
+    storage = None if options.store is None else ObjectStorage.from_url(options.store)
     requests_file = _read_requests(options)
     if options.journal is not None:
         options.settings.check_addresses()  # before anything is read there
@@ -126,6 +130,7 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     output_dir.update_rows(lines, entries)
     batch = Batch(
         output_dir=output_dir,
+        storage=storage,
         plan=plan,
         session=session,
         schedule=cast("flux.LearnedSchedule", session.schedule),  # the session's own: none was given

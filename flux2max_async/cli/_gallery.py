@@ -120,7 +120,11 @@ class Gallery:
         if "seed" in row.params:
             common["seed"] = str(row.params["seed"])
         if not files:
-            common["reason"] = row.error or ("not there yet" if state in {WAITING, "running"} else "no file")
+            common["reason"] = (
+                row.error
+                or ", ".join(row.locations)
+                or ("not there yet" if state in {WAITING, "running"} else "no file")
+            )
             requested = [str(row.params.get(side) or "any") for side in ("width", "height")]
             return [common if requested == ["any", "any"] else {**common, "size": "\u00d7".join(requested)}]
         if row.error:

@@ -126,6 +126,14 @@ ResubmitUncertain = Annotated[
     bool,
     typer.Option("--resubmit-uncertain", help="Submit again what may exist already (may be paid twice)."),
 ]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Put the pictures into object storage: s3://bucket/prefix, gs://, az://. AWS_* and the like set it up.",
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip bad lines.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and what it would cost.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before money is spent.")]

@@ -116,11 +116,17 @@ class OutputDir:
             row.key: row for row in previous if row.key in self.damaged or is_lost(row, newest.get(row.key))
         }
         for key, row in self.lost.items():
-            if row.state != EntryState.COMPLETED or not all((self.path / name).is_file() for name in row.files or [""]):
+            if row.state != EntryState.COMPLETED or not self._has_pictures(row):
                 message = self.damaged.get(key) or _LOST_MESSAGE.format(row.task_id or "TASK_ID")
                 row.state = EntryState.UNCERTAIN.value
                 row.set_error(str(message))
         return entries
+
+    def _has_pictures(self, row: Row) -> bool:
+        """Check whether the pictures of a row are in the folder, or in object storage as far as is known."""
+        if not row.files:
+            return bool(row.locations)
+        return all((self.path / name).is_file() for name in row.files)
 
     async def read_journal(self) -> "list[JournalEntry]":
         """Return all journal entries, the oldest first, and update what is damaged.

@@ -56,6 +56,8 @@ class Row:
     polls: int | None = None
     files: list[str] = attrs.field(factory=list[str])
     """The file names of the images in the folder."""
+    locations: list[str] = attrs.field(factory=list[str])
+    """Where the images are: paths, or addresses in object storage."""
     error: str | None = None
     """Why the request failed, or why not all of its images are saved."""
     max_error_length: int = MAX_LENGTH
@@ -82,6 +84,10 @@ class Row:
         row.set_error(entry.error, from_service=error_name in _SERVICE_ERROR_NAMES)
         # By name, since the folder may have been moved.
         row.files = [path.name for path in entry.paths if (folder / path.name).is_file()]
+        row.locations = [
+            *(str(folder / name) for name in row.files),
+            *(file.location for file in entry.files if file.path is None),
+        ]
         return row
 
     @classmethod
@@ -97,6 +103,7 @@ class Row:
             seconds=None if data["seconds"] is None else float(data["seconds"]),
             polls=None if data["polls"] is None else int(data["polls"]),
             files=[str(name) for name in data["files"]],
+            locations=[str(location) for location in data.get("locations", [])],
         )
         row.set_error(None if data["error"] is None else str(data["error"]))
         return row
@@ -109,6 +116,7 @@ class Row:
             self.state = EntryState.COMPLETED.value
             self.cost = outcome.usage.cost if outcome.usage else None
             self.files = [path.name for path in outcome.saved]
+            self.locations = list(outcome.locations)
             error = outcome.save_error or outcome.journal_error
         else:
             self.state = state_after_failure(outcome)
@@ -143,6 +151,7 @@ class Row:
             "seconds": None if self.seconds is None else round(self.seconds, 3),
             "polls": self.polls,
             "files": self.files,
+            "locations": self.locations,
             "error": None if self.error is None else printable(self.error, self.max_error_length),
             "params": dict(self.params),
         }

@@ -30,6 +30,7 @@ from flux2max_async.cli._terminal import (
     print_status,
     to_single_line,
 )
+from flux2max_async.storage import Storage
 
 _DRAIN_SECONDS = 7 * 86_400.0
 """The limit for tasks in flight after the first signal: practically none, since they end by their own deadlines."""
@@ -51,6 +52,8 @@ class Batch:
     """A batch that is ready to run."""
 
     output_dir: OutputDir
+    storage: Storage | None
+    """Where the pictures go; None: into the output folder."""
     plan: Plan
     session: "flux.FluxSession"
     """A session that is not entered yet."""
@@ -156,7 +159,7 @@ async def _process_outcomes(
         for lines, reuse_policy in batch.plan.lines_by_reuse_policy():
             stream = display.session.stream(
                 [line.request for line in lines],
-                save_to=batch.output_dir.path,
+                save_to=batch.storage or batch.output_dir.path,
                 retry_failed=reuse_policy.retry_failed,
                 resubmit_uncertain=reuse_policy.resubmit_uncertain,
             )

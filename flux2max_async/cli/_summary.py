@@ -36,7 +36,7 @@ def display_state(row: Row) -> str:
     """Return the state of a request as the summary names it."""
     match row.state:
         case EntryState.COMPLETED:
-            return "done" if row.files else "unsaved"
+            return "done" if row.files or row.locations else "unsaved"
         case EntryState.SUBMITTED | EntryState.INTENT:
             return "running"
         case state:

@@ -90,6 +90,7 @@ def test_batch(flux2max: Command, service: Service) -> None:
         "seconds": rows["a cat"]["seconds"],
         "polls": rows["a cat"]["polls"],
         "files": [file],
+        "locations": [str(Path("flux2max-prompts", file))],
         "error": None,
         "params": {"width": 640, "height": 480},
     }

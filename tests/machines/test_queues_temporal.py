@@ -1,10 +1,11 @@
 """Temporal with its development server and real workers, which are killed while their activities run."""
 
-import asyncio
+import json
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,6 @@ from flux2max_async import SqliteJournal
 from flux2max_async.emulator import Emulator
 
 pytest.importorskip("temporalio")
-
-from temporalio.client import Client, WorkflowFailureError
 
 SERVER = shutil.which("temporal", path=str(Path(sys.executable).parent))
 WORKER = ("-m", "temporal_worker")
@@ -43,9 +42,8 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 def test_killed_worker(queue: Queue) -> None:
     """The activities of a killed worker are tried again in another one, which attaches to their tasks; refusals aren't."""
-    address = queue.environment["TEMPORAL_ADDRESS"]
-    asyncio.run(connect(address))
-    ids = queue.run(*WORKER, *PROMPTS).split()
+    queue.wait_until(lambda: run_client(queue, "operator", "cluster", "health").returncode == 0)
+    ids = start_workflows(queue, *PROMPTS)
     with queue.worker("first", *WORKER) as first:
         queue.wait_until_submitted(SqliteJournal(queue.folder / "jobs.db"))
         with queue.worker("second", *WORKER):
@@ -53,27 +51,26 @@ def test_killed_worker(queue: Queue) -> None:
             queue.wait_until_polled()
             end_tasks(queue.gateway)
             queue.wait_for_pictures(ids)
-            results = asyncio.run(get_results(address, ids))
-            refused = queue.run(*WORKER, "[moderate]").split()
+            start_workflows(queue, "[moderate]")
             queue.wait_until(lambda: queue.gateway.accepted.total() > len(PROMPTS))
             end_tasks(queue.gateway)
-            with pytest.raises(WorkflowFailureError):  # at once, or this would take an hour
-                asyncio.run(get_results(address, refused))
-
-    assert results == [f"pictures/{name}.jpeg" for name in ids]
+            queue.wait_until(lambda: count_workflows(queue) == {"COMPLETED": len(PROMPTS), "FAILED": 1})
 
 
-async def connect(address: str) -> Client:
-    """Return a client once the server accepts connections."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return await Client.connect(address)
-        except RuntimeError:
-            assert time.monotonic() < deadline, "the server does not start"
-            await asyncio.sleep(0.2)
+def start_workflows(queue: Queue, *prompts: str) -> list[str]:
+    """Start workflows and return their ids; a client of temporalio 1.35 sometimes crashes when its process has ended."""
+    return queue.run(*WORKER, *prompts, ends=(0, -signal.SIGSEGV, -signal.SIGABRT)).split()
 
 
-async def get_results(address: str, ids: list[str]) -> list[str]:
-    client = await connect(address)
-    return [await client.get_workflow_handle(name, result_type=str).result() for name in ids]
+def count_workflows(queue: Queue) -> dict[str, int]:
+    """Return the number of workflows in each state."""
+    rows = json.loads(run_client(queue, "workflow", "list", "--output", "json").stdout or "[]")
+    return Counter(row["status"].removeprefix("WORKFLOW_EXECUTION_STATUS_") for row in rows)
+
+
+def run_client(queue: Queue, *command: str) -> "subprocess.CompletedProcess[str]":
+    assert SERVER is not None
+    address = queue.environment["TEMPORAL_ADDRESS"]
+    return subprocess.run(
+        [SERVER, *command, "--address", address], capture_output=True, text=True, check=False, timeout=PATIENCE
+    )

@@ -103,7 +103,9 @@ def machines(session: nox.Session) -> None:
         session.install("--group", "machines")
     except CommandFailed:
         session.skip("a server of these tests has no wheel for this platform")
-    run_tests(session, *ALL_TESTS, "--backend", "postgres", "tests/journal", "tests/machines", measured=True)
+    run_tests(
+        session, *ALL_TESTS, "--backend", "postgres", "tests/journal", "tests/limits", "tests/machines", measured=True
+    )
 
 
 @nox.session(python=NEWEST)

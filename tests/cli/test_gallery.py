@@ -373,6 +373,7 @@ async def test_damaged_journal_while_a_batch_is_running(tmp_path: Path) -> None:
     output_dir.journal_path.write_bytes(b"SQLite format 3\0 truncated" * 60)
     batch = Batch(
         output_dir=output_dir,
+        storage=None,
         plan=make_plan([], [], ReusePolicy(), None),
         session=FluxSession("key"),
         schedule=LearnedSchedule(),

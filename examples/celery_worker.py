@@ -56,7 +56,7 @@ class SessionThread:
 
     async def _open_session(self) -> FluxSession:
         journal = PostgresJournal(JOURNAL) if "://" in JOURNAL else SqliteJournal(JOURNAL)
-        return await FluxSession(journal=journal).__aenter__()  # closed by a signal
+        return await FluxSession(journal=journal).start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of a coroutine that runs in the thread."""

@@ -52,7 +52,7 @@ class Batch:
     """A batch that is ready to run."""
 
     output_dir: OutputDir
-    storage: Storage | None
+    storage: Storage | None = None
     """Where the pictures go; None: into the output folder."""
     plan: Plan
     session: "flux.FluxSession"

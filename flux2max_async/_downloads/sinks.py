@@ -87,7 +87,7 @@ class FileSink(Sink):
             self._buffer.clear()
 
     async def sync(self) -> None:
-        """Have the operating system write the file to the disk."""
+        """Write what the operating system has buffered to the disk."""
 
         def sync() -> None:
             self._file.flush()
@@ -164,7 +164,7 @@ class StreamSink(Sink):
         self._waited = 0.0
 
     def end(self, error: BaseException | None) -> None:
-        """Have the consumer's `take()` end, or raise the error, once it has taken everything."""
+        """End the consumer's `take()`, or make it raise the error, once it has taken everything."""
         self._has_ended, self._error = True, error
         self._changed.set()
 

@@ -45,7 +45,7 @@ class LimitConnection(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back all slots, as far as that is possible, and close everything."""
+        """Release all slots, as far as that is possible, and close everything."""
         ...
 
     def error(self, error: Exception) -> InFlightLimitError:

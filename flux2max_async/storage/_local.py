@@ -103,7 +103,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _publish(part: Path, path: Path) -> int | None:
-    """Give a file its name, and return its size; None if the name is taken."""
+    """Rename a file, and return its size; None if the name is taken."""
     size = part.stat().st_size
     try:
         path.hardlink_to(part)
@@ -115,7 +115,7 @@ def _publish(part: Path, path: Path) -> int | None:
 
 
 def move(part: Path, path: Path) -> None:
-    """Give a file its name on a file system without links: an empty file reserves it.
+    """Rename a file on a file system without links: an empty file reserves its name.
 
     Raises:
         FileExistsError: The name is taken.

@@ -213,7 +213,7 @@ class _Upload:
             yield chunk
 
     def cancel(self) -> None:
-        """Have `rest()` raise."""
+        """Make `rest()` raise."""
         self._cancelled.cancel()
 
     async def _next(self) -> bytes:

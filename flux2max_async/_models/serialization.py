@@ -165,7 +165,8 @@ def image_from_dict(data: Mapping[str, Any]) -> GeneratedImage:
     """
     received_at = data.get("received_at")
     url, task_id, index = data["url"], data["task_id"], data.get("index", 0)
-    if not (isinstance(url, str) and isinstance(task_id, str) and task_id and isinstance(index, int) and index >= 0):
+    is_index = isinstance(index, int) and not isinstance(index, bool) and index >= 0
+    if not (isinstance(url, str) and isinstance(task_id, str) and task_id and is_index):
         raise TypeError("an image has a URL, the id of its task and an index")
     return GeneratedImage(
         url=url,

@@ -160,6 +160,7 @@ IMAGE_DATA = {"url": "https://a.example/", "type": "image", "task_id": "t1", "ex
             ({"prompt": "x", "input_images": [{**IMAGE_DATA, **change}]}, "input_images")
             for change in (
                 {"url": None}, {"url": "file:///x"}, {"task_id": ""}, {"task_id": 7}, {"index": -1}, {"index": "0"},
+                {"index": True},
                 {"extra": None}, {"received_at": "yesterday"}, {"received_at": 7},
             )
         ),

@@ -133,6 +133,17 @@ def test_a_picture_that_cannot_be_encoded(result: bytes | Exception, message: st
     assert caught.value.field == "input_images"
 
 
+def test_a_picture_that_closes_its_file() -> None:
+    """An object that closes the file which it is saved into can't be encoded."""
+
+    class ClosingPicture:
+        def save(self, fp: BinaryIO, /, format: str) -> None:
+            fp.close()
+
+    with pytest.raises(InvalidRequestError, match="can't encode the ClosingPicture object as PNG"):
+        InputImage(ClosingPicture())
+
+
 def test_a_single_picture_is_refused() -> None:
     """Even a single picture has to be in a list."""
     with pytest.raises(InvalidRequestError, match="must be a list"):

@@ -27,7 +27,7 @@ class SessionImages(SessionLifetime):
         """Return what saves a stream's images.
 
         Raises:
-            ConfigurationError: It is a URL.
+            ConfigurationError: It is a URL, or neither a folder nor a storage.
         """
         if isinstance(save_to, str) and "://" in save_to:
             raise ConfigurationError(
@@ -38,6 +38,8 @@ class SessionImages(SessionLifetime):
             save_to = save_to.folder
         if isinstance(save_to, (str, PathLike)):
             return ImageSaver(Path(save_to), name, self._downloader.fetch)
+        if not callable(getattr(save_to, "create", None)) or isinstance(save_to, type):
+            raise ConfigurationError(f"save_to must be a folder or a storage, not {save_to!r:.80}")
         return StorageSaver(save_to, name, self.download)
 
     async def save(self, image: GeneratedImage, path: str | PathLike[str], /) -> Path:

@@ -85,7 +85,9 @@ async def test_twenty_racers_for_one_local_name(tmp_path: Path) -> None:
     assert names(tmp_path) == ["fox.jpeg"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), StorageError("boom")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), StorageError("boom"), ValueError("boom"), TimeoutError("boom")]
+)
 async def test_local_data_that_fails(tmp_path: Path, error: Exception) -> None:
     """If the data raises, nothing is left."""
     with pytest.raises(type(error), match=r"^boom$"):
@@ -379,6 +381,14 @@ async def test_a_url_is_no_folder(scripted: ScriptedGateway) -> None:
     async with FluxSession(scripted.api_key, base_url=scripted.url) as session:
         with pytest.raises(ConfigurationError, match=r"ObjectStorage\.from_url\('s3://bucket/cats'\)"):
             session.stream(["a cat"], save_to="s3://bucket/cats")
+
+
+@pytest.mark.parametrize("save_to", [5, b"pictures", object(), LocalStorage])
+async def test_what_is_neither_a_folder_nor_a_storage(save_to: Any, scripted: ScriptedGateway) -> None:
+    """What can't store images is refused before anything is submitted."""
+    async with FluxSession(scripted.api_key, base_url=scripted.url) as session:
+        with pytest.raises(ConfigurationError, match="save_to must be a folder or a storage"):
+            session.stream(["a cat"], save_to=save_to)
 
 
 @pytest.mark.parametrize("make", [lambda: ObjectStorage(object()), lambda: ObjectStorage.from_url("s3://bucket")])

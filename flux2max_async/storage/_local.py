@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterable, Generator
+from collections.abc import AsyncGenerator, AsyncIterable, Generator
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -13,6 +13,14 @@ import anyio.to_thread
 
 from flux2max_async._exceptions import FluxError, StorageError
 from flux2max_async.storage._protocol import Storage, StoredImage
+
+
+class _DataError(Exception):
+    """The data to store has raised an error, which is none of the folder's."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class LocalStorage(Storage):
@@ -46,15 +54,19 @@ class LocalStorage(Storage):
         mark: str,  # noqa: ARG002 - files have none
     ) -> StoredImage:
         path, part = self.folder / name, self.folder / f".{secrets.token_hex(8)}.part"
-        with translate_write_errors(path):
-            try:  # not in a worker thread: if the wait for it were cancelled, the file would be left behind
-                with part.open("xb") as file:
-                    async for chunk in data:
-                        await anyio.to_thread.run_sync(file.write, chunk)
-                    await anyio.to_thread.run_sync(_sync, file)
-                size = await anyio.to_thread.run_sync(_publish, part, path)
-            finally:
-                part.unlink(missing_ok=True)
+        try:
+            with translate_write_errors(path):
+                try:  # not in a worker thread: if the wait for it were cancelled, the file would be left behind
+                    with part.open("xb") as file:
+                        async with contextlib.aclosing(_read(data)) as chunks:
+                            async for chunk in chunks:
+                                await anyio.to_thread.run_sync(file.write, chunk)
+                        await anyio.to_thread.run_sync(_sync, file)
+                    size = await anyio.to_thread.run_sync(_publish, part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except _DataError as failure:
+            raise failure.error from failure.error.__cause__
         if size is None:
             raise FileExistsError(f"{path} exists already")
         return StoredImage(location=str(path), size=size)
@@ -89,6 +101,14 @@ def translate_write_errors(target: Path) -> Generator[None]:
         raise StorageError(f"can't write {str(target)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise StorageError(f"can't write {str(target)!r}: {error}") from error
+
+
+async def _read(data: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
+    try:
+        async for chunk in data:
+            yield chunk
+    except Exception as error:
+        raise _DataError(error) from error
 
 
 def _stat(path: Path) -> StoredImage | None:

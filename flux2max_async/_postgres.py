@@ -115,7 +115,7 @@ class PostgresAddress:
         text = redact(str(error), secrets)
         failure = error_class(f"{subject} {self} can't be used: {' '.join(text.split())}")
         if text == str(error):
-            failure.__cause__ = error
+            failure.__cause__ = error.with_traceback(None)  # psycopg's frames hold the password
         return failure
 
     def connect(self, name: str, lease: float, answer_time: float = _ANSWER_TIME) -> "Connection[Any]":

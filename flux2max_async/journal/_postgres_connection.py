@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flux2max_async._exceptions import JournalError
 from flux2max_async._postgres import PostgresAddress, create_schema, hold_lock, lock_number, may_pass
-from flux2max_async.journal._postgres_schema import table_creator
+from flux2max_async.journal._postgres_schema import check_encoding, table_creator
 
 if TYPE_CHECKING:
     from psycopg import Connection, Cursor
@@ -69,6 +69,7 @@ class PostgresConnection:
         connection = self._address.connect("flux2max journal", self._lease, _ANSWER_TIME)
         try:
             if is_first:
+                check_encoding(connection, self._address)
                 create_schema(connection, self._address.schema, table_creator(connection, self._address))
             hold_lock(connection, self._lock)
             connection.add_notify_handler(lambda notification: self._on_notification(notification.payload))

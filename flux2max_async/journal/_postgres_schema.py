@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 TOTALS_SHARDS = 16
+_ENCODINGS = ("UTF8", "SQL_ASCII")
+"""The second one takes bytes as they come."""
 
 # `begin_id` tells one call of begin() from all others: if the answer to a commit is lost, the call is repeated. Whoever
 # waits for an entry to change sets `watched`. Names without a schema are those of the connection's search_path.
@@ -52,6 +54,17 @@ TABLES = (
     "CREATE TABLE version (version integer NOT NULL)",
     f"INSERT INTO version VALUES ({SCHEMA_VERSION})",
 )
+
+
+def check_encoding(connection: "Connection[Any]", journal: object) -> None:
+    """Check that the database can store every text: otherwise one request would make those beside it fail.
+
+    Raises:
+        JournalError: It can't.
+    """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in _ENCODINGS:
+        raise JournalError(f"the journal {journal} needs a database with the encoding UTF8, not {encoding}")
 
 
 def table_creator(connection: "Connection[Any]", journal: object) -> Callable[[], None]:

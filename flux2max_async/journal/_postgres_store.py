@@ -294,6 +294,7 @@ def _check_text(entry: JournalEntry) -> None:
         JournalError: They can't be.
     """
     if any("\0" in text for text in (entry.key, entry.task_id or "", entry.webhook_token or "")):
-        raise JournalError(f"the journal can't store the request {entry.key!r}: PostgreSQL has no character NUL")
+        message = f"the journal can't store the request {entry.key!r}: PostgreSQL has no character NUL"
+        raise JournalError(message, key=entry.key)
     if len(entry.key) > _MAX_KEY_BYTES // 4 and len(entry.key.encode()) > _MAX_KEY_BYTES:
         raise JournalError(f"the journal can't store the request {entry.key[:50]!r}...: its key is too long")

@@ -123,6 +123,7 @@ def test_an_error_of_the_server(postgres: PostgresServer) -> None:
     assert "\n" not in str(error)
     assert error.__cause__ is raised.value
     assert "secret-1" not in f"{error} {error!r} {error.__cause__} {error.__cause__!r}"
+    assert raised.value.__traceback__ is None  # whose frames hold the password, and error reports show them
 
 
 def test_an_error_with_the_password() -> None:

@@ -20,7 +20,14 @@ from support.ports import free_port
 from support.postgres import PASSWORD, PostgresServer
 from support.tcp_proxy import TcpProxy
 
-from flux2max_async import BudgetExceededError, ConfigurationError, JournalError, PostgresJournal
+from flux2max_async import (
+    BudgetExceededError,
+    ConfigurationError,
+    GenerationRequest,
+    JournalError,
+    PostgresJournal,
+)
+from flux2max_async.emulator import Emulator
 from flux2max_async.journal import EntryState, Holder, JournalEntry, SavedFile
 from flux2max_async.journal._postgres_store import PostgresStore
 
@@ -714,6 +721,31 @@ async def test_other_schemas_are_refused(postgres: PostgresServer, schema: str, 
         _ = [entry async for entry in journal.entries()]
 
     assert "left as it is" in str(caught.value)
+
+
+@pytest.mark.parametrize(("encoding", "message"), [("LATIN1", "needs a database with the encoding UTF8, not LATIN1"),
+                                                   ("SQL_ASCII", None)])  # fmt: skip
+async def test_encodings(postgres: PostgresServer, schema: str, encoding: str, message: str | None) -> None:
+    """A database that can't store every text is refused at once: one request would make others fail."""
+    with psycopg.connect(postgres.conninfo(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {schema} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0".encode())
+    journal = PostgresJournal(postgres.conninfo(dbname=schema), schema=schema)
+    with pytest.raises(JournalError, match=message) if message else contextlib.nullcontext():
+        async with journal:
+            await journal.begin(intent("größe 🦊"))
+            assert [entry.key async for entry in journal.entries()] == ["größe 🦊"]
+
+
+async def test_a_key_that_cannot_be_stored_concerns_no_other_request(postgres: PostgresServer, schema: str) -> None:
+    """A stream goes on after a request whose key the database can't store."""
+    requests = [GenerationRequest("a cat", key=key) for key in ("a", "b\0", "c")]
+    journal = PostgresJournal(postgres.conninfo(), schema=schema)
+    async with Emulator(seconds=0.01, spread=0.0) as emulator, emulator.session(journal=journal) as session:
+        outcomes = [outcome async for outcome in session.stream(requests)]
+
+    assert sorted((outcome.request.key, outcome.ok) for outcome in outcomes if outcome.request) == [
+        ("a", True), ("b\0", False), ("c", True),
+    ]  # fmt: skip
 
 
 async def test_tables_that_look_like_a_journals(postgres: PostgresServer, schema: str) -> None:

@@ -152,9 +152,9 @@ def download(
     base_url: options.BaseUrl = None,
     allow_plain_http: options.AllowPlainHttp = False,
 ) -> None:
-    """Wait until a task has ended and save its picture.
+    """Save the picture of a task.
 
-    The task may have been submitted on another machine.
+    If the task has not ended yet, wait for it. It may have been submitted on another machine.
     """
     import asyncio
 
@@ -204,7 +204,9 @@ def batch(
     allow_plain_http: options.AllowPlainHttp = False,
     emulator: options.UseEmulator = False,
 ) -> None:
-    """Generate the pictures of a file, or continue an earlier run.
+    """Generate the pictures of a file.
+
+    If an earlier run has left some of them, continue it.
 
     FILE has one prompt per line (.txt), one JSON object per line (.jsonl), an array of objects or prompts (.json), or
     is a table (.csv, .xlsx). The columns are named like the fields of the objects: prompt, input_images, seed, width,
@@ -271,7 +273,10 @@ app.add_typer(journal_commands.journal, name="journal")
 
 @app.command(epilog="Example: flux2max gallery pictures")
 def gallery(folder: options.BatchFolder) -> None:
-    """Write a batch's index.html and results.jsonl again."""
+    """Write the page of a batch again.
+
+    It writes index.html and results.jsonl from the batch's journal.
+    """
     from flux2max_async.cli._inspect import rebuild_gallery
     from flux2max_async.cli._terminal import report_errors
 
@@ -290,9 +295,10 @@ def demo(
     seconds: options.Seconds = 8.0,
     failing: options.Failing = 0.0,
 ) -> None:
-    """Generate many pictures at once with an emulated service.
+    """Generate pictures with an emulator.
 
-    The emulator runs in this process and needs no key; submits, polls and downloads are real HTTP calls.
+    They are made 24 at a time. The emulator runs in this process and needs no key; submits, polls and downloads are
+    real HTTP calls.
     """
     from flux2max_async.cli._demo import Demo
     from flux2max_async.emulator import Emulator
@@ -311,10 +317,10 @@ def emulate(
     balance: options.Balance = None,
     seed: options.EmulatorSeed = None,
 ) -> None:
-    """Serve an emulated gateway on 127.0.0.1.
+    """Serve an emulated gateway.
 
-    To try things out for free, put the two lines that it prints into a file .env in another folder and run flux2max
-    there.
+    It listens on 127.0.0.1. To try things out for free, put the two lines that it prints into a file .env in another
+    folder and run flux2max there.
 
     The README explains the names of the faults; a wrong name is answered with all of them.
     """

@@ -70,7 +70,7 @@ class Demo:
             self.gateway,
             flux.FluxSession(self.gateway.api_key, base_url=self.gateway.url, schedule=schedule) as session,
         ):
-            display = ProgressDisplay(self.count, session, schedule, 24, self.terminal)
+            display = ProgressDisplay(self.count, session, schedule, 24, self.terminal, emulated=True)
             with display.live():
                 try:
                     async with session.stream(_requests(self.count)) as stream:
@@ -121,7 +121,7 @@ class Demo:
         self.terminal.show(Counts(cells), self._result())
 
     def _write_page(self) -> None:
-        gallery = Gallery(self.folder)
+        gallery = Gallery(self.folder, emulated=True)
         gallery.write([row for _, row in sorted(self.rows.items())], running=False)
         self.terminal.show(f"to view them: {gallery.path.resolve().as_uri()}")
 

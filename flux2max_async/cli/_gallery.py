@@ -41,6 +41,8 @@ class Gallery:
     """The page of an output folder."""
 
     folder: Path
+    emulated: bool = False
+    """Whether the costs are those of an emulator: nothing was paid."""
     skip_thumbnails: bool = False
     """Whether to create no more thumbnails: the page then shows an image itself if its thumbnail is missing."""
     _warned: bool = attrs.field(default=False, init=False)
@@ -97,6 +99,7 @@ class Gallery:
             title=self.folder.resolve().name,
             image_count=sum("url" in entry for entry in entries),
             spent=sum(row.cost for row in rows if row.cost is not None),
+            emulated=self.emulated,
             states=sorted(states.items(), key=lambda item: _rank(item[0]), reverse=True),
             running=running,
             now=datetime.now().astimezone(),

@@ -125,11 +125,13 @@ async def _print_summary(journal: AnyJournal) -> "list[flux.JournalError]":
 
 
 def _describe(entry: JournalEntry) -> dict[str, Any]:
-    """Return an entry as JSON values, in which the service's task id and message are short and escaped."""
+    """Return an entry as JSON values, in which the service's task ids and messages are short and escaped."""
     data = entry.to_dict()
     data["task_id"] = entry.task_id and printable(entry.task_id)
-    if entry.error is not None:
-        data["result"]["error"] = {**data["result"]["error"], "message": printable(entry.error)}
+    for name in data["result"].keys() & {"error", "partial_error"}:
+        error = data["result"][name]
+        texts = {field: printable(error[field]) for field in ("message", "task_id") if error.get(field)}
+        data["result"][name] = {**error, **texts}
     return data
 
 
@@ -144,7 +146,7 @@ def rebuild_gallery(path: Path) -> None:
     output_dir.update_rows((), asyncio.run(output_dir.open_journal()))
     for error in output_dir.damaged.values():
         print_error(error)
-    gallery = Gallery(output_dir.path)
+    gallery = Gallery(output_dir.path, emulated=output_dir.emulated)
     if (problem := write_outputs(output_dir, list(output_dir.rows.values()), gallery, running=False)) is not None:
         raise flux.FluxError(problem)
     typer.echo(gallery.path)

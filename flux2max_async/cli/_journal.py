@@ -22,7 +22,7 @@ journal = typer.Typer(cls=_JournalGroup, no_args_is_help=True, rich_markup_mode=
 
 @journal.callback(epilog="Example: flux2max journal show pictures")
 def _journal() -> None:
-    """Show what a batch's journal contains, or forget old entries."""
+    """Show a batch's journal, or prune it."""
 
 
 @journal.command(epilog="Example: flux2max journal show pictures")

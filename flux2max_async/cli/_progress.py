@@ -39,6 +39,8 @@ class ProgressDisplay:
     budget: Decimal | None = None
     spent_before: Decimal = Decimal(0)
     """US dollars of the budget that earlier runs have spent."""
+    emulated: bool = False
+    """Whether an emulator takes the place of the service: nothing is paid."""
     started_at: float = attrs.field(factory=time.monotonic, init=False)
     """On the clock of `time.monotonic()`."""
     done: int = attrs.field(default=0, init=False)
@@ -101,7 +103,8 @@ class ProgressDisplay:
         if (left := self.estimate_seconds_left()) is not None:
             parts.append(f"{format_duration(left)} left")
         limit = "" if self.budget is None else f" of ${self.budget:.2f}"
-        parts.append(f"${self.spent_before + stats.spent:.2f}{limit} spent")
+        meaning = "if it were paid" if self.emulated else "spent"
+        parts.append(f"${self.spent_before + stats.spent:.2f}{limit} {meaning}")
         parts.append(f"{polls_per_task(stats):.1f} polls a task")
         return ", ".join(parts)
 

@@ -63,7 +63,10 @@ class Batch:
     as_json: bool
     """Whether outcomes are written to stdout."""
     gallery: Gallery = attrs.field(
-        default=attrs.Factory(lambda self: Gallery(self.output_dir.path), takes_self=True), init=False
+        default=attrs.Factory(
+            lambda self: Gallery(self.output_dir.path, emulated=self.output_dir.emulated), takes_self=True
+        ),
+        init=False,
     )
 
 
@@ -114,6 +117,7 @@ async def run(batch: Batch) -> Report:
             console=Terminal(sys.stderr),
             budget=batch.budget,
             spent_before=batch.plan.spent,
+            emulated=batch.output_dir.emulated,
         )
         graceful_exit = GracefulExit(display, batch.gallery, report)
         with attach_log_handler(DisplayLogHandler(display)), graceful_exit.handle_signals(), display.live():

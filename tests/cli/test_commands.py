@@ -52,6 +52,15 @@ def test_help_fits_and_has_an_example(flux2max: Command, command: tuple[str, ...
     assert all(len(line) <= 80 for line in run.out.splitlines())
 
 
+def test_list_of_commands_on_a_narrow_terminal(flux2max: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 40 columns, what each command does is not cut."""
+    monkeypatch.setenv("COLUMNS", "40")
+    commands = flux2max("--help").out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+
+    assert len(commands) == 8
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
 def test_version(flux2max: Command) -> None:
     """--version prints the version and nothing else."""
     assert flux2max("--version") == Run(0, f"flux2max {__version__}\n", "")

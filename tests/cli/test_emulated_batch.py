@@ -61,6 +61,7 @@ def test_from_the_first_run_to_the_last(
     )
     assert (second.code, ended) == (1, {"a cat": "completed", "a dog [fail]": "failed"})
     assert ", nothing spent\n" in second.out
+    assert "$0.07 if it were paid." in Path(FOLDER, "index.html").read_text(encoding="utf-8")
     assert third.code == 0
     assert "Go on?" not in third.out
     assert "for pictures of the service: flux2max batch prompts.txt --width 64 --height 64" in third.out

@@ -1,6 +1,7 @@
 """What the commands show: tables that fit the terminal, and reasons that are whole."""
 
 import io
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def test_counts(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
         assert [cell.strip() for cell in lines[1].split("┃")[1:-1]] == ["done", "seconds per task", "spent"]
         assert [cell.strip() for cell in lines[3].split("│")[1:-1]] == ["1,000", "2.5", "$70.00"]
         assert {len(line) for line in lines} == {37}
+
+
+@pytest.mark.parametrize(
+    ("emulated", "cost"), [(False, "$0.07 of $1.00 spent"), (True, "$0.07 of $1.00 if it were paid")]
+)
+async def test_cost_in_status_lines(*, emulated: bool, cost: str) -> None:
+    """With an emulator, nothing is said to be spent."""
+    session = flux.FluxSession("key", base_url="http://127.0.0.1:1")
+    display = ProgressDisplay(
+        total=1,
+        session=session,
+        schedule=flux.LearnedSchedule(),
+        max_in_flight=1,
+        console=Console(file=io.StringIO()),
+        budget=Decimal(1),
+        spent_before=Decimal("0.07"),
+        emulated=emulated,
+    )
+
+    assert display.format_rates() == f"{cost}, 0.0 polls a task"
 
 
 @pytest.mark.parametrize("columns", ["40", "80"])

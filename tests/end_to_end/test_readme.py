@@ -59,10 +59,10 @@ def test_all_examples_are_run() -> None:
     """Every example of the README and of the documentation is run by a test below, which names its heading."""
     tested = Path(__file__).read_text(encoding="utf-8")
     needs_servers = (ROOT / "tests/machines/test_readme_hosts.py").read_text(encoding="utf-8")
+    untested = [heading for heading in EXAMPLES if f'"{heading}"' not in tested]
 
     assert len(EXAMPLES) == 11
-    assert [heading for heading in EXAMPLES if f'"{heading}"' not in tested] == ["On several hosts"]
-    assert "## On several hosts" in needs_servers
+    assert [heading for heading in untested if f"## {heading}" not in needs_servers] == []
 
 
 def test_links() -> None:

@@ -147,7 +147,9 @@ async def test_find_may_miss_an_entry_but_begin_never_does(tmp_path: Path) -> No
         begun = await second.begin(intent())
         found = await second.find("k")
 
-    assert (early, begun) == (None, False)
+    # Once the second session has seen the first one, it looks into the file.
+    assert early is None or early.holder is Holder.OTHER
+    assert begun is False
     assert found is not None
     assert found.holder is Holder.OTHER
 

@@ -5,7 +5,7 @@ Each session is a holder, with a row in `limit_holders`, whose columns are those
 each is one message to the server and one answer. What differs:
 
   alive     the lock is held. Only a holder that waits for a slot checks the others, when it begins to wait and every
-            half second.
+            half second, or less often if many wait.
   dead      the lock is not held, and `died` says since when that is known. Its slots count for `RETURN_TIME`, in which
             a host that has lost its connection is back, and then its row is deleted; or it is back later, and counts
             again, perhaps above the limit.
@@ -35,6 +35,8 @@ _LEASE = 12.0
 _ANSWER_TIME = 10.0  # seconds
 RETURN_TIME = 1.5
 """Seconds for which the slots of a host count whose connection was lost; more than the delays between its attempts."""
+_FEW = 25
+"""If more holders than this wait, each checks less often, as every check looks at all of them."""
 _MAX_TASK_TIME = 900.0
 """Seconds after its submit in which the service has ended a task, even if nobody has followed it."""
 _VERSION = 1
@@ -103,6 +105,7 @@ _GRANT = """
     )
     SELECT id = %(us)s, CASE WHEN id <> %(us)s THEN pg_notify('flux2max_limit_' || id, '') END FROM granted
 """
+_COUNT_WAITING = "SELECT count(*) FROM limit_holders WHERE ticket IS NOT NULL"
 _HAS_JOURNAL = "SELECT to_regclass('entries') IS NOT NULL AND to_regclass('owners') IS NOT NULL"
 _DELETE = "DELETE FROM limit_holders WHERE id = %(us)s"
 
@@ -140,6 +143,8 @@ class PostgresConnection:
         """Whether a journal is known to be in the same schema."""
         self._is_notified = False
         """Whether a slot has probably been granted."""
+        self._waiting = 0
+        """How many holders wait, as of its last transaction."""
         self._written: tuple[int, bool] | None = None
         """What its row says: how many slots it holds, and whether it waits; None if that isn't known."""
 
@@ -153,6 +158,8 @@ class PostgresConnection:
     def wait(self, seconds: float) -> None:
         """Wait for a notification, or for `wake()`."""
         connection = None if self._cursor is None else self._cursor.connection
+        if self._written is not None and self._written[1]:
+            seconds *= max(1.0, self._waiting / _FEW)
         self._is_notified = bool(self._waiter.wait(connection, seconds))
 
     def update(self, held: int, *, waits: bool, adopted: int) -> bool:
@@ -172,8 +179,9 @@ class PostgresConnection:
             parts.append(_FIND_DEAD)
         if adopted:
             parts.append(_GIVE_UP)
-        results = self._run(self._cursor, [*parts, _GRANT], held=held, waits=waits, adopted=adopted)
-        granted = results[1] == [(True,)] or (True, None) in results[-1]
+        results = self._run(self._cursor, [*parts, _GRANT, _COUNT_WAITING], held=held, waits=waits, adopted=adopted)
+        granted = results[1] == [(True,)] or (True, None) in results[-2]
+        self._waiting = results[-1][0][0]
         self._written = (held + granted, waits and not granted)
         self._backoff.reset()
         return granted

@@ -476,6 +476,30 @@ def test_a_notification_that_comes_late(start: Callable[..., Holder]) -> None:
     assert not first.acquire()
 
 
+def test_many_that_wait(start: Callable[..., Holder], address: PostgresAddress) -> None:
+    """The more wait, the less often each checks the others; a notification still ends its wait."""
+    first, second = start(1), start(1)
+    first.acquire()
+    second.acquire()
+    with address.connect("a test", 12.0) as connection:
+        for number in range(99):
+            hold_lock(connection, number)
+            connection.execute(
+                "INSERT INTO limit_holders (id, lock, slots, held, ticket, kept) VALUES (%s, %s, 1, 0, %s, false)",
+                (f"other {number}", number, 1000 + number),
+            )
+        second.update()
+        started = time.monotonic()
+        second.connection.wait(0.1)
+        waited = time.monotonic() - started
+        first.release()
+        second.connection.wait(PATIENCE)
+        second.update()
+
+    assert waited > 0.35
+    assert (second.held, second.waits) == (1, False)
+
+
 async def test_a_slot_that_is_released_wakes_another_host(postgres: PostgresServer, schema: str) -> None:
     """A slot goes to the one that waits at once, however long it would wait by itself."""
     limits = [PostgresInFlightLimit(postgres.conninfo(), 1, schema=schema) for _ in range(2)]

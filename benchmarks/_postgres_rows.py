@@ -89,7 +89,7 @@ def write(store: PostgresStore, entries: list[JournalEntry]) -> None:
 
 def fill(address: PostgresAddress, rows: int) -> None:
     """Copy the first entry until there are so many."""
-    with address.connect("fill", LEASE, answer_time=600.0) as connection:
+    with address.connect("fill", LEASE, answer_time=3600.0) as connection:
         # The trigger would update one row a million times in a transaction.
         connection.execute("ALTER TABLE entries DISABLE TRIGGER USER")
         connection.execute(_FILL, (rows, rows, rows, rows - 1))

@@ -235,8 +235,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few rows and sessions: whether it runs")
     parser.add_argument("--only", default="rows,sessions,notifications", help="the parts to measure")
+    parser.add_argument("--rows", type=int, help="entries, instead of 10,000 and a million")
     arguments = parser.parse_args()
     size = SHORT if arguments.short else FULL
+    if arguments.rows:
+        size = attrs.evolve(size, rows=attrs.evolve(size.rows, rows=(arguments.rows,)))
     parts = arguments.only.split(",")
     with PostgresServer("max_connections=400", "fsync=on") as server:
         print(about(shlex.join(sys.argv)), end="\n\n")

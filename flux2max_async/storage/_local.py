@@ -33,7 +33,7 @@ class LocalStorage(Storage):
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
 
     async def open(self) -> None:
         with translate_write_errors(self.folder):

@@ -222,6 +222,15 @@ async def test_it_fails_in_the_middle(scripted: ScriptedGateway, session: FluxSe
     assert caught.value.task_id == "t1"
 
 
+async def test_what_is_no_image_is_not_passed_on(scripted: ScriptedGateway, session: FluxSession) -> None:
+    """A response that comes in many pieces and is no image is read to its end, tried again, and never yielded."""
+    scripted.downloads = deque([answer(200, b"<!DOCTYPE html>" * 100_000), answer(200, IMAGE)])
+    async with session.download(image_at(scripted)) as download:
+        assert await collect(download) == IMAGE
+
+    assert len(scripted.received) == 2
+
+
 async def test_it_fails_at_once(scripted: ScriptedGateway, session: FluxSession) -> None:
     """The beginning raises what `save()` would: a handler knows it before its response begins."""
     scripted.downloads = deque([answer(404, b"")])

@@ -318,9 +318,14 @@ async def test_jobs_that_are_interrupted_run_again(
     journal = PostgresJournal(postgres.conninfo(), schema=schema, lease=3600.0)
     await journal.open()
     await journal.find("k")  # there has been a heartbeat
-    held_up = threading.Event()
-    calls = [asyncio.ensure_future(journal._run(lambda _: held_up.wait(PATIENCE), writes=False))]
-    await asyncio.sleep(0)
+    is_held_up, held_up = threading.Event(), threading.Event()
+
+    def hold_up(_: object) -> bool:
+        is_held_up.set()
+        return held_up.wait(PATIENCE)
+
+    calls = [asyncio.ensure_future(journal._run(hold_up, writes=False))]
+    await asyncio.to_thread(is_held_up.wait, PATIENCE)  # what follows is for the thread one group
     fail_once(monkeypatch, "COMMIT", INTERRUPTIONS[interruption])
     calls += [asyncio.ensure_future(journal.begin(intent(f"{number}"))) for number in range(5)]
     await asyncio.sleep(0)

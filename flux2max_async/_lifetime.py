@@ -1,5 +1,6 @@
 """The lifetime of a session: its parts are made from its arguments, opened, drained and closed."""
 
+import math
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +20,9 @@ from flux2max_async._polling.schedules import PollSchedule
 from flux2max_async._polling.shared_learning import SharedLearning
 from flux2max_async._shutdown import Shutdown, closed_error
 from flux2max_async._signals import DrainHandler, install_handlers
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters, SessionStats
+from flux2max_async._tasks.handle import GenerationTask
+from flux2max_async._tasks.runner import TaskRunner
 from flux2max_async._tasks.shared_slots import SharedSlotQueue
 from flux2max_async._tasks.slots import SlotQueue
 from flux2max_async._tasks.supervisor import Supervisor
@@ -42,7 +45,7 @@ class SessionParts:
     schedule: PollSchedule
     learning: SharedLearning | None
     """None without a journal, and with a schedule that belongs to somebody else."""
-    stats: SessionStats = attrs.field(factory=SessionStats, init=False)
+    stats: SessionCounters = attrs.field(factory=SessionCounters, init=False)
 
     @classmethod
     def create(
@@ -178,6 +181,8 @@ class SessionLifetime:
     """While the session is open."""
     _is_opening = False
     _was_open = False
+    _unfinished: tuple[TaskRunner, ...] = ()
+    """What was unfinished when the session was closed."""
     _drain_handlers: tuple[DrainHandler, ...] = ()
 
     async def start(self) -> Self:
@@ -251,10 +256,29 @@ class SessionLifetime:
     @property
     def stats(self) -> SessionStats:
         """A copy of the counters."""
-        stats, schedule = self._parts.stats, self._parts.schedule
+        counters, schedule, supervisor = self._parts.stats, self._parts.schedule, self._supervisor
         percentile = schedule.percentile if isinstance(schedule, LearnedSchedule) else lambda _: None
-        waiting = 0 if self._supervisor is None else self._supervisor.slots.waiting
-        return attrs.evolve(stats, waiting=waiting, median_duration=percentile(50), p90_duration=percentile(90))
+        durations = {"median_duration": percentile(50), "p90_duration": percentile(90)}
+        if supervisor is None:
+            return counters.to_stats(math.inf, in_flight_limit=self._parts.config.in_flight_limit, **durations)
+        now, limiter = supervisor.client.now(), supervisor.client.submit_limiter
+        return counters.to_stats(
+            now,
+            waiting=supervisor.slots.waiting,
+            oldest_in_flight=max((runner.elapsed for runner in supervisor.unfinished), default=None),
+            in_flight_limit=limiter.limit,
+            paused_for=limiter.pause_remaining(now),
+            **durations,
+        )
+
+    @property
+    def unfinished(self) -> tuple[GenerationTask, ...]:
+        """The tasks that were submitted and whose ends were not seen; after `aclose()`, those that its log line names.
+
+        `attach(task.id)` follows one of them later.
+        """
+        runners = self._unfinished if self._supervisor is None else self._supervisor.unfinished
+        return tuple(map(GenerationTask, runners))
 
     def health(self) -> SessionHealth:
         """Return whether the session can serve requests now; nothing is sent for it."""
@@ -276,6 +300,8 @@ class SessionLifetime:
             self._forget_supervisor()
 
     def _forget_supervisor(self) -> None:
+        if self._supervisor is not None:
+            self._unfinished = self._supervisor.unfinished
         self._supervisor = None
         for handler in self._drain_handlers:
             handler.remove()

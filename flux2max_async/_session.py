@@ -151,7 +151,9 @@ class FluxSession(SessionImages):
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
             del api_key, base_url, proxy
             raise error.with_traceback(None) from None
-        self._downloader = Downloader(self._parts.transport, self._parts.config.task_timeout, self.fetch)
+        self._downloader = Downloader(
+            self._parts.transport, self._parts.config.task_timeout, self.fetch, self._parts.stats
+        )
 
     # ------------------------------------------------------------------ requests
 

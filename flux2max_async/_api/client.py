@@ -34,7 +34,7 @@ from flux2max_async._exceptions import (
 from flux2max_async._health import HealthMonitor
 from flux2max_async._models.request import GenerationRequest
 from flux2max_async._models.results import TaskSnapshot, TaskStatus
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters
 from flux2max_async._text import get_logger
 
 log = get_logger("api")
@@ -77,7 +77,7 @@ class ApiClient:
         config: The session's settings.
     """
 
-    def __init__(self, transport: Transport, stats: SessionStats, config: SessionConfig) -> None:
+    def __init__(self, transport: Transport, stats: SessionCounters, config: SessionConfig) -> None:
         self.now: Callable[[], float] = asyncio.get_running_loop().time
         self.suspended: Callable[[], float] = suspended_seconds
         self._transport = transport
@@ -286,7 +286,7 @@ class ApiClient:
         Raises:
             FluxError: The poll failed, or the service refused; `_retry` tells the two apart.
         """
-        self._stats.polls += 1
+        self._stats.count_poll(self.now())
         limiter = self.poll_limiter
         try:
             response = await self._transport.exchange(message, limit, within=within, fresh_connection=fresh_connection)

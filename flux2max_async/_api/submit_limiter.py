@@ -133,6 +133,11 @@ class SubmitLimiter:
         """Whether submits are sent one at a time."""
         return self._ceiling < self._max_in_flight
 
+    @property
+    def limit(self) -> int:
+        """The number of tasks that may be in flight now."""
+        return int(self._ceiling)
+
     def pause_remaining(self, now: float) -> float:
         """Return the seconds for which the service has asked all submits to wait."""
         return max(0.0, self._paused_until - now)

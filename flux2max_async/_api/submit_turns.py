@@ -9,7 +9,7 @@ import attrs
 
 from flux2max_async._api.circuit_breaker import CircuitBreaker
 from flux2max_async._api.submit_limiter import SubmitLimiter
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters
 
 _MAX_FIRST_SUBMITS = 24
 """So many are on the wire at first, and one more for each that was accepted: a limit is known after few refusals."""
@@ -28,7 +28,7 @@ class SubmitTurns:
     One of those that wait has the turn: it waits for the limits, starts, and passes the turn on.
     """
 
-    _stats: SessionStats
+    _stats: SessionCounters
     _limiter: SubmitLimiter
     _breaker: CircuitBreaker
     _now: Callable[[], float]

@@ -29,6 +29,7 @@ from flux2max_async._exceptions import (
     TransportError,
 )
 from flux2max_async._models.results import NO_URL, GeneratedImage, TaskSnapshot, is_inline
+from flux2max_async._stats import SessionCounters
 from flux2max_async._text import get_logger
 from flux2max_async._timeouts import Timeout
 from flux2max_async.storage._local import translate_write_errors
@@ -50,12 +51,20 @@ class Downloader:
         transport: Opens the downloads.
         timeout: Maximum duration of one attempt in seconds, at least 120; infinite for no limit.
         poll: Polls a task once.
+        stats: The session's counters.
     """
 
-    def __init__(self, transport: Transport, timeout: float, poll: Callable[[str], Awaitable[TaskSnapshot]]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        timeout: float,
+        poll: Callable[[str], Awaitable[TaskSnapshot]],
+        stats: SessionCounters,
+    ) -> None:
         self._transport = transport
         self._timeout = max(timeout, RETRY_WINDOW + YOUNG_AGE)
         self._poll = poll
+        self._stats = stats
         self._slots = DownloadSlots(transport.max_downloads)
 
     async def save(self, image: GeneratedImage, target: Path) -> Path:
@@ -126,17 +135,20 @@ class Downloader:
             ResultExpiredError: The URL has expired, and there is no fresh one that works.
             DownloadError: The image can't be downloaded, or is larger than 100 MB.
         """
+        self._stats.downloading += 1
         try:
             return await self._download_with_retries(image, sink)
         except DownloadError as error:
             error.task_id = image.task_id
             raise
+        finally:
+            self._stats.downloading -= 1
 
     async def _download_with_retries(self, image: GeneratedImage, sink: Sink) -> str:
         link = Link(image.url, image.received_at)
         if image.url == NO_URL:
             link = await self._renew(link, image)
-        transfer, retries = Transfer(sink, Pace(self._slots)), Retries()
+        transfer, retries = Transfer(sink, Pace(self._slots), self._stats), Retries()
         started = anyio.current_time()
         while True:
             try:

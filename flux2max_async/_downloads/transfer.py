@@ -15,6 +15,7 @@ from flux2max_async._downloads.pace import Pace
 from flux2max_async._downloads.redirects import open_download
 from flux2max_async._downloads.sinks import OtherImageError, Sink
 from flux2max_async._exceptions import DownloadError, TransportError
+from flux2max_async._stats import SessionCounters
 
 MAX_IMAGE_BYTES = 100_000_000
 _MAX_SHOWN_BYTES = 40
@@ -44,6 +45,7 @@ class Transfer:
 
     sink: Sink
     pace: Pace
+    stats: SessionCounters
     received: int = 0
     """Bytes that the sink has, and those that are kept here until the format is known."""
     total: int | None = None
@@ -149,6 +151,7 @@ class Transfer:
         try:
             while chunk := await response.read():
                 self.pace.add(len(chunk))
+                self.stats.downloaded_bytes += len(chunk)
                 await self._add(chunk)
         except TransportError:
             await self._flush(before)  # so that it is not requested again

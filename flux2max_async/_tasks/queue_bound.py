@@ -7,7 +7,7 @@ import attrs
 from flux2max_async._exceptions import QueueFullError
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.learned import LearnedSchedule
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters
 from flux2max_async._tasks.slots import SlotQueue
 
 _PERCENTILES = range(10, 100, 10)
@@ -23,7 +23,7 @@ class QueueBound:
     _slots: SlotQueue
     _max_waiting: int | None
     _polling: PollingContext
-    stats: SessionStats
+    stats: SessionCounters
     reserved: int = attrs.field(default=0, init=False)
     """Requests that have no place in the queue yet, and count as waiting."""
     _mean_duration: float | None = attrs.field(default=None, init=False)

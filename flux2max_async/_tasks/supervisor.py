@@ -9,12 +9,12 @@ from typing import Any
 
 import anyio
 
-from flux2max_async._exceptions import QueueFullError
+from flux2max_async._exceptions import QueueFullError, SubmissionUncertainError
 from flux2max_async._models.results import Completed, Outcome, Usage
 from flux2max_async._polling.context import PollingContext
 from flux2max_async._polling.deadline import GRACE_PERIOD, MAX_LATENESS
 from flux2max_async._shutdown import ANSWER_TIMEOUT, SETTLE_TIME, closed_error
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters
 from flux2max_async._tasks.background import BackgroundTasks
 from flux2max_async._tasks.context import RunnerContext
 from flux2max_async._tasks.external_changes import ExternalChanges
@@ -53,7 +53,7 @@ class Supervisor(BackgroundTasks):
     def __init__(
         self,
         polling: PollingContext,
-        stats: SessionStats,
+        stats: SessionCounters,
         records: RecordFactory,
         *,
         slots: SlotQueue,
@@ -80,6 +80,8 @@ class Supervisor(BackgroundTasks):
         self._closing: asyncio.Task[None] | None = None
         """Closes the session, once that has begun."""
         self._stats = stats
+        self._left_unfinished: tuple[TaskRunner, ...] = ()
+        """What `close_now()` has ended."""
         self._draining: asyncio.Timeout | None = None
 
     # ------------------------------------------------------------------ shutdown
@@ -182,8 +184,15 @@ class Supervisor(BackgroundTasks):
         for runner in runners:
             runner.close_now()
         if unfinished := [runner for runner in submitted if not runner.ended.result().replayed]:
+            self._left_unfinished = tuple(runner for runner in unfinished if runner.task_id is not None)
             ids = [runner.task_id or "(a submit without an answer)" for runner in unfinished]
             log.warning("session closed; unfinished tasks: %s", ids)
+
+    @property
+    def unfinished(self) -> tuple[TaskRunner, ...]:
+        """The runners whose tasks were submitted, and whose ends were not seen."""
+        running = (runner for runner in self._runners if runner.poller is not None and not runner.ended.done())
+        return (*self._left_unfinished, *running)
 
     # ------------------------------------------------------------------ observing runners
 
@@ -199,6 +208,7 @@ class Supervisor(BackgroundTasks):
             self._stats.withdrawn += 1
         elif not isinstance(outcome.error, QueueFullError):
             self._stats.failed += 1
+            self._stats.uncertain += isinstance(outcome.error, SubmissionUncertainError)
         self._stats.replayed += outcome.replayed
         if runner.poller is not None:
             self._stats.webhooks += runner.poller.ended_by_webhook

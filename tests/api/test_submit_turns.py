@@ -10,13 +10,13 @@ from support.virtual_time import VirtualTimeLoop
 from flux2max_async._api.circuit_breaker import CircuitBreaker
 from flux2max_async._api.submit_limiter import SubmitLimiter
 from flux2max_async._api.submit_turns import SubmitTurns
-from flux2max_async._stats import SessionStats
+from flux2max_async._stats import SessionCounters
 
 FULL = 100
 """So many submits on the wire that no further one may start."""
 
 
-def create(stats: SessionStats) -> SubmitTurns:
+def create(stats: SessionCounters) -> SubmitTurns:
     return SubmitTurns(stats, SubmitLimiter(24), CircuitBreaker(5), asyncio.get_running_loop().time)
 
 
@@ -24,7 +24,7 @@ class Submits:
     """Submits that wait for their turns, and start when there is room."""
 
     def __init__(self) -> None:
-        self.stats = SessionStats(submitting=FULL, submitted=FULL)
+        self.stats = SessionCounters(submitting=FULL, submitted=FULL)
         self.turns = create(self.stats)
         self.started: list[int] = []
         self.ranks: dict[int, float] = {}
@@ -72,7 +72,7 @@ async def test_the_lowest_rank_goes_first() -> None:
 @pytest.mark.parametrize(("submitted", "on_wire"), [(0, 24), (1, 25), (24, 48), (75, 99), (76, 100), (1000, 100)])
 async def test_accepted_submits_allow_more_at_the_same_time(submitted: int, on_wire: int) -> None:
     """At first 24 are on the wire, one more for each accepted one, and a hundred at most."""
-    stats = SessionStats(submitting=on_wire - 1, submitted=submitted)
+    stats = SessionCounters(submitting=on_wire - 1, submitted=submitted)
     turns = create(stats)
     before = turns.must_wait
     stats.submitting += 1

@@ -29,6 +29,7 @@ from flux2max_async._downloads.downloader import Downloader
 from flux2max_async._downloads.retries import EXPIRY_GRACE, RETRY_WINDOW, Link, Retries
 from flux2max_async._downloads.transfer import AttemptError
 from flux2max_async._models.results import NO_URL
+from flux2max_async._stats import SessionCounters
 
 IMAGE = jpeg(bytes(range(256)) * 12)
 POLL_PATH = "/model/v1/generation/task/t1"
@@ -357,7 +358,7 @@ async def test_closed_session_while_the_task_is_asked(scripted: ScriptedGateway,
     transport.open(1)
     image = GeneratedImage(url=NO_URL if images else scripted.url + url, type="image", task_id="t1")
     with pytest.raises(SessionClosedError):
-        await Downloader(transport, 600.0, poll).read(image)
+        await Downloader(transport, 600.0, poll, SessionCounters()).read(image)
     await transport.close()
 
 

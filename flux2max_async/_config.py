@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import ssl
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, TypeAlias
 from urllib.parse import SplitResult, urlsplit
@@ -27,6 +27,9 @@ The function is called in the event loop before each call, at most once a second
 """
 KEY_FORMAT = "must be printable ASCII without spaces and line ends, and without 'Bearer'"
 
+_OWN_HEADERS = ("authorization", "x-key", "host", "connection", "transfer-encoding", "accept-encoding")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[ -~]*")
 _MAX_DOLLARS = 10**9
 _UNCATCHABLE = {"SIGKILL", "SIGSTOP"}
 _MIN_AUTO_RATE = 20.0
@@ -227,6 +230,20 @@ def _proxy_host(proxy: str) -> str:
     return (parts and parts.hostname) or ""
 
 
+def _parse_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+    if headers is not None and not isinstance(headers, Mapping):
+        raise ConfigurationError(f"headers must be a mapping of names and values, not {type(headers).__name__}")
+    for name, value in (headers or {}).items():
+        # The message doesn't show a value: it may be a secret.
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ConfigurationError(f"headers has a name that can't be sent: {name!r:.80}")
+        if name.lower() in _OWN_HEADERS or name.lower().startswith("content-"):
+            raise ConfigurationError(f"headers can't hold {name}: the session sets it itself")
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise ConfigurationError(f"the value of {name} in headers must be a line of printable ASCII")
+    return dict(headers or {})
+
+
 def _validate_ssl_context(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
     if value is not None and not isinstance(value, ssl.SSLContext):
         raise ConfigurationError(f"{field.name} must be an ssl.SSLContext, not {type(value).__name__}")
@@ -246,6 +263,7 @@ class SessionConfig:
     """None reads the environment."""
     proxy: str | None = attrs.field(repr=False)
     trust_env: bool = attrs.field(validator=_validate_flag)
+    headers: Mapping[str, str] = attrs.field(default=None, converter=_parse_headers, repr=False)
     ssl_context: ssl.SSLContext | None = attrs.field(validator=_validate_ssl_context)
     allow_plain_http: bool = attrs.field(validator=_validate_security)
     max_in_flight: int | InFlightLimit = attrs.field(validator=_validate_in_flight)

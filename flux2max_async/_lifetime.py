@@ -77,6 +77,7 @@ class SessionParts:
             config.base_url,
             timeout=config.http_timeout,
             http=http_session,
+            headers=config.headers,
             proxy=config.proxy,
             trust_env=config.trust_env,
             ssl_context=config.ssl_context,

@@ -3,7 +3,7 @@
 import signal
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterable, Callable, Collection, Iterable
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping
 from decimal import Decimal
 from functools import partial
 from os import PathLike
@@ -61,6 +61,8 @@ class FluxSession(SessionImages):
         http_timeout: Seconds for one HTTP exchange, the last byte of its answer included; for polls, at most.
         http_session: A borrowed aiohttp session, for tracing or a connector of your own; it is never closed by us. Its
             middlewares see downloads too, but the hosts of images get none of its headers, cookies and credentials.
+        headers: Further headers of calls to the API, never of downloads, for gateways in between. The session sets
+            Authorization and those of the content itself.
         proxy: The URL of an HTTP proxy for the API and downloads; else the environment's HTTPS_PROXY, HTTP_PROXY and
             ALL_PROXY, except for this machine, NO_PROXY, and a borrowed session with a proxy or connector of its own.
         trust_env: False: no proxy from the environment. `.netrc` is never used.
@@ -103,6 +105,7 @@ class FluxSession(SessionImages):
         max_polls_per_second: float | Literal["auto"] | None = "auto",
         http_timeout: float = 30.0,
         http_session: aiohttp.ClientSession | None = None,
+        headers: Mapping[str, str] | None = None,
         proxy: str | None = None,
         trust_env: bool = True,
         ssl_context: ssl.SSLContext | None = None,
@@ -130,6 +133,7 @@ class FluxSession(SessionImages):
                 base_url=base_url,
                 proxy=proxy,
                 trust_env=trust_env,
+                headers=headers,
                 ssl_context=ssl_context,
                 allow_plain_http=allow_plain_http,
                 max_in_flight=max_in_flight,
@@ -149,7 +153,7 @@ class FluxSession(SessionImages):
             )
         except ConfigurationError as error:
             # What is wrong may be a secret, or hold one: the frames of the traceback must not.
-            del api_key, base_url, proxy
+            del api_key, base_url, headers, proxy
             raise error.with_traceback(None) from None
         self._downloader = Downloader(
             self._parts.transport, self._parts.config.task_timeout, self.fetch, self._parts.stats

@@ -2,7 +2,7 @@
 
 import signal
 import ssl
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from typing import Literal, TypedDict
 
@@ -26,6 +26,7 @@ class SessionOptions(TypedDict, total=False):
     max_polls_per_second: float | Literal["auto"] | None
     http_timeout: float
     http_session: aiohttp.ClientSession | None
+    headers: Mapping[str, str] | None
     proxy: str | None
     trust_env: bool
     ssl_context: ssl.SSLContext | None

@@ -25,6 +25,7 @@ from flux2max_async._config import (
 VALID: dict[str, Any] = {
     "api_key": "sk-7f3a9c",
     "base_url": "https://cloud.vtrix.ai",
+    "headers": {"X-Team": "art"},
     "proxy": None,
     "trust_env": True,
     "ssl_context": None,
@@ -530,3 +531,38 @@ def test_a_session_validates_its_settings(settings_: dict[str, Any], message: st
 def test_polls_per_second(limit: Any, slots: int, rate: float) -> None:
     """By default there may be one poll per second for each slot, and at least 20."""
     assert config(max_polls_per_second=limit, max_in_flight=slots).poll_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"Authorization": "secret-1"}, "can't hold Authorization"),
+        ({"x-key": "secret-1"}, "can't hold x-key"),
+        ({"content-encoding": "gzip"}, "can't hold content-encoding"),
+        ({"Host": "a.example"}, "can't hold Host"),
+        ({"X Team": "secret-1"}, "a name that can't be sent: 'X Team'"),
+        ({"": "secret-1"}, "a name that can't be sent: ''"),
+        ({7: "secret-1"}, "a name that can't be sent: 7"),
+        ({"X-Team": "secret-1\r\nX: y"}, "the value of X-Team in headers must be a line"),
+        ({"X-Team": "größe"}, "the value of X-Team in headers must be a line"),
+        ({"X-Team": 1}, "the value of X-Team in headers must be a line"),
+        ([("X-Team", "secret-1")], "headers must be a mapping of names and values, not list"),
+    ],
+)
+def test_headers_that_cannot_be_sent(headers: Any, message: str) -> None:
+    """A header that the session sets itself, or that can't be sent, is an error that doesn't show its value."""
+    error = config_error(headers=headers)
+
+    assert message in str(error)
+    assert "secret-1" not in str(error)
+
+
+def test_headers_are_copied_and_not_shown() -> None:
+    """What is given may be changed later, and may hold secrets."""
+    headers = {"X-Team": "secret-1"}
+    kept = config(headers=headers)
+    headers["X-Team"] = "other"
+
+    assert kept.headers == {"X-Team": "secret-1"}
+    assert "secret-1" not in repr(kept)
+    assert config(headers=None).headers == {}

@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import uvloop
+from support.responses import picture
 from support.scripted import ScriptedGateway, answer, completed, hang, raw, running, session_on
 
 from flux2max_async import (
@@ -634,3 +635,22 @@ class _Observer:
 
     def on_ended(self, runner: TaskRunner, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+
+
+async def test_further_headers(scripted: ScriptedGateway) -> None:
+    """They are sent with submits and polls, in place of the session's own, and never with downloads."""
+    scripted.polls = deque([answer(200, completed("t1", f"{scripted.url}/0.jpeg"))])
+    scripted.downloads = deque([answer(200, picture())])
+    async with session_on(scripted, headers={"X-Team": "art", "user-agent": "mine/1"}) as session:
+        outcome = await session.generate("a cat")
+        await session.read(outcome.images[0])
+    *calls, download = [
+        {name.lower(): value for name, value in request.headers.items()} for request in scripted.received
+    ]
+
+    assert len(calls) == 2
+    for headers in calls:
+        assert (headers["x-team"], headers["user-agent"]) == ("art", "mine/1")
+        assert headers["authorization"] == f"Bearer {scripted.api_key}"
+    assert "x-team" not in download
+    assert download["user-agent"].startswith("flux2max_async/")

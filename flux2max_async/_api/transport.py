@@ -68,6 +68,7 @@ class Transport:
         base_url: The URL of the API, including any path prefix.
         timeout: Maximum duration of one exchange in seconds, from waiting for a connection to the last byte received.
         http: A borrowed aiohttp session, which is never closed here. None: sessions of our own.
+        headers: Further headers of calls to the API.
         proxy: The URL of a proxy for everything.
         trust_env: Whether there are proxies of the environment.
         ssl_context: Verifies certificates.
@@ -85,6 +86,7 @@ class Transport:
         *,
         timeout: float,
         http: aiohttp.ClientSession | None,
+        headers: Mapping[str, str] | None = None,
         proxy: str | None = None,
         trust_env: bool = False,
         ssl_context: ssl.SSLContext | None = None,
@@ -108,6 +110,10 @@ class Transport:
             "Authorization": credentials.header,
             **route.headers,
         }
+        if headers:  # names are the same in upper and lower case
+            names = {name.lower() for name in headers}
+            ours = {name: value for name, value in self._api_headers.items() if name.lower() not in names}
+            self._api_headers = {**ours, **headers}
         no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
         self._api_options: dict[str, Any] = {**_REQUEST_OPTIONS, "timeout": no_timeout, **route.options}
         self.outage: Outage = Outage(base_url)

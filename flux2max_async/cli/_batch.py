@@ -23,6 +23,7 @@ from flux2max_async.cli._own_files import reject_foreign_files
 from flux2max_async.cli._plan import Action, Plan, find_orphans, make_plan, reject_key_conflicts, round_up
 from flux2max_async.cli._requests_file import Line, RequestsFile, read_requests_file
 from flux2max_async.cli._runner import Batch, Report, run
+from flux2max_async.cli._stored_pictures import StoredPictures
 from flux2max_async.cli._summary import Command, display_state, suggest_command, summary
 from flux2max_async.cli._terminal import (
     Terminal,
@@ -131,6 +132,7 @@ def _run_batch(options: BatchOptions, stack: contextlib.ExitStack) -> int:
     batch = Batch(
         output_dir=output_dir,
         storage=storage,
+        stored=None if options.store is None else StoredPictures.from_url(options.store),
         plan=plan,
         session=session,
         schedule=cast("flux.LearnedSchedule", session.schedule),  # the session's own: none was given

@@ -18,8 +18,9 @@ from jinja2 import Environment, FileSystemLoader
 from flux2max_async.cli._output_dir import OutputDir, write_atomically
 from flux2max_async.cli._requests_file import is_derived_key
 from flux2max_async.cli._rows import WAITING, Row
+from flux2max_async.cli._stored_pictures import StoredPictures
 from flux2max_async.cli._terminal import print_error
-from flux2max_async.cli._thumbnails import Thumbnails, file_version
+from flux2max_async.cli._thumbnails import Thumbnails, file_version, stored_name
 from flux2max_async.journal._entry import EntryState
 
 _IMAGE_NAME = re.compile(
@@ -43,6 +44,8 @@ class Gallery:
     folder: Path
     emulated: bool = False
     """Whether the costs are those of an emulator: nothing was paid."""
+    stored: StoredPictures | None = None
+    """The pictures in object storage; None if it is unknown, so that only their addresses are shown."""
     skip_thumbnails: bool = False
     """Whether to create no more thumbnails: the page then shows an image itself if its thumbnail is missing."""
     _warned: bool = attrs.field(default=False, init=False)
@@ -85,6 +88,7 @@ class Gallery:
         files = {row.key: row.files for row in rows if row.key not in refused}
         names = dict.fromkeys(name for row_files in files.values() for name in row_files)
         self._thumbnails.update(names, lambda: self.skip_thumbnails)
+        self._update_stored([item for row in rows if not files.get(row.key) for item in _stored_locations(row)])
         variants = _find_variants(rows)
         entries = [
             entry for row in rows for entry in self._describe(row, files.get(row.key, []), variants.get(row.key, {}))
@@ -97,7 +101,7 @@ class Gallery:
             script=script,
             data=",\n".join(map(_to_json, entries)),
             title=self.folder.resolve().name,
-            image_count=sum("url" in entry for entry in entries),
+            image_count=sum("url" in entry or "location" in entry for entry in entries),
             spent=sum(row.cost for row in rows if row.cost is not None),
             emulated=self.emulated,
             states=sorted(states.items(), key=lambda item: _rank(item[0]), reverse=True),
@@ -105,6 +109,14 @@ class Gallery:
             now=datetime.now().astimezone(),
         )
         _write_if_changed(self.path, page)
+
+    def _update_stored(self, locations: Sequence[str]) -> None:
+        """Create the missing thumbnails of pictures in object storage, and find those that exist."""
+        reported = self._thumbnails.problem is not None
+        read = self.stored.read if self.stored is not None else lambda _: None
+        self._thumbnails.update_stored(locations, read, lambda: self.skip_thumbnails)
+        if self._thumbnails.problem is not None and not reported:
+            print_error(f"the page has no thumbnails of some pictures: {self._thumbnails.problem}")
 
     def _is_own_file(self, name: str) -> bool:
         """Check whether a name, which may have been written by somebody else, is that of a file in the folder."""
@@ -122,27 +134,40 @@ class Gallery:
             common["seconds"] = round(row.seconds, 1)
         if "seed" in row.params:
             common["seed"] = str(row.params["seed"])
-        if not files:
-            common["reason"] = (
-                row.error
-                or ", ".join(row.locations)
-                or ("not there yet" if state in {WAITING, "running"} else "no file")
-            )
-            requested = [str(row.params.get(side) or "any") for side in ("width", "height")]
-            return [common if requested == ["any", "any"] else {**common, "size": "\u00d7".join(requested)}]
-        if row.error:
+        pictures = [self._describe_file(name) for name in files]
+        pictures = pictures or [self._describe_stored(location) for location in _stored_locations(row)]
+        if not pictures:
+            common["reason"] = row.error or ("not there yet" if state in {WAITING, "running"} else "no file")
+        elif row.error:
             common["problem"] = row.error
+        requested = [str(row.params.get(side) or "any") for side in ("width", "height")]
         entries: list[dict[str, Any]] = []
-        for index, name in enumerate(files, 1):
-            entry = {**common, "url": quote(name), "thumbnail": quote(name)}
-            if (source := self._thumbnails.sources.get(name)) is not None:
-                entry["thumbnail"] = quote(f"thumbs/{name}.jpeg")
-                entry["size"] = f"{source.width}\u00d7{source.height}"
-            if len(files) > 1:
-                entry["part"] = f"{index} of {len(files)}"
+        for index, picture in enumerate(pictures or [{}], 1):
+            entry = {**common, **picture}
+            if "url" not in entry and requested != ["any", "any"]:
+                entry["size"] = "\u00d7".join(requested)
+            if len(pictures) > 1:
+                entry["part"] = f"{index} of {len(pictures)}"
                 entry.setdefault("group", row.key)
             entries.append(entry)
         return entries
+
+    def _describe_file(self, name: str) -> dict[str, str]:
+        """Return what the page knows about a picture in the folder."""
+        return {"url": quote(name), "thumbnail": quote(name), **self._describe_thumbnail(name)}
+
+    def _describe_stored(self, location: str) -> dict[str, str]:
+        """Return what the page knows about a picture in object storage: it shows the thumbnail, also in the dialog."""
+        picture = {"location": location}
+        if self.stored is not None and (link := self.stored.link(location)) is not None:
+            picture["link"] = link
+        thumbnail = self._describe_thumbnail(stored_name(location))
+        return {**picture, **thumbnail, **({"url": thumbnail["thumbnail"]} if thumbnail else {})}
+
+    def _describe_thumbnail(self, name: str) -> dict[str, str]:
+        if (source := self._thumbnails.sources.get(name)) is None:
+            return {}
+        return {"thumbnail": quote(f"thumbs/{name}.jpeg"), "size": f"{source.width}\u00d7{source.height}"}
 
 
 def write_outputs(output_dir: OutputDir, rows: Sequence[Row], gallery: Gallery, *, running: bool) -> str | None:
@@ -175,6 +200,11 @@ def _write_if_changed(path: Path, content: str) -> None:
         if file_version(path) is not None and path.read_bytes() == data:
             return
     write_atomically(path, data)
+
+
+def _stored_locations(row: Row) -> list[str]:
+    """Return the addresses of a request's pictures in object storage; other locations are paths."""
+    return [location for location in row.locations if "://" in location]
 
 
 def _find_variants(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:

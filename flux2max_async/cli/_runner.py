@@ -20,6 +20,7 @@ from flux2max_async.cli._output_dir import OutputDir
 from flux2max_async.cli._plan import Plan
 from flux2max_async.cli._progress import ProgressDisplay
 from flux2max_async.cli._rows import is_final
+from flux2max_async.cli._stored_pictures import StoredPictures
 from flux2max_async.cli._streams import redirect_to_devnull
 from flux2max_async.cli._terminal import (
     LineWriter,
@@ -54,6 +55,8 @@ class Batch:
     output_dir: OutputDir
     storage: Storage | None = None
     """Where the pictures go; None: into the output folder."""
+    stored: StoredPictures | None = None
+    """The pictures in this storage, for the page."""
     plan: Plan
     session: "flux.FluxSession"
     """A session that is not entered yet."""
@@ -64,7 +67,8 @@ class Batch:
     """Whether outcomes are written to stdout."""
     gallery: Gallery = attrs.field(
         default=attrs.Factory(
-            lambda self: Gallery(self.output_dir.path, emulated=self.output_dir.emulated), takes_self=True
+            lambda self: Gallery(self.output_dir.path, emulated=self.output_dir.emulated, stored=self.stored),
+            takes_self=True,
         ),
         init=False,
     )

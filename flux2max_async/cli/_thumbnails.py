@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import IO
 
 import attrs
 
+from flux2max_async._exceptions import StorageError
 from flux2max_async.cli._output_dir import write_atomically
 
 _WORKER = Path(__file__).with_name("_thumbnail_worker.py")
@@ -23,6 +26,10 @@ _IMAGES_PER_WORKER = 16
 """The number of images that are worth another process: it takes as long to start as they do."""
 _MAX_STARTS = 5
 """The number of processes after which a worker gives up: hostile images could end one after the other."""
+_READERS = 8
+"""The number of threads that read images from object storage."""
+_STORED_AT_ONCE = 64
+"""The number of images from object storage that are in the folder at the same time."""
 _TICK = 0.1
 """Seconds between two checks whether to stop."""
 _COMMENT = re.compile(rb"flux2max (\d{1,9})x(\d{1,9}) (\d{1,18}) (-?\d{1,20})")
@@ -60,9 +67,13 @@ class Thumbnails:
     worker: Path = _WORKER
     """The program that creates them."""
     sources: dict[str, Source] = attrs.field(factory=dict[str, Source], init=False)
-    """The sources of the thumbnails that exist, by the file name of the image."""
+    """The sources of the thumbnails that exist, by the file name of the image, or its `stored_name()`."""
+    problem: StorageError | None = attrs.field(default=None, init=False)
+    """Why no more images are read from object storage."""
     _failed: dict[str, tuple[int, int] | None] = attrs.field(factory=dict[str, tuple[int, int] | None], init=False)
     """The versions of the files that no thumbnail can be created of, by file name."""
+    _read: set[str] = attrs.field(factory=set[str], init=False)
+    """The names of the images in object storage that were read, or can't be: none is read twice."""
 
     @property
     def path(self) -> Path:
@@ -76,30 +87,99 @@ class Thumbnails:
             names: File names in the folder.
             is_cancelled: Returns whether to create no more of them.
         """
-        if self.path.is_symlink():  # it could lead out of the folder
-            self.sources.clear()
+        if self._leads_elsewhere():
             return
         outdated = [name for name in names if self._is_outdated(name)]
-        if outdated and not is_cancelled():
-            try:
-                self.path.mkdir(exist_ok=True)
-            except OSError:
-                return
+        if outdated and not is_cancelled() and self._create_folder():
             _run_workers(self.worker, [self.folder / name for name in outdated], self._save, is_cancelled)
+
+    def update_stored(
+        self, locations: Iterable[str], read: Callable[[str], bytes | None], is_cancelled: Callable[[], bool]
+    ) -> None:
+        """Create the thumbnails of images in object storage that have none.
+
+        Such an image never changes. It is read into a temporary file, whether this process has stored it or another.
+
+        Args:
+            locations: The addresses of the images.
+            read: Returns an image, or None if there is none; it is called in several threads.
+            is_cancelled: Returns whether to create no more of them.
+        """
+        if self._leads_elsewhere():
+            return
+        missing = [location for location in locations if self._is_missing(stored_name(location))]
+        for start in range(0, len(missing), _STORED_AT_ONCE):
+            if self.problem is not None or is_cancelled() or not self._create_folder():
+                return
+            self._create_stored(missing[start : start + _STORED_AT_ONCE], read, is_cancelled)
+
+    def _create_stored(
+        self, locations: Sequence[str], read: Callable[[str], bytes | None], is_cancelled: Callable[[], bool]
+    ) -> None:
+        files = {self.path / f".flux2max-{secrets.token_hex(8)}.part": location for location in locations}
+        names = {path.name: stored_name(location) for path, location in files.items()}
+
+        def fetch(path: Path) -> Path | None:
+            if self.problem is not None or is_cancelled():
+                return None
+            self._read.add(names[path.name])
+            try:
+                if (data := read(files[path])) is None:
+                    return None
+                path.write_bytes(data)
+            except StorageError as error:
+                self.problem = error
+                return None
+            except OSError:
+                return None
+            return path
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
+                paths = [path for path in executor.map(fetch, files) if path is not None]
+            if paths and not is_cancelled():
+                _run_workers(
+                    self.worker, paths, lambda file, thumbnail: self._save(names[file], thumbnail), is_cancelled
+                )
+        finally:
+            for path in files:
+                path.unlink(missing_ok=True)
+
+    def _leads_elsewhere(self) -> bool:
+        """Check whether the folder of the thumbnails is a link, which could lead out of the folder."""
+        if is_link := self.path.is_symlink():
+            self.sources.clear()
+        return is_link
+
+    def _create_folder(self) -> bool:
+        """Create the folder of the thumbnails; return False if that is impossible."""
+        with contextlib.suppress(OSError):
+            self.path.mkdir(exist_ok=True)
+            return True
+        return False
+
+    def _is_missing(self, name: str) -> bool:
+        """Check whether to create the thumbnail of an image in object storage; remember its source if it exists."""
+        if (source := self._find_source(name)) is None:
+            return name not in self._read
+        self.sources[name] = source
+        return False
 
     def _is_outdated(self, name: str) -> bool:
         """Check whether to create a thumbnail; remember its source if it exists."""
-        version, thumbnail = file_version(self.folder / name), self._thumbnail_path(name)
-        source = self.sources.pop(name, None)
-        if file_version(thumbnail) is None:
-            source = None
-        elif source is None:
-            source = read_source(thumbnail)
+        version, source = file_version(self.folder / name), self._find_source(name)
         # The thumbnail of an image that has just been deleted is kept.
         if source is None or version not in {None, source.version}:
             return version is not None and self._failed.get(name) != version
         self.sources[name] = source
         return False
+
+    def _find_source(self, name: str) -> Source | None:
+        """Return the source of a thumbnail, which is forgotten; None if there is no thumbnail."""
+        source, thumbnail = self.sources.pop(name, None), self._thumbnail_path(name)
+        if file_version(thumbnail) is None:
+            return None
+        return source or read_source(thumbnail)
 
     def _thumbnail_path(self, name: str) -> Path:
         return self.path / f"{name}.jpeg"
@@ -176,6 +256,11 @@ class _Worker:
         if not self._stopped:
             self.save(path.name, thumbnail or b"")
         return thumbnail is not None
+
+
+def stored_name(location: str) -> str:
+    """Return the name under which the thumbnail of an image in object storage is kept."""
+    return f"stored-{hashlib.sha256(location.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def _run_workers(

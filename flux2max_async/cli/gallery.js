@@ -4,10 +4,10 @@ const sort = document.getElementById("sort"), count = document.getElementById("c
 const template = document.getElementById("card").content;
 const entries = JSON.parse(document.getElementById("data").textContent);
 entries.forEach((entry, order) => {
-  const {prompt, state, seed, key, reason, problem} = entry;
+  const {prompt, state, seed, key, reason, problem, location} = entry;
   entry.order = order;
   // Not the hash in a key that was derived from the prompt: nobody can know why it matches.
-  const texts = [prompt, state, seed && `seed ${seed}`, entry.ownKey && key, reason, problem];
+  const texts = [prompt, state, seed && `seed ${seed}`, entry.ownKey && key, reason, problem, location];
   entry.searchText = texts.filter(Boolean).join(" ").toLowerCase();
   [entry.width, entry.height] = entry.url && entry.size ? entry.size.split("×").map(Number) : [];
 });
@@ -46,16 +46,24 @@ function facts(entry) {
   ].filter(([, , value]) => value !== undefined);
 }
 
+// The address of a picture in object storage, as a link if a browser can open it.
+function addLocation(parent, {location, link}, textContent = location) {
+  if (link) addElement(parent, "a", {textContent, href: link, target: "_blank", rel: "noreferrer"});
+  else addElement(parent, "span", {textContent});
+}
+
 function createCard(entry) {
   const card = template.firstElementChild.cloneNode(true), about = card.querySelector(".about");
   card.classList.add(entry.state);
   card.entry = entry;
   if (entry.url) {
-    const link = addElement(card, "a", {className: "frame", href: entry.url});
+    const link = addElement(card, "a", {className: "frame", href: entry.link ?? entry.url});
     if (entry.width) link.style.aspectRatio = Math.max(frameRatio, entry.width / entry.height);
     addElement(link, "img", {loading: "lazy", decoding: "async", alt: entry.prompt, src: entry.thumbnail});
   } else {
-    addElement(addElement(card, "div", {className: "frame"}), "p", {className: "reason", dir: "auto", textContent: entry.reason});
+    const reason = addElement(addElement(card, "div", {className: "frame"}), "p", {className: "reason", dir: "auto"});
+    if (entry.location) addLocation(reason, entry);
+    else reason.textContent = entry.reason;
   }
   card.prepend(card.lastChild);
   about.querySelector(".prompt").textContent = entry.prompt;
@@ -65,6 +73,11 @@ function createCard(entry) {
     const fact = addElement(list, "div", {className});
     addElement(fact, "dt", {textContent: name});
     addElement(fact, "dd", {textContent: value});
+  }
+  if (entry.url && entry.link) {
+    const fact = addElement(list, "div", {className: "stored"});
+    addElement(fact, "dt", {textContent: "Picture in full"});
+    addLocation(addElement(fact, "dd"), entry, "original");
   }
   return card;
 }
@@ -188,6 +201,7 @@ function showImage(index) {
   const values = facts(entry).map(([name, label, value]) => (name === "seed" ? `${label} ${value}` : value));
   details.textContent = [`${openIndex + 1} of ${pictures.length}`, ...values, entry.key, entry.problem].filter(Boolean).join(" · ");
   caption.replaceChildren(full.alt, details);
+  if (entry.location) addLocation(addElement(caption, "small", {id: "stored"}), entry);
   if (!dialog.open) dialog.showModal();
 }
 
@@ -212,7 +226,7 @@ async function copyPrompt({prompt}) {
 }
 
 list.addEventListener("click", (event) => {
-  const link = event.target.closest("a");
+  const link = event.target.closest("a.frame");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
   showImage(pictures.indexOf(link.parentElement.entry));
@@ -225,7 +239,8 @@ const ON_CLICK = {
   close: () => dialog.close(),
 };
 for (const [id, action] of Object.entries(ON_CLICK)) document.getElementById(id).addEventListener("click", action);
-full.addEventListener("load", () => setSize(full.naturalWidth, full.naturalHeight));
+// Of a picture in object storage, the dialog shows the thumbnail, enlarged.
+full.addEventListener("load", () => { if (!pictures[openIndex].location) setSize(full.naturalWidth, full.naturalHeight); });
 full.addEventListener("click", ({offsetX, offsetY}) => {
   if (!wasDragged) setZoom(!isZoomed(), offsetX / full.width, offsetY / full.height);
 });

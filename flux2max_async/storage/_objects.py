@@ -62,7 +62,7 @@ class ObjectStorage(Storage):
         self._obstore = _import("obstore")
         self._store = store
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._url = _url_of(store)
+        self._url = url_of(store)
 
     @classmethod
     def from_url(cls, url: str, /, **options: Any) -> Self:
@@ -77,16 +77,7 @@ class ObjectStorage(Storage):
         Raises:
             ConfigurationError: The URL or an option is wrong, or obstore isn't installed.
         """
-        store_module = _import("obstore.store")
-        endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-        client = {"timeout": "120s", "allow_http": str(endpoint).startswith("http://")}
-        options["client_options"] = client | dict(options.get("client_options") or {})
-        options.setdefault("retry_config", _RETRIES)
-        try:
-            store = store_module.from_url(url, **options)
-        except Exception as error:  # noqa: BLE001 - obstore's own and built-in ones
-            raise ConfigurationError(f"no object storage can be made of {url!r}: {_describe(error)}") from None
-        return cls(store)
+        return cls(open_store(url, **options))
 
     async def open(self) -> None:
         """Check that images can be stored: an upload is begun and aborted, which leaves nothing behind.
@@ -177,7 +168,7 @@ class ObjectStorage(Storage):
         except (_NameTakenError, _ProbedError, exceptions.AlreadyExistsError):
             raise
         except (exceptions.BaseError, OSError, ValueError) as error:
-            raise StorageError(f"can't store images in {self._location(name)}: {_describe(error)}") from error
+            raise StorageError(f"can't store images in {self._location(name)}: {describe(error)}") from error
 
 
 class _Upload:
@@ -252,7 +243,24 @@ def _import(name: str) -> Any:
         ) from error
 
 
-def _url_of(store: Any) -> str:
+def open_store(url: str, **options: Any) -> Any:
+    """Return the store of obstore for a URL; the options are those of `ObjectStorage.from_url()`.
+
+    Raises:
+        ConfigurationError: The URL or an option is wrong, or obstore isn't installed.
+    """
+    store_module = _import("obstore.store")
+    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+    client = {"timeout": "120s", "allow_http": str(endpoint).startswith("http://")}
+    options["client_options"] = client | dict(options.get("client_options") or {})
+    options.setdefault("retry_config", _RETRIES)
+    try:
+        return store_module.from_url(url, **options)
+    except Exception as error:  # noqa: BLE001 - obstore's own and built-in ones
+        raise ConfigurationError(f"no object storage can be made of {url!r}: {describe(error)}") from None
+
+
+def url_of(store: Any) -> str:
     """Return the URL of a store, with a slash at its end."""
     scheme, option = _SCHEMES.get(type(store).__name__, (type(store).__name__.removesuffix("Store").lower(), ""))
     bucket = str(getattr(store, "config", {}).get(option, "")) if option else ""
@@ -260,7 +268,7 @@ def _url_of(store: Any) -> str:
     return "/".join([f"{scheme}:/", *filter(None, (bucket, prefix)), ""])
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Return one line about an error of obstore, which has many, with the whole response."""
     text = str(error)
     parts = [match[1].strip() for pattern in (_STATUS, _CODE, _MESSAGE) if (match := pattern.search(text))]

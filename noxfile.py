@@ -167,7 +167,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session(python=NEWEST)
 def bench(session: nox.Session) -> None:
     """The cost of polling and of the client, compared with the optimum and with other clients; more than an hour."""
-    install(session, "bench", extras="[emulator]")
+    install(session, "bench", extras="[emulator,postgres]")
     session.run("python", "benchmarks/polling.py", "--write")
     session.run("python", "benchmarks/client.py", "--write")
     session.run("python", "benchmarks/journal.py", "--write")
@@ -175,6 +175,10 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/far.py", "--write")
     session.run("python", "benchmarks/limits.py", "--write")
     session.run("python", "benchmarks/backends.py", "--write")
+    session.install("--group", "machines")
+    session.run("python", "benchmarks/hosts.py")
+    session.run("python", "benchmarks/slot_cost.py")
+    session.run("python", "benchmarks/postgres_scale.py")
 
 
 @nox.session(python=NEWEST)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from _results import table
@@ -21,6 +21,7 @@ from flux2max_async.journal._postgres_reader import prune_schema
 from flux2max_async.journal._postgres_store import PostgresStore
 
 if TYPE_CHECKING:
+    import psycopg
     from support.postgres import PostgresServer
 
 LEASE = 12.0
@@ -78,6 +79,11 @@ def states_of(number: int | str) -> list[JournalEntry]:
     return [intent, submitted, completed, saved, attrs.evolve(saved, holder=None)]
 
 
+def execute(store: PostgresStore, statement: str) -> "psycopg.Cursor[Any]":
+    """Run a statement over the connection of a store, whose settings and search path count."""
+    return store._execute(statement)  # noqa: SLF001 - a second connection would have settings of its own
+
+
 def write(store: PostgresStore, entries: list[JournalEntry]) -> None:
     """Write the states of an entry, each in a transaction."""
     for entry in entries:
@@ -99,7 +105,7 @@ def fill(address: PostgresAddress, rows: int) -> None:
 
 
 def measure_size(store: PostgresStore, rows: int) -> list[str]:
-    row = store._execute(_SIZES).fetchone()  # noqa: SLF001 - its connection
+    row = execute(store, _SIZES).fetchone()
     assert row is not None
     table_size, index_size, count, indexes = row
     print(f"{rows} rows: {indexes}", file=sys.stderr)
@@ -109,11 +115,11 @@ def measure_size(store: PostgresStore, rows: int) -> list[str]:
 def written_size(address: PostgresAddress, size: RowsSize) -> list[str]:
     """Return the size of entries that were written state by state, and vacuumed as by default."""
     store = PostgresStore(attrs.evolve(address, schema="written"), LEASE)
-    store._execute("SET synchronous_commit = off")  # noqa: SLF001 - its connection
+    execute(store, "SET synchronous_commit = off")
     for number in range(size.written):
         write(store, states_of(number))
-        if number % 500 == 0 and store._execute(_DEAD).fetchone() == (True,):  # noqa: SLF001
-            store._execute("VACUUM entries")  # noqa: SLF001
+        if number % 500 == 0 and execute(store, _DEAD).fetchone() == (True,):
+            execute(store, "VACUUM entries")
     found = measure_size(store, size.written)
     store.close()
     return [f"{size.written:,}, as written by sessions", *found]
@@ -131,9 +137,9 @@ def timed(function: Callable[[], object], samples: int) -> float:
 
 def scanned(store: PostgresStore) -> int:
     """Return how many rows of entries were read by sequential scans."""
-    store._execute("SELECT pg_stat_force_next_flush()")  # noqa: SLF001 - its connection
+    execute(store, "SELECT pg_stat_force_next_flush()")
     statement = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relid = 'entries'::regclass"
-    row = store._execute(statement).fetchone()  # noqa: SLF001
+    row = execute(store, statement).fetchone()
     return row[0] if row else 0
 
 

@@ -70,7 +70,7 @@ def add_jobs(client: DBOSClient, prompts: list[str]) -> None:
 
 
 def resume_jobs(client: DBOSClient, worker: str) -> None:
-    """Let other workers go on with the jobs of one that is dead."""
+    """Pass the jobs of a dead worker on to others."""
     for workflow in client.list_workflows(executor_id=worker, status="PENDING"):
         client.resume_workflow(workflow.workflow_id)
 

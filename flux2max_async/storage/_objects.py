@@ -121,7 +121,7 @@ class ObjectStorage(Storage):
         return StoredImage(location=self._location(name), size=upload.size, mark=mark)
 
     async def close(self) -> None:
-        """Let the threads of obstore finish: if they hold objects when the interpreter ends, it aborts the process."""
+        """Wait for the threads of obstore: if they hold objects when the interpreter ends, it aborts the process."""
         await asyncio.sleep(_SETTLE_TIME)
 
     async def _put_in_parts(self, name: str, upload: "_Upload", options: dict[str, Any]) -> None:

@@ -8,31 +8,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.limits import PATIENCE, Backend, die
+from support.limits import PATIENCE, Backend, ConnectionHolder, die
 
 
-class Holder:
+class Holder(ConnectionHolder):
     """One of those who share a limit, as a session's thread does it."""
 
     def __init__(self, backend: Backend, slots: int = 1, *, kept: bool = False) -> None:
-        self.connection = backend.connection(slots, kept=kept)
-        self.held = 0
-        self.waits = False
-        self.update()
-
-    def update(self, *, adopted: int = 0) -> None:
-        granted = self.connection.update(self.held, waits=self.waits, adopted=adopted)
-        self.held += granted
-        self.waits = self.waits and not granted
-
-    def acquire(self) -> bool:
-        self.waits = True
-        self.update()
-        return not self.waits
-
-    def release(self) -> None:
-        self.held -= 1
-        self.update()
+        super().__init__(backend.connection(slots, kept=kept))
 
     def has_got_one(self) -> bool:
         """Look whether another one has granted a slot; return whether this one waits no more."""

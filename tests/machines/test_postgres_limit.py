@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import psycopg
 import pytest
-from support.limits import A_WHILE, PATIENCE, acquire
+from support.limits import A_WHILE, PATIENCE, ConnectionHolder, acquire
 from support.postgres import PASSWORD, PostgresServer
 
 from flux2max_async import ConfigurationError, InFlightLimitError, PostgresInFlightLimit
@@ -45,28 +45,13 @@ def own_server() -> Iterator[PostgresServer]:
         yield server
 
 
-class Holder:
+class Holder(ConnectionHolder):
     """One of those who share a limit, as a session's thread does it."""
 
+    connection: PostgresConnection
+
     def __init__(self, address: PostgresAddress, slots: int, *, kept: bool = False, return_time: float = 0.0) -> None:
-        self.connection = PostgresConnection(address, slots, keep_after_death=kept, return_time=return_time)
-        self.held = 0
-        self.waits = False
-        self.update()
-
-    def update(self, *, adopted: int = 0) -> None:
-        granted = self.connection.update(self.held, waits=self.waits, adopted=adopted)
-        self.held += granted
-        self.waits = self.waits and not granted
-
-    def acquire(self) -> bool:
-        self.waits = True
-        self.update()
-        return not self.waits
-
-    def release(self) -> None:
-        self.held -= 1
-        self.update()
+        super().__init__(PostgresConnection(address, slots, keep_after_death=kept, return_time=return_time))
 
     def die(self) -> None:
         """End as a killed process does."""

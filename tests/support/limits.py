@@ -50,6 +50,30 @@ class PostgresBackend:
 Backend: TypeAlias = SqliteBackend | PostgresBackend
 
 
+class ConnectionHolder:
+    """One of those who share a limit, as a session's thread does it."""
+
+    def __init__(self, connection: LimitConnection) -> None:
+        self.connection = connection
+        self.held = 0
+        self.waits = False
+        self.update()
+
+    def update(self, *, adopted: int = 0) -> None:
+        granted = self.connection.update(self.held, waits=self.waits, adopted=adopted)
+        self.held += granted
+        self.waits = self.waits and not granted
+
+    def acquire(self) -> bool:
+        self.waits = True
+        self.update()
+        return not self.waits
+
+    def release(self) -> None:
+        self.held -= 1
+        self.update()
+
+
 async def acquire(limit: InFlightLimit) -> None:
     """Acquire a slot that must be free in a moment."""
     with anyio.fail_after(PATIENCE):
